@@ -1,0 +1,1 @@
+"""Content-addressed files on disk and their port."""

@@ -1,0 +1,1 @@
+"""The engine port, its child process, and what runs in it."""

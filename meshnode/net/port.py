@@ -1,0 +1,125 @@
+"""What services see of the network. Implemented by `libp2p_host.py` and `memory_host.py`.
+
+One conformance suite (`tests/conformance/check_host.py`) runs on every implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+import trio
+
+from protocols.ids import PeerId
+
+
+class Lane(Enum):
+    """What a stream is for; it decides which connection carries it.
+
+    CONTROL: a libp2p stream (Noise, Yamux) on the shared connection.
+    TOKEN, BULK: a TLS 1.3 connection of its own where the peer can be dialled directly, bound to the peer id
+    by a certificate hash and one-use token exchanged over a libp2p stream; a libp2p stream elsewhere.
+    Bulk never shares a connection with tokens: it multiplies their latency by five.
+    """
+
+    CONTROL = "control"
+    TOKEN = "token"
+    BULK = "bulk"
+
+
+class Stream(Protocol):
+    """A byte stream to an authenticated peer. Errors of the other side or the wire: PeerUnreachable."""
+
+    @property
+    def peer(self) -> PeerId: ...
+
+    async def send_all(self, data: bytes | memoryview) -> None:
+        """Send everything. A reader that takes nothing for `STALL_SECONDS` (60) breaks the stream, not sooner.
+
+        If cancelled: an unknown part was sent; the stream must be closed.
+        """
+
+    async def receive_some(self, max_bytes: int = 65536) -> bytes:
+        """At least one byte, or b"" at the clean end of the stream. If cancelled: nothing was taken."""
+
+    async def send_eof(self) -> None:
+        """Say that nothing more will be sent; reading goes on."""
+
+    async def aclose(self) -> None:
+        """Close both directions. Never raises for a stream that is already broken; never blocks for long."""
+
+    async def reset(self) -> None:
+        """Drop the stream at once; the peer sees PeerUnreachable, not a clean end."""
+
+
+Handler = Callable[[Stream], Awaitable[None]]
+Validator = Callable[[PeerId, bytes], bool]  # (forwarder, data) -> worth passing on
+
+
+@dataclass(frozen=True, slots=True)
+class PeerEvent:
+    """A connection to a peer came up (first one) or went away (last one, or heartbeat missed)."""
+
+    peer: PeerId
+    connected: bool
+    reason: str = ""
+
+
+class Host(Protocol):
+    """One node's place on the network."""
+
+    @property
+    def peer_id(self) -> PeerId: ...
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Multiaddrs where we listen, each ending in /p2p/<our peer id>. Known once `run` has started."""
+
+    @property
+    def peers(self) -> tuple[PeerId, ...]:
+        """Connected peers, sorted."""
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Listen and serve until cancelled.
+
+        Raises ConfigError before `started()` if an address can't be used (the port is taken, say).
+        """
+
+    def handle(self, protocol: str, handler: Handler, *, open_to_strangers: bool = False) -> None:
+        """Serve a protocol id. Call before `run`.
+
+        A stream of a peer that is not admitted (see `admit`) is refused unless `open_to_strangers`; only the
+        membership protocol sets that. The handler runs in the host's own nursery: MeshError ends the stream,
+        any other exception is logged with its traceback and ends the stream, never the process. The stream
+        is closed when the handler returns.
+        """
+
+    def admit(self, peer: PeerId, admitted: bool) -> None:
+        """Membership of a peer was proven (or withdrawn: its connections are closed)."""
+
+    async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        """Make sure that there is a connection. Raises PeerUnreachable (10 s at most)."""
+
+    async def disconnect(self, peer: PeerId, reason: str) -> None:
+        """Close every connection to the peer."""
+
+    async def open_stream(self, peer: PeerId, protocol: str, lane: Lane = Lane.CONTROL) -> Stream:
+        """Open a stream to a connected peer. Raises PeerUnreachable, or Declined if the peer does not
+        serve the protocol or does not admit us."""
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        """Gossip a message (at most 64 KiB; LocalProtocolError above). Returns at once; delivery is not certain."""
+
+    def subscribe(self, topic: str, validator: Validator) -> trio.MemoryReceiveChannel[tuple[PeerId, bytes]]:
+        """Receive a topic's messages (not our own). Call before `run`. The oldest are dropped above 256.
+
+        The validator decides whether a message is passed on; if it raises, the message is dropped.
+        """
+
+    def events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
+        """A new subscription to connection events, beginning with one event per peer connected now."""
+
+    def round_trip_us(self, peer: PeerId) -> int | None:
+        """The heartbeat's median round trip of the last minute, in microseconds; None when unknown."""

@@ -1,0 +1,1 @@
+"""Signed capability adverts and heads: see SPEC.md."""

@@ -1,0 +1,105 @@
+"""What a node says about itself (Advert) and which model the network serves (Head). See SPEC.md.
+
+Both travel as signed records of the domains "advert" and "head". One writer per record; the higher
+(incarnation, sequence) wins, so the view of the mesh is a state-based CRDT.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from protocols.codec import at
+
+ADVERT: Final = "advert"
+HEAD: Final = "head"
+
+LEASE_MS: Final = 12_000  # an advert that is not renewed for this long (receiver's clock) is dead
+RENEW_MS: Final = 2_000  # how often an unchanged advert is renewed
+
+# States of a served span. IDLE: no span. INTENT: announced. LOADING: fetching and opening.
+# SERVING: answers steps. DRAINING: no new sessions, leaving in good order.
+IDLE, INTENT, LOADING, SERVING, DRAINING = "idle", "intent", "loading", "serving", "draining"
+STATES: Final = (IDLE, INTENT, LOADING, SERVING, DRAINING)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Layers [first, last) of one variant of one manifest."""
+
+    manifest: str = at(1, limit=64)
+    variant: str = at(2, limit=32)
+    first: int = at(3, high=1024)
+    last: int = at(4, high=1024)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """What the node serves, or means to. `span` is what it serves now (routes may use it in SERVING);
+    `target` is the span it announced to move to (the intent), with the epoch that ranks competing intents."""
+
+    state: str = at(1, limit=16)
+    span: Span | None = at(2)
+    target: Span | None = at(3)
+    epoch: int = at(4, default=0)  # counts the node's intents
+    target_since_ms: int = at(5, default=0)  # UTC milliseconds when the intent was announced
+    decode_us: int = at(6, default=0)  # measured: one-row step through the span
+    prefill_us: int = at(7, default=0)  # measured: per row of a 64-row step through the span
+    sessions: int = at(8, default=0)  # open sessions
+    max_sessions: int = at(9, default=0)
+    queue_us: int = at(10, default=0)  # moving average of the wait for the engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundTrip:
+    """A link, as measured by the advertiser's heartbeat."""
+
+    peer: str = at(1, limit=64)
+    us: int = at(2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holding:
+    """Files of a manifest that the node has on disk and serves to members."""
+
+    manifest: str = at(1, limit=64)
+    cids: tuple[bytes, ...] = at(2, limit=1024)  # binary CIDs (36 bytes), sorted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advert:
+    peer: str = at(1, limit=64)
+    incarnation: int = at(2)  # start of the node, UTC milliseconds
+    sequence: int = at(3)
+    issued_ms: int = at(4)  # UTC milliseconds, for people and clock warnings; leases use the receiver's clock
+    name: str = at(5, limit=64)  # for people
+    software: str = at(6, limit=32)
+    roles: tuple[str, ...] = at(7, limit=8)  # of its certificate
+    addresses: tuple[str, ...] = at(8, limit=16)
+    leaving: bool = at(9, default=False)  # said goodbye: not to be planned with
+    cpus: int = at(10, default=0)
+    memory_bytes: int = at(11, default=0)  # it gives this much to serving (weights and KV); 0: serves nothing
+    disk_free_bytes: int = at(12, default=0)
+    max_layers: int = at(13, default=0)  # 0: only memory limits it
+    tags: tuple[str, ...] = at(14, limit=16, default=())  # "cpu", "gpu", "mains", "battery", ...
+    layer_decode_us: int = at(15, default=0)  # measured microseconds per layer, one row; 0: not measured yet
+    layer_prefill_us: int = at(16, default=0)  # per layer and row of a 64-row step
+    serving: Serving | None = at(17)
+    holdings: tuple[Holding, ...] = at(18, limit=16, default=())
+    round_trips: tuple[RoundTrip, ...] = at(19, limit=64, default=())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """A publisher's word: the network serves this release. Does not expire; the newest head wins
+    (created_ms, then the lower manifest CID)."""
+
+    peer: str = at(1, limit=64)  # the publisher, the signer of the record
+    incarnation: int = at(2)
+    sequence: int = at(3)
+    created_ms: int = at(4)
+    name: str = at(5, limit=64)
+    version: str = at(6, limit=32)
+    manifest: str = at(7, limit=64)
+    variant: str = at(8, limit=32)
+    retired: bool = at(9, default=False)  # taken back

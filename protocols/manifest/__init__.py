@@ -1,0 +1,1 @@
+"""Signed descriptions of a model release: see SPEC.md."""

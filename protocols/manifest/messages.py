@@ -1,0 +1,87 @@
+"""What a manifest says. Its bytes are dag-cbor (`codec.py`), its name is the CID of those bytes.
+
+A model is a DAG of content-addressed files under one manifest. For each variant there is one weightless
+graph (a small ONNX file of the whole model, every layer boundary named) and one weight group (a safetensors
+file) per layer, plus the ends. A stage [a, b) needs the graph and the groups of its layers; the first stage
+also `embed`, the last also `head`. With tied embeddings, `embed` and `head` may name the same CID.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from protocols.ids import Cid, PeerId
+
+SCHEMA: Final = 1
+MAX_LAYERS: Final = 1024
+MAX_MANIFEST_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRef:
+    """A UnixFS file (CIDv1, sha2-256, raw leaves, balanced, 1 MiB chunks, 174 links)."""
+
+    cid: Cid
+    size: int  # bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    family: str  # transformers model_type, e.g. "llama"
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    context: int  # most positions, tokens
+    bos_ids: tuple[int, ...]
+    eos_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """How good a variant is: measured when it was published, on a fixed text."""
+
+    text: str  # name of the text
+    tokens: int
+    perplexity_milli: int  # perplexity * 1000
+    reference_milli: int  # the same for the fp32 checkpoint in transformers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One precision of the model."""
+
+    name: str  # "fp32", "int8", "int4"
+    kernel_class: str  # exactness is promised within one class, e.g. "ort-cpu-int4-b32-a4/1"
+    graph: FileRef  # weightless ONNX graph
+    embed: FileRef  # group of the first stage's end
+    layers: tuple[FileRef, ...]  # one group per layer
+    head: FileRef  # group of the last stage's end: final norm and head
+    quality: Quality | None
+
+    def groups(self, first: int, last: int) -> dict[str, FileRef]:
+        """Groups that the span [first, last) needs: name as in the graph ("layer.7") -> file."""
+        out = {f"layer.{i}": self.layers[i] for i in range(first, last)}
+        if first == 0:
+            out["embed"] = self.embed
+        if last == len(self.layers):
+            out["head"] = self.head
+        return out
+
+    def span_bytes(self, first: int, last: int) -> int:
+        """Bytes of the distinct group files of [first, last)."""
+        return sum({f.cid: f.size for f in self.groups(first, last).values()}.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    name: str  # "smollm2-135m-instruct": lower case, digits, dots and dashes
+    version: str  # vMAJOR.MINOR.PATCH-ADAPTER
+    created_ms: int  # UTC milliseconds
+    publisher: PeerId
+    architecture: Architecture
+    files: dict[str, FileRef]  # "config.json", "tokenizer.json", "chat_template.jinja", "LICENSE", ...
+    variants: dict[str, Variant]

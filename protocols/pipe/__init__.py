@@ -1,0 +1,1 @@
+"""The stage data plane: see SPEC.md."""

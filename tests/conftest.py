@@ -1,0 +1,26 @@
+"""Fixtures of every level: the seed is printed, nothing sleeps."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+SEED = int(os.environ.get("SEED", random.SystemRandom().randrange(1 << 31)))
+
+settings.register_profile(
+    "meshnode", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("meshnode")
+
+
+def pytest_report_header() -> str:
+    return f"seed: {SEED} (repeat with SEED={SEED})"
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    """Randomness of one test; repeat a failure with the SEED printed in the header."""
+    return random.Random(SEED)
