@@ -99,6 +99,7 @@ class Step:
     sample: bool = at(5)  # whether the last stage samples after the last row
     sent_us: int = at(6)  # the sender's monotonic clock
     times: tuple[HopTime, ...] = at(7, limit=MAX_STAGES, default=())
+    prefill: bool = at(8, default=False)  # rows of the prompt: run by the many-row kernel even if it is one row
 
 
 @message(tag=5)

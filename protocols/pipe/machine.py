@@ -1,0 +1,417 @@
+"""Both ends of /meshnode/pipe/1 as state machines without I/O. See SPEC.md.
+
+Rule 1: every state and every transition is in ORIGIN_TRANSITIONS or STAGE_TRANSITIONS, nowhere else.
+Rule 2: no clock, no randomness, no await. Time comes in as `now` (seconds), a wish to be woken goes out as
+`deadline`, messages go out as effects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from protocols.errors import LocalProtocolError, RemoteProtocolError
+from protocols.pipe.messages import Close, Hop, HopTime, Message, Open, Opened, Refused, Sampling, Step, Token
+
+OPEN_SECONDS: Final = 15.0  # all stages must answer Open; one of them may have to split a segment first
+STEP_SECONDS: Final = 60.0  # between two tokens; an engine that hangs is killed by its own node before
+PREFILL_ROW_SECONDS: Final = 0.25  # added per prompt row: the slowest device we mean to wait for
+
+
+# ---------------------------------------------------------------- events and effects
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Origin: ask every stage for a session."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message of this session came from a peer. `times_network_us`: how long it was under way."""
+
+    peer: str
+    message: Opened | Refused | Token
+    network_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PeerGone:
+    peer: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The user has enough: cancelled, or a stop string was found."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """The deadline has passed."""
+
+
+OriginEvent = Begin | Received | PeerGone | Stop | Expired
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a message to a peer (which may be ourselves). `body` holds token ids for the first stage."""
+
+    peer: str
+    message: Message
+    body: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """A token of the answer."""
+
+    token: int
+    position: int
+    times: tuple[HopTime, ...]
+    return_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The answer is complete: "eos", "length", or the reason of `Stop`."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The session is lost. `code` as in `Refused`, or "lost" (a peer went away), "timeout"."""
+
+    code: str
+    reason: str
+    peer: str | None
+    retry_ms: int = 0
+
+
+OriginEffect = Send | Emit | Finished | Failed
+
+
+# ---------------------------------------------------------------- origin
+
+
+class OriginState(Enum):
+    NEW = "new"
+    OPENING = "opening"
+    RUNNING = "running"
+    CLOSED = "closed"
+
+
+ORIGIN_TRANSITIONS: Final[Mapping[tuple[OriginState, type], tuple[OriginState, ...]]] = {
+    (OriginState.NEW, Begin): (OriginState.OPENING,),
+    (OriginState.NEW, Stop): (OriginState.CLOSED,),
+    (OriginState.OPENING, Opened): (OriginState.OPENING, OriginState.RUNNING),
+    (OriginState.OPENING, Refused): (OriginState.CLOSED,),
+    (OriginState.OPENING, PeerGone): (OriginState.OPENING, OriginState.CLOSED),
+    (OriginState.OPENING, Stop): (OriginState.CLOSED,),
+    (OriginState.OPENING, Expired): (OriginState.CLOSED,),
+    (OriginState.RUNNING, Token): (OriginState.RUNNING, OriginState.CLOSED),
+    (OriginState.RUNNING, Refused): (OriginState.CLOSED,),
+    (OriginState.RUNNING, PeerGone): (OriginState.RUNNING, OriginState.CLOSED),
+    (OriginState.RUNNING, Stop): (OriginState.CLOSED,),
+    (OriginState.RUNNING, Expired): (OriginState.CLOSED,),
+}
+
+
+class Origin:
+    """One generation, seen from the node that asked.
+
+    Prompt chunks are all sent at once (the stages work on them in a pipeline); afterwards one step is under
+    way at a time. Chunk boundaries are given, because they are a function of the prompt alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        session: bytes,
+        attempt: int,
+        us: str,
+        manifest: str,
+        variant: str,
+        route: tuple[Hop, ...],
+        prompt: tuple[int, ...],
+        chunks: Sequence[int],
+        max_tokens: int,
+        eos: frozenset[int],
+        sampling: Sampling,
+    ) -> None:
+        if not route or not prompt or sum(chunks) != len(prompt) or max_tokens < 1:
+            raise LocalProtocolError("a session needs a route, a prompt that its chunks add up to, and max_tokens")
+        self.state = OriginState.NEW
+        self.deadline: float | None = None
+        self._session, self._attempt, self._us = session, attempt, us
+        self._manifest, self._variant, self._route = manifest, variant, route
+        self._prompt, self._chunks = prompt, tuple(chunks)
+        self._eos, self._sampling = eos, sampling
+        self._end = len(prompt) + max_tokens  # position after the last token that may be sampled
+        self._opened: set[int] = set()
+        self._next = len(prompt)  # position of the token that comes next
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """Distinct peers of the route, in its order."""
+        return tuple(dict.fromkeys(hop.peer for hop in self._route))
+
+    def handle(self, event: OriginEvent, now: float) -> tuple[OriginEffect, ...]:
+        """Take one event at time `now` (seconds, monotonic) and return what to do, in order.
+
+        Stale messages (another attempt, after the end) are ignored: nobody's fault.
+
+        Raises:
+          RemoteProtocolError: a peer sent what this state does not allow; nothing has changed.
+        """
+        if self.state is OriginState.CLOSED:
+            return ()
+        kind = type(event.message) if isinstance(event, Received) else type(event)
+        if (self.state, kind) not in ORIGIN_TRANSITIONS:
+            if isinstance(event, Received):
+                raise RemoteProtocolError(f"{event.peer} sent {kind.__name__} to a session that is {self.state.value}")
+            raise LocalProtocolError(f"{kind.__name__} in state {self.state.value}")
+        match event:
+            case Begin():
+                return self._begin(now)
+            case Received():
+                return self._received(event, now)
+            case PeerGone(peer, reason):
+                return self._peer_gone(peer, reason)
+            case Stop(reason):
+                return (*self._close(), Finished(reason))
+            case Expired():
+                return self._expired()
+
+    def _begin(self, now: float) -> tuple[OriginEffect, ...]:
+        self.state = OriginState.OPENING
+        self.deadline = now + OPEN_SECONDS
+        last = len(self._route) - 1
+        return tuple(
+            Send(
+                hop.peer,
+                Open(
+                    session=self._session,
+                    attempt=self._attempt,
+                    origin=self._us,
+                    manifest=self._manifest,
+                    variant=self._variant,
+                    route=self._route,
+                    index=index,
+                    capacity=self._end,
+                    sampling=self._sampling if index == last else None,
+                ),
+                self._prompt if index == last else (),
+            )
+            for index, hop in enumerate(self._route)
+        )
+
+    def _received(self, event: Received, now: float) -> tuple[OriginEffect, ...]:
+        message = event.message
+        if message.attempt != self._attempt:
+            return ()
+        if isinstance(message, Token):
+            return self._token(event.peer, message, event.network_us, now)
+        if message.index >= len(self._route) or self._route[message.index].peer != event.peer:
+            raise RemoteProtocolError(f"{event.peer} answered for stage {message.index}, which is not its own")
+        if isinstance(message, Refused):
+            return (*self._close(), Failed(message.code, message.reason, event.peer, message.retry_ms))
+        self._opened.add(message.index)
+        if len(self._opened) < len(self._route):
+            return ()
+        self.state = OriginState.RUNNING
+        self.deadline = now + STEP_SECONDS + PREFILL_ROW_SECONDS * len(self._prompt)
+        return self._prefill()
+
+    def _prefill(self) -> tuple[OriginEffect, ...]:
+        steps: list[OriginEffect] = []
+        position = 0
+        for rows in self._chunks:
+            body = self._prompt[position : position + rows]
+            position += rows
+            steps.append(self._step(position - rows, body, sample=position == len(self._prompt), prefill=True))
+        return tuple(steps)
+
+    def _step(self, position: int, body: tuple[int, ...], *, sample: bool, prefill: bool) -> Send:
+        step = Step(
+            session=self._session,
+            attempt=self._attempt,
+            position=position,
+            rows=len(body),
+            sample=sample,
+            prefill=prefill,
+            sent_us=0,
+        )
+        return Send(self._route[0].peer, step, body)
+
+    def _token(self, peer: str, message: Token, network_us: int, now: float) -> tuple[OriginEffect, ...]:
+        if peer != self._route[-1].peer:
+            raise RemoteProtocolError(f"{peer} sent a token, but the last stage is {self._route[-1].peer}")
+        if message.position != self._next:
+            raise RemoteProtocolError(f"{peer} sent the token at {message.position}, expected is {self._next}")
+        if len(message.times) != len(self._route):
+            raise RemoteProtocolError(f"{peer} sent {len(message.times)} hop times for {len(self._route)} stages")
+        self._next += 1
+        emit = Emit(message.token, message.position, message.times, network_us)
+        if message.token in self._eos:
+            return (emit, *self._close(), Finished("eos"))
+        if self._next == self._end:
+            return (emit, *self._close(), Finished("length"))
+        self.deadline = now + STEP_SECONDS
+        return (emit, self._step(message.position, (message.token,), sample=True, prefill=False))
+
+    def _peer_gone(self, peer: str, reason: str) -> tuple[OriginEffect, ...]:
+        spans = [f"{hop.first} to {hop.last - 1}" for hop in self._route if hop.peer == peer]
+        if not spans:
+            return ()
+        text = f"the node {peer}, which runs layers {' and '.join(spans)}, went away: {reason}"
+        return (*self._close(), Failed("lost", text, peer))
+
+    def _expired(self) -> tuple[OriginEffect, ...]:
+        if self.state is OriginState.OPENING:
+            missing = [hop.peer for i, hop in enumerate(self._route) if i not in self._opened]
+            text = f"{', '.join(missing)} did not open the session within {OPEN_SECONDS:.0f} s"
+            peer = missing[0]
+        else:
+            text = f"no token came within {STEP_SECONDS:.0f} s; the chain is {', '.join(self.peers)}"
+            peer = None
+        return (*self._close(), Failed("timeout", text, peer))
+
+    def _close(self) -> tuple[Send, ...]:
+        was = self.state
+        self.state = OriginState.CLOSED
+        self.deadline = None
+        if was is OriginState.NEW:
+            return ()
+        return tuple(Send(peer, Close(session=self._session, attempt=self._attempt)) for peer in self.peers)
+
+
+# ---------------------------------------------------------------- stage
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Have the engine run this step."""
+
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What the engine made of a step: hidden states are sent as the body, a token as a message."""
+
+    step: Step
+    token: int | None
+    time: HopTime
+
+
+class StageState(Enum):
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+STAGE_TRANSITIONS: Final[Mapping[tuple[StageState, type], tuple[StageState, ...]]] = {
+    (StageState.OPEN, Step): (StageState.OPEN, StageState.CLOSED),
+    (StageState.OPEN, Ran): (StageState.OPEN,),
+    (StageState.OPEN, Close): (StageState.CLOSED,),
+}
+
+
+class Stage:
+    """One session, seen from a stage of its route: who may feed it, in which order, and where to send."""
+
+    def __init__(self, opening: Open, us: str) -> None:
+        """Raises RemoteProtocolError for a route that is no chain, or does not name us at its index."""
+        route = opening.route
+        if not 0 <= opening.index < len(route) or route[opening.index].peer != us:
+            raise RemoteProtocolError(f"the route of {opening.origin} does not name us at stage {opening.index}")
+        if any(hop.first >= hop.last for hop in route) or route[0].first != 0:
+            raise RemoteProtocolError(f"the route of {opening.origin} has an empty span or does not start at layer 0")
+        if any(a.last != b.first for a, b in zip(route, route[1:], strict=False)):
+            raise RemoteProtocolError(f"the route of {opening.origin} has a gap or an overlap between its spans")
+        self.opening = opening
+        self.state = StageState.OPEN
+        self.hop = route[opening.index]
+        self.is_last = opening.index == len(route) - 1
+        if self.is_last != (opening.sampling is not None):
+            raise RemoteProtocolError(f"{opening.origin} gave sampling parameters to a stage that isn't the last one")
+        self._upstream = opening.origin if opening.index == 0 else route[opening.index - 1].peer
+        self._downstream = opening.origin if self.is_last else route[opening.index + 1].peer
+        self._next = 0  # position after the last row that was taken
+
+    def take(self, peer: str, step: Step) -> Run | None:
+        """A step came in. None: stale (another attempt, or the session is closed), ignored.
+
+        Raises:
+          RemoteProtocolError: from the wrong peer, with a gap, above the capacity, wrong number of times.
+        """
+        if self.state is StageState.CLOSED or step.attempt != self.opening.attempt:
+            return None
+        if peer != self._upstream:
+            raise RemoteProtocolError(f"{peer} sent a step, but {self._upstream} is the stage before us")
+        if step.position > self._next:
+            raise RemoteProtocolError(f"{peer} sent a step at {step.position}, but only {self._next} rows are here")
+        if step.position + step.rows > self.opening.capacity:
+            raise RemoteProtocolError(
+                f"{peer} sent rows up to {step.position + step.rows}, the session holds {self.opening.capacity}"
+            )
+        if len(step.times) != self.opening.index:
+            raise RemoteProtocolError(f"{peer} sent {len(step.times)} hop times to stage {self.opening.index}")
+        self._next = step.position + step.rows
+        return Run(step)
+
+    def ran(self, result: Ran) -> tuple[str, Message] | None:
+        """The engine is done: where to send what (the body comes beside it). None: nothing to send."""
+        if self.state is StageState.CLOSED:
+            return None
+        step = result.step
+        times = (*step.times, result.time)
+        if not self.is_last:
+            onward = Step(
+                session=step.session,
+                attempt=step.attempt,
+                position=step.position,
+                rows=step.rows,
+                sample=step.sample,
+                prefill=step.prefill,
+                sent_us=0,
+                times=times,
+            )
+            return self._downstream, onward
+        if result.token is None:
+            return None
+        position = step.position + step.rows
+        token = Token(
+            session=step.session, attempt=step.attempt, position=position, token=result.token, sent_us=0, times=times
+        )
+        return self._downstream, token
+
+    def may_close(self, peer: str) -> bool:
+        """Whether this peer may close the session: only its origin."""
+        return peer == self.opening.origin
+
+    def close(self) -> None:
+        self.state = StageState.CLOSED
+
+    def refusal(self, code: str, reason: str, retry_ms: int = 0) -> tuple[str, Refused]:
+        """End the session and tell its origin why."""
+        self.state = StageState.CLOSED
+        return self.opening.origin, refusal(self.opening, code, reason, retry_ms)
+
+
+def refusal(opening: Open, code: str, reason: str, retry_ms: int = 0) -> Refused:
+    """The answer no to an Open."""
+    return Refused(
+        session=opening.session,
+        attempt=opening.attempt,
+        index=opening.index,
+        code=code,
+        reason=reason[:500],
+        retry_ms=retry_ms,
+    )
