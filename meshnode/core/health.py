@@ -1,0 +1,193 @@
+"""Everything that can be wrong with a node, as a registry of sentences that say what to do.
+
+Services set and clear codes; `meshnode status` and `meshnode doctor` show them; nobody prints.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+from meshnode.core.clock import Monotonic, monotonic
+
+
+class Severity(IntEnum):
+    """HIGH: the mesh can't answer. MEDIUM: it copes, somebody should look. LOW: worth knowing."""
+
+    HIGH = 3
+    MEDIUM = 2
+    LOW = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Warning:
+    """One thing that can be wrong.
+
+    `sentence` is a template over the facts given to `Health.set`; `after_s` is how long it must last before
+    it is shown; `per` names the fact that tells several of the same code apart; `lasts_s` ends those that
+    report an event and that nobody clears.
+    """
+
+    code: str
+    severity: Severity
+    sentence: str
+    after_s: float = 0.0
+    per: str | None = None
+    lasts_s: float = math.inf
+
+
+_H, _M, _L = Severity.HIGH, Severity.MEDIUM, Severity.LOW
+_EVENT_S: Final = 600.0  # how long a report of something that happened stays on the screen
+
+_REGISTRY: Final = (
+    Warning(
+        "no-peers",
+        _M,
+        "No peer is connected. Start meshnode on another device and check that it can reach {addresses}; "
+        "`meshnode doctor` tests the way.",
+        after_s=20,
+    ),
+    Warning(
+        "no-model",
+        _M,
+        "The network has no model. Add one with `meshnode model add example:smollm2` on a node that may publish.",
+    ),
+    Warning(
+        "not-covered",
+        _H,
+        "Nobody serves layers {first} to {last} of {model}. Start another node, or give a node more memory "
+        "(serve.memory): {missing} are missing.",
+        after_s=10,
+    ),
+    Warning(
+        "does-not-fit",
+        _H,
+        "No layer of {model} fits into the {memory} that this node gives. Raise serve.memory to at least {needed}.",
+    ),
+    Warning("loading", _L, "This node is loading layers {first} to {last} of {model}: {progress}.", after_s=3),
+    Warning(
+        "engine-restarting",
+        _M,
+        "The engine failed {failures} times; the last reason: {reason} It is started again; "
+        "`meshnode doctor` shows its log.",
+    ),
+    Warning(
+        "probe-failed",
+        _H,
+        "A test token did not pass through the chain: {reason} `meshnode doctor` tests every hop.",
+        after_s=5,
+    ),
+    Warning(
+        "disk-low",
+        _M,
+        "{free} are left on the disk of {folder}; unpinned model files are being removed. "
+        "Free some space or lower content.quota.",
+    ),
+    Warning(
+        "clock-off",
+        _M,
+        "The clock of {peer} and ours differ by {seconds} s. Set the clocks of both devices "
+        "(timedatectl set-ntp true).",
+        per="peer",
+        lasts_s=_EVENT_S,
+    ),
+    Warning("refused-peer", _L, "{peer} was refused: {reason}", per="peer", lasts_s=_EVENT_S),
+    Warning(
+        "bad-provider",
+        _M,
+        "{peer} sent a wrong block of {cid}; nothing is fetched from it for now. "
+        "Run `meshnode model verify` on that node.",
+        per="peer",
+        lasts_s=_EVENT_S,
+    ),
+    Warning(
+        "two-writers",
+        _H,
+        "{peer} signed two different records with the same number, so its records are ignored. Two nodes may run "
+        "with the same key: never copy a data folder, run `meshnode join` on each device.",
+        per="peer",
+        lasts_s=_EVENT_S,
+    ),
+    Warning(
+        "port-in-use",
+        _M,
+        "{address} is used by another program, so {consequence} Stop that program or set {setting}.",
+        per="address",
+    ),
+)
+WARNINGS: Final = {warning.code: warning for warning in _REGISTRY}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """A warning as a person sees it."""
+
+    code: str
+    severity: Severity
+    text: str
+    since_s: float  # how long it has lasted, seconds
+    facts: dict[str, object]
+
+
+@dataclass(slots=True)
+class _Entry:
+    began: float
+    touched: float
+    facts: dict[str, object]
+
+
+class Health:
+    """What is wrong with this node right now."""
+
+    def __init__(self, now: Monotonic = monotonic) -> None:
+        self._now = now
+        self._entries: dict[tuple[str, object], _Entry] = {}
+
+    def set(self, code: str, **facts: object) -> None:
+        """Say that something is wrong, with the facts that its sentence needs. Setting again updates the facts.
+
+        Raises KeyError for a code that is not registered, ValueError when a fact is missing (both our bugs).
+        """
+        warning = WARNINGS[code]
+        missing = {name for _, name, _, _ in string.Formatter().parse(warning.sentence) if name} - facts.keys()
+        if missing:
+            raise ValueError(f"the health code {code} needs {', '.join(sorted(missing))}")
+        now = self._now()
+        key = (code, facts[warning.per] if warning.per else None)
+        known = self._entries.get(key)
+        if known is not None and now - known.touched < warning.lasts_s:
+            known.facts, known.touched = facts, now
+        else:
+            self._entries[key] = _Entry(now, now, facts)
+
+    def clear(self, code: str, **facts: object) -> None:
+        """Say that it is fine again. Without facts, every warning of the code is cleared."""
+        warning = WARNINGS[code]
+        if warning.per and warning.per in facts:
+            self._entries.pop((code, facts[warning.per]), None)
+        else:
+            for key in [key for key in self._entries if key[0] == code]:
+                del self._entries[key]
+
+    def current(self, now: float | None = None) -> list[Shown]:
+        """What is to be shown, most severe first, then oldest first."""
+        at = self._now() if now is None else now
+        shown = []
+        for key, entry in list(self._entries.items()):
+            warning = WARNINGS[key[0]]
+            if at - entry.touched >= warning.lasts_s:
+                del self._entries[key]
+            elif at - entry.began >= warning.after_s:
+                shown.append(
+                    Shown(
+                        code=warning.code,
+                        severity=warning.severity,
+                        text=warning.sentence.format(**entry.facts),
+                        since_s=at - entry.began,
+                        facts=dict(entry.facts),
+                    )
+                )
+        return sorted(shown, key=lambda s: (-s.severity, -s.since_s, s.code, s.text))
