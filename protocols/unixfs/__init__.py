@@ -1,0 +1,1 @@
+"""UnixFS files as balanced trees of content-addressed blocks; see SPEC.md."""

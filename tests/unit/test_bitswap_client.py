@@ -1,0 +1,227 @@
+"""The asking machine, event by event: windows, spreading, re-asking, end game, bans."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from protocols.bitswap import client as c
+from protocols.bitswap.client import Arrived, Banned, Client, Close, Got, Offer, PeerDown, PeerUp, Send, Tick, Want
+from protocols.bitswap.messages import Entry, PresenceType, WantType
+from protocols.ids import PeerId
+
+A, B, D = PeerId("A"), PeerId("B"), PeerId("D")
+MIB = 1 << 20
+
+
+def cid(number: int) -> bytes:
+    return bytes((1, 0x55, 0x12, 32)) + number.to_bytes(32, "big")
+
+
+def wishes(effects: Iterable[object], peer: PeerId) -> list[Entry]:
+    return [e for f in effects if isinstance(f, Send) and f.peer == peer for e in f.message.entries]
+
+
+def asked(effects: Iterable[object], peer: PeerId) -> list[int]:
+    return [int.from_bytes(e.cid[4:], "big") for e in wishes(effects, peer) if not e.cancel]
+
+
+def cancelled(effects: Iterable[object], peer: PeerId) -> list[int]:
+    return [int.from_bytes(e.cid[4:], "big") for e in wishes(effects, peer) if e.cancel]
+
+
+def start(*peers: PeerId, blocks: int = 100) -> tuple[Client, list[object]]:
+    client, out = Client(), []
+    client.handle(Offer(1, peers), 0.0)
+    for peer in peers:
+        client.handle(PeerUp(peer), 0.0)
+    out += client.handle(Want(1, {cid(i): MIB for i in range(blocks)}), 0.0)
+    return client, out
+
+
+def deliver(client: Client, peer: PeerId, number: int, now: float) -> list[object]:
+    return list(client.handle(Arrived(peer, [(cid(number), bytes(MIB))]), now))
+
+
+def finish(client: Client, peer: PeerId, owed: list[int], now: float) -> set[int]:
+    """Deliver everything the peer is asked until it is asked nothing more."""
+    came = set()
+    while owed:
+        now += 0.01
+        came.add(owed[0])
+        owed += asked(deliver(client, peer, owed.pop(0), now), peer)
+    return came
+
+
+def test_first_window_is_asked_in_order_and_marked_full() -> None:
+    _, out = start(A)
+    assert asked(out, A) == [0, 1, 2, 3]
+    sent = [f for f in out if isinstance(f, Send)]
+    assert sent[0].message.full and all(e.send_dont_have for e in sent[0].message.entries)
+
+
+def test_distinct_blocks_spread_over_peers() -> None:
+    _, out = start(A, B)
+    assert asked(out, A) == [0, 2, 4, 6]
+    assert asked(out, B) == [1, 3, 5, 7]
+
+
+def test_window_follows_the_measured_rate() -> None:
+    client, out = start(A, blocks=400)
+    owed, now = asked(out, A), 0.0
+    for _ in range(60):
+        now += 0.01  # 100 MiB/s
+        out = deliver(client, A, owed.pop(0), now)
+        owed += asked(out, A)
+    assert client.owed(A) <= c.MAX_WINDOW_BYTES
+    assert len(owed) > 8
+    for _ in range(12):
+        now += 2.0  # half a MiB per second
+        owed += asked(deliver(client, A, owed.pop(0), now), A)
+    assert len(owed) <= 12  # nothing new until the window has shrunk to one block
+    while len(owed) > 1:
+        now += 2.0
+        owed += asked(deliver(client, A, owed.pop(0), now), A)
+    assert client.owed(A) == MIB
+
+
+def test_dont_have_is_asked_elsewhere_and_cancelled_when_it_came() -> None:
+    client, out = start(A, B, blocks=2)
+    assert (asked(out, A), asked(out, B)) == ([0], [1])
+    out = client.handle(Arrived(A, [], [(cid(0), PresenceType.DONT_HAVE)]), 0.1)
+    assert asked(out, B) == [0]
+    out = deliver(client, B, 0, 0.2)
+    assert cancelled(out, A) == [0]  # the wish was still open there
+    assert [f.cid for f in out if isinstance(f, Got)] == [cid(0)]
+
+
+def test_a_block_that_nobody_has_is_asked_again_later() -> None:
+    client, _ = start(A, blocks=1)
+    out = client.handle(Arrived(A, [], [(cid(0), PresenceType.DONT_HAVE)]), 0.1)
+    assert asked(out, A) == []
+    assert client.deadline is not None and client.deadline <= 0.1 + c.RETRY_LACK_SECONDS
+    assert client.asked(1) == {A: "does not have it"}
+    assert asked(client.handle(Tick(), 0.1 + c.RETRY_LACK_SECONDS), A) == [0]
+
+
+def test_blocks_of_a_lost_peer_go_to_the_next() -> None:
+    client, out = start(A, B, blocks=8)
+    out += client.handle(PeerDown(A), 0.1)
+    assert finish(client, B, asked(out, B), 0.1) == set(range(8))
+
+
+def test_silence_is_a_stall_then_the_peer_is_given_up() -> None:
+    client, _ = start(A, blocks=2)
+    now, stalls = 0.0, []
+    while not any(s.given_up for s in stalls):
+        assert client.deadline is not None
+        now = client.deadline
+        stalls += [f for f in client.handle(Tick(), now) if isinstance(f, c.Stalled)]
+        assert now < 60
+    assert len(stalls) == c.MAX_STRIKES
+    assert client.owed(A) == 0
+    assert asked(client.handle(PeerUp(A), now), A) == [0, 1]
+
+
+def test_progress_keeps_a_slow_peer() -> None:
+    client, _ = start(A, blocks=2)
+    for second in range(1, 30):
+        client.handle(c.Progress(A), float(second))
+        assert not [f for f in client.handle(Tick(), float(second)) if isinstance(f, c.Stalled)]
+
+
+def test_wrong_bytes_ban_the_peer_with_the_reason() -> None:
+    client, first = start(A, B, blocks=8)
+    out = client.handle(Arrived(A, [(cid(999), b"lie")]), 0.1)
+    assert [f for f in out if isinstance(f, Banned)] == [
+        Banned(A, "sent 3 bytes that hash to no block it was asked for")
+    ]
+    assert finish(client, B, asked([*first, *out], B), 0.1) == set(range(8))
+    client.handle(PeerUp(A), 1.0)
+    assert client.owed(A) == 0
+    assert client.asked(1)[A].startswith("dropped, it sent 3 bytes")
+
+
+def test_an_unknown_hash_bans_too() -> None:
+    client, _ = start(A, blocks=1)
+    assert [type(f) for f in client.handle(Arrived(A, [(None, b"x")]), 0.1)] == [Banned]
+
+
+def test_repeated_blocks_are_tolerated_up_to_a_limit() -> None:
+    client, _ = start(A, blocks=1)
+    deliver(client, A, 0, 0.1)
+    for _ in range(c.MAX_SURPLUS):
+        assert deliver(client, A, 0, 0.2) == []
+    assert client.wasted_bytes == c.MAX_SURPLUS * MIB
+    assert [type(f) for f in deliver(client, A, 0, 0.3)] == [Banned]
+
+
+def test_end_game_asks_the_fast_peer_for_what_the_slow_one_owes() -> None:
+    client, out = start(A, B, blocks=12)
+    fast, now = asked(out, B), 0.0
+    slow = asked(out, A)
+    while fast:
+        now += 0.02
+        out = deliver(client, B, fast.pop(0), now)
+        fast += asked(out, B)
+    while not fast:
+        assert client.deadline is not None and now < c.STALL_SECONDS
+        now = max(now, client.deadline)
+        fast += asked(client.handle(Tick(), now), B)
+    assert set(fast) <= set(slow)
+    out = deliver(client, B, fast[0], now + 0.01)
+    assert cancelled(out, A) == [fast[0]]
+    assert not [f for f in deliver(client, A, fast[0], now + 0.02) if isinstance(f, Got | Banned)]
+
+
+def test_equal_peers_get_no_duplicates() -> None:
+    client, out = start(A, B, blocks=40)
+    owed = {A: asked(out, A), B: asked(out, B)}
+    now, total = 0.0, 0
+    while owed[A] or owed[B]:
+        now += 0.005
+        for peer in (A, B):
+            if owed[peer]:
+                total += 1
+                out = deliver(client, peer, owed[peer].pop(0), now)
+                for other in (A, B):
+                    owed[other] += asked(out, other)
+    assert (total, client.wasted_bytes) == (40, 0)
+
+
+def test_uncertain_peers_are_asked_whether_they_have_it() -> None:
+    client = Client()
+    client.handle(PeerUp(D), 0.0)
+    client.handle(Offer(1, (D,), certain=False), 0.0)
+    out = client.handle(Want(1, {cid(0): MIB, cid(1): MIB}), 0.0)
+    assert {e.want_type for e in wishes(out, D)} == {WantType.HAVE}
+    out = client.handle(Arrived(D, [], [(cid(0), PresenceType.HAVE)]), 0.1)
+    assert asked(out, D) == [0, 1]
+    assert {e.want_type for e in wishes(out, D)} == {WantType.BLOCK}
+
+
+def test_sessions_share_a_peer_and_closing_one_cancels_only_its_own() -> None:
+    client = Client()
+    client.handle(PeerUp(A), 0.0)
+    client.handle(Offer(1, (A,)), 0.0)
+    client.handle(Offer(2, (A,)), 0.0)
+    client.handle(Want(1, {cid(0): MIB}), 0.0)
+    client.handle(Want(2, {cid(0): MIB, cid(9): MIB}), 0.0)
+    assert cancelled(client.handle(Close(1), 0.1), A) == []
+    out = deliver(client, A, 0, 0.2)
+    assert [f.sessions for f in out if isinstance(f, Got)] == [(2,)]
+    assert cancelled(client.handle(Close(2), 0.3), A) == [9]
+    assert client.owed(A) == 0
+    assert client.deadline is None
+
+
+def test_a_new_session_starts_while_another_is_long() -> None:
+    client, out = start(A)
+    client.handle(Offer(2, (A,)), 0.0)
+    client.handle(Want(2, {cid(500): MIB}), 0.0)
+    owed = asked(out, A)
+    for count in range(1, 6):
+        out = deliver(client, A, owed.pop(0), count / 10)
+        owed += asked(out, A)
+        if 500 in owed:
+            return
+    raise AssertionError("the second session waits for the whole first one")

@@ -1,0 +1,168 @@
+"""The tree of a file: CIDs that other tools compute, arithmetic of the layout, strict reading of nodes."""
+
+from __future__ import annotations
+
+import hashlib
+
+import aleph_cid
+import pytest
+
+from protocols.errors import RemoteProtocolError
+from protocols.ids import cid_from_bytes
+from protocols.unixfs.assembly import Assembly
+from protocols.unixfs.builder import Builder, Tree, file_cid
+from protocols.unixfs.layout import CHUNK_BYTES, Layout, node_bytes
+from protocols.unixfs.node import Link, Node, decode, encode
+
+KUBO_CHUNK = 1 << 18  # the oracle has no option for the chunk size
+
+
+def pattern(size: int) -> bytes:
+    """Bytes that differ from chunk to chunk."""
+    block = hashlib.sha256(size.to_bytes(8, "big")).digest() * 64
+    return b"".join(i.to_bytes(4, "big") + block[4:] for i in range(-(-size // 2048)))[:size]
+
+
+def build(data: bytes, *, chunk: int = CHUNK_BYTES, width: int = 174, step: int = 100_000) -> Tree:
+    builder = Builder(chunk=chunk, width=width)
+    for start in range(0, len(data), step):
+        builder.update(data[start : start + step])
+    return builder.finish()
+
+
+@pytest.mark.parametrize(
+    "size",
+    [0, 1, KUBO_CHUNK - 1, KUBO_CHUNK, KUBO_CHUNK + 1, 174 * KUBO_CHUNK, 174 * KUBO_CHUNK + 1, 175 * KUBO_CHUNK],
+)
+def test_root_equals_the_independent_oracle(size: int) -> None:
+    data = pattern(size)
+    oracle = aleph_cid.CidHasher.for_ipfs_v1_raw_leaves()
+    oracle.update(data)
+    assert build(data, chunk=KUBO_CHUNK).root == oracle.finalize()
+
+
+def test_our_chunk_size_gives_the_known_roots() -> None:
+    assert file_cid(b"") == "bafkreihdwdcefgh4dqkjv67uzcmw7ojee6xedzdetojuzjevtenxquvyku"
+    assert file_cid(b"hello\n") == "bafkreicysg23kiwv34eg2d7qweipxwosdo2py4ldv42nbauguluen5v6am"
+
+
+def test_pieces_do_not_matter() -> None:
+    data = pattern(5000)
+    roots = {build(data, chunk=700, width=3, step=step).root for step in (1, 13, 699, 700, 701, 5000)}
+    assert len(roots) == 1
+
+
+@pytest.mark.parametrize("leaves", [1, 2, 3, 4, 9, 10, 27, 28, 81, 82])
+def test_layout_foresees_every_node(leaves: int) -> None:
+    data = pattern(leaves * 64 - 7)
+    tree = build(data, chunk=64, width=3)
+    layout = tree.layout
+    assert len(tree.inner) == sum(layout.counts[1:])
+    blocks = iter(tree.inner)
+    for level in range(1, layout.depth + 1):
+        for index in range(layout.counts[level]):
+            _, block = next(blocks)
+            node = decode(block)
+            assert tuple((link.tsize, link.size) for link in node.links) == layout.links(level, index)
+            assert len(block) == node_bytes(layout.links(level, index))
+            assert node.size == layout.file_bytes(level, index)
+    ranges = [layout.leaf_range(i) for i in range(layout.leaves)]
+    assert sum(length for _, length in ranges) == len(data)
+    assert all(layout.leaf_at(offset) == i for i, (offset, _) in enumerate(ranges))
+
+
+def test_layout_of_absurd_sizes_is_refused() -> None:
+    for size in (-1, 1 << 45, 1 << 70):
+        with pytest.raises(RemoteProtocolError):
+            Layout(size)
+    with pytest.raises(RemoteProtocolError):
+        Layout(1 << 40, 1)  # 2**40 leaves
+
+
+def put_together(tree: Tree, data: bytes, root: str, size: int) -> bytes:
+    """Feed an assembly from a tree, last wanted block first."""
+    blocks = dict(tree.inner)
+    layout = tree.layout
+    for index, cid in enumerate(tree.leaves):
+        offset, length = layout.leaf_range(index)
+        blocks[cid] = data[offset : offset + length]
+    assembly = Assembly(root, size)
+    out = bytearray(size)
+    while not assembly.complete:
+        cid = list(assembly.wanted())[-1]
+        block = blocks[cid]
+        if assembly.is_leaf(cid):
+            assert assembly.size_of(cid) == len(block)
+            for _, offset in assembly.add_leaf(cid, len(block)):
+                out[offset : offset + len(block)] = block
+        else:
+            assembly.add_node(cid, block)
+    assert assembly.done_bytes == size
+    return bytes(out)
+
+
+@pytest.mark.parametrize("size", [0, 5, 1 << 20, (1 << 20) + 1, 3 << 20, (3 << 20) + 17])
+def test_assembly_puts_a_file_together(size: int) -> None:
+    data = pattern(size)
+    tree = build(data)
+    assert put_together(tree, data, tree.root, size) == data
+
+
+@pytest.mark.parametrize("size", [3 << 20, (350 << 18) + 5])
+def test_equal_chunks_arrive_once_and_fill_every_place(size: int) -> None:
+    data = bytes(size)
+    tree = build(data, chunk=1 << 18)
+    assert put_together(tree, data, tree.root, size) == data
+
+
+def test_assembly_refuses_a_wrong_size() -> None:
+    data = pattern(3 << 20)
+    tree = build(data)
+    for size in ((3 << 20) - 1, (3 << 20) + 1, 1, 1 << 40):
+        assembly = Assembly(tree.root, size)
+        with pytest.raises(RemoteProtocolError):
+            assembly.add_node(*tree.inner[-1])
+        assert not assembly.complete
+    with pytest.raises(RemoteProtocolError):
+        Assembly(file_cid(b"small"), 2 << 20)
+    with pytest.raises(RemoteProtocolError):
+        small = Assembly(file_cid(b"small"), 6)
+        small.add_leaf(small.root, 5)
+
+
+def test_a_tree_that_names_itself_or_mixes_levels_is_refused() -> None:
+    """A hash cycle can't be made, but a tree may name inner nodes where leaves belong."""
+    size = 2 << 20
+    inner = bytes((1, 0x70, 0x12, 32)) + bytes(32)
+    leaf = bytes((1, 0x55, 0x12, 32)) + bytes(32)
+    for cids in ((inner, inner), (leaf, inner)):
+        links = tuple(
+            Link(cid, tsize, part) for cid, (tsize, part) in zip(cids, Layout(size).links(1, 0), strict=True)
+        )
+        block = encode(Node(links))
+        root = cid_from_bytes(bytes((1, 0x70, 0x12, 32)) + hashlib.sha256(block).digest())
+        assembly = Assembly(root, size)
+        with pytest.raises(RemoteProtocolError, match="same level"):
+            assembly.add_node(assembly.root, block)
+
+
+def test_nodes_that_lie_are_refused() -> None:
+    leaf = bytes((1, 0x55, 0x12, 32)) + bytes(range(32))
+    good = encode(Node((Link(leaf, 100, 100), Link(leaf, 7, 7))))
+    assert decode(good).size == 107
+    lies = {
+        "no data": good[: good.rindex(b"\x0a")],
+        "total": good.replace(b"\x18\x6b", b"\x18\x6c"),
+        "type": good.replace(b"\x08\x02\x18", b"\x08\x01\x18"),
+        "trailing": good + b"\x0a\x00",
+        "tsize": encode(Node((Link(leaf, 99, 100),))),
+        "zero": encode(Node((Link(leaf, 0, 0),))),
+        "sha3": good.replace(leaf, bytes((1, 0x55, 0x16, 32)) + bytes(range(32))),
+        "v0": good.replace(leaf, b"\x12\x20" + bytes(34)),
+        "empty": b"",
+        "huge": bytes((1 << 20) + 1),
+    }
+    for name, block in lies.items():
+        with pytest.raises(RemoteProtocolError):
+            decode(block)
+            pytest.fail(name)
