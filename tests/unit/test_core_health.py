@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import re
+import string
+
+import pytest
+
+from meshnode.core.health import WARNINGS, Health, Severity
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_warning_is_shown_only_after_its_delay() -> None:
+    clock = Clock()
+    health = Health(clock)
+    health.set("no-peers", addresses="/ip4/192.0.2.1/tcp/4331")
+    assert health.current() == []
+    health.set("no-peers", addresses="/ip4/192.0.2.2/tcp/4331")  # the delay counts from the first time
+    assert [w.code for w in health.current(clock.now + 20)] == ["no-peers"]
+    assert "192.0.2.2" in health.current(clock.now + 20)[0].text
+    health.clear("no-peers")
+    assert health.current(clock.now + 100) == []
+
+
+def test_the_most_severe_comes_first() -> None:
+    health = Health(Clock())
+    health.set("refused-peer", peer="a", reason="Its invite has expired.")
+    health.set("no-model")
+    health.set("does-not-fit", model="m", memory="1MB", needed="2MB")
+    assert [w.severity for w in health.current()] == [Severity.HIGH, Severity.MEDIUM, Severity.LOW]
+
+
+def test_several_peers_are_told_apart_and_events_fade() -> None:
+    clock = Clock()
+    health = Health(clock)
+    health.set("refused-peer", peer="a", reason="It has no ticket.")
+    health.set("refused-peer", peer="b", reason="It has no ticket.")
+    assert len(health.current()) == 2
+    health.clear("refused-peer", peer="a")
+    assert [w.facts["peer"] for w in health.current()] == ["b"]
+    assert health.current(clock.now + 600) == []
+    health.set("refused-peer", peer="b", reason="It has no ticket.")
+    health.clear("refused-peer")
+    assert health.current() == []
+
+
+def test_an_unknown_code_and_a_missing_fact_are_bugs() -> None:
+    health = Health(Clock())
+    with pytest.raises(KeyError):
+        health.set("no-such-code")
+    with pytest.raises(ValueError, match="addresses"):
+        health.set("no-peers")
+
+
+@pytest.mark.parametrize("code", WARNINGS)
+def test_every_sentence_is_one(code: str) -> None:
+    warning = WARNINGS[code]
+    assert re.fullmatch(r"[a-z]+(-[a-z]+)*", code)
+    facts = {name for _, name, _, _ in string.Formatter().parse(warning.sentence) if name}
+    assert warning.per is None or warning.per in facts
+    text = warning.sentence.format(
+        **{name: "It is so." if name in ("reason", "consequence") else "X" for name in facts}
+    )
+    assert text[0].isupper()
+    assert text.endswith(".")

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import structlog
+
+from meshnode.core import log
+from meshnode.core.errors import DiskError
+
+PEER = "12D3KooWK99VoVxNE7XzyBwXEzW7xhK7Gpv85r9F3V3fyKSUKPH5"
+
+
+@pytest.fixture(autouse=True)
+def restore() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def lines(stream: io.StringIO) -> list[dict[str, object]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_events_are_json_with_short_ids_and_without_secrets() -> None:
+    out = io.StringIO()
+    log.set_up(level="info", format="auto", stream=out)
+    facts = {"prompt": "my diary", "deep": {"secret": "x"}, "data": b"abc", "peers": [PEER]}
+    log.get_logger("test").info("peer.connected", peer=PEER, **facts)
+    log.get_logger("test").debug("peer.seen", peer=PEER)
+    (line,) = lines(out)
+    assert line["event"] == "peer.connected"
+    assert line["peer"] == "12D3…KPH5"
+    assert line["peers"] == ["12D3…KPH5"]
+    assert line["data"] == "(3 bytes)"
+    assert "diary" not in out.getvalue()
+    assert line["deep"] == {"secret": "(not logged)"}
+
+
+def test_debug_shows_whole_ids() -> None:
+    out = io.StringIO()
+    log.set_up(level="debug", format="json", stream=out)
+    log.get_logger("test").debug("peer.seen", peer=PEER)
+    assert lines(out)[0]["peer"] == PEER
+
+
+def test_an_exception_comes_with_its_traceback() -> None:
+    out = io.StringIO()
+    log.set_up(level="info", format="json", stream=out)
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        log.get_logger("test").exception("handler.failed")
+    assert "ValueError: broken" in str(lines(out)[0]["exception"])
+
+
+def test_repeats_are_collapsed_and_counted() -> None:
+    now = [0.0]
+    collapse = log.CollapseRepeats(lambda: now[0])
+
+    def written(**event: object) -> dict[str, object] | None:
+        try:
+            return dict(collapse(None, "info", {"event": "a.seen", "level": "info", **event}))
+        except structlog.DropEvent:
+            return None
+
+    assert written(n=1) is not None
+    assert written(n=1) is None
+    assert written(n=1) is None
+    assert written(n=2) is not None
+    assert written(n=1, level="debug") is not None
+    now[0] = log.REPEAT_S
+    again = written(n=1)
+    assert again is not None
+    assert again["repeated"] == 2
+    for n in range(1000):
+        written(n=n)
+    assert len(collapse._seen) <= 256
+
+
+def test_a_file_is_appended_to(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "node.log"
+    log.set_up(level="info", format="auto", file=path)
+    log.get_logger("test").info("node.started")
+    log.set_up(level="info", format="json", file=path)
+    log.get_logger("test").info("node.stopped")
+    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["node.started", "node.stopped"]
+    with pytest.raises(DiskError, match="can't be written"):
+        log.set_up(level="info", format="json", file=tmp_path)
