@@ -1,0 +1,57 @@
+"""Adverts as placement sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import median_low
+from typing import Final
+
+from meshnode.policy.model_facts import Range
+from meshnode.policy.placement import Node
+from protocols.advert.messages import DRAINING, SERVING, Advert, Span
+from protocols.ids import PeerId
+
+UNMEASURED_LAYER_US: Final = 1000  # assumed for a layer while nobody has measured one
+
+
+def layer_us_of(view: Mapping[PeerId, Advert]) -> dict[PeerId, int]:
+    """Microseconds per layer and row of each peer; who has not measured yet counts as the median of the others."""
+    known = [a.layer_decode_us for _, a in sorted(view.items()) if a.layer_decode_us]
+    usual = median_low(known) if known else UNMEASURED_LAYER_US
+    return {peer: advert.layer_decode_us or usual for peer, advert in sorted(view.items())}
+
+
+def nodes_of(view: Mapping[PeerId, Advert], manifest: str, variant: str, layers: int) -> tuple[Node, ...]:
+    """The peers that give memory to serving and do not leave, sorted by peer id.
+
+    A span or target of another release counts as none. A peer that drains keeps its span (it still serves
+    sessions) but is not planned with.
+    """
+
+    def here(span: Span | None) -> Range | None:
+        if span is None or (span.manifest, span.variant) != (manifest, variant):
+            return None
+        return (span.first, span.last) if span.first < span.last <= layers else None
+
+    speed = layer_us_of(view)
+    out = []
+    for peer, advert in sorted(view.items()):
+        if advert.leaving:
+            continue
+        serving = advert.serving
+        span = here(serving.span) if serving is not None and serving.state in (SERVING, DRAINING) else None
+        if not advert.memory_bytes and span is None:
+            continue
+        out.append(
+            Node(
+                peer=peer,
+                memory_bytes=advert.memory_bytes,
+                max_layers=advert.max_layers,
+                rate=max(1, 1_000_000_000 // speed[peer]),
+                span=span,
+                target=here(serving.target) if serving is not None else None,
+                epoch=serving.epoch if serving is not None else 0,
+                draining=serving is not None and serving.state == DRAINING,
+            )
+        )
+    return tuple(out)

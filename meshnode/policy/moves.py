@@ -1,0 +1,176 @@
+"""When a node moves: what it should serve next, and whether it may leave what it serves now.
+
+A move is worth it when a layer has no holder, or when the worst covered layer reaches less than `KEEP` of what
+a fresh plan would give it. At most `MOVERS` nodes move in one time slot; every node computes who they are, and
+only a node that finds itself among them acts. While the mesh answers (every layer is served), no node leaves a
+layer that it alone serves. While it does not answer there is nothing to protect, and all nodes go to their
+places at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import Final
+
+from meshnode.policy.model_facts import ModelFacts, Range
+from meshnode.policy.placement import Node, Plan, coverage_of, plan, runs, windows_of
+
+KEEP_MILLI: Final = 850  # stay while the bottleneck is at least this part (thousandths) of the planned one
+MOVERS: Final = 2
+SLOT_MS: Final = 30_000  # the right to move first is drawn anew this often
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """Nothing to do. `why` is for logs."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """Go to `target`.
+
+    exclusive: memory can't hold both, so the old span goes before the new one comes (break before make).
+    urgent: no complete chain is served, so nobody loses anything while we move.
+    """
+
+    target: Range
+    source: Range | None
+    exclusive: bool
+    urgent: bool
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Guards:
+    """Who keeps the layers that we leave."""
+
+    holders: tuple[tuple[str, Range], ...]  # ask each of them to hold this range
+    missing: tuple[Range, ...]  # nobody could: these must not be left
+
+
+def unserved(facts: ModelFacts, nodes: Iterable[Node]) -> tuple[Range, ...]:
+    """Runs of layers that nobody serves at this moment, whatever was announced."""
+    covered = {layer for node in nodes if node.span for layer in range(*node.span)}
+    return runs(layer for layer in range(facts.layers) if layer not in covered)
+
+
+def slot_of(wall_ms: int) -> int:
+    return wall_ms // SLOT_MS
+
+
+def rank(peer: str, number: int) -> bytes:
+    """Priority of a peer in a slot, or of its intent with this epoch; the higher one wins."""
+    return sha256(f"meshnode/rank/1:{peer}:{number}".encode()).digest()
+
+
+def best_possible(facts: ModelFacts, nodes: Iterable[Node]) -> int:
+    """An upper bound for any plan's bottleneck: all work that the nodes can do, spread evenly."""
+    total = 0
+    for node in nodes:
+        windows = windows_of(facts, node.memory_bytes, node.max_layers)
+        total += max((node.rate * 1000 * (b - a) // facts.span_work(a, b) for a, b in windows), default=0)
+    return total // facts.layers
+
+
+def wanted_plan(facts: ModelFacts, nodes: Sequence[Node]) -> Plan:
+    """The plan that the mesh should move to from where it is: the present places, unless a layer is uncovered
+    or a better arrangement is worth the moves."""
+    live = [n for n in nodes if not n.draining]
+    kept = plan(facts, live, reshuffle=bool(unserved(facts, nodes)))
+    if kept.holes or kept.reshuffled or not any(n.place for n in live):
+        return kept
+    if kept.bottleneck * 1000 >= best_possible(facts, live) * KEEP_MILLI:
+        return kept
+    better = plan(facts, live, ideal=True, reshuffle=False)
+    return better if kept.bottleneck * 1000 < better.bottleneck * KEEP_MILLI else kept
+
+
+def _movers(facts: ModelFacts, nodes: Sequence[Node], wanted: Plan, slot: int) -> frozenset[str]:
+    """The peers whose turn it is: those whose move alone helps most, with disjoint present spans."""
+    places = {n.peer: n.place for n in nodes if n.place is not None and not n.draining}
+    choices = []
+    for node in nodes:
+        new = wanted.spans.get(node.peer)
+        if node.span is None or node.target is not None or node.draining or new is None or new == node.span:
+            continue
+        if node.span[0] <= new[0] and new[1] <= node.span[1]:
+            continue  # giving up layers alone helps nobody
+        after = coverage_of(facts, nodes, {**places, node.peer: new})
+        key = (sum(1 for rate in after if rate), min(after), rank(node.peer, slot))
+        choices.append((key, node.peer, node.span))
+    choices.sort(reverse=True)
+    chosen: list[tuple[str, Range]] = []
+    for _, peer, span in choices:
+        if len(chosen) < MOVERS and all(span[1] <= other[0] or other[1] <= span[0] for _, other in chosen):
+            chosen.append((peer, span))
+    return frozenset(peer for peer, _ in chosen)
+
+
+def decide(facts: ModelFacts, nodes: Sequence[Node], me: str, slot: int) -> Move | Stay:
+    """What the node `me` should do now, given what everybody advertised (itself included).
+
+    While it has an announced target, the answer says whether that is still right: Stay, or another Move.
+    """
+    mine = next((n for n in nodes if n.peer == me), None)
+    if mine is None or mine.draining:
+        return Stay("this node takes no layers")
+    wanted = wanted_plan(facts, nodes)
+    target = wanted.spans.get(me)
+    if target is None:
+        return Stay("not even one layer fits into the memory of this node")
+    if target == mine.place:
+        return Stay("this node is in its place")
+    urgent = bool(unserved(facts, nodes))
+    if mine.span is None:
+        return Move(target=target, source=None, exclusive=False, urgent=urgent, why="this node has no layers yet")
+    if mine.target is None or mine.target != target:
+        everybody = wanted.reshuffled and urgent
+        # A node that already announced is judged as if it had not: its own intent is what is in question.
+        view = [n if n.peer != me else replace(n, target=None) for n in nodes]
+        if not everybody and me not in _movers(facts, view, wanted, slot):
+            return Stay("others move first")
+    exclusive = facts.need(*mine.span) + facts.need(*target) > mine.memory_bytes
+    why = "layers have no holder" if urgent else "another place serves the mesh better"
+    return Move(target=target, source=mine.span, exclusive=exclusive, urgent=urgent, why=why)
+
+
+def abandoned(source: Range | None, target: Range, *, exclusive: bool) -> tuple[Range, ...]:
+    """The layers of `source` that are without us after (or, if exclusive, during) the move."""
+    if source is None:
+        return ()
+    return runs(layer for layer in range(*source) if exclusive or not target[0] <= layer < target[1])
+
+
+def guards_of(nodes: Iterable[Node], me: str, leaving: Iterable[Range]) -> Guards:
+    """Peers that together serve all layers we leave and have not announced to leave them."""
+    able: dict[str, set[int]] = {}
+    for node in sorted(nodes, key=lambda n: n.peer):
+        if node.peer == me or node.draining or node.span is None:
+            continue
+        kept = set(range(*node.span))
+        able[node.peer] = kept & set(range(*node.target)) if node.target is not None else kept
+    open_layers = {layer for span in leaving for layer in range(*span)}
+    holders: list[tuple[str, Range]] = []
+    while open_layers:
+        peer = max(able, key=lambda p: (len(able[p] & open_layers), p), default=None)
+        if peer is None or not able[peer] & open_layers:
+            break
+        holders += [(peer, span) for span in runs(sorted(able[peer] & open_layers))]
+        open_layers -= able[peer]
+    return Guards(tuple(holders), runs(sorted(open_layers)))
+
+
+def outranked(nodes: Iterable[Node], me: str, epoch: int, leaving: Sequence[Range]) -> str | None:
+    """A serving peer whose live intent leaves some of the same layers and has priority over ours."""
+    ours = {layer for span in leaving for layer in range(*span)}
+    for node in sorted(nodes, key=lambda n: n.peer):
+        if node.peer == me or node.span is None or node.target is None:
+            continue
+        theirs = set(range(*node.span)) - set(range(*node.target))
+        if ours & theirs and rank(node.peer, node.epoch) > rank(me, epoch):
+            return node.peer
+    return None

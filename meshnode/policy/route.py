@@ -1,0 +1,225 @@
+"""Which chain of stages one session uses.
+
+A layered graph over (layer, peer): from a boundary, a peer that serves the next layer can run to the end of its
+span, or to any layer where another span begins or ends (engines split a span on demand, at a small price).
+Dijkstra over the boundaries gives the cheapest chain. At every boundary only two candidates are looked at,
+drawn in proportion to their speed: advertised load is always stale, and if everybody took the best peer, all
+would take the same one (Mitzenmacher, "The power of two choices", 2001). Our own work that an advert can't
+show yet is added to what it says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Final
+
+from meshnode.policy.mesh_view import layer_us_of
+from meshnode.policy.model_facts import Range
+from meshnode.policy.placement import runs
+from protocols.advert.messages import INTENT, LOADING, SERVING, Advert, Serving
+from protocols.ids import PeerId, short
+from protocols.pipe.messages import MAX_STAGES, Hop
+
+CANDIDATES: Final = 2  # peers looked at per boundary
+UNKNOWN_ROUND_TRIP_US: Final = 150_000  # Petals' value for a link that nobody has measured
+HOP_US: Final = 800  # every hop costs this much besides the wire: fewer stages win between equals
+CUT_US: Final = 200  # entering or leaving a span inside it
+FULL_US: Final = 10_000_000  # a peer without a free session is the last choice
+BANDWIDTH_BYTES_MS: Final = 12_500  # 100 Mbit/s, where the link is not loopback
+ROW_BYTES: Final = 4096  # hidden state of one token, if the caller does not know better
+
+
+@dataclass(frozen=True, slots=True)
+class NoRoute:
+    """Why there is no chain, as a sentence, and when asking again makes sense."""
+
+    reason: str
+    retry_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    peer: PeerId
+    incarnation: int
+    first: int
+    last: int
+    layer_us: int  # one row through one layer
+    wait_us: int  # before our step is taken up
+
+
+def round_trip_us(view: Mapping[PeerId, Advert], one: PeerId, other: PeerId) -> int:
+    """Microseconds between two peers, as either measured it; 0 to oneself and between peers on one machine."""
+    if one == other:
+        return 0
+    known = [
+        trip.us
+        for here, there in ((one, other), (other, one))
+        if here in view
+        for trip in view[here].round_trips
+        if trip.peer == there
+    ]
+    if known:
+        return min(known)
+    both_local = all(peer in view and _is_local(view[peer]) for peer in (one, other))
+    return 0 if both_local else UNKNOWN_ROUND_TRIP_US
+
+
+def _is_local(advert: Advert) -> bool:
+    """Whether the peer can only be reached on the machine it runs on."""
+    local = ("/ip4/127.", "/ip6/::1/")
+    return bool(advert.addresses) and all(address.startswith(local) for address in advert.addresses)
+
+
+def _serves(serving: Serving | None, manifest: str, variant: str, layers: int) -> bool:
+    if serving is None or serving.state != SERVING or serving.span is None:
+        return False
+    span = serving.span
+    return (span.manifest, span.variant) == (manifest, variant) and span.first < span.last <= layers
+
+
+def _draw(stages: list[_Stage], seed: int, boundary: int) -> list[_Stage]:
+    """`CANDIDATES` of the stages, drawn without replacement in proportion to their speed."""
+    left = list(stages)
+    out: list[_Stage] = []
+    while left and len(out) < CANDIDATES:
+        weights = [max(1, 1_000_000_000 // (stage.layer_us + stage.wait_us)) for stage in left]
+        text = f"meshnode/route/1:{seed}:{boundary}:{len(out)}".encode()
+        ticket = int.from_bytes(sha256(text).digest()[:8], "big") % sum(weights)
+        for index, weight in enumerate(weights):
+            ticket -= weight
+            if ticket < 0:
+                out.append(left.pop(index))
+                break
+    return out
+
+
+def plan_route(
+    view: Mapping[PeerId, Advert],
+    manifest: str,
+    variant: str,
+    layers: int,
+    origin: PeerId,
+    seed: int,
+    in_flight: Mapping[PeerId, int] | None = None,
+    avoid: Collection[PeerId] = (),
+    *,
+    row_bytes: int = ROW_BYTES,
+) -> tuple[Hop, ...] | NoRoute:
+    """The chain of stages for a new session, or why there is none.
+
+    Args:
+      view: live adverts, ours included if we serve.
+      layers: of the whole model.
+      seed: draws the candidates; another seed spreads load differently.
+      in_flight: our own sessions per peer that run now.
+      avoid: peers that failed us a moment ago.
+      row_bytes: size of one hidden state.
+    """
+    busy = in_flight or {}
+    speed = layer_us_of(view)
+    stages: list[_Stage] = []
+    for peer, advert in sorted(view.items()):
+        serving = advert.serving
+        if advert.leaving or peer in avoid or serving is None or not _serves(serving, manifest, variant, layers):
+            continue
+        assert serving.span is not None
+        first, last = serving.span.first, serving.span.last
+        layer_us = max(1, serving.decode_us // (last - first) if serving.decode_us else speed[peer])
+        mine = busy.get(peer, 0)
+        wait = serving.queue_us + mine * layer_us * (last - first)
+        if serving.max_sessions and max(serving.sessions, mine) >= serving.max_sessions:
+            wait += FULL_US
+        stages.append(_Stage(peer, advert.incarnation, first, last, layer_us, wait))
+    chain = _cheapest(view, stages, layers, origin, seed, row_bytes)
+    if chain is None:
+        return _why_not(view, stages, manifest, variant, layers, avoid)
+    if len(chain) > MAX_STAGES:
+        return NoRoute(f"the shortest chain has {len(chain)} stages; {MAX_STAGES} are possible", 30_000)
+    return tuple(Hop(peer=s.peer, incarnation=s.incarnation, first=a, last=b) for s, (a, b) in chain)
+
+
+def _cheapest(
+    view: Mapping[PeerId, Advert], stages: list[_Stage], layers: int, origin: PeerId, seed: int, row_bytes: int
+) -> list[tuple[_Stage, Range]] | None:
+    cuts = sorted({0, layers, *(s.first for s in stages), *(s.last for s in stages)})
+
+    def link(one: PeerId, other: PeerId) -> int:
+        if one == other:
+            return 0
+        trip = round_trip_us(view, one, other)
+        return HOP_US + trip // 2 + (row_bytes * 1000 // BANDWIDTH_BYTES_MS if trip else 0)
+
+    # Boundaries are passed in order, so every label is final when its boundary is reached. A label is the
+    # cheapest way to a boundary whose last stage ran on that peer: cost, stages so far, and the chain.
+    Label = tuple[int, int, list[tuple[_Stage, Range]]]
+    best: dict[int, dict[PeerId, Label]] = {0: {origin: (0, 0, [])}}
+    for at in cuts[:-1]:
+        if at not in best:
+            continue
+        able = [s for s in stages if s.first <= at < s.last]
+        drawn = _draw(able, seed, at)
+        if at == 0:
+            drawn += [s for s in able if s.peer == origin and s not in drawn]
+        for before, (cost, count, chain) in best[at].items():
+            for stage in drawn:
+                if any(stage.peer == earlier.peer for earlier, _ in chain):
+                    continue  # an engine runs one range of layers per session
+                start = cost + link(before, stage.peer) + stage.wait_us + (CUT_US if at != stage.first else 0)
+                for end in cuts:
+                    if not at < end <= stage.last:
+                        continue
+                    total = start + (end - at) * stage.layer_us + (CUT_US if end != stage.last else 0)
+                    if end == layers:
+                        total += link(stage.peer, origin)
+                    ends = best.setdefault(end, {})
+                    if stage.peer not in ends or (total, count + 1) < ends[stage.peer][:2]:
+                        ends[stage.peer] = (total, count + 1, [*chain, (stage, (at, end))])
+    done = best.get(layers)
+    if not done:
+        return None
+    return min(done.items(), key=lambda item: (item[1][0], item[1][1], item[0]))[1][2]
+
+
+def in_words(ranges: Collection[Range]) -> str:
+    """Layer ranges for people, last layer included: "layers 0 to 9 and layer 12"."""
+    parts = [f"layer {a}" if b - a == 1 else f"layers {a} to {b - 1}" for a, b in ranges]
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + f" and {parts[-1]}"
+
+
+def _why_not(
+    view: Mapping[PeerId, Advert],
+    stages: list[_Stage],
+    manifest: str,
+    variant: str,
+    layers: int,
+    avoid: Collection[PeerId],
+) -> NoRoute:
+    covered = {layer for s in stages for layer in range(s.first, s.last)}
+    holes = runs(layer for layer in range(layers) if layer not in covered)
+    words = in_words(holes)
+    shunned = sorted(
+        peer
+        for peer in avoid
+        if peer in view
+        and _serves(serving := view[peer].serving, manifest, variant, layers)
+        and serving is not None
+        and serving.span is not None
+        and any(a < serving.span.last and serving.span.first < b for a, b in holes)
+    )
+    loading = sum(
+        1
+        for advert in view.values()
+        if advert.serving is not None
+        and advert.serving.target is not None
+        and advert.serving.state in (INTENT, LOADING, SERVING)
+    )
+    verb = "is" if len(holes) == 1 and holes[0][1] - holes[0][0] == 1 else "are"
+    if shunned:
+        names = ", ".join(short(peer) for peer in shunned)
+        return NoRoute(f"{words} {verb} held only by peers that failed a moment ago ({names})", 5_000)
+    if loading:
+        nodes = "1 node is loading" if loading == 1 else f"{loading} nodes are loading"
+        return NoRoute(f"{words} {verb} held by nobody; {nodes}", 2_000)
+    return NoRoute(f"{words} {verb} held by nobody, and no node is loading", 10_000)
