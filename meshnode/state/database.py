@@ -1,0 +1,285 @@
+"""The small durable state of a node in one SQLite file: invites, peers met, signed records.
+
+Calls block, shortly: one indexed statement or transaction on a file of some kilobytes, well under a
+millisecond on a disk and a few milliseconds where a commit is flushed. Services call them directly. Several
+processes may open the file at the same time (`meshnode invite` beside a running node): WAL, and a writer waits
+for another one for at most two seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from meshnode.core.errors import ConfigError, Declined, DiskError
+from meshnode.state.port import Invite
+from protocols.ids import PeerId, short
+from protocols.membership.trust import day
+
+BUSY_SECONDS: Final = 2.0
+MAX_ADDRESSES: Final = 8  # kept per peer, last seen first
+MAX_PEERS: Final = 256  # kept, last seen first
+
+# Numbered from 1, append only: a file written by any earlier version is brought up to date when it is opened.
+MIGRATIONS: Final = (
+    """
+    CREATE TABLE invites (
+        id BLOB PRIMARY KEY, secret_hash BLOB NOT NULL, roles TEXT NOT NULL, uses INTEGER NOT NULL,
+        created_ms INTEGER NOT NULL, expires_ms INTEGER NOT NULL, member_ms INTEGER NOT NULL
+    ) WITHOUT ROWID;
+    CREATE TABLE redemptions (
+        invite BLOB NOT NULL REFERENCES invites(id) ON DELETE CASCADE, peer TEXT NOT NULL, at_ms INTEGER NOT NULL,
+        PRIMARY KEY (invite, peer)
+    ) WITHOUT ROWID;
+    CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+    CREATE TABLE peers (
+        peer TEXT NOT NULL, address TEXT NOT NULL, seen_ms INTEGER NOT NULL, PRIMARY KEY (peer, address)
+    ) WITHOUT ROWID;
+    CREATE TABLE records (
+        kind TEXT NOT NULL, signer TEXT NOT NULL, data BLOB NOT NULL, PRIMARY KEY (kind, signer)
+    ) WITHOUT ROWID;
+    """,
+)
+_COLUMNS: Final = "id, secret_hash, roles, uses, created_ms, expires_ms, member_ms"
+
+
+class Database:
+    """One open state file. Close it with `close` or use it in a `with` block. For one thread."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or make the file, mode 0600, and bring it up to date.
+
+        Raises DiskError (can't be opened or is no database), ConfigError (written by a newer version).
+        """
+        self.path = path
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite's side files take the mode of this one
+            self._db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+        except (OSError, sqlite3.Error) as error:
+            raise DiskError(f"the state file {path} can't be opened: {error}") from error
+        try:
+            with self._guard():
+                self._db.execute("PRAGMA journal_mode=WAL")
+                self._db.execute("PRAGMA synchronous=NORMAL")
+                self._db.execute("PRAGMA foreign_keys=ON")
+                self._migrate()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def close(self) -> None:
+        self._db.close()
+
+    def __enter__(self) -> Database:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise DiskError(
+                f"the state file {self.path} can't be used: {error}. Free some disk space; if it is damaged, move it "
+                "away while the node is stopped (open invites and remembered addresses are lost with it)"
+            ) from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._guard():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # a full disk may have ended it already
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _migrate(self) -> None:
+        self._db.execute("CREATE TABLE IF NOT EXISTS migrations (number INTEGER PRIMARY KEY)")
+        with self._transaction():
+            (done,) = self._db.execute("SELECT coalesce(max(number), 0) FROM migrations").fetchone()
+            if done > len(MIGRATIONS):
+                raise ConfigError(
+                    f"{self.path} was written by a newer meshnode (format {done}, this one knows {len(MIGRATIONS)}). "
+                    "Update meshnode on this device."
+                )
+            for number in range(done + 1, len(MIGRATIONS) + 1):
+                for statement in MIGRATIONS[number - 1].split(";"):
+                    self._db.execute(statement)
+                self._db.execute("INSERT INTO migrations VALUES (?)", (number,))
+
+    # Invites
+
+    def add_invite(self, invite: Invite) -> None:
+        """Write a new invite into the ledger."""
+        with self._transaction():
+            self._db.execute(
+                f"INSERT INTO invites ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    invite.id,
+                    invite.secret_hash,
+                    ",".join(invite.roles),
+                    invite.uses,
+                    invite.created_ms,
+                    invite.expires_ms,
+                    invite.member_ms,
+                ),
+            )
+
+    def invites(self) -> tuple[Invite, ...]:
+        """The ledger, oldest first."""
+        with self._guard():
+            rows = self._db.execute(
+                f"SELECT {_COLUMNS}, (SELECT count(*) FROM redemptions WHERE invite = id) FROM invites "
+                "ORDER BY created_ms, id"
+            ).fetchall()
+        return tuple(_invite(row) for row in rows)
+
+    def revoke_invite(self, invite: bytes) -> bool:
+        """Strike an invite from the ledger; whether it was there."""
+        with self._transaction():
+            return self._db.execute("DELETE FROM invites WHERE id = ?", (invite,)).rowcount > 0
+
+    def redeem(self, invite: bytes, secret: bytes, peer: PeerId, wall_ms: int, *, not_before_ms: int = 0) -> Invite:
+        """See `port.Ledger`. One transaction, flushed to the disk: a power cut does not give a use back."""
+        with self._guard():
+            self._db.execute("PRAGMA synchronous=FULL")
+        try:
+            with self._transaction():
+                return self._redeem(invite, secret, peer, wall_ms, not_before_ms)
+        finally:
+            with self._guard():
+                self._db.execute("PRAGMA synchronous=NORMAL")
+
+    def _redeem(self, id_: bytes, secret: bytes, peer: PeerId, wall_ms: int, not_before_ms: int) -> Invite:
+        row = self._db.execute(
+            f"SELECT {_COLUMNS}, (SELECT count(*) FROM redemptions WHERE invite = id) FROM invites WHERE id = ?",
+            (id_,),
+        ).fetchone()
+        # One sentence for "unknown" and "wrong secret": a guesser learns nothing.
+        if row is None or not hmac.compare_digest(row[1], hashlib.sha256(secret).digest()):
+            raise Declined(
+                "forbidden",
+                "this node has no such invite. It may have been revoked, or made on another node: a ticket is "
+                "redeemed at the node that made it",
+                peer=peer,
+            )
+        invite = _invite(row)
+        if invite.expires_ms and invite.expires_ms <= wall_ms:
+            raise Declined(
+                "invite-expired",
+                f"the ticket expired on {day(invite.expires_ms)}; ask for a new one (meshnode invite)",
+                peer=peer,
+            )
+        if not_before_ms and invite.created_ms <= not_before_ms:
+            raise Declined(
+                "forbidden",
+                f"the membership of {short(peer)} was withdrawn on {day(not_before_ms)}, after this ticket was made; "
+                "only a new ticket lets it in again",
+                peer=peer,
+            )
+        mine = self._db.execute("SELECT 1 FROM redemptions WHERE invite = ? AND peer = ?", (id_, peer)).fetchone()
+        if mine is None:
+            if invite.uses and invite.used >= invite.uses:
+                times = "once" if invite.uses == 1 else f"{invite.uses} times"
+                raise Declined(
+                    "invite-used",
+                    f"the ticket was used {times}, which is all it allows; ask for a new one (meshnode invite)",
+                    peer=peer,
+                )
+            self._db.execute("INSERT INTO redemptions VALUES (?, ?, ?)", (id_, peer, wall_ms))
+        return invite
+
+    def next_serial(self) -> int:
+        """See `port.Ledger`."""
+        with self._transaction():
+            (value,) = self._db.execute(
+                "INSERT INTO counters VALUES ('serial', 1) ON CONFLICT (name) DO UPDATE SET value = value + 1 "
+                "RETURNING value"
+            ).fetchone()
+        return int(value)
+
+    # Peers
+
+    def remember_peer(self, peer: PeerId, addresses: Sequence[str], wall_ms: int) -> None:
+        """Note where a peer was met just now. The oldest addresses and peers above the limits are dropped."""
+        with self._transaction():
+            self._db.executemany(
+                "INSERT INTO peers VALUES (?, ?, ?) "
+                "ON CONFLICT (peer, address) DO UPDATE SET seen_ms = max(seen_ms, excluded.seen_ms)",
+                [(peer, address, wall_ms) for address in addresses[:MAX_ADDRESSES]],
+            )
+            self._db.execute(
+                "DELETE FROM peers WHERE peer = ?1 AND address NOT IN "
+                "(SELECT address FROM peers WHERE peer = ?1 ORDER BY seen_ms DESC, address LIMIT ?2)",
+                (peer, MAX_ADDRESSES),
+            )
+            self._db.execute(
+                "DELETE FROM peers WHERE peer NOT IN "
+                "(SELECT peer FROM peers GROUP BY peer ORDER BY max(seen_ms) DESC, peer LIMIT ?)",
+                (MAX_PEERS,),
+            )
+
+    def known_peers(self) -> dict[PeerId, tuple[str, ...]]:
+        """See `port.Peers`."""
+        with self._guard():
+            rows = self._db.execute("SELECT peer, address FROM peers ORDER BY seen_ms DESC, peer, address").fetchall()
+        out: dict[PeerId, tuple[str, ...]] = {}
+        for peer, address in rows:
+            out[PeerId(peer)] = (*out.get(PeerId(peer), ()), address)
+        return out
+
+    def forget_peer(self, peer: PeerId) -> None:
+        with self._transaction():
+            self._db.execute("DELETE FROM peers WHERE peer = ?", (peer,))
+
+    # Signed records
+
+    def put_record(self, kind: str, signer: str, data: bytes) -> None:
+        """Keep one record per (kind, signer); the new one takes the place of the old one."""
+        with self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO records VALUES (?, ?, ?)", (kind, signer, data))
+
+    def record(self, kind: str, signer: str) -> bytes | None:
+        with self._guard():
+            row = self._db.execute(
+                "SELECT data FROM records WHERE kind = ? AND signer = ?", (kind, signer)
+            ).fetchone()
+        return None if row is None else bytes(row[0])
+
+    def records(self, kind: str) -> dict[str, bytes]:
+        """Data by signer, ordered by signer."""
+        with self._guard():
+            rows = self._db.execute(
+                "SELECT signer, data FROM records WHERE kind = ? ORDER BY signer", (kind,)
+            ).fetchall()
+        return {signer: bytes(data) for signer, data in rows}
+
+    def remove_record(self, kind: str, signer: str) -> None:
+        with self._transaction():
+            self._db.execute("DELETE FROM records WHERE kind = ? AND signer = ?", (kind, signer))
+
+
+def _invite(row: tuple[bytes, bytes, str, int, int, int, int, int]) -> Invite:
+    id_, secret_hash, roles, uses, created_ms, expires_ms, member_ms, used = row
+    return Invite(
+        id=id_,
+        secret_hash=secret_hash,
+        roles=tuple(roles.split(",")) if roles else (),
+        uses=uses,
+        created_ms=created_ms,
+        expires_ms=expires_ms,
+        member_ms=member_ms,
+        used=used,
+    )

@@ -1,0 +1,154 @@
+"""What /meshnode/hello/1 says, and the signed records that membership rests on. See SPEC.md.
+
+Network, Certificate and Withdrawal travel as signed records of the domains "network", "member" and
+"withdrawal"; the signer of a certificate or withdrawal is the signer of its record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from protocols.codec import Union, at, message
+
+PROTOCOL: Final = "/meshnode/hello/1"
+TOPIC: Final = "/meshnode/membership/1"  # gossip of one Roster per message
+
+NETWORK: Final = "network"
+MEMBER: Final = "member"
+WITHDRAWAL: Final = "withdrawal"
+
+SERVE, TRAIN, PUBLISH, VOTE, ADMIN = "serve", "train", "publish", "vote", "admin"
+ROLES: Final = (SERVE, TRAIN, PUBLISH, VOTE, ADMIN)
+
+STRANGER, OTHER_NETWORK, EXPIRED, CLOCK = "stranger", "other-network", "expired", "clock"
+INVITE_EXPIRED, INVITE_USED, FORBIDDEN = "invite-expired", "invite-used", "forbidden"
+CODES: Final = (STRANGER, OTHER_NETWORK, EXPIRED, CLOCK, INVITE_EXPIRED, INVITE_USED, FORBIDDEN)
+
+MAX_CHAIN: Final = 3  # founder -> admin -> admin -> member
+MAX_RECORD: Final = 4096  # bytes of one signed record inside a message
+MAX_MESSAGE: Final = 64 * 1024  # bytes; a Roster of 48 chains, and what one gossip message carries
+MAX_CLOCK_MS: Final = 600_000  # clocks that differ by more can't agree on what has expired
+HELLO_SECONDS: Final = 5.0  # from the connection to the last Welcome
+
+NONCE_BYTES: Final = 16
+PROOF_BYTES: Final = 32  # HMAC-SHA256
+SECRET_BYTES: Final = 32  # the network secret
+INVITE_BYTES: Final = 16  # id of an invite
+INVITE_SECRET_BYTES: Final = 16  # 128 bits: can't be guessed over the wire
+SEALED_BYTES: Final = 24 + 16 + SECRET_BYTES  # SecretBox: nonce, tag, network secret
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """Who may vouch for members. Signed by one of the founders; its id is a hash of founders and nonce."""
+
+    name: str = at(1, limit=64)  # for people
+    nonce: bytes = at(2, size=NONCE_BYTES)
+    founders: tuple[bytes, ...] = at(3, limit=8, size=32)  # Ed25519 public keys, sorted
+    created_ms: int = at(4)  # UTC milliseconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """A peer is a member with these roles, says the signer (a founder, or the admin before it in the chain)."""
+
+    network: str = at(1, limit=32)
+    peer: str = at(2, limit=64)
+    roles: tuple[str, ...] = at(3, limit=8)  # in the order of ROLES
+    issued_ms: int = at(4)  # UTC milliseconds
+    expires_ms: int = at(5, default=0)  # UTC milliseconds; 0: never
+    serial: int = at(6, default=0)  # counts the certificates of one signer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Withdrawal:
+    """A peer's certificates issued up to `issued_ms` give at most the roles it `keeps`; none: it is out."""
+
+    network: str = at(1, limit=32)
+    peer: str = at(2, limit=64)
+    keeps: tuple[str, ...] = at(3, limit=8)
+    issued_ms: int = at(4)  # UTC milliseconds
+    reason: str = at(5, limit=200)
+    chain: tuple[bytes, ...] = at(6, limit=MAX_CHAIN, default=())  # of the signer; empty for a founder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """Certificates from one signed by a founder to the member's own."""
+
+    certificates: tuple[bytes, ...] = at(1, limit=MAX_CHAIN)  # signed records
+
+
+@message(tag=1)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """First message of each side. The answerer's carries its proof, for it has seen both nonces."""
+
+    network: str = at(1, limit=32)
+    nonce: bytes = at(2, size=NONCE_BYTES)
+    chain: tuple[bytes, ...] = at(3, limit=MAX_CHAIN)
+    software: str = at(4, limit=32)
+    name: str = at(5, limit=64)
+    wall_ms: int = at(6)  # the sender's clock, UTC milliseconds
+    proof: bytes | None = at(8, size=PROOF_BYTES)
+
+
+@message(tag=2)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Welcome:
+    """You are admitted. The asker's carries its proof."""
+
+    wall_ms: int = at(1)
+    proof: bytes | None = at(2, size=PROOF_BYTES)
+
+
+@message(tag=3)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """No, and why: a sentence that the people on both sides can act on."""
+
+    code: str = at(1, limit=32)
+    reason: str = at(2, limit=500)
+
+
+@message(tag=4)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Join:
+    """First message of a peer that holds a ticket."""
+
+    network: str = at(1, limit=32)
+    invite: bytes = at(2, size=INVITE_BYTES)
+    secret: bytes = at(3, size=INVITE_SECRET_BYTES)
+    name: str = at(4, limit=64)
+    software: str = at(5, limit=32)
+    wall_ms: int = at(6)
+
+
+@message(tag=5)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Granted:
+    """The answer to a Join: everything a member needs."""
+
+    network: bytes = at(1, limit=MAX_RECORD)  # signed record
+    chain: tuple[bytes, ...] = at(2, limit=MAX_CHAIN)  # ends with the joiner's certificate
+    sealed: bytes = at(3, size=SEALED_BYTES)  # the network secret, see `sealing.py`
+    wall_ms: int = at(4)
+
+
+@message(tag=6)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roster:
+    """After both Welcomes, and by gossip: members and withdrawals that the sender knows."""
+
+    members: tuple[Chain, ...] = at(1, limit=48, default=())
+    withdrawals: tuple[bytes, ...] = at(2, limit=16, default=())  # signed records
+
+
+Message = Hello | Welcome | Refused | Join | Granted | Roster
+HELLO: Final[Union[Message]] = Union(PROTOCOL, Hello, Welcome, Refused, Join, Granted, Roster, limit=MAX_MESSAGE)
+
+
+def printable(text: str) -> str:
+    """Text of a peer, safe on a terminal: characters that can't be shown become a middle dot."""
+    return "".join(c if c.isprintable() else "·" for c in text)
