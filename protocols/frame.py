@@ -39,30 +39,32 @@ class FrameReader:
         self._buffer = bytearray()
 
     def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Frame]:
-        """Add bytes and yield every frame that is complete.
+        """Add bytes now; iterate to take every frame that is complete (those not taken come with the next call).
 
-        Raises:
-          RemoteProtocolError: a length above the limits (before anything of that size is buffered).
+        Raises, while iterating:
+          RemoteProtocolError: a length above the limits (before anything of that size is buffered). The
+            stream can't be read any further.
         """
+        self._buffer += data
+        return self._frames()
+
+    def _frames(self) -> Iterator[Frame]:
         buffer = self._buffer
-        buffer += data
-        offset = 0
-        try:
-            while len(buffer) - offset >= PREFIX_BYTES:
-                header = int.from_bytes(buffer[offset : offset + 4], "big")
-                body = int.from_bytes(buffer[offset + 4 : offset + 8], "big")
-                if header > self._max_header or body > self._max_body:
-                    raise RemoteProtocolError(
-                        f"a frame of {header} + {body} bytes; the limits are {self._max_header} + {self._max_body}"
-                    )
-                end = offset + PREFIX_BYTES + header + body
-                if len(buffer) < end:
-                    break
-                start = offset + PREFIX_BYTES
-                offset = end
-                yield Frame(bytes(buffer[start : start + header]), bytes(buffer[start + header : end]))
-        finally:
-            del buffer[:offset]
+        while len(buffer) >= PREFIX_BYTES:
+            header = int.from_bytes(buffer[:4], "big")
+            body = int.from_bytes(buffer[4:8], "big")
+            if header > self._max_header or body > self._max_body:
+                raise RemoteProtocolError(
+                    f"a frame of {header} + {body} bytes; the limits are {self._max_header} + {self._max_body}"
+                )
+            middle = PREFIX_BYTES + header
+            end = middle + body
+            if len(buffer) < end:
+                return
+            with memoryview(buffer) as view:
+                frame = Frame(bytes(view[PREFIX_BYTES:middle]), bytes(view[middle:end]))
+            del buffer[:end]  # cheap: a bytearray only moves its start
+            yield frame
 
     @property
     def pending(self) -> int:

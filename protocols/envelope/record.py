@@ -13,7 +13,7 @@ from nacl.exceptions import BadSignatureError
 from nacl.signing import SigningKey, VerifyKey
 
 from protocols.codec import at, decode, encode
-from protocols.errors import RemoteProtocolError
+from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import PeerId, peer_id_of
 
 MAX_RECORD_BYTES: Final = 64 * 1024  # fits a GossipSub message with room
@@ -43,9 +43,16 @@ def _signed_bytes(domain: str, payload: bytes) -> bytes:
 
 
 def sign_record(key: SigningKey, domain: str, payload: bytes) -> bytes:
-    """The encoded, signed record."""
+    """The encoded, signed record.
+
+    Raises:
+      LocalProtocolError: the record would be larger than `MAX_RECORD_BYTES`.
+    """
     signature = key.sign(_signed_bytes(domain, payload)).signature
-    return encode(SignedRecord(domain=domain, signer=bytes(key.verify_key), payload=payload, signature=signature))
+    data = encode(SignedRecord(domain=domain, signer=bytes(key.verify_key), payload=payload, signature=signature))
+    if len(data) > MAX_RECORD_BYTES:
+        raise LocalProtocolError(f"a {domain!r} record of {len(data)} bytes; the limit is {MAX_RECORD_BYTES}")
+    return data
 
 
 def open_record(data: bytes, *, domain: str | None = None) -> Opened:
