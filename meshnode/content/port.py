@@ -1,11 +1,14 @@
 """What services see of the content store. Implemented by `blob_store.py`.
 
+`Content` is what everybody may use; `Store` adds what the content service needs to serve and to fetch.
+
 A *file* is a UnixFS DAG named by its root CID, kept once on disk as a plain file; its blocks are ranges of
 that file. A *block* is a small dag-cbor object (a manifest), kept whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -46,3 +49,52 @@ class Content(Protocol):
         """CIDs of the complete files and blocks held."""
 
     def usage(self) -> StoreUsage: ...
+
+
+class Partial(Protocol):
+    """A file that is being fetched: verified blocks go in, in any order, and are safe against a kill.
+
+    Its methods block (disk); call them in a thread, one at a time.
+    """
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+
+    @property
+    def done_bytes(self) -> int:
+        """Bytes of the file that are verified and written."""
+
+    @property
+    def complete(self) -> bool: ...
+
+    def wanted(self) -> dict[bytes, int]:
+        """Missing blocks that are known by name: binary CID -> bytes (an upper bound for the root)."""
+
+    def write(self, blocks: Sequence[tuple[bytes, bytes | bytearray | memoryview]]) -> dict[bytes, int]:
+        """Keep blocks whose hash the caller has checked; returns what is wanted from now on besides.
+
+        Raises ModelError when the tree under this CID is not a file of this size, DiskError.
+        """
+
+    def finish(self) -> Path:
+        """Make it a file of the store (fsync, atomic rename) and close. Only when `complete`."""
+
+    def close(self) -> None:
+        """Stop here; what was written is found again by the next `open_partial`."""
+
+
+class Store(Content, Protocol):
+    def open_partial(self, cid: Cid, size: int) -> Partial | Path:
+        """Begin or go on with a fetch; the path when the file is complete. Blocking: call it in a thread.
+
+        Every block left by an earlier fetch is hashed again before it counts.
+        Raises DiskError (quota, no room), ModelError (no file of this size can have this CID), Declined
+        `busy` when another process fetches it into the same folder.
+        """
+
+    def block_size(self, cid: bytes) -> int | None:
+        """Bytes of a block that we hold under this binary CID, whatever it belongs to; None if we do not."""
+
+    def read_blocks(self, cids: Sequence[bytes]) -> list[bytes | None]:
+        """Bytes of blocks by binary CID; None for one that is gone. Blocking: call it in a thread."""

@@ -7,7 +7,6 @@ deeper or larger than its size allows, and a wrong one is refused at its root.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -84,19 +83,24 @@ class Assembly:
     def is_leaf(self, cid: bytes) -> bool:
         return cid[1] == RAW
 
-    def add_leaf(self, cid: bytes, length: int) -> list[tuple[int, int]]:
-        """A wanted leaf whose hash was checked; returns (index, file offset) of each place it fills.
+    def unfilled(self, cid: bytes) -> list[tuple[int, int]]:
+        """(index, file offset) of each place that a wanted leaf fills."""
+        layout, known = self._layout, self._known.get(cid)
+        if layout is None or known is None or known.level:
+            return []
+        return [(index, layout.leaf_range(index)[0]) for index in known.places[known.filled :]]
+
+    def add_leaf(self, cid: bytes, length: int) -> None:
+        """A wanted leaf whose hash was checked is in its places.
 
         Raises RemoteProtocolError when its length is not that of its place: the tree lies about its sizes.
         """
-        layout, known = self._layout, self._known[cid]
-        if layout is None or known.level or known.size != length:
+        known = self._known[cid]
+        if known.level or known.size != length:
             raise RemoteProtocolError(f"a leaf has {length} bytes, the tree states {known.size} for its place")
-        places = known.places[known.filled :]
+        self.done_bytes += length * (len(known.places) - known.filled)
         known.filled = len(known.places)
         del self._missing[cid]
-        self.done_bytes += length * len(places)
-        return [(index, layout.leaf_range(index)[0]) for index in places]
 
     def add_node(self, cid: bytes, block: bytes | bytearray | memoryview) -> dict[bytes, int]:
         """A wanted inner node whose hash was checked; returns the blocks that are wanted from now on.
@@ -150,10 +154,3 @@ class Assembly:
             f"its root states {sum(size for _, size in stated)} bytes under {len(stated)} links; a file of "
             f"{self._size} bytes in chunks of 1 MiB or 256 KiB looks different"
         )
-
-    def leaves(self) -> Iterator[tuple[bytes, int]]:
-        """(CID, index) of every leaf that is here."""
-        for cid, known in self._known.items():
-            if known.level == 0:
-                for index in known.places[: known.filled]:
-                    yield cid, index

@@ -93,8 +93,9 @@ def put_together(tree: Tree, data: bytes, root: str, size: int) -> bytes:
         block = blocks[cid]
         if assembly.is_leaf(cid):
             assert assembly.size_of(cid) == len(block)
-            for _, offset in assembly.add_leaf(cid, len(block)):
+            for _, offset in assembly.unfilled(cid):
                 out[offset : offset + len(block)] = block
+            assembly.add_leaf(cid, len(block))
         else:
             assembly.add_node(cid, block)
     assert assembly.done_bytes == size
