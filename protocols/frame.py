@@ -25,9 +25,12 @@ class Frame:
 
 def pack(header: bytes, body: bytes | memoryview = b"") -> bytes:
     """One frame as bytes. Raises LocalProtocolError above the limits."""
-    if len(header) > MAX_HEADER_BYTES or len(body) > MAX_BODY_BYTES:
-        raise LocalProtocolError(f"a frame of {len(header)} + {len(body)} bytes is above the limit")
-    return b"".join((len(header).to_bytes(4, "big"), len(body).to_bytes(4, "big"), header, body))
+    size = body.nbytes if isinstance(body, memoryview) else len(body)  # a view of floats counts floats
+    if len(header) > MAX_HEADER_BYTES or size > MAX_BODY_BYTES:
+        raise LocalProtocolError(
+            f"a frame of {len(header)} + {size} bytes; the limits are {MAX_HEADER_BYTES} + {MAX_BODY_BYTES}"
+        )
+    return b"".join((len(header).to_bytes(4, "big"), size.to_bytes(4, "big"), header, body))
 
 
 class FrameReader:

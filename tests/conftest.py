@@ -10,9 +10,7 @@ from hypothesis import HealthCheck, settings
 
 SEED = int(os.environ.get("SEED", random.SystemRandom().randrange(1 << 31)))
 
-settings.register_profile(
-    "meshnode", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
-)
+settings.register_profile("meshnode", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.load_profile("meshnode")
 
 

@@ -84,7 +84,9 @@ def test_layer(folder: str) -> None:
 def test_services_do_not_know_each_other() -> None:
     broken = []
     for path in sorted((ROOT / "meshnode/services").glob("*.py")):
-        others = {f"meshnode.services.{p.stem}" for p in path.parent.glob("*.py")} - {f"meshnode.services.{path.stem}"}
+        others = {f"meshnode.services.{p.stem}" for p in path.parent.glob("*.py")} - {
+            f"meshnode.services.{path.stem}"
+        }
         broken += [f"{path.name} imports {name}" for name in sorted(imports(path) & others)]
     assert not broken, "\n".join(broken)
 
