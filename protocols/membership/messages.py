@@ -26,8 +26,10 @@ INVITE_EXPIRED, INVITE_USED, FORBIDDEN = "invite-expired", "invite-used", "forbi
 CODES: Final = (STRANGER, OTHER_NETWORK, EXPIRED, CLOCK, INVITE_EXPIRED, INVITE_USED, FORBIDDEN)
 
 MAX_CHAIN: Final = 3  # founder -> admin -> admin -> member
-MAX_RECORD: Final = 4096  # bytes of one signed record inside a message
-MAX_MESSAGE: Final = 64 * 1024  # bytes; a Roster of 48 chains, and what one gossip message carries
+MAX_RECORD: Final = 4096  # bytes of a signed network record
+MAX_CERTIFICATE: Final = 640  # bytes of a signed certificate; ours have about 300
+MAX_WITHDRAWAL: Final = 2048  # bytes of a signed withdrawal; chain and reason inside
+MAX_MESSAGE: Final = 64 * 1024  # bytes; a Roster of 24 longest chains fits, and one gossip message carries it
 MAX_CLOCK_MS: Final = 600_000  # clocks that differ by more can't agree on what has expired
 HELLO_SECONDS: Final = 5.0  # from the connection to the last Welcome
 

@@ -23,8 +23,10 @@ from protocols.membership.messages import (
     CLOCK,
     EXPIRED,
     FORBIDDEN,
+    MAX_CERTIFICATE,
     MAX_CHAIN,
     MAX_CLOCK_MS,
+    MAX_WITHDRAWAL,
     MEMBER,
     OTHER_NETWORK,
     ROLES,
@@ -125,6 +127,8 @@ class Trust:
         return standing
 
     def _link(self, above: Standing | None, data: bytes, wall_ms: int) -> Standing:
+        if len(data) > MAX_CERTIFICATE:
+            raise Untrusted(STRANGER, f"it shows a certificate of {len(data)} bytes; {MAX_CERTIFICATE} is the limit")
         try:
             opened = _open(bytes(data), MEMBER)
             certificate = decode(Certificate, opened.payload)
@@ -192,6 +196,8 @@ class Trust:
         Raises:
           Untrusted: badly encoded or signed, of another network, from the future, or its signer may not do it.
         """
+        if len(data) > MAX_WITHDRAWAL:
+            raise Untrusted(STRANGER, f"a withdrawal has {len(data)} bytes; {MAX_WITHDRAWAL} is the limit")
         try:
             opened = _open(bytes(data), WITHDRAWAL)
             withdrawal = decode(Withdrawal, opened.payload)
