@@ -67,6 +67,12 @@ _REGISTRY: Final = (
         _H,
         "No layer of {model} fits into the {memory} that this node gives. Raise serve.memory to at least {needed}.",
     ),
+    Warning(
+        "span-failed",
+        _M,
+        "Layers {first} to {last} of {model} could not be fetched or opened: {reason} It is tried again by itself.",
+        after_s=5,
+    ),
     Warning("loading", _L, "This node is loading layers {first} to {last} of {model}: {progress}.", after_s=3),
     Warning(
         "engine-restarting",

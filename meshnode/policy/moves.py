@@ -138,6 +138,33 @@ def decide(facts: ModelFacts, nodes: Sequence[Node], me: str, slot: int) -> Move
     return Move(target=target, source=mine.span, exclusive=exclusive, urgent=urgent, why=why)
 
 
+def still_right(facts: ModelFacts, nodes: Sequence[Node], me: str, epoch: int, *, protect: bool) -> str | None:
+    """Whether the announced move of `me` should go on, given the newest view (with its target): None, or why not.
+
+    Args:
+      protect: the move was judged to need the promises of others, because the mesh answered.
+    """
+    mine = next((n for n in nodes if n.peer == me), None)
+    if mine is None or mine.target is None:
+        return "this node has announced nothing"
+    if wanted_plan(facts, nodes).spans.get(me) != mine.target:
+        return "by now another place serves the mesh better"
+    exclusive = mine.span is not None and facts.need(*mine.span) + facts.need(*mine.target) > mine.memory_bytes
+    leaving = abandoned(mine.span, mine.target, exclusive=exclusive)
+    if not leaving:
+        return None
+    if not unserved(facts, nodes) and not protect:
+        return "by now the mesh answers, and must not lose the layers that this node serves"
+    if protect:
+        missing = guards_of(nodes, me, leaving).missing
+        if missing:
+            return f"nobody else keeps layers {missing[0][0]} to {missing[0][1] - 1}"
+        rival = outranked(nodes, me, epoch, leaving)
+        if rival is not None:
+            return f"{rival} leaves some of the same layers and comes first"
+    return None
+
+
 def abandoned(source: Range | None, target: Range, *, exclusive: bool) -> tuple[Range, ...]:
     """The layers of `source` that are without us after (or, if exclusive, during) the move."""
     if source is None:

@@ -11,7 +11,8 @@ the order of the nodes along the layers finds a cover whenever there is one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import sha256
 from typing import Final
 
@@ -36,7 +37,7 @@ class Node:
     rate: int = 1_000_000  # thousandths of a layer per second
     span: Range | None = None  # what it serves now
     target: Range | None = None  # what it announced to move to, or is loading
-    epoch: int = 0  # number of the intent behind `target`
+    epoch: int = field(default=0, compare=False)  # number of the intent behind `target`; no part of a plan
     draining: bool = False  # takes no new sessions and leaves
 
     @property
@@ -49,7 +50,7 @@ class Node:
 class Plan:
     """A span for each node that gets one, and what stays uncovered."""
 
-    spans: Mapping[str, Range]
+    spans: Mapping[str, Range]  # read only: plans are shared
     coverage: tuple[int, ...]  # per layer: thousandths of a token per second that its nodes can do together
     reshuffled: bool  # nobody's present place was taken into account
 
@@ -326,6 +327,9 @@ def cover(windows: Sequence[tuple[Range, ...]], layers: int) -> list[tuple[int, 
 
 def _reshuffle(board: _Board) -> bool:
     """Place everybody anew so that no hole is left. False when nothing covers the model."""
+    widest = [max(last - first for first, last in board.windows[n.peer]) for n in board.nodes]
+    if sum(widest) < board.facts.layers:
+        return False
     board.restore({})
     board.fill()
     board.sweep()
@@ -349,7 +353,12 @@ def plan(facts: ModelFacts, nodes: Iterable[Node], *, ideal: bool = False, reshu
         it unless a hole forces one to move. Ideal from the start when nobody has a place yet.
       reshuffle: when single moves close no hole, everybody may get another place.
     """
-    live = sorted((n for n in nodes if not n.draining), key=lambda n: n.peer)
+    live = tuple(sorted((n for n in nodes if not n.draining), key=lambda n: n.peer))
+    return _plan(facts, live, ideal, reshuffle)
+
+
+@lru_cache(maxsize=32)  # the same view is looked at by several decisions
+def _plan(facts: ModelFacts, live: tuple[Node, ...], ideal: bool, reshuffle: bool) -> Plan:
     board = _Board(facts, live)
     places = {n.peer: n.place for n in board.nodes if n.place is not None and n.place[1] <= facts.layers}
     board.restore(places)
