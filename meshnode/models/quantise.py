@@ -10,13 +10,12 @@ the one with the smallest squared error is kept, which matters most for a checkp
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
+from meshnode.models.expression import Array
 from meshnode.models.precision import BLOCK, Precision
-
-Array = np.ndarray[Any, Any]
 
 _ROWS: Final = 512  # blocks' worth of rows worked on at a time: bounds the memory of the search
 
