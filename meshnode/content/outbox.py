@@ -1,0 +1,92 @@
+"""What waits to be written to one peer: our wishes first, then our answers, over one long-lived stream."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import trio
+
+from meshnode.net.port import Stream
+from protocols.bitswap.messages import Message, frame_parts
+from protocols.ids import PeerId
+
+
+class Outbox:
+    """The messages for one peer and the loop that writes them.
+
+    It is bounded by those who fill it: wishes by the windows of the asking machine, answers by the two that
+    the answering machine allows under way.
+    """
+
+    def __init__(self, peer: PeerId) -> None:
+        self.peer = peer
+        self.sessions: set[int] = set()  # fetches that ask this peer
+        self.trouble = ""  # why the last stream could not be opened or broke
+        self._wishes: deque[Message] = deque()
+        self._answers: deque[tuple[Message, Callable[[bool], None]]] = deque()
+        self._wake = trio.Event()
+        self._scope: trio.CancelScope | None = None
+
+    @property
+    def needed(self) -> bool:
+        """Whether a stream should be open: a fetch asks this peer, or something waits."""
+        return bool(self.sessions or self._wishes or self._answers)
+
+    def ask(self, message: Message) -> None:
+        """Queue wishes. They go before every answer that is not being written yet."""
+        self._wishes.append(message)
+        self.wake()
+
+    def answer(self, message: Message, sent: Callable[[bool], None]) -> None:
+        """Queue an answer; `sent` is called with whether it was written."""
+        self._answers.append((message, sent))
+        self.wake()
+
+    def wake(self) -> None:
+        """Look again: something changed."""
+        self._wake.set()
+
+    def drop(self) -> None:
+        """Forget the current stream; the loop that keeps it opens a new one if it is needed."""
+        if self._scope is not None:
+            self._scope.cancel()
+
+    def clear(self) -> None:
+        """Forget everything that waits."""
+        self._wishes.clear()
+        while self._answers:
+            self._answers.popleft()[1](False)
+
+    async def wait(self) -> None:
+        """Until something is queued or `wake` is called. If cancelled: nothing happened."""
+        await self._wake.wait()
+        self._wake = trio.Event()
+
+    async def pump(self, stream: Stream, *, idle_seconds: float) -> None:
+        """Write until `drop`, or until nothing was needed for a while.
+
+        Raises PeerUnreachable. If cancelled: a message may be half written; close the stream.
+        """
+        with trio.CancelScope() as self._scope:
+            while True:
+                while self._wishes or self._answers:
+                    if self._wishes:
+                        await _write(stream, self._wishes.popleft())
+                        continue
+                    message, sent = self._answers.popleft()
+                    written = False
+                    try:
+                        await _write(stream, message)
+                        written = True
+                    finally:
+                        sent(written)
+                with trio.move_on_after(idle_seconds) as idle:
+                    await self.wait()
+                if idle.cancelled_caught and not self.needed:
+                    return
+
+
+async def _write(stream: Stream, message: Message) -> None:
+    for part in frame_parts(message):
+        await stream.send_all(part if isinstance(part, bytes) else memoryview(part))
