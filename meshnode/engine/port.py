@@ -72,14 +72,19 @@ class Engine(Protocol):
         Raises Declined `busy` (no slot or no KV memory), `too-long` (above the context), `fenced` (not our span).
         """
 
-    async def step(self, session: SessionId, *, position: int, rows: int, data: bytes, sample: bool) -> StepResult:
+    async def step(
+        self, session: SessionId, *, position: int, rows: int, data: bytes, sample: bool, prefill: bool = False
+    ) -> StepResult:
         """Run `rows` positions from `position` on: int32 token ids when first == 0, else float32 hidden states.
 
         Writing at an earlier position rewinds: everything from there on is forgotten. Steps of several
-        sessions are run one after the other in the order of the calls. A `rows` of 1 is the decode kernel;
-        a prompt of one token is padded inside (see DESIGN, kernel shapes).
+        sessions are run one after the other in the order of the calls. One row is the decode kernel, which
+        rounds differently from the others; `prefill` marks rows of a prompt, where one row is padded inside, so
+        that results do not depend on how a prompt is cut into steps.
         `sample`: the last stage samples the token that follows the last row.
-        Raises EngineLost (killed after its deadline), Declined `fenced` (unknown session, a gap in positions).
+        Raises EngineLost (killed after its deadline), Declined `fenced` (unknown session, a gap in positions) or
+        `too-long` (above the session's capacity), RemoteProtocolError (rows of a wrong size, no token ids, hidden
+        states that lead to no numbers).
         If cancelled: the step may still run to its end; its result is thrown away.
         """
 
@@ -88,6 +93,9 @@ class Engine(Protocol):
 
     async def stop(self) -> None:
         """End the process (politely, then by kill within 2 s)."""
+
+    async def wait_lost(self) -> str:
+        """Wait until the process is gone, whyever (`stop` included); gives the reason in words."""
 
     @property
     def rss_bytes(self) -> int:

@@ -1,0 +1,171 @@
+"""The engine process: `python -m meshnode.engine.child FD PARENT` serves one span over a socket pair.
+
+It has no event loop, no threads of its own but ONNX Runtime's, and never imports trio, libp2p or torch. It ends
+when the node closes the socket, when the node dies (whatever the way), or with a sentence on stderr when the
+node breaks the protocol.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+from time import perf_counter_ns
+from typing import Final
+
+import numpy as np
+
+from meshnode.core.errors import Declined, FatalError
+from meshnode.engine.link import Link
+from meshnode.engine.sessions import Sessions
+from meshnode.engine.stage import Stage
+from protocols.enginewire.machine import EngineSide
+from protocols.enginewire.messages import (
+    ANSWERS,
+    MAX_REASON,
+    REQUESTS,
+    Answer,
+    Close,
+    Done,
+    Failed,
+    Load,
+    Loaded,
+    Open,
+    Refused,
+    Step,
+    Stepped,
+)
+from protocols.errors import RemoteProtocolError
+from protocols.frame import Frame
+
+_PR_SET_PDEATHSIG: Final = 1  # <linux/prctl.h>
+_EXIT_PROTOCOL: Final = 70
+_EXIT_MODEL: Final = 71
+
+
+def main(arguments: list[str]) -> int:
+    """Serve until the node closes the socket. The exit code is 0 then, 70 or 71 after a sentence on stderr."""
+    descriptor, parent = int(arguments[0]), int(arguments[1])
+    _die_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole group; the node decides
+    with socket.socket(fileno=descriptor) as sock:
+        link = Link(sock)
+        try:
+            return _serve(link)
+        except RemoteProtocolError as error:
+            return _end(f"engine: the node broke the protocol: {error}", _EXIT_PROTOCOL)
+        except (BrokenPipeError, ConnectionResetError):
+            return 0  # the node is gone: nobody is left to be told
+
+
+def _die_with(parent: int) -> None:
+    """Ask the kernel for SIGKILL when the parent dies; end of file on the socket does it elsewhere."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before we asked
+            os._exit(0)
+
+
+def _end(sentence: str, code: int) -> int:
+    sys.stderr.write(sentence + "\n")
+    sys.stderr.flush()
+    return code
+
+
+def _serve(link: Link) -> int:
+    machine = EngineSide()
+    sessions: Sessions | None = None
+    while (frame := link.receive()) is not None:
+        request = REQUESTS.decode(frame.header)
+        machine.take(request)
+        body: bytes | memoryview = b""
+        answer: Answer
+        match request:
+            case Load():
+                try:
+                    sessions, answer = _load(request)
+                except FatalError as error:
+                    link.send(ANSWERS.encode(Failed(number=request.number, reason=str(error)[:MAX_REASON])))
+                    return _end(f"engine: {error}", _EXIT_MODEL)
+            case _ if sessions is None:
+                raise RemoteProtocolError(f"a {type(request).__name__} came before the Load")
+            case Open():
+                answer = _open(sessions, request, frame)
+            case Step():
+                answer, body = _step(sessions, request, frame)
+            case Close():
+                sessions.close(request.session)
+                answer = Done(number=request.number)
+        link.send(ANSWERS.encode(answer), body)
+    return 0
+
+
+def _load(load: Load) -> tuple[Sessions, Loaded]:
+    begin = perf_counter_ns()
+    stage = _stage(load)
+    sessions = Sessions(stage, load)
+    load_ms = (perf_counter_ns() - begin) // 1_000_000
+    decode_us, prefill_us = sessions.measure()
+    return sessions, Loaded(
+        number=load.number,
+        load_ms=load_ms,
+        weight_bytes=stage.weight_bytes,
+        decode_us=decode_us,
+        prefill_us=prefill_us,
+    )
+
+
+def _stage(load: Load) -> Stage:
+    if load.kind == "null":
+        from meshnode.engine.null_stage import NullStage
+
+        return NullStage(layers=load.layers, hidden=load.hidden, vocab=load.vocab)
+    if load.kind == "onnx":
+        from meshnode.engine.onnx_stage import OnnxStage
+
+        return OnnxStage(load)
+    raise RemoteProtocolError(f"there is no engine of the kind {load.kind!r}; known are onnx and null")
+
+
+def _open(sessions: Sessions, request: Open, frame: Frame) -> Answer:
+    if len(frame.body) % 4:
+        raise RemoteProtocolError(f"an Open carries {len(frame.body)} bytes of prompt, which is no array of int32")
+    try:
+        sessions.open(
+            request.session,
+            first=request.first,
+            last=request.last,
+            capacity=request.capacity,
+            sampling=request.sampling,
+            prompt=np.frombuffer(frame.body, "<i4"),
+        )
+    except Declined as no:
+        return _refused(request.number, no)
+    return Done(number=request.number)
+
+
+def _step(sessions: Sessions, request: Step, frame: Frame) -> tuple[Answer, bytes | memoryview]:
+    begin = perf_counter_ns()
+    try:
+        out, token = sessions.step(
+            request.session,
+            position=request.position,
+            rows=request.rows,
+            body=frame.body,
+            sample_after=request.sample,
+            prefill=request.prefill,
+        )
+    except Declined as no:
+        return _refused(request.number, no), b""
+    compute_us = (perf_counter_ns() - begin) // 1000
+    return Stepped(number=request.number, token=token, compute_us=compute_us), out.data.cast("B") if out.size else b""
+
+
+def _refused(number: int, no: Declined) -> Refused:
+    return Refused(number=number, code=no.code, reason=str(no)[:MAX_REASON], retry_ms=no.retry_ms)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Node <-> engine child process over a socket pair. See SPEC.md."""

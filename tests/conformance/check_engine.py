@@ -1,0 +1,288 @@
+"""The conformance suite of the engine port: `check_engine(make)` holds on every kind of engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+
+import numpy as np
+import pytest
+import trio
+
+from meshnode.core.errors import Declined, EngineLost
+from meshnode.engine.port import Engine, StageSpec
+from protocols.errors import RemoteProtocolError
+from protocols.ids import SessionId
+from protocols.pipe.messages import Sampling
+
+# make(first, last, ...) -> a started engine of one small model that ends with the context
+Make = Callable[..., AbstractAsyncContextManager[Engine]]
+PROMPT = (5, 17, 3, 9, 60, 2, 33, 8, 1, 44, 7)
+
+
+def name(number: int) -> SessionId:
+    return SessionId(number.to_bytes(16, "big"))
+
+
+def ids(*tokens: int) -> bytes:
+    return np.asarray(tokens, "<i4").tobytes()
+
+
+async def check_engine(make: Make) -> None:
+    """Everything that services rely on. `make` takes the span and changed fields of the StageSpec."""
+    for check in CHECKS:
+        with trio.fail_after(60):
+            await check(make)
+
+
+async def generate(
+    engines: list[Engine], count: int, *, chunks: tuple[int, ...] = (len(PROMPT),), session: int = 1
+) -> list[int]:
+    """Greedy tokens of one session over a chain of engines, the prompt in steps of these sizes."""
+    capacity = len(PROMPT) + count
+    for engine in engines:
+        spec = engine.spec
+        await engine.open(
+            name(session), first=spec.first, last=spec.last, capacity=capacity, sampling=None, prompt=PROMPT
+        )
+    token: int | None = None
+    position = 0
+    for rows in chunks:
+        data = ids(*PROMPT[position : position + rows])
+        for engine in engines:
+            sample = position + rows == len(PROMPT)
+            result = await engine.step(
+                name(session), position=position, rows=rows, data=data, sample=sample, prefill=True
+            )
+            data, token = result.data, result.token
+        position += rows
+    out = []
+    while len(out) < count:
+        assert token is not None
+        out.append(token)
+        data = ids(token)
+        for engine in engines:
+            result = await engine.step(name(session), position=position, rows=1, data=data, sample=True)
+            data, token = result.data, result.token
+        position += 1
+    for engine in engines:
+        await engine.close(name(session))
+    return out
+
+
+async def _check_report(make: Make) -> None:
+    async with make(0, 4) as engine:
+        assert engine.rss_bytes > 1_000_000
+        assert engine.spec.first == 0
+
+
+async def _check_cuts_agree(make: Make) -> None:
+    async with make(0, 4) as whole, make(0, 1) as a, make(1, 3) as b, make(3, 4) as c:
+        expected = await generate([whole], 6)
+        assert await generate([a, b, c], 6) == expected
+        assert await generate([whole], 6, chunks=(4, 1, 6)) == expected
+        assert await generate([a, b, c], 6, chunks=(1, 9, 1)) == expected
+        assert len(set(expected)) > 1, "a model that always says the same can't show a difference"
+
+
+async def _check_part_of_a_span(make: Make) -> None:
+    """A session may run a part of the span; the numbers are those of the whole."""
+    async with make(0, 4) as engine:
+        expected = await generate([engine], 3)
+        capacity = len(PROMPT) + 3
+        parts = ((0, 2), (2, 3), (3, 4))
+        for i, (first, last) in enumerate(parts):
+            await engine.open(name(10 + i), first=first, last=last, capacity=capacity, sampling=None, prompt=PROMPT)
+        data, rows, position, out = ids(*PROMPT), len(PROMPT), 0, []
+        for _ in range(3):
+            for i in range(len(parts)):
+                result = await engine.step(
+                    name(10 + i), position=position, rows=rows, data=data, sample=True, prefill=position == 0
+                )
+                data = result.data
+            assert result.token is not None
+            out.append(result.token)
+            position, rows, data = position + rows, 1, ids(result.token)
+        assert out == expected
+
+
+async def _check_output_shapes(make: Make) -> None:
+    async with make(0, 2) as first, make(2, 4) as last:
+        hidden = first.spec.architecture.hidden
+        for engine in (first, last):
+            await engine.open(
+                name(1), first=engine.spec.first, last=engine.spec.last, capacity=8, sampling=None, prompt=(1, 2, 3)
+            )
+        one = await first.step(name(1), position=0, rows=3, data=ids(1, 2, 3), sample=True, prefill=True)
+        assert len(one.data) == 3 * hidden * 4 and one.token is None and one.compute_us >= 0
+        two = await last.step(name(1), position=0, rows=3, data=one.data, sample=False, prefill=True)
+        assert two.data == b"" and two.token is None
+        again = await last.step(name(1), position=0, rows=3, data=one.data, sample=True, prefill=True)
+        assert again.data == b"" and again.token is not None
+
+
+async def _check_rewind(make: Make) -> None:
+    """Writing at an earlier position forgets what was there."""
+    async with make(0, 4) as engine:
+        await engine.open(name(1), first=0, last=4, capacity=16, sampling=None, prompt=PROMPT)
+        straight = await engine.step(
+            name(1), position=0, rows=11, data=ids(*PROMPT), sample=True, prefill=True
+        )
+        await engine.step(name(1), position=4, rows=5, data=ids(9, 9, 9, 9, 9), sample=True, prefill=True)
+        back = await engine.step(name(1), position=4, rows=7, data=ids(*PROMPT[4:]), sample=True, prefill=True)
+        assert back.token == straight.token
+        await engine.step(name(1), position=2, rows=1, data=ids(PROMPT[2]), sample=False, prefill=True)
+        with pytest.raises(Declined) as caught:  # the rows after 3 are gone
+            await engine.step(name(1), position=11, rows=1, data=ids(1), sample=True)
+        assert caught.value.code == "fenced"
+
+
+async def _check_refusals(make: Make) -> None:
+    async with make(1, 3, max_sessions=2) as engine:
+        arch = engine.spec.architecture
+        hidden = arch.hidden
+
+        async def refused(code: str, words: str, call: Callable[[], Awaitable[object]]) -> None:
+            with pytest.raises(Declined) as caught:
+                await call()
+            assert caught.value.code == code and words in str(caught.value), caught.value
+            assert (caught.value.retry_ms > 0) == (code == "busy")
+
+        async def enter(session: int, first: int = 1, last: int = 3, capacity: int = 8) -> None:
+            await engine.open(
+                name(session), first=first, last=last, capacity=capacity, sampling=None, prompt=()
+            )
+
+        async def step(session: int, position: int, rows: int) -> object:
+            data = np.ones((rows, hidden), "<f4").tobytes()
+            return await engine.step(name(session), position=position, rows=rows, data=data, sample=False)
+
+        await refused("fenced", "holds the layers 1 to 2", lambda: enter(1, 0, 3))
+        await refused("fenced", "holds the layers 1 to 2", lambda: enter(1, 2, 4))
+        await refused("too-long", str(arch.context), lambda: enter(1, capacity=arch.context + 1))
+        await refused("fenced", "not open here", lambda: step(1, 0, 1))
+        await enter(1)
+        await refused("fenced", "leaves a gap", lambda: step(1, 1, 1))
+        await refused("too-long", "opened for 8", lambda: step(1, 0, 9))
+        await step(1, 0, 2)
+        await refused("fenced", "leaves a gap", lambda: step(1, 3, 1))
+        with pytest.raises(RemoteProtocolError, match="instead of"):
+            await engine.step(name(1), position=2, rows=2, data=b"1234", sample=False)
+        await enter(2)
+        await enter(2)  # the same session again takes no second slot
+        await refused("busy", "All 2 sessions", lambda: enter(3))
+        await engine.close(name(99))
+        await engine.close(name(2))
+        await enter(3)
+        await step(1, 2, 1)  # a refusal changed nothing
+
+
+async def _check_memory_limit(make: Make) -> None:
+    async with make(0, 4) as engine:
+        arch = engine.spec.architecture
+        per_token = 4 * 2 * arch.kv_heads * arch.head_dim * 4
+    async with make(0, 4, max_kv_bytes=per_token * 20) as engine:
+        await engine.open(name(1), first=0, last=4, capacity=15, sampling=None, prompt=())
+        with pytest.raises(Declined, match="keys and values") as caught:
+            await engine.open(name(2), first=0, last=4, capacity=6, sampling=None, prompt=())
+        assert caught.value.code == "busy"
+        await engine.open(name(2), first=0, last=4, capacity=5, sampling=None, prompt=())
+
+
+async def _check_bad_tokens(make: Make) -> None:
+    async with make(0, 4) as engine:
+        await engine.open(name(1), first=0, last=4, capacity=8, sampling=None, prompt=())
+        for token in (-1, engine.spec.architecture.vocab):
+            with pytest.raises(RemoteProtocolError, match="vocabulary"):
+                await engine.step(name(1), position=0, rows=1, data=ids(token), sample=True)
+
+
+async def _check_seeded_sampling(make: Make) -> None:
+    sampling = Sampling(seed=7, temperature_milli=1500, top_k=40, top_p_micro=950_000, repetition_milli=1100)
+    tokens = []
+    async with make(0, 4) as engine:
+        for session in (1, 2):
+            await engine.open(name(session), first=0, last=4, capacity=20, sampling=sampling, prompt=PROMPT)
+            result = await engine.step(
+                name(session), position=0, rows=11, data=ids(*PROMPT), sample=True, prefill=True
+            )
+            out = []
+            for position in range(11, 19):
+                assert result.token is not None
+                out.append(result.token)
+                result = await engine.step(name(session), position=position, rows=1, data=ids(out[-1]), sample=True)
+            tokens.append(out)
+        assert tokens[0] == tokens[1]
+        assert len(set(tokens[0])) > 1
+        await engine.open(name(3), first=0, last=4, capacity=20, sampling=sampling, prompt=PROMPT[:3])
+        with pytest.raises(Declined, match="repetition penalty"):
+            await engine.step(name(3), position=0, rows=11, data=ids(*PROMPT), sample=True, prefill=True)
+
+
+async def _check_many_callers(make: Make) -> None:
+    """Steps of several sessions may be called at the same time; each session gets its own answers."""
+    async with make(0, 4) as engine:
+        expected = await generate([engine], 5)
+        found: dict[int, list[int]] = {}
+
+        async def one(session: int) -> None:
+            found[session] = await generate([engine], 5, session=session, chunks=(session, 11 - session))
+
+        async with trio.open_nursery() as nursery:
+            for session in (1, 2, 3, 4):
+                nursery.start_soon(one, session)
+        assert found == {session: expected for session in (1, 2, 3, 4)}
+
+
+async def _check_cancelled_caller(make: Make) -> None:
+    """A caller that goes away leaves the engine usable, and its closes are not lost."""
+    async with make(0, 4, max_sessions=1) as engine:
+        await engine.open(name(1), first=0, last=4, capacity=64, sampling=None, prompt=())
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await engine.step(name(1), position=0, rows=2, data=ids(1, 2), sample=True)
+        data = ids(*(i % 50 for i in range(60)))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_cancel_soon, nursery.cancel_scope)
+            await engine.step(name(1), position=0, rows=60, data=data, sample=True, prefill=True)
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await engine.close(name(1))
+        assert len(await generate([engine], 3, session=2)) == 3
+
+
+async def _cancel_soon(scope: trio.CancelScope) -> None:
+    await trio.lowlevel.checkpoint()
+    scope.cancel()
+
+
+async def _check_stop(make: Make) -> None:
+    async with make(0, 4) as engine:
+        await engine.stop()
+        assert "stopped" in await engine.wait_lost()
+        assert engine.rss_bytes == 0
+        with pytest.raises(EngineLost, match="stopped"):
+            await engine.step(name(1), position=0, rows=1, data=ids(1), sample=True)
+        await engine.close(name(1))
+        await engine.stop()
+
+
+CHECKS = (
+    _check_report,
+    _check_cuts_agree,
+    _check_part_of_a_span,
+    _check_output_shapes,
+    _check_rewind,
+    _check_refusals,
+    _check_memory_limit,
+    _check_bad_tokens,
+    _check_seeded_sampling,
+    _check_many_callers,
+    _check_cancelled_caller,
+    _check_stop,
+)
+
+
+def changed(spec: StageSpec, **fields: object) -> StageSpec:
+    return dataclasses.replace(spec, **fields)  # type: ignore[arg-type]
