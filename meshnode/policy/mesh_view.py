@@ -8,7 +8,7 @@ from typing import Final
 
 from meshnode.policy.model_facts import Range
 from meshnode.policy.placement import Node
-from protocols.advert.messages import DRAINING, SERVING, Advert, Span
+from protocols.advert.messages import DRAINING, INTENT, SERVING, Advert, Span
 from protocols.ids import PeerId
 
 UNMEASURED_LAYER_US: Final = 1000  # assumed for a layer while nobody has measured one
@@ -51,6 +51,7 @@ def nodes_of(view: Mapping[PeerId, Advert], manifest: str, variant: str, layers:
                 span=span,
                 target=here(serving.target) if serving is not None else None,
                 epoch=serving.epoch if serving is not None else 0,
+                tentative=serving is not None and serving.state == INTENT,
                 draining=serving is not None and serving.state == DRAINING,
             )
         )

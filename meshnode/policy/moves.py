@@ -80,9 +80,10 @@ def wanted_plan(facts: ModelFacts, nodes: Sequence[Node]) -> Plan:
     """The plan that the mesh should move to from where it is: the present places, unless a layer is uncovered
     or a better arrangement is worth the moves."""
     live = [n for n in nodes if not n.draining]
-    kept = plan(facts, live, reshuffle=bool(unserved(facts, nodes)))
-    if kept.holes or kept.reshuffled or not any(n.place for n in live):
-        return kept
+    broken = bool(unserved(facts, nodes))
+    kept = plan(facts, live, reshuffle=broken)
+    if broken or kept.holes or any(n.target for n in live):
+        return kept  # first everything is served and everybody has arrived, then it gets better
     if kept.bottleneck * 1000 >= best_possible(facts, live) * KEEP_MILLI:
         return kept
     better = plan(facts, live, ideal=True, reshuffle=False)
@@ -118,7 +119,12 @@ def decide(facts: ModelFacts, nodes: Sequence[Node], me: str, slot: int) -> Move
     mine = next((n for n in nodes if n.peer == me), None)
     if mine is None or mine.draining:
         return Stay("this node takes no layers")
-    wanted = wanted_plan(facts, nodes)
+    view = nodes
+    if mine.place is None and all(n.span is None and (n.target is None or n.tentative) for n in nodes):
+        # A cold start: everybody plans at the same moment. Who announced a few milliseconds earlier must not
+        # change what the others compute.
+        view = [replace(n, target=None, tentative=False) for n in nodes]
+    wanted = wanted_plan(facts, view)
     target = wanted.spans.get(me)
     if target is None:
         return Stay("not even one layer fits into the memory of this node")

@@ -38,6 +38,7 @@ class Node:
     span: Range | None = None  # what it serves now
     target: Range | None = None  # what it announced to move to, or is loading
     epoch: int = field(default=0, compare=False)  # number of the intent behind `target`; no part of a plan
+    tentative: bool = False  # `target` is only announced: nothing is served and nothing loads yet
     draining: bool = False  # takes no new sessions and leaves
 
     @property

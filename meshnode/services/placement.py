@@ -382,6 +382,7 @@ class PlacementService:
             span=self._range(self._stage.span) if self._stage else None,
             target=self._range(want.target) if want else None,
             epoch=self._mover.epoch,
+            tentative=self._stage is None and self._mover.state not in (intent.State.LOADING, intent.State.PARTING),
             draining=self._draining,
         )
         rest = [n for n in nodes if n.peer != self._peer]
