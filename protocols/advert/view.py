@@ -1,0 +1,199 @@
+"""What is known of everybody: the newest record of each (domain, signer). SPEC.md, section Behaviour.
+
+A state-based CRDT: whatever the order in which records come, and however often, the same set gives the same
+view. Time comes in as `now` (monotonic seconds), what the certificates say as a function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Final
+
+from protocols.advert.messages import ADVERT, HEAD, LEASE_MS, Advert, Head
+from protocols.advert.validate import check_advert, check_head
+from protocols.codec import decode
+from protocols.envelope import Opened, open_record
+from protocols.ids import PeerId
+
+LEASE_S: Final = LEASE_MS / 1000
+SUSPECT_S: Final = 3.0  # a peer that disconnected is dead after this, unless somebody relays a newer advert
+MAX_ENTRIES: Final = 4096  # twice what the largest network (1024 members) needs
+MAX_STRANGERS: Final = 256  # records of signers whose certificates have not come yet
+PUBLISH: Final = "publish"  # the role that a head needs
+
+Key = tuple[str, PeerId]  # domain, signer
+Version = tuple[int, int]  # incarnation, sequence
+
+
+class Outcome(Enum):
+    """What became of a record."""
+
+    CHANGED = "changed"  # newer, and says something else
+    RENEWED = "renewed"  # newer, and says the same
+    KNOWN = "known"  # held already
+    OLD = "old"  # a newer one is held
+    STRANGER = "stranger"  # kept, but without effect until the signer's certificate allows it
+    IGNORED = "ignored"  # of an unknown domain, of a signer caught with two records, expired, or no room
+    CONFLICT = "conflict"  # the same version as the one held, but other content: two writers
+
+
+@dataclass(slots=True)
+class Entry:
+    """The newest record of one signer in one domain."""
+
+    version: Version
+    body: Advert | Head
+    payload: bytes
+    record: bytes  # as received, to be passed on
+    since: float  # when its version was new, by our clock (earlier, if it was old when it reached us)
+    until: float  # end of its lease; infinite for a head
+    cids: frozenset[bytes]  # all holdings of an advert
+    roles: frozenset[str]  # of the signer's certificate, when last looked
+
+    @property
+    def leaving(self) -> bool:
+        return isinstance(self.body, Advert) and self.body.leaving
+
+    @property
+    def allowed(self) -> bool:
+        """Whether the signer may say this: any member an advert, a publisher a head."""
+        return bool(self.roles) if isinstance(self.body, Advert) else PUBLISH in self.roles
+
+
+def _read_advert(opened: Opened) -> Advert:
+    advert = decode(Advert, opened.payload)
+    check_advert(advert, opened.signer)
+    return advert
+
+
+def _read_head(opened: Opened) -> Head:
+    head = decode(Head, opened.payload)
+    check_head(head, opened.signer)
+    return head
+
+
+@dataclass(frozen=True, slots=True)
+class _Domain:
+    read: Callable[[Opened], Advert | Head]
+    lease_s: float
+
+
+_DOMAINS: Final = {ADVERT: _Domain(_read_advert, LEASE_S), HEAD: _Domain(_read_head, float("inf"))}
+
+
+def _said(body: Advert | Head) -> Advert | Head:
+    """The content of a record without what every renewal changes."""
+    return replace(body, sequence=0, issued_ms=0) if isinstance(body, Advert) else replace(body, sequence=0)
+
+
+class View:
+    """The newest record of everybody."""
+
+    def __init__(self, roles_of: Callable[[PeerId], frozenset[str] | None]) -> None:
+        """`roles_of`: roles of a member's certificate; None or empty for who is not known as a member."""
+        self._roles_of = roles_of
+        self._entries: dict[Key, Entry] = {}
+        self._conflicts: dict[Key, int] = {}  # incarnation in which a signer wrote two records of one version
+
+    def accept(self, data: bytes, now: float, *, age_s: float = 0.0) -> tuple[Outcome, Key]:
+        """Take a record that came from anywhere.
+
+        Args:
+          age_s: how long ago the giver saw it first; shortens its lease here.
+
+        Raises:
+          RemoteProtocolError: damaged, forged, or with content that nobody can use.
+        """
+        opened = open_record(data)
+        key = (opened.domain, opened.signer)
+        domain = _DOMAINS.get(opened.domain)
+        if domain is None:
+            return Outcome.IGNORED, key
+        body = domain.read(opened)
+        version = (body.incarnation, body.sequence)
+        if version[0] <= self._conflicts.get(key, -1):
+            return Outcome.IGNORED, key
+        known = self._entries.get(key)
+        if known is not None and version <= known.version:
+            if version < known.version:
+                return Outcome.OLD, key
+            if known.payload == opened.payload:
+                return Outcome.KNOWN, key
+            self._conflicts[key] = version[0]
+            return Outcome.CONFLICT, key
+        roles = known.roles if known is not None and known.allowed else self._roles_of(key[1]) or frozenset()
+        entry = Entry(
+            version=version,
+            body=body,
+            payload=opened.payload,
+            record=data,
+            since=now - age_s,
+            until=now - age_s + domain.lease_s,
+            cids=frozenset(cid for h in body.holdings for cid in h.cids) if isinstance(body, Advert) else frozenset(),
+            roles=roles,
+        )
+        if entry.until <= now or (known is None and not self._make_room(now, stranger=not entry.allowed)):
+            return Outcome.IGNORED, key
+        self._entries[key] = entry
+        if not entry.allowed:
+            return Outcome.STRANGER, key
+        same = known is not None and known.until > now and _said(known.body) == _said(body)
+        return Outcome.RENEWED if same else Outcome.CHANGED, key
+
+    def _make_room(self, now: float, *, stranger: bool) -> bool:
+        if stranger:
+            strangers = [key for key, entry in self._entries.items() if not entry.allowed]
+            if len(strangers) >= MAX_STRANGERS:
+                del self._entries[min(strangers, key=lambda key: (self._entries[key].since, key))]
+        if len(self._entries) < MAX_ENTRIES:
+            return True
+        dead = [key for key, entry in self._entries.items() if entry.until <= now]
+        if dead:
+            del self._entries[min(dead, key=lambda key: (self._entries[key].until, key))]
+        return bool(dead)
+
+    def review(self, *, strangers_only: bool) -> bool:
+        """Look at the certificates again; whether anybody's standing changed."""
+        changed = False
+        for key, entry in self._entries.items():
+            if not (strangers_only and entry.allowed):
+                before = entry.allowed
+                entry.roles = self._roles_of(key[1]) or frozenset()
+                changed |= entry.allowed != before
+        return changed
+
+    def get(self, domain: str, signer: PeerId) -> Entry | None:
+        """The newest record held, alive or not."""
+        return self._entries.get((domain, signer))
+
+    def suspect(self, peer: PeerId, now: float) -> None:
+        """The peer's last connection to us went away: its advert must be renewed within `SUSPECT_S`."""
+        entry = self._entries.get((ADVERT, peer))
+        if entry is not None:
+            entry.until = min(entry.until, now + SUSPECT_S)
+
+    def alive(self, domain: str, now: float) -> dict[PeerId, Entry]:
+        """Records of a domain that hold now: allowed, lease running, not leaving, one writer. Sorted by signer."""
+        return {
+            key[1]: entry
+            for key, entry in sorted(self._entries.items(), key=lambda item: item[0])
+            if key[0] == domain
+            and entry.until > now
+            and entry.allowed
+            and not entry.leaving
+            and entry.version[0] > self._conflicts.get(key, -1)
+        }
+
+    def versions(self) -> dict[Key, Version]:
+        """Everything that was ever seen, dead records too: nobody needs to send it again."""
+        return {key: entry.version for key, entry in self._entries.items()}
+
+    def lendable(self, now: float) -> dict[Key, tuple[bytes, float]]:
+        """Records worth giving to others, each with its age in seconds: of members, lease running."""
+        return {
+            key: (entry.record, 0.0 if key[0] == HEAD else max(0.0, now - entry.since))
+            for key, entry in self._entries.items()
+            if entry.allowed and entry.until > now and entry.version[0] > self._conflicts.get(key, -1)
+        }

@@ -1,0 +1,1 @@
+"""Anti-entropy of signed records over a direct stream: see SPEC.md."""
