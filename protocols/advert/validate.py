@@ -13,7 +13,13 @@ from protocols.advert.messages import DRAINING, INTENT, LOADING, SERVING, STATES
 from protocols.errors import RemoteProtocolError
 from protocols.ids import DAG_CBOR, DAG_PB, RAW, PeerId, cid_codec, public_key_of
 
-MAX_ADDRESS: Final = re.compile(r"(?:/[a-z0-9-]+/[^/\s]+)+")
+MAX_ADDRESS: Final = 256  # characters of a multiaddr
+
+_WORD: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
+_VARIANT: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
+_VERSION: Final = re.compile(r"v(?:0|[1-9][0-9]*)(?:\.(?:0|[1-9][0-9]*)){2}(?:-(?:0|[1-9][0-9]*))?")
+_ADDRESS: Final = re.compile(r"(?:/[a-z0-9-]+/[^/\s]+)+")
 _IP: Final = re.compile(r"/ip([46])/([^/]+)(?:/|$)")
 _PORT: Final = re.compile(r"/(?:tcp|udp)/([^/]+)")
 _CID_STARTS: Final = tuple(bytes((1, codec, 0x12, 32)) for codec in (RAW, DAG_PB, DAG_CBOR))
@@ -68,10 +74,10 @@ def check_address(address: str, peer: PeerId) -> None:
         raise RemoteProtocolError(f"{address[:80]!r} is no address like /ip4/192.0.2.1/tcp/4331/p2p/12D3KooW...")
     for version, ip in _IP.findall(address):
         try:
-            known = ipaddress.ip_address(ip).version
+            right = ipaddress.ip_address(ip).version == int(version)
         except ValueError:
-            known = 0
-        if known != int(version):
+            right = False
+        if not right:
             raise RemoteProtocolError(f"{address[:80]!r} holds no IPv{version} address")
     for port in _PORT.findall(address):
         if not port.isdigit() or len(port) > 5 or not 0 < int(port) < 65536:
