@@ -93,7 +93,7 @@ class Hello:
     software: str = at(4, limit=32)
     name: str = at(5, limit=64)
     wall_ms: int = at(6)  # the sender's clock, UTC milliseconds
-    proof: bytes | None = at(8, size=PROOF_BYTES)
+    proof: bytes | None = at(7, size=PROOF_BYTES, default=None)
 
 
 @message(tag=2)
@@ -102,7 +102,7 @@ class Welcome:
     """You are admitted. The asker's carries its proof."""
 
     wall_ms: int = at(1)
-    proof: bytes | None = at(2, size=PROOF_BYTES)
+    proof: bytes | None = at(2, size=PROOF_BYTES, default=None)
 
 
 @message(tag=3)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
+from typing import Final
 
 from nacl.signing import SigningKey
 
@@ -38,6 +39,9 @@ from protocols.membership.messages import (
     printable,
 )
 from protocols.membership.network import network_id
+
+
+MAX_WITHDRAWALS: Final = 256  # of one signer; an ousted admin can't fill the memory of others
 
 
 class Untrusted(RemoteProtocolError):
@@ -149,7 +153,7 @@ class Trust:
             raise Untrusted(
                 FORBIDDEN, f"{short(above.peer)}, who vouched for {subject}, is no admin; ask an admin for a ticket"
             )
-        elif extra := set(certificate.roles) - above.roles:
+        elif extra := set(certificate.roles) - set(above.certificate.roles):
             raise Untrusted(
                 FORBIDDEN, f"{short(above.peer)} gave {subject} the role {min(extra)!r} without having it"
             )
@@ -191,7 +195,7 @@ class Trust:
         return roles
 
     def withdraw(self, data: bytes, wall_ms: int) -> PeerId | None:
-        """Learn a withdrawal; the peer it is about, or None when it says nothing new.
+        """Learn a withdrawal, in force or not; the peer it is about, or None when it says nothing new.
 
         Raises:
           Untrusted: badly encoded or signed, of another network, from the future, or its signer may not do it.
@@ -214,19 +218,22 @@ class Trust:
         known = self._known.get((withdrawal.peer, opened.signer))
         if known is not None and (known.withdrawal.issued_ms, known.data) >= (withdrawal.issued_ms, bytes(data)):
             return None
+        if known is None and sum(signer == opened.signer for _, signer in self._known) >= MAX_WITHDRAWALS:
+            raise Untrusted(FORBIDDEN, f"{short(opened.signer)} withdrew {MAX_WITHDRAWALS} memberships; no more count")
         self._known[withdrawal.peer, opened.signer] = _Taken(bytes(data), withdrawal, distance)
         self._settle()
         return PeerId(withdrawal.peer)
 
     def _authority(self, signer: PeerId, withdrawal: Withdrawal) -> int:
-        """Distance of the signer; judged at the time of the withdrawal, so that a later expiry undoes nothing."""
+        """Distance of the signer, by certificates alone: whether its word is in force is decided in `_settle`.
+
+        Judged at the time of the withdrawal, so that a later expiry undoes nothing.
+        """
         if not withdrawal.chain:
             if public_key_of(signer) not in self.network.founders:
-                raise Untrusted(
-                    STRANGER, f"{short(signer)} signed a withdrawal, but is no founder and shows no chain"
-                )
+                raise Untrusted(STRANGER, f"{short(signer)} signed a withdrawal, but is no founder and shows no chain")
             return 0
-        standing = self.check(withdrawal.chain, withdrawal.issued_ms)
+        standing = Trust(self.network).check(withdrawal.chain, withdrawal.issued_ms)
         if standing.peer != signer or ADMIN not in standing.roles:
             raise Untrusted(FORBIDDEN, f"{short(signer)} signed a withdrawal without being an admin")
         return standing.distance

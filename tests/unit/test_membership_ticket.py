@@ -1,0 +1,87 @@
+"""The text of a ticket."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from protocols.errors import RemoteProtocolError
+from protocols.membership import Ticket, describe, format_ticket, network_id, parse_ticket
+from protocols.membership.ticket import PREFIX
+from tests.unit.membership_actors import NOW_MS, World, peer_of_key
+
+W = World()
+ANN = peer_of_key("ann")
+TICKET = Ticket(
+    network=network_id(W.network),
+    name="home",
+    founders=W.network.founders,
+    issuer=ANN,
+    addresses=(f"/ip4/192.0.2.7/tcp/4331/p2p/{ANN}", f"/dns/boot.example/tcp/4331/p2p/{peer_of_key('boot')}"),
+    invite=bytes(range(16)),
+    secret=bytes(range(100, 116)),
+    roles=("serve", "train"),
+    expires_ms=NOW_MS,
+)
+
+
+def test_a_ticket_survives_copying() -> None:
+    text = format_ticket(TICKET)
+    assert text.startswith(PREFIX)
+    assert text.isascii() and text == text.lower()
+    assert parse_ticket(text) == TICKET
+    wrapped = "\n".join(text[i : i + 60] for i in range(0, len(text), 60))
+    assert parse_ticket(f"  {wrapped.upper()}\r\n") == TICKET
+
+
+@pytest.mark.parametrize("place", range(0, 200, 7))
+def test_one_wrong_character_is_found(place: int) -> None:
+    text = format_ticket(TICKET)
+    at = len(PREFIX) + place
+    wrong = text[:at] + ("a" if text[at] != "a" else "b") + text[at + 1 :]
+    with pytest.raises(RemoteProtocolError, match="damaged"):
+        parse_ticket(wrong)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5, 40, 300])
+def test_a_cut_ticket_is_damaged(cut: int) -> None:
+    with pytest.raises(RemoteProtocolError, match="damaged"):
+        parse_ticket(format_ticket(TICKET)[:-cut])
+
+
+@pytest.mark.parametrize("text", ["", "hello", "meshnode2abc", "x" * 20_000, PREFIX + "é"])
+def test_what_is_no_ticket(text: str) -> None:
+    with pytest.raises(RemoteProtocolError):
+        parse_ticket(text)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        replace(TICKET, issuer="12D3nobody"),
+        replace(TICKET, founders=()),
+        replace(TICKET, roles=("king",)),
+        replace(TICKET, addresses=("/ip4/192.0.2.7/tcp/4331",)),
+        replace(TICKET, name="ho\x1b[31mme"),
+    ],
+)
+def test_a_ticket_that_makes_no_sense(wrong: Ticket) -> None:
+    with pytest.raises(RemoteProtocolError):
+        parse_ticket(format_ticket(wrong))
+
+
+def test_addresses_are_grouped_by_peer_the_issuer_first() -> None:
+    peers = replace(TICKET, addresses=TICKET.addresses[::-1]).peers()
+    assert list(peers) == [ANN, peer_of_key("boot")]
+    assert peers[ANN] == TICKET.addresses[:1]
+
+
+def test_words_for_a_ticket_never_show_its_secret() -> None:
+    text = describe(TICKET, NOW_MS - 1)
+    assert "'home'" in text and "one device" in text and "valid until 2023-11-14" in text and "serve, train" in text
+    assert "expired on" in describe(TICKET, NOW_MS)
+    assert "any number of devices, does not expire" in describe(replace(TICKET, uses=0, expires_ms=0), NOW_MS)
+    for shown in (text, repr(TICKET)):
+        assert TICKET.secret.hex() not in shown
+        assert repr(TICKET.secret) not in shown
