@@ -28,9 +28,8 @@ STALL_SECONDS: Final = 5.0  # a peer that owes blocks and sends not one byte for
 MAX_STRIKES: Final = 3  # stalls in a row after which a peer is given up until it comes up again
 REST_SECONDS: Final = 2.0  # pause after the first stall; doubled with each
 RETRY_LACK_SECONDS: Final = 3.0  # a peer that did not have a block may have fetched it by then
-END_GAME_SECONDS: Final = 0.25  # how often the end game looks again
+END_GAME_SECONDS: Final = 0.1  # how often the end game looks again, and the least that it must gain
 END_GAME_GAIN: Final = 2.0  # a second peer is asked when it would be this many times faster
-SILENT_SECONDS: Final = 1.0  # a peer without measured rate counts as slow after this long
 MAX_SURPLUS: Final = 64  # blocks that a peer may send although they were answered already
 MAX_LACKS: Final = 64  # a peer that lacks so many blocks rests before it is asked for others
 MAX_CREDIT: Final = 1 << 16  # CIDs remembered as asked, per peer
@@ -494,12 +493,9 @@ class Client:
                     continue
                 if not any(self._sessions[number].peers.get(peer) for number in want.sessions):
                     continue
-                if other.rate:
-                    there = max(ahead / other.rate, now - max(asked, other.busy_since))
-                elif now - max(asked, other.heard) >= SILENT_SECONDS:
-                    there = STALL_SECONDS
-                else:
-                    continue
+                # A peer without a measured rate is expected to need as long again as it has needed so far.
+                waited = now - max(asked, other.busy_since)
+                there = max(waited, ahead / other.rate) if other.rate else waited
                 here = (state.owed_bytes + want.size) / state.rate if state.rate else 0.0
                 if there > END_GAME_GAIN * here + END_GAME_SECONDS and (best is None or there > best[0]):
                     best = (there, cid)

@@ -157,20 +157,23 @@ def test_repeated_blocks_are_tolerated_up_to_a_limit() -> None:
 
 def test_end_game_asks_the_fast_peer_for_what_the_slow_one_owes() -> None:
     client, out = start(A, B, blocks=12)
-    fast, now = asked(out, B), 0.0
-    slow = asked(out, A)
-    while fast:
-        now += 0.02
-        out = deliver(client, B, fast.pop(0), now)
+    slow, fast, now = asked(out, A), asked(out, B), 0.0
+    came: list[int] = []
+    while len(came) < 12:
+        if fast:
+            now += 0.02
+            came.append(fast.pop(0))
+            out = deliver(client, B, came[-1], now)
+            assert cancelled(out, A) == ([came[-1]] if came[-1] in slow else [])
+        else:
+            assert client.deadline is not None and now < c.STALL_SECONDS
+            now = max(now, client.deadline)
+            out = client.handle(Tick(), now)
         fast += asked(out, B)
-    while not fast:
-        assert client.deadline is not None and now < c.STALL_SECONDS
-        now = max(now, client.deadline)
-        fast += asked(client.handle(Tick(), now), B)
-    assert set(fast) <= set(slow)
-    out = deliver(client, B, fast[0], now + 0.01)
-    assert cancelled(out, A) == [fast[0]]
-    assert not [f for f in deliver(client, A, fast[0], now + 0.02) if isinstance(f, Got | Banned)]
+        assert not asked(out, A)
+    assert now < 1
+    assert not [f for f in deliver(client, A, slow[0], now + 0.02) if isinstance(f, Got | Banned)]
+    assert client.wasted_bytes == MIB
 
 
 def test_equal_peers_get_no_duplicates() -> None:

@@ -13,6 +13,7 @@ from protocols.unixfs.assembly import Assembly
 from protocols.unixfs.builder import Builder, Tree, file_cid
 from protocols.unixfs.layout import CHUNK_BYTES, Layout, node_bytes
 from protocols.unixfs.node import Link, Node, decode, encode
+from tests.vectors import Case, hold
 
 KUBO_CHUNK = 1 << 18  # the oracle has no option for the chunk size
 
@@ -147,23 +148,32 @@ def test_a_tree_that_names_itself_or_mixes_levels_is_refused() -> None:
             assembly.add_node(assembly.root, block)
 
 
-def test_nodes_that_lie_are_refused() -> None:
-    leaf = bytes((1, 0x55, 0x12, 32)) + bytes(range(32))
-    good = encode(Node((Link(leaf, 100, 100), Link(leaf, 7, 7))))
-    assert decode(good).size == 107
-    lies = {
-        "no data": good[: good.rindex(b"\x0a")],
-        "total": good.replace(b"\x18\x6b", b"\x18\x6c"),
-        "type": good.replace(b"\x08\x02\x18", b"\x08\x01\x18"),
-        "trailing": good + b"\x0a\x00",
-        "tsize": encode(Node((Link(leaf, 99, 100),))),
-        "zero": encode(Node((Link(leaf, 0, 0),))),
-        "sha3": good.replace(leaf, bytes((1, 0x55, 0x16, 32)) + bytes(range(32))),
-        "v0": good.replace(leaf, b"\x12\x20" + bytes(34)),
-        "empty": b"",
-        "huge": bytes((1 << 20) + 1),
-    }
-    for name, block in lies.items():
-        with pytest.raises(RemoteProtocolError):
-            decode(block)
-            pytest.fail(name)
+LEAF = bytes((1, 0x55, 0x12, 32)) + bytes(range(32))
+GOOD = encode(Node((Link(LEAF, 100, 100), Link(LEAF, 7, 7))))
+LIES = {
+    "no data": GOOD[: GOOD.rindex(b"\x0a")],
+    "another total": GOOD.replace(b"\x18\x6b", b"\x18\x6c"),
+    "a folder": GOOD.replace(b"\x08\x02\x18", b"\x08\x01\x18"),
+    "data twice": GOOD + b"\x0a\x00",
+    "tsize below size": encode(Node((Link(LEAF, 99, 100),))),
+    "nothing under a link": encode(Node((Link(LEAF, 0, 0),))),
+    "sha3": GOOD.replace(LEAF, bytes((1, 0x55, 0x16, 32)) + bytes(range(32))),
+    "cid version 0": GOOD.replace(LEAF, b"\x12\x20" + bytes(34)),
+    "a size is missing": GOOD[:-2].replace(b"\x0a\x08\x08\x02", b"\x0a\x06\x08\x02"),
+    "a named link": GOOD.replace(b"\x12\x2a\x0a", b"\x12\x2b\x0a").replace(b"\x12\x00", b"\x12\x01a"),
+    "long varint": GOOD.replace(b"\x18\x07", b"\x18\x87\x00").replace(b"\x12\x2a\x0a", b"\x12\x2b\x0a"),
+    "empty": b"",
+}
+
+
+def test_vectors() -> None:
+    two_levels = Layout(175 << 20)
+    wide = Node(tuple(Link(b"\x01\x70" + LEAF[2:], *sizes) for sizes in two_levels.links(2, 0)))
+    nodes = {"two leaves": Node((Link(LEAF, 100, 100), Link(LEAF, 7, 7))), "root over inner nodes": wide}
+    cases = [Case(name, encode(node), node) for name, node in nodes.items()]
+    hold("unixfs", [*cases, *(Case(name, data) for name, data in LIES.items())], decode)
+
+
+def test_a_node_above_the_limit_is_refused_unread() -> None:
+    with pytest.raises(RemoteProtocolError, match="limit"):
+        decode(bytes((1 << 20) + 1))
