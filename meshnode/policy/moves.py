@@ -35,12 +35,14 @@ class Move:
 
     exclusive: memory can't hold both, so the old span goes before the new one comes (break before make).
     urgent: no complete chain is served, so nobody loses anything while we move.
+    repair: closes a hole that is there or opens when a draining node has left; else the move is for speed.
     """
 
     target: Range
     source: Range | None
     exclusive: bool
     urgent: bool
+    repair: bool
     why: str
 
 
@@ -132,7 +134,8 @@ def decide(facts: ModelFacts, nodes: Sequence[Node], me: str, slot: int) -> Move
         return Stay("this node is in its place")
     urgent = bool(unserved(facts, nodes))
     if mine.span is None:
-        return Move(target=target, source=None, exclusive=False, urgent=urgent, why="this node has no layers yet")
+        why = "this node has no layers yet"
+        return Move(target=target, source=None, exclusive=False, urgent=urgent, repair=urgent, why=why)
     if mine.target is None or mine.target != target:
         everybody = wanted.reshuffled and urgent
         # A node that already announced is judged as if it had not: its own intent is what is in question.
@@ -140,8 +143,10 @@ def decide(facts: ModelFacts, nodes: Sequence[Node], me: str, slot: int) -> Move
         if not everybody and me not in _movers(facts, view, wanted, slot):
             return Stay("others move first")
     exclusive = facts.need(*mine.span) + facts.need(*target) > mine.memory_bytes
-    why = "layers have no holder" if urgent else "another place serves the mesh better"
-    return Move(target=target, source=mine.span, exclusive=exclusive, urgent=urgent, why=why)
+    places = {n.peer: n.place for n in nodes if n.place is not None and not n.draining}
+    repair = urgent or not all(coverage_of(facts, nodes, places))
+    why = "layers have no holder" if repair else "another place serves the mesh better"
+    return Move(target=target, source=mine.span, exclusive=exclusive, urgent=urgent, repair=repair, why=why)
 
 
 def still_right(facts: ModelFacts, nodes: Sequence[Node], me: str, epoch: int, *, protect: bool) -> str | None:

@@ -33,6 +33,7 @@ TICK_S: Final = 1.0  # between looks at the engine and the slot when nothing els
 URGENT_AFTER_S: Final = 2.0  # the mesh must have been without a chain this long before served layers are left for it
 FETCHES_AT_ONCE: Final = 4  # files; each is fetched from several peers at once by itself
 ENGINE_PAUSE_S: Final = (0.5, 60.0)  # before a lost engine is started again: first, cap
+CALM_S: Final = 60.0  # after a switch, no other move for speed alone
 HEALTHY_S: Final = 120.0  # an engine that ran this long was no failure
 GOODBYE_S: Final = 5.0  # for ending the engines when the node stops
 
@@ -185,6 +186,7 @@ class PlacementService:
         self._broken_since: float | None = None
         self._engine_failures = 0
         self._not_before = -inf
+        self._calm_until = -inf
         self._considered: object = None
         self._prediction: Prediction | None = None
         self._load_scope: trio.CancelScope | None = None
@@ -354,6 +356,7 @@ class PlacementService:
                 self._publish()
             case intent.Switch(target):
                 old, self._stage, self._loaded = self._stage, self._loaded, None
+                self._calm_until = now + CALM_S
                 if old is not None:
                     self._retire(old)
                 _log.info("span.served", first=target.first, last=target.last)
@@ -483,12 +486,15 @@ class PlacementService:
             return  # the next tick looks again
         if decision.source is None and not self._everybody_is_here(now, nodes):
             return
+        if decision.source is not None and not decision.repair and now < self._calm_until:
+            return
         if decision.urgent:
             wait = intent.URGENT_WAIT_S
-        elif decision.source is None:
+        elif decision.source is None or decision.repair:
             wait = intent.JOIN_WAIT_S
         else:
             wait = intent.settled_wait_s(len(nodes))
+        pause = intent.REPAIR_PAUSE_S if decision.repair else intent.ABORT_PAUSE_S
         # A span of another release is in nobody's plan: it goes when the new one is there, or before if need be.
         stale = self._stage is not None and decision.source is None
         too_much = stale and self._used_bytes() + release.facts.need(*decision.target) > self._config.memory_bytes
@@ -498,6 +504,7 @@ class PlacementService:
             leaves=bool(leaving) and not decision.urgent,
             exclusive=decision.exclusive or too_much,
             wait_s=wait,
+            pause_s=intent.JOIN_PAUSE_S if decision.source is None else pause,
         )
         self._feed(want, now)
 

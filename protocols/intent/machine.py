@@ -18,11 +18,12 @@ from protocols.intent.messages import HOLD_MS, Answer, Held, Hold, NotHeld
 
 GOSSIP_S: Final = 1.0  # an advert that changed reaches everybody within a few of these periods
 LEAST_WAIT_PERIODS: Final = 4
-JOIN_WAIT_S: Final = 1.0  # wait of a node that leaves no layers while the mesh answers
+JOIN_WAIT_S: Final = 1.0  # wait of a node that serves nothing yet, or closes a hole, while the mesh answers
 URGENT_WAIT_S: Final = 0.3  # wait while no complete chain is served: nothing is at risk, time is
 HOLD_TIMEOUT_S: Final = 10.0  # for all promises together
 LOAD_TIMEOUT_S: Final = 600.0
 ABORT_PAUSE_S: Final = (5.0, 15.0)  # uniform, so that two who stood in each other's way don't meet again
+REPAIR_PAUSE_S: Final = (0.5, 2.0)  # the same when a layer has no holder, or loses its last one
 JOIN_PAUSE_S: Final = (0.1, 0.5)  # the same for a node that serves nothing: trying again costs nobody anything
 FAILURE_PAUSE_S: Final = (1.0, 60.0)  # first, cap; doubled with every failure in a row
 _FAN_OUT: Final = 3  # peers that each peer passes an advert on to, at the least
@@ -44,6 +45,8 @@ class Want:
 
     leaves: layers of `source` are given up, so promises are needed (false when nothing is served by anybody).
     exclusive: the old span must go before the new one can come.
+    wait_s: between the announcement and the check.
+    pause_s: least and most seconds before trying again when the check fails.
     """
 
     target: Span
@@ -51,6 +54,7 @@ class Want:
     leaves: bool
     exclusive: bool
     wait_s: float
+    pause_s: tuple[float, float] = ABORT_PAUSE_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +285,7 @@ class Mover:
             pause = min(cap, first * 2**self.failures) * (0.5 + self._draw())
             self.failures = min(self.failures + 1, 16)
         else:
-            low, high = JOIN_PAUSE_S if self._wanted().source is None else ABORT_PAUSE_S
+            low, high = self._wanted().pause_s
             pause = low + (high - low) * self._draw()
         self.reason = reason
         self.want = None

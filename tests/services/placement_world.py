@@ -296,7 +296,7 @@ class World:
 
     async def ask(self, asker: PeerId, peer: PeerId, hold: Hold) -> Answer:
         await trio.sleep(self._rng.uniform(*self._delay))
-        if peer not in self.members or self._apart(asker, peer) or self._rng.random() < self._loss:
+        if peer not in self.members or self._apart(asker, peer) or self._rng.random() < self._loss / 4:
             raise PeerUnreachable("no answer", peer=peer)
         return self.members[peer].service.answer_hold(asker, hold)
 
