@@ -19,9 +19,9 @@ _WORD: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _VARIANT: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
 _VERSION: Final = re.compile(r"v(?:0|[1-9][0-9]*)(?:\.(?:0|[1-9][0-9]*)){2}(?:-(?:0|[1-9][0-9]*))?")
-_ADDRESS: Final = re.compile(r"(?:/[a-z0-9-]+/[^/\s]+)+")
+_ADDRESS: Final = re.compile(r"/[a-z0-9-]+(?:/[^/\s]+)+")  # some transports have no value, like /quic-v1
 _IP: Final = re.compile(r"/ip([46])/([^/]+)(?:/|$)")
-_PORT: Final = re.compile(r"/(?:tcp|udp)/([^/]+)")
+_PORT: Final = re.compile(r"/(?:tcp|udp)(?:/([^/]*)|$)")
 _CID_STARTS: Final = tuple(bytes((1, codec, 0x12, 32)) for codec in (RAW, DAG_PB, DAG_CBOR))
 
 

@@ -1,0 +1,62 @@
+"""Keys, adverts and heads for tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from nacl.signing import SigningKey
+
+from protocols.advert.messages import ADVERT, HEAD, Advert, Head
+from protocols.codec import encode
+from protocols.envelope import sign_record
+from protocols.ids import DAG_CBOR, RAW, Cid, PeerId, cid_of, peer_id_of
+
+MANIFEST = cid_of(DAG_CBOR, b"a manifest")
+OTHER_MANIFEST = cid_of(DAG_CBOR, b"another manifest")
+
+
+def file_cid(name: str) -> Cid:
+    return cid_of(RAW, name.encode())
+
+
+def key_of(number: int) -> SigningKey:
+    return SigningKey(number.to_bytes(32, "big"))
+
+
+def peer_of(number: int) -> PeerId:
+    return peer_id_of(bytes(key_of(number).verify_key))
+
+
+def advert_of(number: int, **fields: Any) -> Advert:
+    advert = Advert(
+        peer=peer_of(number),
+        incarnation=1,
+        sequence=1,
+        issued_ms=1_700_000_000_000,
+        name=f"node-{number}",
+        software="0.1.0",
+        roles=("serve",),
+        addresses=(),
+        serving=None,
+    )
+    return replace(advert, **fields)
+
+
+def head_of(number: int, **fields: Any) -> Head:
+    head = Head(
+        peer=peer_of(number),
+        incarnation=1,
+        sequence=1,
+        created_ms=1_700_000_000_000,
+        name="smollm2-135m-instruct",
+        version="v1.0.0-0",
+        manifest=MANIFEST,
+        variant="int4",
+    )
+    return replace(head, **fields)
+
+
+def signed(number: int, body: Advert | Head) -> bytes:
+    """The record of an advert or head, signed with the key of this number."""
+    return sign_record(key_of(number), ADVERT if isinstance(body, Advert) else HEAD, encode(body))

@@ -1,0 +1,72 @@
+"""The view is a CRDT: order and repetition of records do not matter."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protocols.advert.messages import ADVERT, HEAD, Advert, Head
+from protocols.advert.validate import check_advert, check_head
+from protocols.advert.view import View
+from protocols.codec import decode, encode
+from protocols.errors import RemoteProtocolError
+from tests.adverts import advert_of, head_of, peer_of, signed
+from tests.wire import messages, survives
+
+# A signer writes one content per version, so the content follows from the version.
+RECORDS = [
+    record
+    for number in (1, 2, 3)
+    for incarnation in (1, 2)
+    for sequence in (1, 2, 3)
+    for record in (
+        signed(number, advert_of(number, incarnation=incarnation, sequence=sequence, cpus=incarnation + sequence)),
+        signed(number, head_of(number, incarnation=incarnation, sequence=sequence, created_ms=sequence)),
+    )
+]
+
+
+def state(view: View) -> object:
+    return [(domain, peer, e.body) for domain in (ADVERT, HEAD) for peer, e in view.alive(domain, 0.0).items()]
+
+
+@settings(max_examples=60)
+@given(st.lists(st.sampled_from(RECORDS), max_size=20), st.randoms(use_true_random=False))
+def test_any_order_gives_the_same_view(records: list[bytes], rng: random.Random) -> None:
+    orders = [records, records[::-1], records * 2, rng.sample(records, len(records))]
+    views = []
+    for order in orders:
+        view = View(lambda peer: frozenset({"publish"}))
+        for record in order:
+            view.accept(record, 0.0)
+        views.append(state(view))
+    assert all(view == views[0] for view in views)
+
+
+@settings(max_examples=100)
+@given(messages(Advert))
+def test_any_advert_is_carried_and_checked_without_another_error(advert: Advert) -> None:
+    assert decode(Advert, encode(advert)) == advert
+    try:
+        check_advert(advert, peer_of(1))
+    except RemoteProtocolError as error:
+        assert len(str(error)) < 1000
+
+
+@settings(max_examples=100)
+@given(messages(Head))
+def test_any_head_is_carried_and_checked_without_another_error(head: Head) -> None:
+    assert decode(Head, encode(head)) == head
+    try:
+        check_head(head, peer_of(1))
+    except RemoteProtocolError as error:
+        assert len(str(error)) < 1000
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=100))
+def test_random_bytes_are_no_advert(data: bytes) -> None:
+    survives(data, lambda raw: decode(Advert, raw), encode)
+    survives(data, lambda raw: decode(Head, raw), encode)

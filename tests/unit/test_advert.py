@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from protocols.advert.messages import ADVERT, HEAD, STATES, Advert, Head, Holding, RoundTrip, Serving, Span
+from protocols.advert.validate import check_advert, check_head
+from protocols.advert.view import LEASE_S, MAX_STRANGERS, SUSPECT_S, Outcome, View
+from protocols.codec import encode
+from protocols.envelope import open_record, sign_record
+from protocols.errors import RemoteProtocolError
+from protocols.ids import PeerId, cid_to_bytes
+from tests.adverts import MANIFEST, OTHER_MANIFEST, advert_of, file_cid, head_of, key_of, peer_of, signed
+from tests.vectors import Case, hold
+from tests.wire import damaged
+
+SPAN = Span(manifest=MANIFEST, variant="int4", first=0, last=10)
+CIDS = tuple(sorted(cid_to_bytes(file_cid(name)) for name in ("a", "b", "c")))
+FULL = advert_of(
+    1,
+    addresses=(
+        f"/ip4/192.0.2.1/tcp/4331/p2p/{peer_of(1)}",
+        "/ip6/2001:db8::1/tcp/4331",
+        "/dns4/node.example/tcp/1",
+        f"/ip4/192.0.2.1/udp/4331/quic-v1/p2p/{peer_of(1)}",
+    ),
+    cpus=2,
+    memory_bytes=800_000_000,
+    tags=("cpu", "mains"),
+    serving=Serving(state="serving", span=SPAN, target=None, epoch=3, decode_us=4000),
+    holdings=(Holding(manifest=MANIFEST, cids=CIDS), Holding(manifest=OTHER_MANIFEST, cids=())),
+    round_trips=(RoundTrip(peer=peer_of(2), us=900),),
+)
+
+
+def serving(**fields: Any) -> Serving:
+    return Serving(**{"state": "serving", "span": SPAN, "target": None, **fields})
+
+
+def span(**fields: Any) -> Span:
+    return Span(**{"manifest": MANIFEST, "variant": "int4", "first": 0, "last": 10, **fields})
+
+
+BAD_ADVERTS: dict[str, dict[str, Any]] = {
+    "of another peer": {"peer": peer_of(2)},
+    "no incarnation": {"incarnation": 0},
+    "a name with an escape code": {"name": "\x1b[31mred"},
+    "a version with a line break": {"software": "0.1\n"},
+    "a role with a space": {"roles": ("serve all",)},
+    "a tag in capitals": {"tags": ("CPU",)},
+    "an address without slashes": {"addresses": ("192.0.2.1:4331",)},
+    "an address without a port": {"addresses": ("/ip4/192.0.2.1/tcp",)},
+    "port 0": {"addresses": ("/ip4/192.0.2.1/tcp/0",)},
+    "port 65536": {"addresses": ("/ip4/192.0.2.1/tcp/65536",)},
+    "four numbers that are no address": {"addresses": ("/ip4/192.0.2.256/tcp/1",)},
+    "an address of the other version": {"addresses": ("/ip4/2001:db8::1/tcp/1",)},
+    "an address of another peer": {"addresses": (f"/ip4/192.0.2.1/tcp/1/p2p/{peer_of(2)}",)},
+    "an address that is too long": {"addresses": ("/dns/" + "a" * 300 + "/tcp/1",)},
+    "an address with a space": {"addresses": ("/dns/a b/tcp/1",)},
+    "an unknown state": {"serving": serving(state="ready")},
+    "serving nothing": {"serving": serving(span=None)},
+    "loading nothing": {"serving": serving(state="loading")},
+    "an intent without a target": {"serving": serving(state="intent")},
+    "an empty span": {"serving": serving(span=span(first=10))},
+    "a span backwards": {"serving": serving(target=span(first=11))},
+    "a manifest that is a file": {"serving": serving(span=span(manifest=file_cid("a")))},
+    "a manifest that is no CID": {"serving": serving(span=span(manifest="x" * 59))},
+    "a variant with a slash": {"serving": serving(span=span(variant="../int4"))},
+    "holdings of one manifest twice": {"holdings": (Holding(manifest=MANIFEST, cids=()),) * 2},
+    "holdings in the wrong order": {"holdings": (Holding(manifest=MANIFEST, cids=CIDS[::-1]),)},
+    "one file twice": {"holdings": (Holding(manifest=MANIFEST, cids=CIDS[:1] * 2),)},
+    "a short CID": {"holdings": (Holding(manifest=MANIFEST, cids=(CIDS[0][:-1],)),)},
+    "a CID with another hash": {"holdings": (Holding(manifest=MANIFEST, cids=(b"\1\x55\x11" + CIDS[0][3:],)),)},
+    "holdings of no manifest": {"holdings": (Holding(manifest=file_cid("a"), cids=CIDS),)},
+    "a round trip to itself": {"round_trips": (RoundTrip(peer=peer_of(1), us=1),)},
+    "two round trips to one peer": {"round_trips": (RoundTrip(peer=peer_of(2), us=1),) * 2},
+    "a round trip to nobody": {"round_trips": (RoundTrip(peer="nobody", us=1),)},
+}
+BAD_HEADS: dict[str, dict[str, Any]] = {
+    "a head of another peer": {"peer": peer_of(2)},
+    "a head without incarnation": {"incarnation": 0},
+    "a head without a date": {"created_ms": 0},
+    "a model name in capitals": {"name": "SmolLM2"},
+    "a model name that leaves its folder": {"name": "../x"},
+    "a version without a v": {"version": "1.0.0-0"},
+    "a version with a leading zero": {"version": "v01.0.0-0"},
+    "a head without manifest": {"manifest": ""},
+    "a head whose manifest is a file": {"manifest": file_cid("a")},
+    "a head without variant": {"variant": ""},
+}
+
+
+def members(peer: PeerId) -> frozenset[str]:
+    return frozenset({"serve", "publish"})
+
+
+def test_a_full_advert_and_a_head_are_fine() -> None:
+    check_advert(FULL, peer_of(1))
+    check_head(head_of(1), peer_of(1))
+    check_head(head_of(1, version="v12.0.3"), peer_of(1))
+    for state in STATES:
+        check_advert(advert_of(1, serving=serving(state=state, target=SPAN)), peer_of(1))
+
+
+@pytest.mark.parametrize("name", BAD_ADVERTS)
+def test_a_bad_advert_is_refused(name: str) -> None:
+    with pytest.raises(RemoteProtocolError):
+        check_advert(advert_of(1, **BAD_ADVERTS[name]), peer_of(1))
+
+
+@pytest.mark.parametrize("name", BAD_HEADS)
+def test_a_bad_head_is_refused(name: str) -> None:
+    with pytest.raises(RemoteProtocolError):
+        check_head(head_of(1, **BAD_HEADS[name]), peer_of(1))
+
+
+def read(data: bytes) -> Advert | Head:
+    """What a node believes of a record."""
+    view = View(members)
+    outcome, (domain, signer) = view.accept(data, 0.0)
+    entry = view.get(domain, signer)
+    if outcome is not Outcome.CHANGED or entry is None:
+        raise RemoteProtocolError(outcome.value)
+    return entry.body
+
+
+def test_vectors() -> None:
+    good: list[Advert | Head] = [advert_of(1), FULL, advert_of(1, leaving=True), head_of(1), head_of(1, retired=True)]
+    names = ["the least", "everything", "goodbye", "a head", "a retired head"]
+    bad = {
+        **{name: advert_of(1, **fields) for name, fields in BAD_ADVERTS.items()},
+        **{name: head_of(1, **fields) for name, fields in BAD_HEADS.items()},
+    }
+    hold(
+        "advert",
+        [
+            *(Case(name, signed(1, body), body) for name, body in zip(names, good, strict=True)),
+            *(Case(name, signed(1, body)) for name, body in bad.items()),
+            Case("an advert in a head's domain", sign_record(key_of(1), HEAD, encode(FULL))),
+            Case("an unknown domain", sign_record(key_of(1), "weather", encode(FULL))),
+        ],
+        read,
+    )
+
+
+def test_damage_is_refused() -> None:
+    view = View(members)
+    for data in damaged(signed(1, advert_of(1))):
+        with pytest.raises(RemoteProtocolError):
+            view.accept(data, 0.0)
+    for data in damaged(open_record(signed(1, advert_of(1))).payload):
+        try:
+            outcome, _ = view.accept(sign_record(key_of(1), ADVERT, data), 0.0)
+        except RemoteProtocolError:
+            continue
+        assert outcome in Outcome
+
+
+def test_the_newer_record_wins_whatever_comes_first() -> None:
+    view = View(members)
+    first, second = signed(1, advert_of(1, cpus=1)), signed(1, advert_of(1, sequence=2, cpus=2))
+    restarted = signed(1, advert_of(1, incarnation=2, sequence=0, cpus=3))
+    key = (ADVERT, peer_of(1))
+    assert view.accept(second, 0.0) == (Outcome.CHANGED, key)
+    assert view.accept(first, 0.0) == (Outcome.OLD, key)
+    assert view.accept(second, 0.0) == (Outcome.KNOWN, key)
+    assert view.accept(restarted, 0.0) == (Outcome.CHANGED, key)
+    assert view.accept(signed(1, advert_of(1, sequence=9)), 0.0) == (Outcome.OLD, key)
+    assert view.accept(signed(1, advert_of(1, incarnation=2, cpus=3)), 0.0) == (Outcome.RENEWED, key)
+    entry = view.alive(ADVERT, 0.0)[peer_of(1)]
+    assert isinstance(entry.body, Advert)
+    assert (entry.version, entry.body.cpus) == ((2, 1), 3)
+
+
+def test_a_lease_ends_and_an_old_advert_does_not_renew_it() -> None:
+    view = View(members)
+    view.accept(signed(1, advert_of(1)), 0.0)
+    view.accept(signed(1, advert_of(1)), 10.0)
+    assert list(view.alive(ADVERT, LEASE_S - 0.01)) == [peer_of(1)]
+    assert not view.alive(ADVERT, LEASE_S)
+    assert not view.lendable(LEASE_S)
+    assert view.versions() == {(ADVERT, peer_of(1)): (1, 1)}  # so that nobody sends it again
+    assert view.accept(signed(1, advert_of(1)), 20.0)[0] is Outcome.KNOWN
+    assert not view.alive(ADVERT, 20.0)
+    assert view.accept(signed(1, advert_of(1, sequence=2)), 20.0)[0] is Outcome.CHANGED
+    assert view.alive(ADVERT, 20.0)
+
+
+def test_a_record_from_somebody_who_has_had_it_for_a_while_lasts_as_much_shorter() -> None:
+    view = View(members)
+    view.accept(signed(1, advert_of(1)), 100.0, age_s=10.0)
+    assert view.alive(ADVERT, 101.9)
+    assert not view.alive(ADVERT, 102.0)
+    assert view.accept(signed(2, advert_of(2)), 100.0, age_s=LEASE_S)[0] is Outcome.IGNORED
+
+
+def test_a_disconnected_peer_has_three_seconds() -> None:
+    view = View(members)
+    view.accept(signed(1, advert_of(1)), 0.0)
+    view.suspect(peer_of(1), 1.0)
+    view.suspect(peer_of(2), 1.0)  # never heard of
+    assert view.alive(ADVERT, 1.0 + SUSPECT_S - 0.01)
+    assert not view.alive(ADVERT, 1.0 + SUSPECT_S)
+    view.accept(signed(1, advert_of(1, sequence=2)), 3.0)  # somebody else still hears it
+    assert view.alive(ADVERT, 3.0 + LEASE_S - 0.01)
+
+
+def test_who_leaves_is_gone_at_once_but_the_goodbye_is_passed_on() -> None:
+    view = View(members)
+    view.accept(signed(1, advert_of(1)), 0.0)
+    assert view.accept(signed(1, advert_of(1, sequence=2, leaving=True)), 1.0)[0] is Outcome.CHANGED
+    assert not view.alive(ADVERT, 1.0)
+    assert view.lendable(1.0)
+
+
+def test_two_contents_under_one_number_end_the_belief_until_the_next_start() -> None:
+    view = View(members)
+    view.accept(signed(1, advert_of(1, cpus=1)), 0.0)
+    view.accept(signed(1, head_of(1)), 0.0)
+    assert view.accept(signed(1, advert_of(1, cpus=2)), 0.0)[0] is Outcome.CONFLICT
+    assert not view.alive(ADVERT, 0.0)
+    assert list(view.lendable(0.0)) == [(HEAD, peer_of(1))]
+    assert view.accept(signed(1, advert_of(1, sequence=2)), 0.0)[0] is Outcome.IGNORED
+    assert view.accept(signed(1, advert_of(1, incarnation=2, cpus=1)), 0.0)[0] is Outcome.CHANGED
+    assert view.alive(ADVERT, 0.0)
+    assert view.alive(HEAD, 0.0)
+
+
+def test_heads_last_and_need_the_role() -> None:
+    roles: dict[PeerId, frozenset[str]] = {peer_of(1): frozenset({"serve"})}
+    view = View(roles.get)
+    for number in (1, 2):
+        assert view.accept(signed(number, head_of(number)), 0.0)[0] is Outcome.STRANGER
+    assert not view.alive(HEAD, 0.0)
+    assert not view.lendable(0.0)
+    roles[peer_of(2)] = frozenset({"publish"})
+    assert view.review(strangers_only=True)
+    assert list(view.alive(HEAD, 1e9)) == [peer_of(2)]
+    assert not view.review(strangers_only=False)
+    roles.clear()
+    assert not view.review(strangers_only=True)
+    assert view.review(strangers_only=False)
+    assert not view.alive(HEAD, 0.0)
+
+
+def test_strangers_have_no_effect_and_little_room() -> None:
+    view = View(lambda peer: None)
+    for number in range(1, MAX_STRANGERS + 20):
+        assert view.accept(signed(number, advert_of(number)), float(number))[0] is Outcome.STRANGER
+    assert len(view.versions()) == MAX_STRANGERS
+    assert (ADVERT, peer_of(1)) not in view.versions()
+    assert not view.alive(ADVERT, 1.0)
