@@ -77,4 +77,6 @@ def plain(value: Any) -> Any:
         return value.hex()
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
     return value

@@ -1,0 +1,180 @@
+"""From the publisher's folder to a signed manifest in the content store. No torch here.
+
+`run_publisher` starts the child process that reads a checkpoint (`publish.py`) and turns what goes wrong there
+into one sentence; `release` takes the files it left into the store and signs their manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from nacl.signing import SigningKey
+
+from meshnode.content.port import Content
+from meshnode.core.errors import ConfigError, DiskError, FatalError, ModelError
+from protocols.errors import LocalProtocolError
+from protocols.ids import DAG_CBOR, Cid, PeerId
+from protocols.manifest.codec import sign_manifest
+from protocols.manifest.messages import Architecture, FileRef, Manifest, Quality, Variant
+
+FIRST_VERSION: Final = "v1.0.0-0"
+NEEDED: Final = ("torch", "transformers", "mobius", "safetensors", "gguf")
+_ERRORS: Final[dict[str, type[FatalError]]] = {"model": ModelError, "disk": DiskError, "config": ConfigError}
+_TAIL_CHARACTERS: Final = 2000  # of the child's stderr, for a failure that it could not name itself
+
+Progress = Callable[[str, str, int, int], None]
+"""(step, variant, done, total); steps: open, graph, weights, reference, quality. `variant` may be empty."""
+
+
+def run_publisher(source: str, out: Path, variants: Sequence[str], progress: Progress | None = None) -> None:
+    """Read a checkpoint and write the files of a release into `out`, in a child process. Blocking.
+
+    Args:
+      source: a Hugging Face folder, a .gguf file, or "example:smollm2".
+      out: a folder on the disk of the content store (files are then linked, not copied).
+      variants: "int4", "int8", "fp32".
+      progress: called for every step, from this thread.
+
+    Raises:
+      ModelError: the source can't be used, or the publisher's packages are missing.
+      DiskError: no room or no permission.
+      ConfigError: an unknown variant.
+    """
+    command = [sys.executable, "-m", "meshnode.models.publish", "--source", source, "--out", str(out)]
+    for variant in variants:
+        command += ["--variant", variant]
+    errors: list[str] = []
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
+    ) as child:
+        assert child.stdout is not None
+        try:
+            finished = _follow(child.stdout, progress, errors)
+        except BaseException:
+            child.kill()  # Ctrl-C or a raised sentence: nobody reads the child any more
+            raise
+        status = child.wait()
+    if not finished:
+        last = "".join(errors)[-_TAIL_CHARACTERS:].strip().splitlines()
+        why = last[-1] if last else "it said nothing"
+        killed = f" (killed by signal {-status}; the machine may be out of memory)" if status < 0 else ""
+        raise ModelError(f"Reading {source} failed{killed}: {why}.")
+
+
+def _follow(lines: Any, progress: Progress | None, errors: list[str]) -> bool:
+    """Read the child's lines to their end; tells whether it finished. Raises what it reports."""
+    finished = False
+    for line in lines:
+        try:
+            report = json.loads(line) if line.startswith("{") else None
+        except json.JSONDecodeError:
+            report = None
+        if not isinstance(report, dict):
+            errors.append(line)
+        elif "error" in report:
+            raise _ERRORS.get(report["error"], ModelError)(report["text"])
+        elif "finished" in report:
+            finished = True
+        elif progress is not None:
+            progress(report["step"], report["variant"], report["done"], report["total"])
+    return finished
+
+
+def release(
+    folder: Path,
+    store: Content,
+    sign_key: SigningKey,
+    *,
+    created_ms: int,
+    publisher: PeerId,
+    name: str | None = None,
+    version: str = FIRST_VERSION,
+) -> tuple[Cid, Manifest]:
+    """Take the files of a release into the content store, sign and keep its manifest. Blocking.
+
+    Every file is pinned under "NAME@VERSION" and again under the CID of its manifest.
+
+    Args:
+      folder: what `run_publisher` wrote.
+      created_ms: UTC milliseconds, goes into the manifest.
+      publisher: peer id of `sign_key`.
+      name: lower case, digits, dots and dashes; None: the name that the source suggests.
+
+    Raises:
+      ModelError: index.json or a file it names is missing or damaged, or the name or version has no valid form.
+      DiskError: the store has no room.
+    """
+    index = _read_index(folder)
+    name = name or str(index["name"])
+    pin = f"{name}@{version}"
+
+    def add(entry: dict[str, Any]) -> FileRef:
+        path = folder / entry["path"]
+        if not path.is_file() or path.stat().st_size != entry["size"]:
+            raise ModelError(f"{path} is missing or not complete. Run `meshnode model add` again.")
+        return FileRef(cid=store.add_file(path, pin=pin), size=entry["size"])
+
+    try:
+        manifest = Manifest(
+            name=name,
+            version=version,
+            created_ms=created_ms,
+            publisher=publisher,
+            architecture=_architecture(index["architecture"]),
+            files={file: add(entry) for file, entry in index["files"].items()},
+            variants={variant: _variant(variant, entry, add) for variant, entry in index["variants"].items()},
+        )
+        block = sign_manifest(sign_key, manifest)
+    except (KeyError, TypeError) as error:
+        raise ModelError(
+            f"{folder / 'index.json'} is not complete ({error}). Run `meshnode model add` again."
+        ) from error
+    except LocalProtocolError as error:
+        raise ModelError(str(error)) from error
+    cid = store.put_block(block, DAG_CBOR)
+    store.pin(cid, cid)
+    for ref in manifest_files(manifest):
+        store.pin(ref, cid)
+    store.unpin(pin)
+    return cid, manifest
+
+
+def manifest_files(manifest: Manifest) -> list[Cid]:
+    """CIDs of all files of a manifest, each once: what must be here for `model verify`, and what is pinned."""
+    refs = list(manifest.files.values())
+    for variant in manifest.variants.values():
+        refs += [variant.graph, variant.embed, *variant.layers, variant.head]
+    return list(dict.fromkeys(ref.cid for ref in refs))
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / "index.json"
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path} can't be read: {error}. Run `meshnode model add` again.") from error
+    if not isinstance(index, dict):
+        raise ModelError(f"{path} is damaged. Run `meshnode model add` again.")
+    return index
+
+
+def _architecture(raw: dict[str, Any]) -> Architecture:
+    return Architecture(**{**raw, "bos_ids": tuple(raw["bos_ids"]), "eos_ids": tuple(raw["eos_ids"])})
+
+
+def _variant(name: str, raw: dict[str, Any], add: Callable[[dict[str, Any]], FileRef]) -> Variant:
+    quality = raw.get("quality")
+    return Variant(
+        name=name,
+        kernel_class=raw["kernel_class"],
+        graph=add(raw["graph"]),
+        embed=add(raw["embed"]),
+        layers=tuple(add(entry) for entry in raw["layers"]),
+        head=add(raw["head"]),
+        quality=None if quality is None else Quality(**quality),
+    )
