@@ -33,6 +33,7 @@ from meshnode.core.config import format_size
 from meshnode.core.errors import Declined, DiskError, ModelError
 from protocols.errors import MeshError, RemoteProtocolError
 from protocols.ids import Cid, cid_from_bytes, cid_of, cid_to_bytes, short
+from protocols.unixfs.assembly import KNOWN_SHAPES
 from protocols.unixfs.builder import Builder, Tree
 from protocols.unixfs.layout import CHUNK_BYTES
 
@@ -143,7 +144,7 @@ class BlobStore:
             with self.index.transaction() as db:
                 self._make_room(db, before.st_size, str(source))
             with self._temporary(source, before) as (target, writer):
-                tree = self._stream(source, reader.fileno(), writer)
+                tree = self._stream(source, reader.fileno(), writer, Builder())
                 after = os.fstat(reader.fileno())
                 if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                     raise ModelError(
@@ -362,17 +363,18 @@ class BlobStore:
     def _temporary(self, source: Path, status: os.stat_result) -> Iterator[tuple[Path, int | None]]:
         """A name in `tmp/` for a source: a hard link (descriptor None) or a locked empty file to copy into."""
         linked = None
-        if not status.st_mode & _ANY_WRITE and status.st_dev == self._tmp.stat().st_dev:
-            linked = self._linked(source)
-        with disk_errors(self._tmp, "write into"):
+        # Made and locked in one transaction: nobody tidies up in between.
+        with self.index.transaction(), disk_errors(self._tmp, "write into"):
+            if not status.st_mode & _ANY_WRITE and status.st_dev == self._tmp.stat().st_dev:
+                linked = self._linked(source)
             if linked is None:
                 descriptor, name = tempfile.mkstemp(dir=self._tmp)
                 target = Path(name)
             else:
                 target = linked
                 descriptor = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH)  # says to others that this one is alive
             yield target, None if linked else descriptor
         finally:
             os.close(descriptor)
@@ -388,8 +390,7 @@ class BlobStore:
             return None
         return target
 
-    def _stream(self, source: Path, reader: int, writer: int | None) -> Tree:
-        builder = Builder()
+    def _stream(self, source: Path, reader: int, writer: int | None, builder: Builder) -> Tree:
         buffer = memoryview(bytearray(CHUNK_BYTES))
         while True:
             try:
@@ -456,12 +457,14 @@ class BlobStore:
 
     def _adopt(self, path: Path, name: bytes) -> None:
         """A whole file that the index does not know: killed before the commit, or the index was deleted."""
-        with path.open("rb", buffering=0) as reader:
-            tree = self._stream(path, reader.fileno(), None)
-        if cid_to_bytes(tree.root) != name:
-            path.unlink()
-            return
-        self._commit(path, tree, None)
+        for chunk, width in KNOWN_SHAPES:
+            builder = Builder(chunk=chunk, width=width)
+            with path.open("rb", buffering=0) as reader:
+                tree = self._stream(path, reader.fileno(), None, builder)
+            if cid_to_bytes(tree.root) == name:
+                self._commit(path, tree, None)
+                return
+        path.unlink()
 
 
 def _name_of(path: Path) -> bytes | None:

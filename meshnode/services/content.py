@@ -133,6 +133,7 @@ class ContentService:
                 await trio.sleep_forever()
             finally:
                 self._nursery = None
+                self._outboxes.clear()
 
     async def fetch(self, cid: Cid, size: int, *, progress: Progress | None = None) -> Path:
         """The complete, verified file of `size` bytes under this CID, from the store or from peers.

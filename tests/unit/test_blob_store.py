@@ -29,14 +29,14 @@ def noise(size: int, seed: int = 0) -> bytes:
     return hashlib.shake_128(seed.to_bytes(4, "big")).digest(size)
 
 
-def tree_of(data: bytes) -> Tree:
-    builder = Builder()
+def tree_of(data: bytes, chunk: int = MIB) -> Tree:
+    builder = Builder(chunk=chunk)
     builder.update(data)
     return builder.finish()
 
 
-def blocks_of(data: bytes) -> dict[bytes, bytes]:
-    tree = tree_of(data)
+def blocks_of(data: bytes, chunk: int = MIB) -> dict[bytes, bytes]:
+    tree = tree_of(data, chunk)
     out = dict(tree.inner)
     for index, cid in enumerate(tree.leaves):
         offset, length = tree.layout.leaf_range(index)
@@ -66,10 +66,10 @@ def source(tmp_path: Path, data: bytes, name: str = "source") -> Path:
     return path
 
 
-def fetch(store: BlobStore, data: bytes, *, blocks: int | None = None) -> PartialFile | Path:
+def fetch(store: BlobStore, data: bytes, *, blocks: int | None = None, chunk: int = MIB) -> PartialFile | Path:
     """Write blocks into a partial file, at most `blocks` of them; the path when it is complete."""
-    have = blocks_of(data)
-    partial = store.open_partial(tree_of(data).root, len(data))
+    have = blocks_of(data, chunk)
+    partial = store.open_partial(tree_of(data, chunk).root, len(data))
     if isinstance(partial, Path):
         return partial
     while not partial.complete and (blocks is None or blocks > 0):
@@ -375,6 +375,20 @@ def test_leftovers_are_tidied_up_and_a_lost_index_is_rebuilt(store: BlobStore, t
     assert list((folder / "tmp").iterdir()) == []
     again.close()
     BlobStore(folder, 100 * MIB).close()
+
+
+def test_files_that_other_tools_cut_smaller_are_fetched_served_and_read_in_anew(store: BlobStore) -> None:
+    data = noise(MIB + 5)
+    path = fetch(store, data, chunk=1 << 18)
+    assert isinstance(path, Path) and path.read_bytes() == data
+    for name, block in blocks_of(data, 1 << 18).items():
+        assert store.read_blocks([name]) == [block]
+    store.close()
+    for file in store.folder.glob("index.sqlite*"):
+        file.unlink()
+    again = BlobStore(store.folder, 100 * MIB)
+    assert again.files() == {tree_of(data, 1 << 18).root}
+    again.close()
 
 
 def test_damaged_and_future_indexes_are_sentences(tmp_path: Path) -> None:
