@@ -126,9 +126,7 @@ async def _check_rewind(make: Make) -> None:
     """Writing at an earlier position forgets what was there."""
     async with make(0, 4) as engine:
         await engine.open(name(1), first=0, last=4, capacity=16, sampling=None, prompt=PROMPT)
-        straight = await engine.step(
-            name(1), position=0, rows=11, data=ids(*PROMPT), sample=True, prefill=True
-        )
+        straight = await engine.step(name(1), position=0, rows=11, data=ids(*PROMPT), sample=True, prefill=True)
         await engine.step(name(1), position=4, rows=5, data=ids(9, 9, 9, 9, 9), sample=True, prefill=True)
         back = await engine.step(name(1), position=4, rows=7, data=ids(*PROMPT[4:]), sample=True, prefill=True)
         assert back.token == straight.token
@@ -150,9 +148,7 @@ async def _check_refusals(make: Make) -> None:
             assert (caught.value.retry_ms > 0) == (code == "busy")
 
         async def enter(session: int, first: int = 1, last: int = 3, capacity: int = 8) -> None:
-            await engine.open(
-                name(session), first=first, last=last, capacity=capacity, sampling=None, prompt=()
-            )
+            await engine.open(name(session), first=first, last=last, capacity=capacity, sampling=None, prompt=())
 
         async def step(session: int, position: int, rows: int) -> object:
             data = np.ones((rows, hidden), "<f4").tobytes()
@@ -232,7 +228,7 @@ async def _check_many_callers(make: Make) -> None:
         async with trio.open_nursery() as nursery:
             for session in (1, 2, 3, 4):
                 nursery.start_soon(one, session)
-        assert found == {session: expected for session in (1, 2, 3, 4)}
+        assert found == dict.fromkeys((1, 2, 3, 4), expected)
 
 
 async def _check_cancelled_caller(make: Make) -> None:

@@ -11,7 +11,7 @@ import pytest
 from meshnode.engine.port import Engine, StageSpec
 from meshnode.engine.process import EngineProcess
 from protocols.manifest.messages import Architecture
-from tests.conformance.check_engine import CHECKS, Make, changed
+from tests.conformance.check_engine import CHECKS, changed
 
 ARCHITECTURE = Architecture(
     family="null",

@@ -1,0 +1,152 @@
+"""Cuts a segment out of the weightless graph of a model.
+
+A segment is the run of layers [first, last), or the head alone. Its graph holds no weights: every initializer
+that is more than a few bytes is named with the place of its bytes, and handed to onnxruntime as a view of the
+mapped file. Works on the protobuf itself: onnx_ir would cost the engine process 50 MB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx
+
+from meshnode.core.errors import ModelError
+
+_INLINE_BYTES: Final = 1024  # smaller constants stay in the graph: onnxruntime folds them
+_TYPES: Final[dict[int, np.dtype[Any]]] = {
+    onnx.TensorProto.FLOAT: np.dtype("<f4"),
+    onnx.TensorProto.UINT8: np.dtype("u1"),
+    onnx.TensorProto.INT64: np.dtype("<i8"),
+    onnx.TensorProto.INT32: np.dtype("<i4"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A tensor inside a group file."""
+
+    group: str  # "embed", "layer.7", "head"
+    offset: int  # bytes from the start of the file
+    length: int  # bytes
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A graph to open, and what it must be given."""
+
+    model: bytes  # serialized ONNX ModelProto
+    inputs: tuple[str, ...]  # the first one carries the rows
+    outputs: tuple[str, ...]  # here too
+    views: dict[str, View]  # initializer -> its bytes in a group file
+    tables: dict[str, np.ndarray[Any, Any]]  # initializer -> its value (rotary tables)
+
+
+class WeightlessGraph:
+    """The graph of a whole model, read from a file. Costs a few MB: let it go after cutting."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ModelError when the file is no ONNX graph."""
+        try:
+            self._model = onnx.load_from_string(path.read_bytes())
+        except OSError as error:
+            raise ModelError(f"The graph {path} can't be read: {error.strerror or error}.") from error
+        except Exception as error:
+            raise ModelError(f"The graph {path} is damaged: {error}. Remove the model and fetch it again.") from error
+        graph = self._model.graph
+        self._path = path
+        self._nodes = list(graph.node)
+        self._producer = {name: i for i, node in enumerate(self._nodes) for name in node.output if name}
+        self._initializers = {t.name: t for t in graph.initializer}
+        self._values = {v.name: v for v in (*graph.value_info, *graph.output, *graph.input)}
+        self._inputs = {v.name for v in graph.input} - self._initializers.keys()
+
+    def layers(self, first: int, last: int) -> Cut:
+        """The segment of the layers [first, last): input_ids or hidden states in, hidden states out."""
+        start = "input_ids" if first == 0 else f"hidden_states.{first - 1}"
+        outputs = [f"hidden_states.{last - 1}"]
+        outputs += [f"present.{i}.{part}" for i in range(first, last) for part in ("key", "value")]
+        return self._cut(start, outputs)
+
+    def head(self, layers: int) -> Cut:
+        """The final norm and the head: hidden states of the last layer in, logits out."""
+        return self._cut(f"hidden_states.{layers - 1}", ["logits"])
+
+    def _cut(self, start: str, outputs: list[str]) -> Cut:
+        wanted, inputs, initializers = self._behind(start, outputs)
+        graph = onnx.GraphProto(name="segment")
+        graph.node.extend(self._nodes[i] for i in sorted(wanted))  # the order of the file is topological
+        names = [start, *sorted(inputs - {start})]
+        graph.input.extend(self._value(name) for name in names)
+        graph.output.extend(self._value(name) for name in outputs)
+        views: dict[str, View] = {}
+        tables: dict[str, np.ndarray[Any, Any]] = {}
+        for name in sorted(initializers):
+            tensor = self._initializers[name]
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                views[name] = self._view(tensor)
+                graph.initializer.append(tensor)
+            elif tensor.ByteSize() > _INLINE_BYTES:
+                tables[name] = np.array(onnx.numpy_helper.to_array(tensor))
+                graph.initializer.append(_placeholder(tensor))
+            else:
+                graph.initializer.append(tensor)
+        model = onnx.ModelProto(ir_version=self._model.ir_version, opset_import=self._model.opset_import, graph=graph)
+        return Cut(model.SerializeToString(), tuple(names), tuple(outputs), views, tables)
+
+    def _behind(self, start: str, outputs: list[str]) -> tuple[set[int], set[str], set[str]]:
+        """Nodes, graph inputs and initializers that `outputs` need when `start` is given."""
+        nodes: set[int] = set()
+        inputs: set[str] = set()
+        initializers: set[str] = set()
+        seen = {start, ""}
+        queue = list(outputs)
+        while queue:
+            name = queue.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            if name in self._initializers:
+                initializers.add(name)
+            elif name in self._inputs:
+                inputs.add(name)
+            elif name in self._producer:
+                index = self._producer[name]
+                if index not in nodes:
+                    nodes.add(index)
+                    queue.extend(self._nodes[index].input)
+            else:
+                raise ModelError(f"The graph {self._path} has no {name}: it was made for another model or version.")
+        return nodes, inputs, initializers
+
+    def _value(self, name: str) -> onnx.ValueInfoProto:
+        if name not in self._values:
+            raise ModelError(f"The graph {self._path} does not say what {name} is: it was made by another version.")
+        return self._values[name]
+
+    def _view(self, tensor: onnx.TensorProto) -> View:
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        try:
+            dtype = _TYPES[tensor.data_type]
+            view = View(where["location"], int(where["offset"]), int(where["length"]), dtype, tuple(tensor.dims))
+        except (KeyError, ValueError) as error:
+            raise ModelError(
+                f"The graph {self._path} describes {tensor.name} in an unknown way ({error})."
+            ) from error
+        if int(np.prod(view.shape)) * dtype.itemsize != view.length:
+            raise ModelError(f"The graph {self._path} gives {tensor.name} {view.length} bytes for {view.shape}.")
+        return view
+
+
+def _placeholder(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    """The same tensor without its bytes."""
+    out = onnx.TensorProto(
+        name=tensor.name, dims=tensor.dims, data_type=tensor.data_type, data_location=onnx.TensorProto.EXTERNAL
+    )
+    out.external_data.add(key="location", value="table")
+    return out
