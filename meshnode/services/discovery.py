@@ -104,7 +104,7 @@ class DiscoveryService:
                     self._targets[peer].dialling = True
                     nursery.start_soon(self._dial, peer)
                 self._woken = trio.Event()
-                with trio.move_on_after(LOOK_SECONDS):
+                with trio.move_on_after(self._pause()):
                     await self._woken.wait()
 
     async def _watch(self) -> None:
@@ -182,6 +182,12 @@ class DiscoveryService:
             retries -= target.failures > 0
             out.append(peer)
         return out
+
+    def _pause(self) -> float:
+        """Seconds until there may be something to do."""
+        now = trio.current_time()
+        dues = (target.due - now for target in self._targets.values() if target.due > now)
+        return min(LOOK_SECONDS, min(dues, default=LOOK_SECONDS))
 
     def _affinity(self, peer: PeerId) -> bytes:
         pair = "".join(sorted((self._host.peer_id, peer)))

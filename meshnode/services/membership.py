@@ -69,6 +69,7 @@ from protocols.membership.trust import ordered_roles, sign_certificate, sign_wit
 ASK_ANYWAY_SECONDS: Final = 1.5  # the larger id waits this long for the smaller one's hello
 RETRY_SECONDS: Final = 0.5  # between hellos that broke off
 FAREWELL_SECONDS: Final = 1.0  # a refused peer has this long to read why
+SETTLE_SECONDS: Final = HELLO_SECONDS + FAREWELL_SECONDS + 0.5  # a hello that ran out of time says so first
 REVIEW_SECONDS: Final = 5.0  # expiry, and withdrawals that a command has put into the state file
 CLOCK_WARNING_MS: Final = 2_000  # intents are ranked by UTC milliseconds; more than this is worth a word
 MAX_REFUSALS: Final = 64  # remembered for status
@@ -186,11 +187,11 @@ class MembershipService:
 
     @property
     def version(self) -> int:
-        """Goes up whenever `members()` changes."""
+        """Goes up whenever something that can be read here changes: members, roles, refusals."""
         return self._version
 
     async def changed(self, version: int) -> int:
-        """Wait until `version` is no longer the current one; the current one. If cancelled: nothing happened."""
+        """Wait until `version` is not the current one any more; the current one. If cancelled: nothing happened."""
         while self._version == version:
             await self._changed.wait()
         return self._version
@@ -231,7 +232,7 @@ class MembershipService:
         with trio.CancelScope() as scope:
             self._settling[peer] = scope
             broken = ""
-            with trio.move_on_after(HELLO_SECONDS):
+            with trio.move_on_after(SETTLE_SECONDS):
                 if self._us > peer:
                     with trio.move_on_after(ASK_ANYWAY_SECONDS):
                         await self.admitted(peer)
@@ -410,6 +411,7 @@ class MembershipService:
                 new = replace(new, count=old.count + 1)
                 break
         self._refusals.append(new)
+        self._note_change()
         _log.warning("peer.refused", peer=peer, code=turned.code, reason=turned.reason, by_us=turned.by_us)
         if self._health is not None:
             who = short(peer) if turned.by_us else f"This node, by {short(peer)},"
@@ -430,7 +432,10 @@ class MembershipService:
         except Untrusted as error:
             raise Declined(FORBIDDEN, f"the node that made the ticket is no member any more: {error}") from error
         if ADMIN not in ours.roles or ours.distance >= MAX_CHAIN:
-            raise Declined(FORBIDDEN, "the node that made the ticket may not invite any more; ask another admin")
+            raise Declined(
+                FORBIDDEN,
+                "this node may not invite; a ticket is redeemed at the node that made it, which must be an admin",
+            )
         invite = self._state.redeem(join.invite, join.secret, peer, now, not_before_ms=self._trust.withdrawn_ms(peer))
         certificate = Certificate(
             network=self._trust.id,
@@ -469,6 +474,7 @@ class MembershipService:
             return False
         self._chains[peer] = chain
         self._state.put_record(MEMBER, peer, encode(Chain(certificates=chain)))
+        self._note_change()
         return True
 
     def _age(self, chain: tuple[bytes, ...]) -> tuple[int, int]:
@@ -505,6 +511,7 @@ class MembershipService:
                     news.append(data)
         if news:
             self._review()
+            self._note_change()
             if pass_on:
                 await self._host.publish(TOPIC, HELLO.encode(Roster(withdrawals=tuple(news))))
 
