@@ -9,14 +9,15 @@ import trio
 from trio.testing import MockClock
 
 from meshnode.core.errors import Declined, PeerUnreachable
-from meshnode.services.directory import next_incarnation
+from meshnode.services.directory import COALESCE_S, MAX_SYNCS, SYNC_SECONDS, next_incarnation
 from protocols.advert.messages import Advert, Holding, Serving, Span
-from protocols.codec import encode
+from protocols.codec import decode, encode
 from protocols.envelope import sign_record
+from protocols.envelope.record import SignedRecord
 from protocols.errors import LocalProtocolError
 from protocols.frame import pack
 from protocols.ids import RAW, cid_from_bytes, cid_of, cid_to_bytes
-from protocols.sync.messages import PROTOCOL, SYNC, Digest, Item, Records
+from protocols.sync.messages import PROTOCOL, SYNC, TIMEOUT_S, Digest, Item, Records
 from tests.adverts import MANIFEST, OTHER_MANIFEST, advert_of, file_cid, head_of, key_of, peer_of, signed
 from tests.services.directory_mesh import TOPIC, Mesh, Node, open_mesh
 from tests.services.directory_mesh import Records as Store
@@ -128,6 +129,33 @@ async def test_a_peer_that_others_still_hear_stays(autojump_clock: MockClock, rn
         await never_changes_its_mind(nodes[0], nodes, 60)
 
 
+async def test_news_of_a_lost_neighbour_is_asked_for(autojump_clock: MockClock, rng: random.Random) -> None:
+    async with open_mesh(rng) as mesh:
+        one, two, three = nodes = [await mesh.start(number) for number in (1, 2, 3)]
+        await mesh.full(*nodes)
+        await all_see(nodes, within=3)
+        mesh.network.set_gossip_loss(1.0)
+        await one.host.disconnect(three.peer, "test")
+        await two.host.disconnect(three.peer, "test")
+        three.directory.update(cpus=7)
+        with trio.move_on_after(3 * COALESCE_S):  # published, but nobody hears it
+            await one.directory.changed()
+        await mesh.line(two, three)  # now they sync
+        await two.until(lambda d: d.live()[three.peer].cpus == 7, within=1.4)
+        assert one.directory.live()[three.peer].cpus == 0
+        await one.until(lambda d: d.live()[three.peer].cpus == 7, within=1.6)
+
+
+async def test_what_gossip_lost_comes_by_the_next_sync(autojump_clock: MockClock, rng: random.Random) -> None:
+    async with open_mesh(rng) as mesh:
+        one, other = await mesh.start(1, roles=["publish"]), await mesh.start(2)
+        await mesh.line(one, other)
+        await all_see([one, other], within=3)
+        mesh.network.set_gossip_loss(1.0)
+        head = one.directory.publish_head(name="m", version="v1.0.0-0", manifest=MANIFEST, variant="int4")
+        await other.until(lambda d: d.head() == head, within=1.2 * SYNC_SECONDS + 1)
+
+
 async def test_who_says_goodbye_is_gone_at_once(autojump_clock: MockClock, rng: random.Random) -> None:
     async with open_mesh(rng) as mesh:
         nodes = await five(mesh)
@@ -191,6 +219,8 @@ async def test_forged_damaged_and_strange_records_have_no_effect(
             b"",
             b"\xff" * 100,
             sign_record(key_of(9), "advert", encode(newer)),  # signed by another
+            encode(replace(decode(SignedRecord, signed(2, newer)), signature=bytes(64))),
+            encode(replace(decode(SignedRecord, signed(9, newer)), signer=bytes(key_of(2).verify_key))),
             signed(2, newer)[:-1],
             sign_record(key_of(2), "head", encode(newer)),  # another kind
             sign_record(key_of(2), "weather", encode(newer)),
@@ -469,10 +499,13 @@ async def test_a_peer_that_says_nothing_is_not_waited_for(autojump_clock: MockCl
         one, other = await mesh.start(1), await mesh.start(2)
         hostile = await mesh.bare(9, one)
         streams = [await hostile.open_stream(one.peer, PROTOCOL) for _ in range(4)]
+        for stream in streams[MAX_SYNCS:]:  # more than two at once are not even begun
+            with trio.fail_after(0.1), pytest.raises(PeerUnreachable):
+                await stream.receive_some()
         await mesh.line(other, one)
         await one.sees_exactly([one, other], within=3)
-        for stream in streams:
-            with trio.fail_after(11), pytest.raises(PeerUnreachable):
+        for stream in streams[:MAX_SYNCS]:
+            with trio.fail_after(TIMEOUT_S + 1), pytest.raises(PeerUnreachable):
                 await stream.receive_some()
 
 
