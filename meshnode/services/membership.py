@@ -1,4 +1,4 @@
-"""Who is let in: runs /meshnode/hello/1 on every connection, keeps the ledger's side of tickets.
+"""Who is let in: runs /meshnode/hello/1 on every connection, answers tickets.
 
 Nothing but this protocol is served to a peer before `host.admit`. Who says hello: the peer with the smaller id,
 at once; the other one after `ASK_ANYWAY_SECONDS`, for a restarted peer may not know that it is new to us. Two
@@ -10,20 +10,19 @@ from __future__ import annotations
 import math
 import secrets
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
 import trio
 
 from meshnode.core.clock import Wall
-from meshnode.core.errors import Declined, IdentityError, PeerUnreachable
+from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.core.health import Health
 from meshnode.core.log import get_logger
 from meshnode.net.port import Host, PeerEvent, Stream
-from meshnode.state.port import Membership, Signer, State, keep_withdrawal, restore_withdrawals
-from protocols.codec import decode, encode
+from meshnode.state.port import Membership, Signer, State
+from meshnode.state.registry import Registry, packed
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import PeerId, short
 from protocols.membership import Credentials, HelloMachine, Member, Standing, Untrusted
@@ -41,30 +40,21 @@ from protocols.membership.machine import (
     Settled,
     Trusted,
     Turned,
+    refusal_of,
 )
 from protocols.membership.machine import State as Step
 from protocols.membership.messages import (
-    ADMIN,
-    FORBIDDEN,
     HELLO,
     HELLO_SECONDS,
-    MAX_CHAIN,
-    MEMBER,
     NONCE_BYTES,
     PROTOCOL,
     STRANGER,
     TOPIC,
-    Certificate,
-    Chain,
-    Granted,
     Join,
     Roster,
-    Withdrawal,
 )
-from protocols.membership.sealing import NONCE_BYTES as SEAL_NONCE_BYTES
-from protocols.membership.sealing import seal_secret
 from protocols.membership.session import HelloSession, pack_message
-from protocols.membership.trust import ordered_roles, sign_certificate, sign_withdrawal
+from protocols.membership.trust import ordered_roles
 
 ASK_ANYWAY_SECONDS: Final = 1.5  # the larger id waits this long for the smaller one's hello
 RETRY_SECONDS: Final = 0.5  # between hellos that broke off
@@ -73,10 +63,7 @@ SETTLE_SECONDS: Final = HELLO_SECONDS + FAREWELL_SECONDS + 0.5  # a hello that r
 REVIEW_SECONDS: Final = 5.0  # expiry, and withdrawals that a command has put into the state file
 CLOCK_WARNING_MS: Final = 2_000  # intents are ranked by UTC milliseconds; more than this is worth a word
 MAX_REFUSALS: Final = 64  # remembered for status
-MAX_MEMBERS: Final = 1024  # remembered certificates
 MAX_STREAMS: Final = 2  # hellos that one peer may have open with us
-_CHAINS: Final = 24  # in one Roster: about 1 KiB each, 64 KiB allowed
-_WITHDRAWALS: Final = 16  # in one Roster: at most 2 KiB each
 
 _log = get_logger("membership")
 
@@ -91,6 +78,10 @@ class Refusal:
     sentence: str
     by_us: bool
     count: int = 1
+
+
+def _who(peer: PeerId, *, by_us: bool) -> str:
+    return short(peer) if by_us else f"This node, by {short(peer)},"
 
 
 class MembershipService:
@@ -116,24 +107,12 @@ class MembershipService:
         Raises IdentityError when our own certificate does not hold.
         """
         self._host = host
-        self._key = identity.signing_key
         self._us = identity.peer_id
-        self._membership = membership
-        self._state = state
+        self._registry = Registry(identity, membership, state, clock, random_bytes)
+        self._trust = self._registry.trust
         self._clock = clock
         self._health = health
         self._random_bytes = random_bytes
-        self._trust = membership.trust()
-        restore_withdrawals(self._trust, state, clock())
-        try:
-            standing = self._trust.check(membership.chain, clock())
-        except Untrusted as error:
-            raise IdentityError(f"the membership of this node does not hold: {error}") from error
-        if standing.peer != self._us:
-            raise IdentityError(
-                f"the certificate of this node is of {short(standing.peer)}, its key of {short(self._us)}; restore "
-                "the key that belongs to the certificate, or join again with a new ticket"
-            )
         self._credentials = Credentials(
             peer=self._us,
             name=(node_name or membership.name)[:64],
@@ -144,14 +123,12 @@ class MembershipService:
         self._members: dict[PeerId, Member] = {}  # connected and settled
         self._proven: dict[PeerId, Member] = {}  # admitted at the host
         self._granted: set[PeerId] = set()  # redeemed a ticket on its present connection
-        self._chains: dict[PeerId, tuple[bytes, ...]] = {}  # everybody's certificates, connected or not
         self._offsets: dict[PeerId, int] = {}
         self._refusals: deque[Refusal] = deque(maxlen=MAX_REFUSALS)
         self._settling: dict[PeerId, trio.CancelScope] = {}
         self._streams: Counter[PeerId] = Counter()
         self._version = 0
         self._changed = trio.Event()
-        self._load_chains()
         host.handle(PROTOCOL, self._answer, open_to_strangers=True)
         self._gossip = host.subscribe(TOPIC, self._worth_passing)
 
@@ -164,17 +141,11 @@ class MembershipService:
     @property
     def standing(self) -> Standing:
         """Our own roles and certificate. Raises Untrusted when they were withdrawn or have expired."""
-        return self._trust.check(self._membership.chain, self._clock())
+        return self._registry.standing
 
     def roles_of(self, peer: PeerId) -> frozenset[str]:
         """Roles of any peer whose certificate we have seen and that holds now; empty for everybody else."""
-        chain = self._membership.chain if peer == self._us else self._chains.get(peer)
-        if chain is None:
-            return frozenset()
-        try:
-            return self._trust.check(chain, self._clock()).roles
-        except Untrusted:
-            return frozenset()
+        return self._registry.roles_of(peer)
 
     def clock_offsets(self) -> dict[PeerId, int]:
         """How far the clocks of connected members are ahead of ours, milliseconds."""
@@ -248,12 +219,10 @@ class MembershipService:
                     with trio.move_on_after(RETRY_SECONDS):
                         await self.admitted(peer)
             if peer not in self._members:
-                reason = f"{short(peer)} did not prove its membership within {HELLO_SECONDS:.0f} s"
+                reason = f"it did not prove its membership within {HELLO_SECONDS:.0f} s; ask a member for a ticket"
                 if broken:
                     reason += f" ({broken})"
-                await self._turn_away(
-                    peer, Turned(code=STRANGER, reason=f"{reason}; ask a member for a ticket", by_us=True)
-                )
+                await self._turn_away(peer, Turned(code=STRANGER, reason=refusal_of(peer, reason), by_us=True))
         if self._settling.get(peer) is scope:
             del self._settling[peer]
 
@@ -320,7 +289,7 @@ class MembershipService:
             raise
         except RemoteProtocolError as error:
             await stream.reset()
-            reason = f"{short(peer)} broke the rules of {PROTOCOL}: {error}"
+            reason = refusal_of(peer, f"it broke the rules of {PROTOCOL}: {error}")
             return turned or Turned(code=STRANGER, reason=reason, by_us=True)
 
     def _session(self, peer: PeerId) -> HelloSession:
@@ -349,7 +318,7 @@ class MembershipService:
                     self._trust_peer(fact.member, fact.clock_offset_ms)
                 case Settled():
                     self._welcome(peer)
-                    out += b"".join(pack_message(roster) for roster in self._rosters())
+                    out += b"".join(pack_message(roster) for roster in self._registry.rosters(self._members))
                 case Redeem():
                     more, new = session.do(self._decide(peer, fact.join), *self._times())
                     out += more
@@ -371,16 +340,23 @@ class MembershipService:
     def _trust_peer(self, member: Member, offset_ms: int) -> None:
         self._proven[member.peer] = member
         self._offsets[member.peer] = offset_ms
-        self._keep_chain(member.peer, member.chain)
+        self._registry.keep(member.peer, member.chain)
         self._host.admit(member.peer, True)
-        if abs(offset_ms) > CLOCK_WARNING_MS and self._health is not None:
+        if self._health is None:
+            return
+        if abs(offset_ms) > CLOCK_WARNING_MS:
             self._health.set("clock-off", peer=short(member.peer), seconds=round(abs(offset_ms) / 1000))
+        else:
+            self._health.clear("clock-off", peer=short(member.peer))
 
     def _welcome(self, peer: PeerId) -> None:
         member = self._proven[peer]
         if self._members.get(peer) != member:
             self._members[peer] = member
             _log.info("member.admitted", peer=peer, name=member.name, roles=ordered_roles(member.standing.roles))
+            if self._health is not None:
+                for by_us in (True, False):
+                    self._health.clear("refused-peer", peer=_who(peer, by_us=by_us))
             self._note_change()
 
     def _note_change(self) -> None:
@@ -414,134 +390,40 @@ class MembershipService:
         self._note_change()
         _log.warning("peer.refused", peer=peer, code=turned.code, reason=turned.reason, by_us=turned.by_us)
         if self._health is not None:
-            who = short(peer) if turned.by_us else f"This node, by {short(peer)},"
-            self._health.set("refused-peer", peer=who, reason=turned.reason)
+            subject = peer if turned.by_us else self._us
+            reason = turned.reason.removeprefix(refusal_of(subject, ""))
+            self._health.set("refused-peer", peer=_who(peer, by_us=turned.by_us), reason=f"{reason}.")
 
-    # Tickets
+    # What the registry learns
 
     def _decide(self, peer: PeerId, join: Join) -> Grant | Deny:
         try:
-            return Grant(self._grant(peer, join))
+            granted = self._registry.grant(peer, join)
         except Declined as no:
             return Deny(no.code, str(no))
-
-    def _grant(self, peer: PeerId, join: Join) -> Granted:
-        now = self._clock()
-        try:
-            ours = self.standing
-        except Untrusted as error:
-            raise Declined(FORBIDDEN, f"the node that made the ticket is no member any more: {error}") from error
-        if ADMIN not in ours.roles or ours.distance >= MAX_CHAIN:
-            raise Declined(
-                FORBIDDEN,
-                "this node may not invite; a ticket is redeemed at the node that made it, which must be an admin",
-            )
-        invite = self._state.redeem(join.invite, join.secret, peer, now, not_before_ms=self._trust.withdrawn_ms(peer))
-        certificate = Certificate(
-            network=self._trust.id,
-            peer=peer,
-            roles=ordered_roles(set(invite.roles) & ours.roles),
-            issued_ms=now,
-            expires_ms=now + invite.member_ms if invite.member_ms else 0,
-            serial=self._state.next_serial(),
-        )
-        chain = (*self._membership.chain, sign_certificate(self._key, certificate))
         self._granted.add(peer)
-        self._keep_chain(peer, chain)
-        _log.info("member.invited", peer=peer, name=join.name, roles=certificate.roles)
-        sealed = seal_secret(
-            self._membership.secret,
-            invite=join.invite,
-            invite_secret=join.secret,
-            joiner=peer,
-            nonce=self._random_bytes(SEAL_NONCE_BYTES),
-        )
-        return Granted(network=self._membership.network_record, chain=chain, sealed=sealed, wall_ms=now)
-
-    # Certificates and withdrawals of others
-
-    def _load_chains(self) -> None:
-        for peer, data in self._state.records(MEMBER).items():
-            with suppress(RemoteProtocolError):  # of another version; a hello brings it again
-                self._chains[PeerId(peer)] = decode(Chain, data).certificates
-
-    def _keep_chain(self, peer: PeerId, chain: tuple[bytes, ...]) -> bool:
-        """Remember a chain that holds, unless a newer one is known; whether it was new."""
-        known = self._chains.get(peer)
-        if known == chain or (known is None and len(self._chains) >= MAX_MEMBERS):
-            return False
-        if known is not None and self._age(known) >= self._age(chain):
-            return False
-        self._chains[peer] = chain
-        self._state.put_record(MEMBER, peer, encode(Chain(certificates=chain)))
         self._note_change()
-        return True
-
-    def _age(self, chain: tuple[bytes, ...]) -> tuple[int, int]:
-        """Order of certificates of one peer; one that does not hold is older than all."""
-        try:
-            certificate = self._trust.check(chain, self._clock()).certificate
-        except Untrusted:
-            return (0, 0)
-        return (certificate.issued_ms, certificate.serial)
-
-    def _rosters(self) -> Iterator[Roster]:
-        """What we know, connected members first; at most 10 messages of members and 6 of withdrawals."""
-        peers = sorted(self._chains, key=lambda peer: (peer not in self._members, peer))
-        chains = [Chain(certificates=self._chains[peer]) for peer in peers]
-        for first in range(0, min(len(chains), 10 * _CHAINS), _CHAINS):
-            yield Roster(members=tuple(chains[first : first + _CHAINS]))
-        withdrawals = self._trust.withdrawals()[-6 * _WITHDRAWALS :]
-        for first in range(0, len(withdrawals), _WITHDRAWALS):
-            yield Roster(withdrawals=withdrawals[first : first + _WITHDRAWALS])
+        return Grant(granted)
 
     async def _learn(self, roster: Roster, *, pass_on: bool) -> None:
-        """Take what holds; the rest is ignored, for the sender may not have known."""
-        now = self._clock()
-        for chain in roster.members:
-            with suppress(Untrusted):
-                standing = self._trust.check(chain.certificates, now)
-                if standing.peer != self._us:
-                    self._keep_chain(standing.peer, chain.certificates)
-        news = []
-        for data in roster.withdrawals:
-            with suppress(Untrusted):
-                if self._trust.withdraw(data, now) is not None:
-                    keep_withdrawal(self._state, data)
-                    news.append(data)
-        if news:
+        new_member, withdrawals = self._registry.learn(roster)
+        if withdrawals:
             self._review()
+        if new_member or withdrawals:
             self._note_change()
-            if pass_on:
-                await self._host.publish(TOPIC, HELLO.encode(Roster(withdrawals=tuple(news))))
+        if pass_on:
+            await self._publish(withdrawals)
+
+    async def _publish(self, withdrawals: tuple[bytes, ...]) -> None:
+        for roster in packed(withdrawals):
+            await self._host.publish(TOPIC, HELLO.encode(roster))
 
     async def withdraw(self, peer: PeerId, keeps: Iterable[str], reason: str) -> None:
         """Take roles from a member, or (nothing kept) put it out, here and everywhere.
 
-        Raises IdentityError when this node may not do that.
+        Raises IdentityError when this node may not do that, LocalProtocolError for a word that is no role.
         """
-        now, kept = self._clock(), ordered_roles(keeps)
-        try:
-            ours = self.standing
-        except Untrusted as error:
-            raise IdentityError(f"the membership of this node does not hold: {error}") from error
-        if ADMIN not in ours.roles:
-            raise IdentityError("this node may not withdraw memberships: its certificate lacks the role admin")
-        chain = self._chains.get(peer)
-        if chain is not None and len(chain) <= ours.distance:
-            raise IdentityError(
-                f"{short(peer)} is as near to the founder as this node, so this node can't take its rights back. "
-                "Do it on the node that holds the founder's key."
-            )
-        word = Withdrawal(
-            network=self._trust.id,
-            peer=peer,
-            keeps=kept,
-            issued_ms=now,
-            reason=reason[:200],
-            chain=self._membership.chain,
-        )
-        await self._learn(Roster(withdrawals=(sign_withdrawal(self._key, word),)), pass_on=True)
+        await self._learn(Roster(withdrawals=(self._registry.withdrawal(peer, keeps, reason),)), pass_on=True)
 
     def _worth_passing(self, peer: PeerId, data: bytes) -> bool:
         try:
@@ -558,12 +440,10 @@ class MembershipService:
     async def _review_forever(self) -> None:
         while True:
             await trio.sleep(REVIEW_SECONDS)
-            known = set(self._trust.withdrawals())
-            if restore_withdrawals(self._trust, self._state, self._clock()):
-                news = [data for data in self._trust.withdrawals() if data not in known]
-                for first in range(0, len(news), _WITHDRAWALS):
-                    roster = Roster(withdrawals=tuple(news[first : first + _WITHDRAWALS]))
-                    await self._host.publish(TOPIC, HELLO.encode(roster))
+            withdrawals = self._registry.reload()
+            if withdrawals:
+                self._note_change()
+                await self._publish(withdrawals)
             self._review()
 
     def _review(self) -> None:
@@ -573,8 +453,7 @@ class MembershipService:
             try:
                 standing = self._trust.check(member.chain, now)
             except Untrusted as no:
-                reason = f"{short(peer)} was refused: {no}"
-                self._note_refusal(peer, Turned(code=no.code, reason=reason, by_us=True))
+                self._note_refusal(peer, Turned(code=no.code, reason=refusal_of(peer, str(no)), by_us=True))
                 self._drop(peer)
                 continue
             if standing.roles != member.standing.roles:

@@ -185,8 +185,8 @@ class Database:
         if not_before_ms and invite.created_ms <= not_before_ms:
             raise Declined(
                 "forbidden",
-                f"the membership of {short(peer)} was withdrawn on {day(not_before_ms)}, after this ticket was made; "
-                "only a new ticket lets it in again",
+                f"rights of {short(peer)} were withdrawn on {day(not_before_ms)}, after this ticket was made; only a "
+                "new ticket can give it new ones",
                 peer=peer,
             )
         mine = self._db.execute("SELECT 1 FROM redemptions WHERE invite = ? AND peer = ?", (id_, peer)).fetchone()

@@ -69,8 +69,8 @@ class Ledger(Protocol):
     def redeem(self, invite: bytes, secret: bytes, peer: PeerId, wall_ms: int, *, not_before_ms: int = 0) -> Invite:
         """Use an invite once for `peer`; the same peer may do it again while the invite has not expired.
 
-        `not_before_ms`: the peer was put out then; only an invite made later lets it in again.
-        Raises Declined `forbidden` (unknown here, wrong secret, put out), `invite-expired`, `invite-used`.
+        `not_before_ms`: rights were taken from the peer then; only an invite made later gives it new ones.
+        Raises Declined `forbidden` (unknown here, wrong secret, made too early), `invite-expired`, `invite-used`.
         """
 
     def next_serial(self) -> int:

@@ -208,6 +208,11 @@ class Round:
         return hmac.new(secret, text + self.asker_nonce + self.answerer_nonce, hashlib.sha256).digest()
 
 
+def refusal_of(peer: PeerId, reason: str) -> str:
+    """The sentence that both sides read; `reason` speaks of the peer as "it"."""
+    return f"{short(peer)} was refused: {reason}"
+
+
 class HelloMachine:
     """One stream of /meshnode/hello/1 with the peer `theirs` (as the connection proved it).
 
@@ -244,7 +249,7 @@ class HelloMachine:
         try:
             effects = self._perform(event, wall_ms)
         except Untrusted as no:
-            after, effects = State.REFUSED, self._refuse(no.code, f"{short(self._theirs)} was refused: {no}")
+            after, effects = State.REFUSED, self._refuse(no.code, refusal_of(self._theirs, str(no)))
         self.state = after
         if after in CLOSED:
             self.deadline = None
@@ -281,8 +286,10 @@ class HelloMachine:
             case Granted():
                 return (Joined(event),)
             case Expired():
-                reason = f"{short(self._theirs)} did not prove its membership within {HELLO_SECONDS:.0f} s"
-                return self._refuse(STRANGER, f"{reason}; ask a member for a ticket")
+                raise Untrusted(
+                    STRANGER,
+                    f"it did not prove its membership within {HELLO_SECONDS:.0f} s; ask a member for a ticket",
+                )
             case Ended():
                 return ()
 

@@ -40,7 +40,6 @@ from protocols.membership.messages import (
 )
 from protocols.membership.network import network_id
 
-
 MAX_WITHDRAWALS: Final = 256  # of one signer; an ousted admin can't fill the memory of others
 
 
@@ -219,7 +218,9 @@ class Trust:
         if known is not None and (known.withdrawal.issued_ms, known.data) >= (withdrawal.issued_ms, bytes(data)):
             return None
         if known is None and sum(signer == opened.signer for _, signer in self._known) >= MAX_WITHDRAWALS:
-            raise Untrusted(FORBIDDEN, f"{short(opened.signer)} withdrew {MAX_WITHDRAWALS} memberships; no more count")
+            raise Untrusted(
+                FORBIDDEN, f"{short(opened.signer)} withdrew {MAX_WITHDRAWALS} memberships; no more count"
+            )
         self._known[withdrawal.peer, opened.signer] = _Taken(bytes(data), withdrawal, distance)
         self._settle()
         return PeerId(withdrawal.peer)
@@ -231,7 +232,9 @@ class Trust:
         """
         if not withdrawal.chain:
             if public_key_of(signer) not in self.network.founders:
-                raise Untrusted(STRANGER, f"{short(signer)} signed a withdrawal, but is no founder and shows no chain")
+                raise Untrusted(
+                    STRANGER, f"{short(signer)} signed a withdrawal, but is no founder and shows no chain"
+                )
             return 0
         standing = Trust(self.network).check(withdrawal.chain, withdrawal.issued_ms)
         if standing.peer != signer or ADMIN not in standing.roles:
@@ -257,6 +260,5 @@ class Trust:
         return tuple(taken.data for subject in sorted(self._effective) for taken in self._effective[subject])
 
     def withdrawn_ms(self, peer: PeerId) -> int:
-        """When the peer was last put out (UTC milliseconds); 0: never."""
-        times = (t.withdrawal.issued_ms for t in self._effective.get(peer, ()) if not t.withdrawal.keeps)
-        return max(times, default=0)
+        """When rights were last taken from the peer (UTC milliseconds); 0: never. No older invite gives them back."""
+        return max((taken.withdrawal.issued_ms for taken in self._effective.get(peer, ())), default=0)
