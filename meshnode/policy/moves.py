@@ -47,10 +47,19 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True)
+class Guard:
+    """A peer that is to hold these layers; `returns`: only until we serve them again."""
+
+    peer: str
+    layers: Range
+    returns: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Guards:
     """Who keeps the layers that we leave."""
 
-    holders: tuple[tuple[str, Range], ...]  # ask each of them to hold this range
+    holders: tuple[Guard, ...]
     missing: tuple[Range, ...]  # nobody could: these must not be left
 
 
@@ -92,7 +101,7 @@ def wanted_plan(facts: ModelFacts, nodes: Sequence[Node]) -> Plan:
     return better if kept.bottleneck * 1000 < better.bottleneck * KEEP_MILLI else kept
 
 
-def _movers(facts: ModelFacts, nodes: Sequence[Node], wanted: Plan, slot: int) -> frozenset[str]:
+def _movers(facts: ModelFacts, nodes: Sequence[Node], wanted: Plan, slot: int, *, protect: bool) -> frozenset[str]:
     """The peers whose turn it is: those whose move alone helps most, with disjoint present spans."""
     places = {n.peer: n.place for n in nodes if n.place is not None and not n.draining}
     choices = []
@@ -102,8 +111,10 @@ def _movers(facts: ModelFacts, nodes: Sequence[Node], wanted: Plan, slot: int) -
             continue
         if node.span[0] <= new[0] and new[1] <= node.span[1]:
             continue  # giving up layers alone helps nobody
+        if protect and guards_of(nodes, node.peer, node.span, new, exclusive=_exclusive(facts, node, new)).missing:
+            continue
         after = coverage_of(facts, nodes, {**places, node.peer: new})
-        key = (sum(1 for rate in after if rate), min(after), rank(node.peer, slot))
+        key = (sorted(after), rank(node.peer, slot))
         choices.append((key, node.peer, node.span))
     choices.sort(reverse=True)
     chosen: list[tuple[str, Range]] = []
@@ -140,9 +151,9 @@ def decide(facts: ModelFacts, nodes: Sequence[Node], me: str, slot: int) -> Move
         everybody = wanted.reshuffled and urgent
         # A node that already announced is judged as if it had not: its own intent is what is in question.
         view = [n if n.peer != me else replace(n, target=None) for n in nodes]
-        if not everybody and me not in _movers(facts, view, wanted, slot):
+        if not everybody and me not in _movers(facts, view, wanted, slot, protect=not urgent):
             return Stay("others move first")
-    exclusive = facts.need(*mine.span) + facts.need(*target) > mine.memory_bytes
+    exclusive = _exclusive(facts, mine, target)
     places = {n.peer: n.place for n in nodes if n.place is not None and not n.draining}
     repair = urgent or not all(coverage_of(facts, nodes, places))
     why = "layers have no holder" if repair else "another place serves the mesh better"
@@ -158,16 +169,21 @@ def still_right(facts: ModelFacts, nodes: Sequence[Node], me: str, epoch: int, *
     mine = next((n for n in nodes if n.peer == me), None)
     if mine is None or mine.target is None:
         return "this node has announced nothing"
-    if wanted_plan(facts, nodes).spans.get(me) != mine.target:
+    # A node that serves is judged from where it is: is the move still wanted? One that serves nothing is judged
+    # from where it would be: does it have to be elsewhere?
+    view = nodes if mine.span is None else [n if n.peer != me else replace(n, target=None) for n in nodes]
+    if wanted_plan(facts, view).spans.get(me) != mine.target:
         return "by now another place serves the mesh better"
-    exclusive = mine.span is not None and facts.need(*mine.span) + facts.need(*mine.target) > mine.memory_bytes
+    if mine.span is None:
+        return None
+    exclusive = _exclusive(facts, mine, mine.target)
     leaving = abandoned(mine.span, mine.target, exclusive=exclusive)
     if not leaving:
         return None
     if not unserved(facts, nodes) and not protect:
         return "by now the mesh answers, and must not lose the layers that this node serves"
     if protect:
-        missing = guards_of(nodes, me, leaving).missing
+        missing = guards_of(nodes, me, mine.span, mine.target, exclusive=exclusive).missing
         if missing:
             return f"nobody else keeps layers {missing[0][0]} to {missing[0][1] - 1}"
         rival = outranked(nodes, me, epoch, leaving)
@@ -183,22 +199,36 @@ def abandoned(source: Range | None, target: Range, *, exclusive: bool) -> tuple[
     return runs(layer for layer in range(*source) if exclusive or not target[0] <= layer < target[1])
 
 
-def guards_of(nodes: Iterable[Node], me: str, leaving: Iterable[Range]) -> Guards:
-    """Peers that together serve all layers we leave and have not announced to leave them."""
-    able: dict[str, set[int]] = {}
+def _exclusive(facts: ModelFacts, node: Node, target: Range) -> bool:
+    """Whether the node's memory can't hold its span and the target at the same time."""
+    return node.span is not None and facts.need(*node.span) + facts.need(*target) > node.memory_bytes
+
+
+def guards_of(nodes: Iterable[Node], me: str, source: Range, target: Range, *, exclusive: bool) -> Guards:
+    """Peers that together serve all layers we leave and have not announced to leave them.
+
+    For layers that we serve again after an exclusive move, a peer that drains is good enough: it stays until
+    others have its layers.
+    """
+    able: dict[tuple[str, bool], set[int]] = {}
+    back = set(range(*source)) & set(range(*target)) if exclusive else set()
     for node in sorted(nodes, key=lambda n: n.peer):
-        if node.peer == me or node.draining or node.span is None:
+        if node.peer == me or node.span is None:
             continue
         kept = set(range(*node.span))
-        able[node.peer] = kept & set(range(*node.target)) if node.target is not None else kept
-    open_layers = {layer for span in leaving for layer in range(*span)}
-    holders: list[tuple[str, Range]] = []
+        if node.target is not None:
+            kept &= set(range(*node.target))
+        able[node.peer, True] = kept & back
+        if not node.draining:
+            able[node.peer, False] = kept - back
+    open_layers = {layer for span in abandoned(source, target, exclusive=exclusive) for layer in range(*span)}
+    holders: list[Guard] = []
     while open_layers:
-        peer = max(able, key=lambda p: (len(able[p] & open_layers), p), default=None)
-        if peer is None or not able[peer] & open_layers:
+        best = max(able, key=lambda a: (len(able[a] & open_layers), a), default=None)
+        if best is None or not able[best] & open_layers:
             break
-        holders += [(peer, span) for span in runs(sorted(able[peer] & open_layers))]
-        open_layers -= able[peer]
+        holders += [Guard(best[0], span, best[1]) for span in runs(sorted(able[best] & open_layers))]
+        open_layers -= able[best]
     return Guards(tuple(holders), runs(sorted(open_layers)))
 
 

@@ -134,10 +134,19 @@ class _Board:
         for peer, span in spans.items():
             self.put(peer, span)
 
-    def best_window(self, peer: str) -> Range:
-        """The window with the worst covered layers, the leftmost of equals."""
-        coverage = self.coverage
-        return min(self.windows[peer], key=lambda w: (sorted(coverage[w[0] : w[1]]), w[0]))
+    def best_window(self, peer: str, must: Sequence[int] = ()) -> Range | None:
+        """The window with the worst covered layers, the leftmost of equals. None if no window has all of `must`."""
+        coverage, windows = self.coverage, self.windows[peer]
+        if must:
+            windows = tuple(w for w in windows if w[0] <= must[0] and must[-1] < w[1])
+        return min(windows, key=lambda w: (sorted(coverage[w[0] : w[1]]), w[0]), default=None)
+
+    def put_best(self, peer: str) -> Range:
+        """Put a node where it is needed most."""
+        window = self.best_window(peer)
+        assert window is not None, "nodes without windows are not on the board"
+        self.put(peer, window)
+        return window
 
     def score(self) -> list[int]:
         """Coverage from the worst layer on; larger is better."""
@@ -147,10 +156,13 @@ class _Board:
         """Give a place to every node that has none."""
         for node in self.nodes:
             if node.peer not in self.spans:
-                self.put(node.peer, self.best_window(node.peer))
+                self.put_best(node.peer)
 
-    def close_holes(self) -> None:
-        """While there is a hole: make the one move that helps most."""
+    def close_holes(self, *, protect: bool) -> None:
+        """While there is a hole: make the one move that helps most.
+
+        protect: no move may uncover another layer, not even for a smaller hole.
+        """
         for _ in self.nodes:
             if min(self.coverage):
                 return
@@ -158,12 +170,14 @@ class _Board:
             best: tuple[list[int], str, Range] | None = None
             for node in self.nodes:
                 old = self.take(node.peer)
-                new = self.best_window(node.peer)
-                self.put(node.peer, new)
-                score = self.score()
-                if score > before and (best is None or score > best[0]):
-                    best = (score, node.peer, new)
-                self.take(node.peer)
+                alone = [layer for layer in range(*old) if not self.coverage[layer]] if protect else []
+                new = self.best_window(node.peer, alone)
+                if new is not None:
+                    self.put(node.peer, new)
+                    score = self.score()
+                    if score > before and (best is None or score > best[0]):
+                        best = (score, node.peer, new)
+                    self.take(node.peer)
                 self.put(node.peer, old)
             if best is None:
                 return
@@ -177,8 +191,7 @@ class _Board:
             moved = False
             for node in self.nodes:
                 old = self.take(node.peer)
-                new = self.best_window(node.peer)
-                self.put(node.peer, new)
+                new = self.put_best(node.peer)
                 now = self.score() if new != old else score
                 if now > score:
                     score, moved = now, True
@@ -212,7 +225,7 @@ class _Board:
             freed = list(dict.fromkeys(draws))[: fewest + draw[0] % (most - fewest + 1)]
             old = [(self.nodes[i].peer, self.take(self.nodes[i].peer)) for i in freed]
             for peer, _ in old:
-                self.put(peer, self.best_window(peer))
+                self.put_best(peer)
             now = self.score()
             if now >= score or now >= earlier[step % SEARCH_MEMORY]:
                 score = now
@@ -352,7 +365,8 @@ def plan(facts: ModelFacts, nodes: Iterable[Node], *, ideal: bool = False, reshu
     Args:
       ideal: improve beyond closing holes (for comparing with the present); else nodes that have a place keep
         it unless a hole forces one to move. Ideal from the start when nobody has a place yet.
-      reshuffle: when single moves close no hole, everybody may get another place.
+      reshuffle: nothing is served as a whole, so a move may uncover other layers, and when single moves close
+        no hole, everybody may get another place.
     """
     live = tuple(sorted((n for n in nodes if not n.draining), key=lambda n: n.peer))
     return _plan(facts, live, ideal, reshuffle)
@@ -364,7 +378,7 @@ def _plan(facts: ModelFacts, live: tuple[Node, ...], ideal: bool, reshuffle: boo
     places = {n.peer: n.place for n in board.nodes if n.place is not None and n.place[1] <= facts.layers}
     board.restore(places)
     board.fill()
-    board.close_holes()
+    board.close_holes(protect=not reshuffle)
     reshuffled = False
     if reshuffle and not min(board.coverage):
         kept = dict(board.spans)
@@ -377,7 +391,8 @@ def _plan(facts: ModelFacts, live: tuple[Node, ...], ideal: bool, reshuffle: boo
     if complete and (ideal or not places):
         board.sweep()
         board.search()
-    board.trim(frozenset(peer for peer, place in places.items() if board.spans.get(peer) == place))
+    if not ideal:  # what improves a mesh that is at work must not be that some of its nodes hold less
+        board.trim(frozenset(peer for peer, place in places.items() if board.spans.get(peer) == place))
     return Plan(dict(sorted(board.spans.items())), tuple(board.coverage), reshuffled)
 
 

@@ -179,7 +179,7 @@ def _cheapest(
     done = best.get(layers)
     if not done:
         return None
-    return min(done.items(), key=lambda item: (item[1][0], item[1][1], item[0]))[1][2]
+    return min(done.values(), key=lambda label: label[:2])[2]  # of equals the one that was drawn first
 
 
 def in_words(ranges: Collection[Range]) -> str:

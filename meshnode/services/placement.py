@@ -17,7 +17,7 @@ from meshnode.core.errors import ContentUnavailable, Declined, EngineLost, Fatal
 from meshnode.core.health import Health
 from meshnode.core.log import get_logger
 from meshnode.engine.port import Engine, StageReport, StageSpec
-from meshnode.policy.mesh_view import layer_us_of, nodes_of
+from meshnode.policy.mesh_view import coarse_us, layer_us_of, nodes_of
 from meshnode.policy.model_facts import ModelFacts, Range, facts_of
 from meshnode.policy.moves import Move, abandoned, decide, guards_of, slot_of, still_right, unserved, wanted_plan
 from meshnode.policy.placement import Node, runs
@@ -34,6 +34,7 @@ URGENT_AFTER_S: Final = 2.0  # the mesh must have been without a chain this long
 FETCHES_AT_ONCE: Final = 4  # files; each is fetched from several peers at once by itself
 ENGINE_PAUSE_S: Final = (0.5, 60.0)  # before a lost engine is started again: first, cap
 CALM_S: Final = 60.0  # after a switch, no other move for speed alone
+NEWS_S: Final = 10.0  # after a peer came or went, no move for speed alone: more may follow
 HEALTHY_S: Final = 120.0  # an engine that ran this long was no failure
 GOODBYE_S: Final = 5.0  # for ending the engines when the node stops
 
@@ -381,7 +382,7 @@ class PlacementService:
             peer=self._peer,
             memory_bytes=self._config.memory_bytes,
             max_layers=self._config.max_layers,
-            rate=max(1, 1_000_000_000 // speed),
+            rate=max(1, 1_000_000_000 // coarse_us(speed)),
             span=self._range(self._stage.span) if self._stage else None,
             target=self._range(want.target) if want else None,
             epoch=self._mover.epoch,
@@ -486,7 +487,8 @@ class PlacementService:
             return  # the next tick looks again
         if decision.source is None and not self._everybody_is_here(now, nodes):
             return
-        if decision.source is not None and not decision.repair and now < self._calm_until:
+        calm_at = max(self._calm_until, self._members_changed + NEWS_S)
+        if decision.source is not None and not decision.repair and now < calm_at:
             return
         if decision.urgent:
             wait = intent.URGENT_WAIT_S
@@ -552,30 +554,40 @@ class PlacementService:
             self._post(intent.Guarded() if reason is None else intent.Refused(reason))
 
     async def _promises(self, exclusive: bool, epoch: int) -> str | None:
-        release, leaving = self._release, self._leaving()
-        if release is None:
+        release, want = self._release, self._mover.want
+        source = self._range(self._stage.span) if self._stage else None
+        target = self._range(want.target) if want else None
+        if release is None or target is None:
             return "the network serves another release now"
-        for first, last in leaving:
+        if source is None:
+            return None
+        for first, last in abandoned(source, target, exclusive=exclusive):
             holder = self._keeper.promised(first, last, trio.current_time())
             if holder is not None:
                 return f"this node promised {short(holder)} to stay"
-        guards = guards_of(self._nodes(), self._peer, leaving)
+        guards = guards_of(self._nodes(), self._peer, source, target, exclusive=exclusive)
         if guards.missing:
             first, last = guards.missing[0]
             return f"nobody else keeps layers {first} to {last - 1}"
         if self._holds is None:
             return "there is no way to ask the others to stay" if exclusive else None
-        for peer, (first, last) in guards.holders:
-            span = release.span((first, last))
+        for guard in guards.holders:
+            first, last = guard.layers
             hold = Hold(
-                manifest=span.manifest, variant=span.variant, first=first, last=last, epoch=epoch, hold_ms=HOLD_MS
+                manifest=release.head.manifest,
+                variant=release.head.variant,
+                first=first,
+                last=last,
+                epoch=epoch,
+                hold_ms=HOLD_MS,
+                returns=guard.returns,
             )
             try:
-                answer = await self._holds.ask(PeerId(peer), hold)
+                answer = await self._holds.ask(PeerId(guard.peer), hold)
             except (TransientError, Declined, ProtocolError) as error:
-                return f"{short(peer)} could not be asked to keep layers {first} to {last - 1}: {error}"
+                return f"{short(guard.peer)} could not be asked to keep layers {first} to {last - 1}: {error}"
             if isinstance(answer, NotHeld):
-                return f"{short(peer)} does not keep layers {first} to {last - 1}: {answer.reason}"
+                return f"{short(guard.peer)} does not keep layers {first} to {last - 1}: {answer.reason}"
         return None
 
     # Loading
@@ -732,7 +744,7 @@ class PlacementService:
         """Whether a draining node can go: its sessions have ended, and others serve its layers or never can."""
         if self._stage is None:
             return not any(stage.sessions for stage in self._retiring)
-        if self._stage.sessions:
+        if self._stage.sessions or self._keeper.promised(0, 1 << 30, trio.current_time()):
             return False
         span = self._range(self._stage.span)
         if span is None or self._release is None:
@@ -776,10 +788,11 @@ class PlacementService:
         facts = release.facts
         model = self._model_name()
         spans = {n.peer: n.place for n in nodes if n.place is not None}
+        measured = layer_us_of(self._directory.live())
         self._prediction = predict(
             facts,
             spans,
-            {n.peer: max(1, 1_000_000_000 // n.rate) for n in nodes},
+            {n.peer: measured.get(PeerId(n.peer), 0) or max(1, 1_000_000_000 // n.rate) for n in nodes},
             {n.peer: n.memory_bytes for n in nodes},
         )
         holes = wanted_plan(facts, nodes).holes if nodes else runs(range(facts.layers))

@@ -322,7 +322,7 @@ class Keeper:
         if not (span.first <= hold.first and hold.last <= span.last):
             reason = f"this node serves layers {span.first} to {span.last - 1} only"
             return NotHeld(code="fenced", reason=reason)
-        if standing.leaving:
+        if standing.leaving and not hold.returns:
             return NotHeld(code="leaving", reason="this node is leaving")
         keeps = target is None or (
             (target.manifest, target.variant) == (hold.manifest, hold.variant)

@@ -26,6 +26,7 @@ class Hold:
     last: int = at(4, high=1024)
     epoch: int = at(5)  # of the asker's intent
     hold_ms: int = at(6, high=300_000)
+    returns: bool = at(7, default=False)  # the asker serves these layers again in a moment
 
 
 @message(tag=2)

@@ -92,12 +92,11 @@ class FakeEngine:
         if self._failing():
             raise EngineLost("the engine process ended before it was ready")
         self.rss_bytes = 100 * MB
-        layers = self._spec.last - self._spec.first
         return StageReport(
             pid=1,
             load_ms=round(self._load_s * 1000),
             weight_bytes=MB,
-            decode_us=layers * self._layer_us,
+            decode_us=self._work(self._spec.first, self._spec.last) * self._layer_us // 1000,
             prefill_us=50,
         )
 
@@ -248,6 +247,7 @@ class World:
         self.members: dict[PeerId, Member] = {}
         self.moves = 0
         self.voluntary_holes: list[str] = []
+        self.forced_leaves: list[str] = []  # a person's order to leave that left a hole when its time was up
         self.covered_at: float | None = None
         self._nursery = nursery
         self._rng = random.Random(seed)
@@ -402,7 +402,8 @@ class World:
             self.moves += before is not None
             crashed = any(e.rss_bytes == 0 and not e.stopped for e in self.members[peer].engines if after is None)
             if before is not None and self.covered_at is not None and self.holes() and not crashed:
-                self.voluntary_holes.append(f"{trio.current_time():.2f}: {peer} left {before} for {after}")
+                holes = self.forced_leaves if advert.leaving else self.voluntary_holes
+                holes.append(f"{trio.current_time():.2f}: {peer} left {before} for {after}")
             self._note()
 
     def _note(self) -> None:
