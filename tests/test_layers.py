@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,3 +111,37 @@ def test_only_the_codec_imports_cbor2() -> None:
         if "cbor2" in imports(path)
     }
     assert users <= {"protocols/codec.py", "protocols/manifest/codec.py"}
+
+
+OUTSIDE = {"sqlite3", "socket", "ssl", "subprocess", "mmap", "libp2p", "onnxruntime", "onnx", "numpy", "torch"}
+
+
+def test_services_see_adapters_through_their_ports() -> None:
+    """Of the adapters' folders a service uses ports, and parts that touch nothing outside themselves."""
+    broken = []
+    for path in sorted((ROOT / "meshnode/services").glob("*.py")):
+        for name in sorted(imports(path)):
+            part = ROOT / (name.replace(".", "/") + ".py")
+            if name.split(".")[1:2] in (["net"], ["content"], ["engine"], ["state"], ["models"]) and part.exists():
+                touched = imports(part) & OUTSIDE
+                broken += (
+                    [f"{path.name} imports {name}, which imports {', '.join(sorted(touched))}"] if touched else []
+                )
+    assert not broken, "\n".join(broken)
+
+
+def test_protocols_and_policy_run_without_heavy_libraries() -> None:
+    """Imported in a fresh process, they load neither trio nor anything that computes or talks."""
+    modules = [
+        str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
+        for folder in ("protocols", "meshnode/policy")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
+    heavy = ("trio", "libp2p", "torch", "onnxruntime", "onnx", "numpy", "structlog", "transformers", "scipy")
+    program = (
+        f"import importlib, sys\nfor name in {modules!r}:\n    importlib.import_module(name)\n"
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
