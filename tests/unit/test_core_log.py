@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import ast
 import io
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,3 +96,21 @@ def test_a_file_is_appended_to(tmp_path: Path) -> None:
     assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["node.started", "node.stopped"]
     with pytest.raises(DiskError, match="can't be written"):
         log.set_up(level="info", format="json", file=tmp_path)
+
+
+def test_every_event_is_named_noun_verb() -> None:
+    """What is logged anywhere in the runtime is `noun.verb_past`, a constant, with the facts as fields."""
+    root = Path(log.__file__).parents[1]
+    wrong = []
+    for path in sorted(root.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr in ("debug", "info", "warning", "error", "exception")
+                and ast.unparse(node.func.value).rpartition(".")[2] in ("_log", "log")
+            ):
+                name = node.args[0] if node.args else None
+                if not (isinstance(name, ast.Constant) and re.fullmatch(r"[a-z_]+\.[a-z_]+", str(name.value))):
+                    wrong.append(f"{path.relative_to(root)}:{node.lineno}: {ast.unparse(node)[:80]}")
+    assert not wrong, "\n".join(wrong)
