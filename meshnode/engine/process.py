@@ -102,6 +102,11 @@ class EngineProcess:
         return self._spec
 
     @property
+    def report(self) -> StageReport | None:
+        """What `start` found; None before."""
+        return self._report
+
+    @property
     def rss_bytes(self) -> int:
         if self._process is None or self._end:
             return 0
@@ -121,7 +126,8 @@ class EngineProcess:
         except OSError as error:
             raise EngineLost(f"The engine process can't be started: {error}.") from error
         try:
-            answer, _ = await self._ask(_load(self._spec), seconds=self._deadlines.of_load(_size_of(self._spec)))
+            seconds = self._deadlines.of_load(_size_of(self._spec))
+            answer, _ = await self._ask(load_request(self._spec), seconds=seconds)
         except BaseException:
             await self._bury("its start was given up")
             raise
@@ -333,7 +339,8 @@ class EngineProcess:
             os.ftruncate(self._log.fileno(), 0)
 
 
-def _load(spec: StageSpec) -> Load:
+def load_request(spec: StageSpec) -> Load:
+    """The request that opens the span of a specification; its number is set when it is sent."""
     arch = spec.architecture
     return Load(
         number=0,

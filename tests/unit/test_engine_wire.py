@@ -1,0 +1,215 @@
+"""enginewire: vectors, damage, and the two machines against the table in SPEC.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from protocols.codec import dumps
+from protocols.enginewire.machine import ANSWERED_BY, ENGINE, NODE, EngineSide, NodeSide, State
+from protocols.enginewire.messages import (
+    ANSWERS,
+    MAX_HEADER,
+    MAX_LAYERS,
+    REQUESTS,
+    Answer,
+    Close,
+    Done,
+    Failed,
+    GroupFile,
+    Load,
+    Loaded,
+    Open,
+    Refused,
+    Request,
+    Step,
+    Stepped,
+)
+from protocols.errors import LocalProtocolError, RemoteProtocolError
+from protocols.pipe.messages import Sampling
+from tests.vectors import PROTOCOLS, Case, hold
+from tests.wire import damaged, survives
+
+S = bytes(range(16))
+LOAD = Load(
+    number=1,
+    kind="onnx",
+    graph="/models/graph-int4.onnx",
+    groups=(GroupFile(name="layer.0", path="/models/a"), GroupFile(name="embed", path="/models/b")),
+    first=0,
+    last=1,
+    layers=30,
+    hidden=576,
+    kv_heads=3,
+    head_dim=64,
+    vocab=49152,
+    context=8192,
+    threads=1,
+    max_sessions=8,
+    max_kv_bytes=1 << 28,
+)
+SAMPLING = Sampling(seed=7, temperature_milli=700, top_k=40, top_p_micro=950_000, repetition_milli=1100)
+OPEN = Open(number=2, session=S, first=0, last=1, capacity=100, sampling=SAMPLING)
+STEP = Step(number=3, session=S, position=0, rows=5, sample=True, prefill=True)
+CLOSE = Close(number=4, session=S)
+REQUEST_SAMPLES: dict[str, Request] = {
+    "load": LOAD,
+    "load of the null engine": dataclasses.replace(LOAD, kind="null", graph="", groups=()),
+    "open": OPEN,
+    "open, greedy": dataclasses.replace(OPEN, sampling=None),
+    "step": STEP,
+    "step, decode": dataclasses.replace(STEP, position=5, rows=1, prefill=False, sample=False),
+    "close": CLOSE,
+}
+ANSWER_SAMPLES: dict[str, Answer] = {
+    "loaded": Loaded(number=1, load_ms=300, weight_bytes=22_737_280, decode_us=1350, prefill_us=760),
+    "done": Done(number=2),
+    "stepped": Stepped(number=3, token=None, compute_us=1300),
+    "stepped, token": Stepped(number=3, token=42, compute_us=1300),
+    "refused": Refused(number=3, code="busy", reason="All 8 sessions are taken.", retry_ms=1000),
+    "refused, no retry": Refused(number=3, code="fenced", reason="not open"),
+    "failed": Failed(number=1, reason="The graph is damaged."),
+}
+
+
+def decode(data: bytes) -> object:
+    """A request or an answer: their tags do not overlap."""
+    try:
+        return REQUESTS.decode(data)
+    except RemoteProtocolError:
+        return ANSWERS.decode(data)
+
+
+def test_vectors() -> None:
+    cases = [Case(name, REQUESTS.encode(message), message) for name, message in REQUEST_SAMPLES.items()]
+    cases += [Case(name, ANSWERS.encode(message), message) for name, message in ANSWER_SAMPLES.items()]
+    bad = {
+        "empty": b"",
+        "not a map": dumps([1]),
+        "no tag": dumps({1: 4, 2: S}),
+        "unknown tag": dumps({0: 99, 1: 4, 2: S}),
+        "missing number": dumps({0: 4, 2: S}),
+        "short session": dumps({0: 4, 1: 4, 2: S[:15]}),
+        "no rows": dumps({0: 3, 1: 3, 2: S, 3: 0, 4: 0, 5: True, 6: True}),
+        "rows as a bool": dumps({0: 3, 1: 3, 2: S, 3: 0, 4: True, 5: True, 6: True}),
+        "sample as a number": dumps({0: 3, 1: 3, 2: S, 3: 0, 4: 1, 5: 1, 6: True}),
+        "capacity 0": dumps({0: 2, 1: 2, 2: S, 3: 0, 4: 1, 5: 0}),
+        "unknown even key": dumps({0: 17, 1: 2, 8: 1}),
+        "spelt-out default": dumps({0: 19, 1: 3, 2: "busy", 3: "no", 4: 0}),
+        "long code": dumps({0: 19, 1: 3, 2: "b" * 17, 3: "no"}),
+        "trailing byte": REQUESTS.encode(CLOSE) + b"\0",
+    }
+    hold("enginewire", cases + [Case(name, data) for name, data in bad.items()], decode)
+
+
+@pytest.mark.parametrize("message", REQUEST_SAMPLES.values(), ids=REQUEST_SAMPLES)
+def test_damaged_requests(message: Request) -> None:
+    good = REQUESTS.encode(message)
+    for data in damaged(good):
+        if survives(data, REQUESTS.decode, REQUESTS.encode):
+            assert data != good
+
+
+@pytest.mark.parametrize("message", ANSWER_SAMPLES.values(), ids=ANSWER_SAMPLES)
+def test_damaged_answers(message: Answer) -> None:
+    good = ANSWERS.encode(message)
+    for data in damaged(good):
+        if survives(data, ANSWERS.decode, ANSWERS.encode):
+            assert data != good
+
+
+def test_the_largest_load_fits() -> None:
+    groups = tuple(GroupFile(name=f"layer.{i}", path="/" + "x" * 200) for i in range(MAX_LAYERS + 2))
+    assert len(REQUESTS.encode(dataclasses.replace(LOAD, groups=groups))) <= MAX_HEADER
+
+
+# ---------------------------------------------------------------- machines
+
+
+def ready() -> NodeSide:
+    node = NodeSide()
+    node.ask(LOAD)
+    node.answered(ANSWER_SAMPLES["loaded"])
+    return node
+
+
+def test_numbers_are_counted_by_the_machine() -> None:
+    node = ready()
+    first, second = node.ask(STEP), node.ask(CLOSE)
+    assert (first.number, second.number) == (2, 3)
+    assert node.waiting == 2
+    assert node.answered(Stepped(number=2, token=None, compute_us=1)) == first
+    assert node.answered(Done(number=3)) == second
+    assert node.waiting == 0
+
+
+def test_nothing_before_the_load() -> None:
+    for request in (OPEN, STEP, CLOSE):
+        node, engine = NodeSide(), EngineSide()
+        with pytest.raises(LocalProtocolError, match="to an engine that is new"):
+            node.ask(request)
+        with pytest.raises(RemoteProtocolError, match="to an engine that is new"):
+            engine.take(dataclasses.replace(request, number=1))
+        assert node.ask(LOAD).number == 1  # nothing had changed
+        engine.take(LOAD)
+
+
+def test_one_load() -> None:
+    node = ready()
+    with pytest.raises(LocalProtocolError):
+        node.ask(LOAD)
+    engine = EngineSide()
+    engine.take(LOAD)
+    with pytest.raises(RemoteProtocolError):
+        engine.take(dataclasses.replace(LOAD, number=2))
+
+
+def test_numbers_follow_each_other() -> None:
+    engine = EngineSide()
+    engine.take(LOAD)
+    for number in (1, 3):
+        with pytest.raises(RemoteProtocolError, match="2 is due"):
+            engine.take(dataclasses.replace(CLOSE, number=number))
+    engine.take(dataclasses.replace(CLOSE, number=2))
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (Done(number=3), "answered request 3, 2 is due"),
+        (Done(number=2), "answered a Step with Done"),
+        (Loaded(number=2, load_ms=1, weight_bytes=1, decode_us=1, prefill_us=1), "answered a Step with Loaded"),
+    ],
+)
+def test_wrong_answers(answer: Answer, words: str) -> None:
+    node = ready()
+    node.ask(STEP)
+    with pytest.raises(RemoteProtocolError, match=words):
+        node.answered(answer)
+    node.answered(Stepped(number=2, token=1, compute_us=1))  # nothing had changed
+
+
+def test_an_answer_nobody_asked_for() -> None:
+    with pytest.raises(RemoteProtocolError, match="nobody asked"):
+        ready().answered(Done(number=1))
+
+
+def test_failed_is_the_end() -> None:
+    node = NodeSide()
+    node.ask(LOAD)
+    node.answered(Failed(number=1, reason="no"))
+    assert node.state is State.ENDED
+    with pytest.raises(LocalProtocolError, match="ended"):
+        node.ask(OPEN)
+
+
+def test_the_table_of_the_spec_is_the_machine() -> None:
+    text = (PROTOCOLS / "enginewire" / "SPEC.md").read_text()
+    section = text[text.index("## Behaviour") : text.index("## Validation")]
+    rows = re.findall(r"^\| (new|loading|ready|ended) \| (\w+) \| (\w+) \|$", section, re.M)
+    assert [(s.value, m.__name__, after.value) for (s, m), after in NODE.items()] == rows
+    asked = {m for _, m in ENGINE}
+    assert asked == set(REQUESTS) == set(ANSWERED_BY)
+    assert {a for kinds in ANSWERED_BY.values() for a in kinds} == set(ANSWERS)
