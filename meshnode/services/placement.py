@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from math import inf
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 import trio
@@ -36,6 +37,12 @@ ENGINE_PAUSE_S: Final = (0.5, 60.0)  # before a lost engine is started again: fi
 CALM_S: Final = 60.0  # after a switch, no other move for speed alone
 NEWS_S: Final = 10.0  # after a peer came or went, no move for speed alone: more may follow
 HEALTHY_S: Final = 120.0  # an engine that ran this long was no failure
+PINS: Final = (
+    "span-0",
+    "span-1",
+    "span-2",
+    "span-3",
+)  # names of our pins; known ones, so that a restart can drop them
 GOODBYE_S: Final = 5.0  # for ending the engines when the node stops
 
 _log = get_logger("placement")
@@ -48,7 +55,7 @@ class Directory(Protocol):
 
     def head(self) -> Head | None: ...
 
-    async def changed(self) -> None:
+    async def changed(self) -> object:
         """Return after the next change of an advert or the head."""
 
     def update(self, **fields: Any) -> None:
@@ -59,7 +66,11 @@ class Holds(Protocol):
     async def ask(self, peer: PeerId, hold: Hold) -> Answer: ...
 
 
-Fetch = Callable[[Cid, int, Callable[[int], None]], Awaitable[object]]  # (cid, size, bytes so far) -> on disk
+class Fetch(Protocol):
+    async def __call__(self, cid: Cid, size: int, *, progress: Callable[[int, int], None]) -> Path:
+        """The complete, verified file; `progress` is called with bytes done and in all."""
+
+
 FetchBlock = Callable[[Cid], Awaitable[bytes]]
 
 
@@ -174,6 +185,7 @@ class PlacementService:
         self._stage: Stage | None = None
         self._loaded: Stage | None = None  # open, but the switch still waits for promises
         self._retiring: list[Stage] = []
+        self._pins: dict[Span, str] = {}  # spans whose files are pinned
         self._progress: Progress | None = None
         self._events: deque[intent.Event] = deque()
         self._woken = trio.Event()
@@ -267,6 +279,8 @@ class PlacementService:
             self._nursery = nursery
             self._directory.update(memory_bytes=self._config.memory_bytes, max_layers=self._config.max_layers)
             self._publish()
+            for pin in PINS:
+                self._content.unpin(pin)
             nursery.start_soon(self._watch)
             task_status.started()
             try:
@@ -366,8 +380,9 @@ class PlacementService:
                 if self._load_scope is not None:
                     self._load_scope.cancel()
                 if self._loaded is not None:
-                    self._nursery.start_soon(self._loaded.engine.stop)
-                    self._loaded = None
+                    stage, self._loaded = self._loaded, None
+                    self._nursery.start_soon(stage.engine.stop)
+                    self._unpin(stage.span)
 
     # What the mesh looks like
 
@@ -609,6 +624,8 @@ class PlacementService:
                 self._measure(stage)
                 self._post(intent.Loaded())
         self._progress = None
+        if self._loaded is None and scope.cancelled_caught:
+            self._unpin(target)
 
     async def _open(self, target: Span) -> Stage:
         release = self._release
@@ -616,7 +633,7 @@ class PlacementService:
             raise ContentUnavailable("the network serves another release now")
         files = release.manifest.variants[target.variant]
         groups = files.groups(target.first, target.last)
-        await self._get({f.cid: f for f in (files.graph, *groups.values())}, target)
+        paths = await self._get({f.cid: f for f in (files.graph, *groups.values())}, target)
         while self._retiring and self._stage is None:
             await self._turned.wait()  # an exclusive move: the old span must be gone
         weights = release.facts.weights(target.first, target.last)
@@ -624,8 +641,8 @@ class PlacementService:
         reserve = release.facts.need(target.first, target.last) - weights
         spec = StageSpec(
             kind=self._config.engine,
-            graph=self._path(files.graph),
-            groups={name: self._path(file) for name, file in groups.items()},
+            graph=paths[files.graph.cid],
+            groups={name: paths[file.cid] for name, file in groups.items()},
             first=target.first,
             last=target.last,
             architecture=release.manifest.architecture,
@@ -644,27 +661,30 @@ class PlacementService:
             raise
         return Stage(engine, target, self._incarnation, report, trio.current_time())
 
-    async def _get(self, files: Mapping[Cid, FileRef], target: Span) -> None:
+    async def _get(self, files: Mapping[Cid, FileRef], target: Span) -> dict[Cid, Path]:
         """Have these files on disk, pinned for this span."""
+        paths: dict[Cid, Path] = {}
         done: dict[Cid, int] = {}
         total = sum(file.size for file in files.values())
-        pin = _pin_name(target)
+        for span in [span for span in self._pins if span != target]:
+            self._unpin(span)
+        free = next(name for name in PINS if name not in self._pins.values() or self._pins.get(target) == name)
+        pin = self._pins.setdefault(target, free)
         limiter = trio.CapacityLimiter(FETCHES_AT_ONCE)
 
         def show() -> None:
-            whole = sum(1 for cid, file in files.items() if done.get(cid) == file.size)
-            self._progress = Progress(target, "fetching", len(files), whole, total, sum(done.values()))
+            self._progress = Progress(target, "fetching", len(files), len(paths), total, sum(done.values()))
 
         async def one(file: FileRef) -> None:
-            def count(size: int) -> None:
-                done[file.cid] = min(size, file.size)
+            def count(so_far: int, _: int) -> None:
+                done[file.cid] = so_far
                 show()
 
             async with limiter:
-                if self._content.path(file.cid) is None:
-                    await self._fetch(file.cid, file.size, count)
-                self._content.pin(file.cid, pin)
-                count(file.size)
+                path = await self._fetch(file.cid, file.size, progress=count)
+            self._content.pin(file.cid, pin)
+            paths[file.cid] = path
+            count(file.size, file.size)
 
         show()
         try:
@@ -673,12 +693,7 @@ class PlacementService:
                     nursery.start_soon(one, file)
         except* (TransientError, Declined, FatalError, ProtocolError) as group:
             raise _first(group) from group
-
-    def _path(self, file: FileRef) -> Any:
-        path = self._content.path(file.cid)
-        if path is None:
-            raise ContentUnavailable(f"the file {short(file.cid)} was fetched but is not on disk", cid=file.cid)
-        return path
+        return paths
 
     def _measure(self, stage: Stage) -> None:
         """Take the figures of a new engine into the moving averages; advertise them if they changed by a tenth."""
@@ -706,10 +721,15 @@ class PlacementService:
             await stage.wait_empty()
         await stage.engine.stop()
         self._retiring.remove(stage)
-        used = [s.span for s in (self._stage, self._loaded) if s is not None]
-        if stage.span not in used and (self._mover.want is None or self._mover.want.target != stage.span):
-            self._content.unpin(_pin_name(stage.span))
+        self._unpin(stage.span)
         self._wake()
+
+    def _unpin(self, span: Span) -> None:
+        """Let go of the files of a span that is no longer open, nor wanted."""
+        used = [s.span for s in (self._stage, self._loaded, *self._retiring) if s is not None]
+        wanted = self._mover.want is not None and self._mover.want.target == span
+        if span not in used and not wanted and span in self._pins:
+            self._content.unpin(self._pins.pop(span))
 
     def _check_engine(self, now: float) -> None:
         stage = self._stage
@@ -826,10 +846,6 @@ class PlacementService:
         """Memory of the spans that are open, of whatever release."""
         spec = self._stage.engine.spec if self._stage else None
         return (self._stage.report.weight_bytes + spec.max_kv_bytes) if self._stage and spec else 0
-
-
-def _pin_name(span: Span) -> str:
-    return f"span:{span.manifest}:{span.variant}:{span.first}-{span.last}"
 
 
 def _average(old: int, new: int) -> int:

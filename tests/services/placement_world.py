@@ -135,11 +135,13 @@ class FakeContent:
     def unpin(self, name: str) -> None:
         self.pins.pop(name, None)
 
-    async def fetch(self, cid: Cid, size: int, progress: Callable[[int], None]) -> None:
-        await trio.sleep(size / self._world.bytes_s / 2)
-        progress(size // 2)
-        await trio.sleep(size / self._world.bytes_s / 2)
+    async def fetch(self, cid: Cid, size: int, *, progress: Callable[[int, int], None]) -> Path:
+        if not self._everything and cid not in self.held:
+            await trio.sleep(size / self._world.bytes_s / 2)
+            progress(size // 2, size)
+            await trio.sleep(size / self._world.bytes_s / 2)
         self.held.add(cid)
+        return Path(cid)
 
     async def fetch_block(self, cid: Cid) -> bytes:
         await trio.sleep(0.05)

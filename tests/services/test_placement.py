@@ -235,6 +235,39 @@ async def test_an_old_span_ends_only_after_its_sessions(autojump_clock: MockCloc
         assert member.engines[0].stopped
 
 
+async def test_with_memory_for_both_the_old_span_serves_until_the_new_one_is_up(autojump_clock: MockClock) -> None:
+    async with world() as w:
+        for i in range(2):
+            await w.join(f"slow-{i}", 500 * MB, max_layers=6, layer_us=16_000)
+        await w.covered(10)
+        for i in range(4):
+            await w.join(f"fast-{i}", 500 * MB, max_layers=6, layer_us=1000)
+            await trio.sleep(5)
+        fast = [m for m in w.members.values() if m.peer.startswith("fast")]
+        assert sorted(m.span or (0, 0) for m in fast) == [(0, 6), (0, 6), (6, 12), (6, 12)]
+        left = [m for m in fast if m.span == (0, 6)]
+        for member in fast:
+            if member not in left:
+                w.kill(member.peer)
+        stages = {m.peer: m.service.engine() for m in left}
+        for stage in stages.values():
+            assert stage is not None
+            stage.enter()
+        with trio.fail_after(120):
+            await w.until(lambda: any(m.span == (6, 12) for m in left))
+        mover = next(m for m in left if m.span == (6, 12))
+        assert [engine.stopped for engine in mover.engines] == [False, False], "its session still runs"
+        stage = stages[mover.peer]
+        assert stage is not None
+        stage.leave()
+        await trio.sleep(2)
+        assert [engine.stopped for engine in mover.engines] == [True, False]
+        assert w.voluntary_holes == []
+        assert list(mover.content.pins) == ["span-1"]
+        await trio.sleep(120)
+        assert sum(m.span == (6, 12) for m in left) == 1, "the other one stays"
+
+
 async def test_engines_are_ended_with_the_service(autojump_clock: MockClock) -> None:
     async with world() as w:
         member = await w.join("a", 500 * MB)
