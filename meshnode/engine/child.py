@@ -8,6 +8,7 @@ node breaks the protocol.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -100,6 +101,8 @@ def _serve(link: Link) -> int:
                 sessions.close(request.session)
                 answer = Done(number=request.number)
         link.send(ANSWERS.encode(answer), body)
+        if isinstance(request, Load):
+            gc.freeze()  # what is there now stays: collections need not look at it in the middle of a step
         if isinstance(request, Load | Close):
             _trim()
     return 0

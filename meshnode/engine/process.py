@@ -15,11 +15,10 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 import numpy as np
 import psutil
@@ -50,8 +49,6 @@ from protocols.errors import RemoteProtocolError
 from protocols.frame import Frame, FrameReader, pack
 from protocols.ids import SessionId
 from protocols.pipe.messages import Sampling
-
-T = TypeVar("T")
 
 _READ_BYTES: Final = 1 << 18
 _TAIL_BYTES: Final = 4096  # of stderr, shown with the reason
@@ -168,13 +165,17 @@ class EngineProcess:
         return StepResult(data=body, token=answer.token, compute_us=answer.compute_us)
 
     async def close(self, session: SessionId) -> None:
-        """See port.py. If cancelled: the session is freed before the next request, whoever makes it."""
-        if self._report is None or self._end:
+        """See port.py. A lost engine has no sessions: no error.
+
+        If cancelled: the session is freed before the next request, whoever makes it.
+        """
+        try:
+            await self._ask(Close(number=0, session=session), seconds=self._deadlines.call)
+        except EngineLost:
             return
-        self._closing.append(session)
-        async with self._turn:
-            if not self._end:
-                await self._guarded("Close", self._close_all, seconds=self._deadlines.call)
+        except trio.Cancelled:
+            self._closing.append(session)
+            raise
 
     async def stop(self) -> None:
         """End the process: it finishes what it does now and is killed after 1.5 s. Takes 2 s at most."""
@@ -250,16 +251,15 @@ class EngineProcess:
 
         If cancelled: before its turn nothing has happened, afterwards the request is carried out.
         """
-        async with self._turn:
+        await self._take_turn()
+        try:
             if self._process is None or self._end:
                 raise self._lost()
-            self._shorten_log()
-
-            async def exchange() -> tuple[Answer, bytes]:
-                await self._close_all()
-                return await self._exchange(request, body)
-
-            answer, out = await self._guarded(type(request).__name__, exchange, seconds=seconds)
+            if isinstance(request, Open):
+                self._shorten_log()
+            answer, out = await self._guarded(request, body, seconds)
+        finally:
+            self._turn.release()
         match answer:
             case Refused(code=code) if code == BAD_INPUT:
                 raise RemoteProtocolError(answer.reason)
@@ -270,13 +270,23 @@ class EngineProcess:
                 raise ModelError(answer.reason)
         return answer, out
 
-    async def _guarded(self, what: str, work: Callable[[], Awaitable[T]], *, seconds: float) -> T:
-        """Do something with the engine that may take `seconds`; it is buried if it dies or takes longer."""
+    async def _take_turn(self) -> None:
+        """First come, first served. Goes on at once when nobody waits: the exchange yields to other tasks."""
+        try:
+            self._turn.acquire_nowait()
+        except trio.WouldBlock:
+            await self._turn.acquire()
+
+    async def _guarded(self, request: Request, body: bytes, seconds: float) -> tuple[Answer, bytes]:
+        """Free what is to be freed, then exchange; bury the engine if it dies or takes longer."""
         # what a cancelled caller left behind takes its time first
         self._deadline = max(self._deadline, trio.current_time()) + seconds
         with trio.CancelScope(deadline=self._deadline) as scope:
             try:
-                result = await work()
+                while self._closing:
+                    await self._exchange(Close(number=0, session=self._closing[0]), b"")
+                    del self._closing[0]
+                result = await self._exchange(request, body)
             except (OSError, EOFError, trio.ClosedResourceError):
                 await self._reap(_REAP_SECONDS)
                 await self._bury("")
@@ -285,17 +295,11 @@ class EngineProcess:
                 await self._bury(f"it broke the protocol ({error})")
                 raise self._lost() from error
         if scope.cancelled_caught:
+            what = type(request).__name__
             await self._bury(f"it had not answered a {what} after {seconds:.1f} s and was killed")
             raise self._lost()
         self._deadline = 0.0
         return result
-
-    async def _close_all(self) -> None:
-        """Free the sessions that are to be closed."""
-        while self._closing:
-            session = self._closing[0]
-            await self._exchange(Close(number=0, session=session), b"")
-            self._closing.remove(session)
 
     async def _exchange(self, request: Request, body: bytes) -> tuple[Answer, bytes]:
         """Send one request and read its answer, after everything that is still under way.
