@@ -1,0 +1,254 @@
+"""Who is dialled, when, and what is said when it does not work."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from meshnode.core.clock import VirtualWall
+from meshnode.core.errors import PeerUnreachable
+from meshnode.net.port import PeerEvent
+from meshnode.services.discovery import (
+    BACKOFF_CAP,
+    BACKOFF_FIRST,
+    MAX_PEERS,
+    REMEMBERED_CAP,
+    STEADY_SECONDS,
+    YIELD_SECONDS,
+    DiscoveryService,
+)
+from meshnode.state.database import Database
+from protocols.ids import PeerId
+from tests.unit.membership_actors import peer_of_key
+
+PEERS = sorted(peer_of_key(f"peer {number}") for number in range(80))
+SMALL, US, LARGE = PEERS[0], PEERS[40], PEERS[79]
+AT_ONCE = 0.3  # seconds
+
+
+def address_of(peer: PeerId, port: int = 1) -> str:
+    return f"/ip4/192.0.2.1/tcp/{port}/p2p/{peer}"
+
+
+class Dialled:
+    """The part of a host that discovery uses: says who was dialled when, connects to whoever is `up`."""
+
+    def __init__(self) -> None:
+        self.peer_id = US
+        self.up: set[str] = set()
+        self.dials: list[tuple[float, PeerId, tuple[str, ...]]] = []
+        self._connected: set[PeerId] = set()
+        self._began = trio.current_time()
+        self._send, self._receive = trio.open_memory_channel[PeerEvent](1000)
+        self._dialled = trio.Event()
+
+    @property
+    def peers(self) -> tuple[PeerId, ...]:
+        return tuple(sorted(self._connected))
+
+    def events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
+        return self._receive
+
+    async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        self.dials.append((trio.current_time() - self._began, peer, tuple(addresses)))
+        self._dialled.set()
+        self._dialled = trio.Event()
+        await trio.lowlevel.checkpoint()
+        if not self.up & set(addresses):
+            raise PeerUnreachable(f"{peer} does not answer", peer=peer)
+        self.set(peer, True)
+
+    def set(self, peer: PeerId, connected: bool, reason: str = "") -> None:
+        (self._connected.add if connected else self._connected.discard)(peer)
+        self._send.send_nowait(PeerEvent(peer, connected, reason))
+
+    async def dialled(self, count: int) -> list[float]:
+        """The times of the first `count` dials, once they have happened."""
+        with trio.fail_after(10_000):
+            while len(self.dials) < count:
+                await self._dialled.wait()
+        return [time for time, _, _ in self.dials[:count]]
+
+
+class World:
+    def __init__(self, database: Database) -> None:
+        self.host = Dialled()
+        self.database = database
+        self.known: dict[PeerId, tuple[str, ...]] = {}
+        self.service: DiscoveryService
+
+    def adverts(self) -> Mapping[PeerId, Sequence[str]]:
+        return self.known
+
+
+@asynccontextmanager
+async def world(
+    folder: Path, seeds: Sequence[str] = (), *, remembered: Sequence[PeerId] = ()
+) -> AsyncIterator[World]:
+    with Database(folder / "state.sqlite") as database:
+        for peer in remembered:
+            database.remember_peer(peer, [address_of(peer)], 1)
+        it = World(database)
+        it.service = DiscoveryService(
+            it.host,  # type: ignore[arg-type]  # the part of a Host that is used
+            database,
+            seeds,
+            it.adverts,
+            random.Random(1),
+            VirtualWall(),
+        )
+        async with trio.open_nursery() as nursery:
+            await nursery.start(it.service.run)
+            yield it
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("peer", [SMALL, LARGE])
+async def test_a_seed_is_dialled_at_once_whoever_is_smaller(
+    autojump_clock: MockClock, tmp_path: Path, peer: PeerId
+) -> None:
+    async with world(tmp_path, [address_of(peer)]) as it:
+        it.host.up = {address_of(peer)}
+        assert await it.host.dialled(1) < [AT_ONCE]
+        await trio.testing.wait_all_tasks_blocked()
+        assert it.database.known_peers() == {peer: (address_of(peer),)}
+        assert it.service.failures() == {}
+
+
+async def test_a_new_advert_is_answered_at_once_by_the_smaller_id_and_later_by_the_other(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with world(tmp_path) as it:
+        it.host.up = {address_of(LARGE), address_of(SMALL)}
+        it.known = {LARGE: (address_of(LARGE),), SMALL: (address_of(SMALL),)}
+        first, second = await it.host.dialled(2)
+        assert [peer for _, peer, _ in it.host.dials] == [LARGE, SMALL]
+        assert first < AT_ONCE
+        assert YIELD_SECONDS <= second < YIELD_SECONDS + AT_ONCE
+
+
+async def test_the_other_side_came_first(autojump_clock: MockClock, tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        it.known = {SMALL: (address_of(SMALL),)}
+        await trio.sleep(YIELD_SECONDS / 2)
+        it.host.set(SMALL, True)
+        await trio.sleep(60)
+        assert it.host.dials == []
+
+
+async def test_retries_grow_apart_and_are_capped(autojump_clock: MockClock, tmp_path: Path) -> None:
+    async with world(tmp_path, [address_of(LARGE)]) as it:
+        times = await it.host.dialled(16)
+        pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
+        for number, pause in enumerate(pauses):
+            whole = min(BACKOFF_CAP, BACKOFF_FIRST * 2**number)
+            assert whole / 2 <= pause <= whole + AT_ONCE
+        assert len({round(pause, 3) for pause in pauses[-6:]}) > 3  # jitter
+        assert it.service.failures() == {LARGE: f"{LARGE} does not answer"}
+        await trio.testing.wait_all_tasks_blocked()
+        it.host.up = {address_of(LARGE)}
+        await it.host.dialled(17)
+        await trio.testing.wait_all_tasks_blocked()
+        assert it.service.failures() == {}
+
+
+async def test_a_new_address_is_tried_at_once_however_long_the_pause(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with world(tmp_path, [address_of(LARGE)]) as it:
+        await it.host.dialled(10)
+        before = len(it.host.dials)
+        now = trio.current_time() - it.host._began
+        it.known = {LARGE: (address_of(LARGE, 2),)}
+        it.host.up = {address_of(LARGE, 2)}
+        assert (await it.host.dialled(before + 1))[-1] - now < AT_ONCE
+        assert address_of(LARGE, 2) in it.host.dials[-1][2]
+
+
+async def test_a_lost_connection_is_made_again(autojump_clock: MockClock, tmp_path: Path) -> None:
+    async with world(tmp_path, [address_of(LARGE)]) as it:
+        it.host.up = {address_of(LARGE)}
+        await it.host.dialled(1)
+        await trio.sleep(STEADY_SECONDS + 1)
+        lost = trio.current_time() - it.host._began
+        it.host.set(LARGE, False, "the cable was pulled")
+        assert (await it.host.dialled(2))[-1] - lost < AT_ONCE
+
+
+async def test_connections_that_do_not_last_are_not_hammered(autojump_clock: MockClock, tmp_path: Path) -> None:
+    async with world(tmp_path, [address_of(LARGE)]) as it:
+        it.host.up = {address_of(LARGE)}
+        for count in range(1, 12):
+            await it.host.dialled(count)
+            await trio.testing.wait_all_tasks_blocked()
+            it.host.set(LARGE, False, "12D3… was refused: it belongs to another network")
+            await trio.testing.wait_all_tasks_blocked()
+        assert "another network" in it.service.failures()[LARGE]
+        times = await it.host.dialled(12)
+        assert times[-1] - times[-2] >= BACKOFF_CAP / 2
+
+
+async def test_peers_met_before_are_found_again_after_a_restart(autojump_clock: MockClock, tmp_path: Path) -> None:
+    async with world(tmp_path, remembered=[LARGE, SMALL]) as it:
+        it.host.up = {address_of(LARGE), address_of(SMALL)}
+        await it.host.dialled(2)
+        assert {peer for _, peer, _ in it.host.dials} == {LARGE, SMALL}
+
+
+async def test_peers_nobody_speaks_of_are_tried_ever_more_rarely(autojump_clock: MockClock, tmp_path: Path) -> None:
+    async with world(tmp_path, remembered=[LARGE]) as it:
+        times = await it.host.dialled(14)
+        assert times[-1] - times[-2] >= REMEMBERED_CAP / 2
+
+
+async def test_we_never_dial_ourselves(autojump_clock: MockClock, tmp_path: Path) -> None:
+    async with world(tmp_path, [address_of(US)], remembered=[US]) as it:
+        it.known = {US: (address_of(US),)}
+        await trio.sleep(60)
+        assert it.host.dials == []
+
+
+async def test_an_address_without_a_peer_is_named(autojump_clock: MockClock, tmp_path: Path) -> None:
+    async with world(tmp_path, ["/ip4/192.0.2.1/tcp/4331", address_of(LARGE)]) as it:
+        await it.host.dialled(1)
+        failures = it.service.failures()
+        assert "does not end in /p2p/" in failures["/ip4/192.0.2.1/tcp/4331"]
+
+
+async def test_the_mesh_is_full_up_to_its_limit_and_seeds_come_in_always(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    seed = SMALL
+    others = [peer for peer in PEERS if peer not in (US, SMALL)]
+    async with world(tmp_path) as it:
+        it.host.up = {address_of(peer) for peer in PEERS}
+        it.known = {peer: (address_of(peer),) for peer in others}
+        await trio.sleep(60)
+        assert len(it.host.peers) == MAX_PEERS
+        dialled = len(it.host.dials)
+        assert dialled == MAX_PEERS
+    async with world(tmp_path / "again", [address_of(seed)]) as it:
+        it.host.up = {address_of(peer) for peer in PEERS}
+        for peer in others[:MAX_PEERS]:
+            it.host.set(peer, True)
+        await it.host.dialled(1)
+        assert it.host.dials[0][1] == seed
+
+
+async def test_dead_peers_do_not_hold_up_new_ones(autojump_clock: MockClock, tmp_path: Path) -> None:
+    dead = [peer for peer in PEERS if peer not in (US, LARGE)]
+    async with world(tmp_path, remembered=dead) as it:
+        await it.host.dialled(200)
+        now = trio.current_time() - it.host._began
+        it.known = {LARGE: (address_of(LARGE),)}
+        with trio.fail_after(5):
+            while not any(peer == LARGE for _, peer, _ in it.host.dials):
+                await it.host._dialled.wait()
+        assert it.host.dials[-1][0] - now < AT_ONCE
