@@ -43,6 +43,7 @@ from protocols.frame import Frame
 
 _PR_SET_PDEATHSIG: Final = 1  # <linux/prctl.h>
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
+_TRIM_ROWS: Final = 64  # rows of a step that take long enough (30 ms and more) for a trim (1 ms) not to matter
 _EXIT_PROTOCOL: Final = 70
 _EXIT_MODEL: Final = 71
 
@@ -103,13 +104,13 @@ def _serve(link: Link) -> int:
         link.send(ANSWERS.encode(answer), body)
         if isinstance(request, Load):
             gc.freeze()  # what is there now stays: collections need not look at it in the middle of a step
-        if isinstance(request, Load | Close):
+        if isinstance(request, Load | Close) or (isinstance(request, Step) and request.rows >= _TRIM_ROWS):
             _trim()
     return 0
 
 
 def _trim() -> None:
-    """Give the memory of a prompt's rows back: glibc keeps up to 60 MB of them otherwise."""
+    """Give the memory of a prompt's rows back: glibc keeps 50 MB after 512 rows of a small model otherwise."""
     if sys.platform == "linux" and hasattr(_LIBC, "malloc_trim"):
         _LIBC.malloc_trim(0)
 
