@@ -22,13 +22,16 @@ import numpy as np
 import onnx_ir as ir
 
 from meshnode.core.errors import ModelError
+from meshnode.models.calibrate import Importance
 from meshnode.models.expression import Array, Expression, Joined, Reader, Transposed, Weight, joint_name
 from meshnode.models.groups import Group, Stored
-from meshnode.models.precision import BLOCK, Precision
+from meshnode.models.precision import BLOCK, Packing, Precision
 from meshnode.models.quantise import Packed, packed_shapes, quantise
 
 _SOURCE: Final = "checkpoint:"  # the builder's initializers, so that ours can have the plain names
 _CONTRIB: Final = "com.microsoft"
+_GATHER: Final = "GatherBlockQuantized"
+_PRODUCT: Final = "MatMulNBits"
 _ROTARY = re.compile(r"\.(cos|sin)_cache$")
 _SHARED_INPUTS: Final = frozenset(("attention_mask", "position_ids"))
 
@@ -42,9 +45,9 @@ class Plan:
     tied: bool  # embedding and head are one file, named "embed"
     recipes: dict[str, Recipe] = field(default_factory=dict)  # by name of the stored tensor
 
-    def read(self, name: str, weights: Reader) -> Array:
+    def read(self, name: str, weights: Reader, importance: Importance) -> Array:
         """Compute one stored tensor from the checkpoint's weights."""
-        return self.recipes[name].read(weights)
+        return self.recipes[name].read(weights, importance)
 
 
 @dataclass(slots=True)
@@ -52,16 +55,17 @@ class Recipe:
     """How a stored tensor comes out of the checkpoint: a constant expression, then quantisation."""
 
     value: Expression
-    part: str  # "plain", or "data", "scales", "zero_points" of the quantised matrix
-    precision: Precision
-    shared: dict[Expression, Packed]  # result of the quantisation, kept until its last part is read
+    part: str = "plain"  # or "data", "scales", "zero_points" of the quantised matrix
+    packing: Packing | None = None
+    shared: dict[Expression, Packed] = field(default_factory=dict)  # kept until the last part of a matrix is read
 
-    def read(self, weights: Reader) -> Array:
-        if self.part == "plain":
+    def read(self, weights: Reader, importance: Importance) -> Array:
+        if self.packing is None:
             return self.value.evaluate(weights)
         if self.value not in self.shared:
             self.shared.clear()
-            self.shared[self.value] = quantise(self.value.evaluate(weights), self.precision)
+            matters = importance.of(self.value.sources())
+            self.shared[self.value] = quantise(self.value.evaluate(weights), self.packing, matters)
         return np.asarray(getattr(self.shared[self.value], self.part))
 
 
@@ -212,10 +216,10 @@ class _Planner:
     def _plain(self, group: str, expression: Expression) -> ir.Value:
         """Store a weight as it is, in float32."""
         stored = Stored(joint_name(expression), "F32", expression.shape)
-        return self._store(group, stored, Recipe(expression, "plain", self.precision, self.shared))
+        return self._store(group, stored, Recipe(expression))
 
-    def _packed(self, group: str, matrix: Expression, *, table: bool = False) -> list[ir.Value]:
-        """Store a matrix [N, K] quantised: data, scales and, if the precision has them, zero points.
+    def _packed(self, group: str, matrix: Expression, packing: Packing, *, table: bool = False) -> list[ir.Value]:
+        """Store a matrix [N, K] quantised: data, scales and, if the packing has them, zero points.
 
         `table`: GatherBlockQuantized wants the packed bytes of a row in one dimension.
         """
@@ -223,8 +227,8 @@ class _Planner:
         name = joint_name(matrix)
         parts = (("data", "U8"), ("scales", "F32"), ("zero_points", "U8"))
         out = []
-        for (part, dtype), shape in zip(parts, packed_shapes(rows, columns, self.precision), strict=False):
-            recipe = Recipe(matrix, part, self.precision, self.shared)
+        for (part, dtype), shape in zip(parts, packed_shapes(rows, columns, packing), strict=False):
+            recipe = Recipe(matrix, part, packing, self.shared)
             view = (rows, shape[1] * shape[2]) if table and part == "data" else shape
             out.append(self._store(group, Stored(f"{name}.{part}", dtype, shape), recipe, view))
         return out
@@ -249,38 +253,68 @@ class _Planner:
     def _table(self, node: ir.Node, table: Expression) -> None:
         """The embedding: Gather, or GatherBlockQuantized over the packed bytes."""
         group = self._group(node)
-        if not self.precision.quantised:
+        packing = self._packing(table)
+        if packing is None:
             node.replace_input_with(0, self._plain(group, table))
             return
-        data, *rest = self._packed(group, table, table=True)
-        attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": BLOCK, "bits": self.precision.bits}
-        self._replace(node, "GatherBlockQuantized", [data, node.inputs[1], *rest], attributes)
+        data, *rest = self._packed(group, table, packing, table=True)
+        attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": BLOCK, "bits": packing.bits}
+        self._replace(node, [ir.node(_GATHER, [data, node.inputs[1], *rest], attributes, domain=_CONTRIB)])
 
     def _matrix(self, node: ir.Node, expression: Expression, group: str) -> None:
         """A matrix [inputs, outputs] of a layer or the head."""
-        columns, rows = expression.shape
-        if self.precision.quantised:
-            inputs = [node.inputs[0], *self._packed(group, _flipped(expression))]
-            attributes = {"K": columns, "N": rows, "bits": self.precision.bits, "block_size": BLOCK}
-            self._replace(node, "MatMulNBits", inputs, {**attributes, "accuracy_level": 4})
-        elif group == "head" and self.tied:  # the same bytes as the table: multiplied as they lie
-            self._replace(
-                node, "FusedMatMul", [node.inputs[0], self._plain(group, _flipped(expression))], {"transB": 1}
-            )
-        else:
+        matrix = _flipped(expression)
+        pieces = self._pieces(matrix)
+        packing = self._packing(pieces[0])
+        if packing is None and group == "head" and self.tied:  # the table's own bytes, multiplied as they lie
+            inputs = [node.inputs[0], self._plain(group, matrix)]
+            self._replace(node, [ir.node("FusedMatMul", inputs, {"transB": 1}, domain=_CONTRIB)])
+        elif packing is None:
             node.replace_input_with(1, self._plain(group, expression))
+        else:
+            products = [self._product(node, piece, group) for piece in pieces]
+            if len(products) > 1:
+                joined = [p.outputs[0] for p in products]
+                products.append(ir.node("Concat", joined, {"axis": -1}))
+            self._replace(node, products)
 
-    def _replace(
-        self, node: ir.Node, op_type: str, inputs: list[ir.Value | None], attributes: dict[str, int]
-    ) -> None:
-        old = node.outputs[0]
-        new = ir.node(op_type, inputs, attributes, domain=_CONTRIB, name=node.name)
-        out = new.outputs[0]
+    def _pieces(self, matrix: Expression) -> list[Expression]:
+        """The neighbouring parts of a packed matrix that are stored alike: Q with K, and V where it is finer."""
+        if not isinstance(matrix, Joined) or matrix.axis != 0:
+            return [matrix]
+        runs: list[list[Expression]] = []
+        for part in matrix.parts:
+            alike = runs and self._packing(runs[-1][0]) == self._packing(part)
+            if alike:
+                runs[-1].append(part)
+            else:
+                runs.append([part])
+        if len(runs) == 1:
+            return [matrix]
+        return [run[0] if len(run) == 1 else Joined(0, tuple(run)) for run in runs]
+
+    def _packing(self, expression: Expression) -> Packing | None:
+        return self.precision.packing_of(joint_name(expression))
+
+    def _product(self, node: ir.Node, matrix: Expression, group: str) -> ir.Node:
+        """MatMulNBits with one piece of the matrix of `node`."""
+        rows, columns = matrix.shape
+        packing = self._packing(matrix)
+        assert packing is not None
+        attributes = {"K": columns, "N": rows, "bits": packing.bits, "block_size": BLOCK, "accuracy_level": 4}
+        inputs = [node.inputs[0], *self._packed(group, matrix, packing)]
+        product = ir.node(_PRODUCT, inputs, attributes, domain=_CONTRIB, name=joint_name(matrix))
+        product.outputs[0].name = f"{joint_name(matrix)}.product"
+        return product
+
+    def _replace(self, node: ir.Node, replacement: list[ir.Node]) -> None:
+        """Put `replacement` in the place of a node; its last output takes over the name and the uses."""
+        old, out = node.outputs[0], replacement[-1].outputs[0]
         out.name, out.shape, out.type = old.name, old.shape, old.type
-        self.graph.insert_after(node, new)
+        replacement[-1].name = node.name
+        self.graph.insert_after(node, replacement)
         old.replace_all_uses_with(out, replace_graph_outputs=True)
         old.name = f"{old.name}.replaced"
-        self.owners[new] = self.owners.get(node, set())
         self.graph.remove(node, safe=True)
 
 

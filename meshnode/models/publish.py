@@ -22,18 +22,20 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TextIO
 
 import numpy as np
 
 from meshnode.core.errors import ConfigError, DiskError, ModelError
+from meshnode.models.calibrate import Importance, load_reference, measure_importance, measure_reference
 from meshnode.models.checkpoint import Checkpoint, open_checkpoint
 from meshnode.models.expression import Array
 from meshnode.models.graph import Plan, build_skeleton, plan_graph
 from meshnode.models.groups import disk_error, total_size
 from meshnode.models.precision import Precision, precision
-from meshnode.models.quality import TEXT_NAME, measure_graph, measure_reference, sample_tokens
+from meshnode.models.quality import TEXT_NAME, calibration_tokens, measure_graph, sample_tokens
 
 MAX_CONTEXT: Final = 32768  # positions: longer rotary tables would make the graph itself large
 _CHAT_ENDS: Final = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>")
@@ -85,11 +87,13 @@ def _publish(checkpoint: Checkpoint, out: Path, wanted: list[Precision], progres
         plan = plan_graph(model, family=family, layers=layers, context=architecture["context"], precision=kind)
         plans.append((kind, plan, module))
     _check_room(out, sum(total_size(plan.groups.values()) + len(plan.graph) for _, plan, _ in plans))
+    progress("reference", "", 0, 1)
+    tokens = sample_tokens(out / "tokenizer.json", architecture["context"])
+    importance, reference = _ask_reference(checkpoint, out, tokens, wanted, architecture["context"])
     described = {}
     for kind, plan, module in plans:
-        described[kind.name] = _write_variant(checkpoint, out, kind, plan, module, progress)
-    tokens = sample_tokens(out / "tokenizer.json", architecture["context"])
-    quality = _measure(checkpoint, out, tokens, described, progress)
+        described[kind.name] = _write_variant(checkpoint, out, kind, plan, module, importance, progress)
+    quality = _measure(out, tokens, reference, described, progress)
     _write_json(out / "quality.json", quality)
     files.append("quality.json")
     _write_json(
@@ -104,7 +108,13 @@ def _publish(checkpoint: Checkpoint, out: Path, wanted: list[Precision], progres
 
 
 def _write_variant(
-    checkpoint: Checkpoint, out: Path, kind: Precision, plan: Plan, module: Any, progress: Progress
+    checkpoint: Checkpoint,
+    out: Path,
+    kind: Precision,
+    plan: Plan,
+    module: Any,
+    importance: Importance,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Write the graph and the group files of one variant; gives its part of index.json."""
     graph = out / f"graph-{kind.name}.onnx"
@@ -115,7 +125,7 @@ def _write_variant(
         layer = int(name.removeprefix("layer.")) if name.startswith("layer.") else None
         weights = _Weights(checkpoint, module, layer)
         path = out / kind.name / f"{name}.safetensors"
-        size = group.write(path, lambda tensor, weights=weights: plan.read(tensor, weights))  # type: ignore[misc]
+        size = group.write(path, partial(plan.read, weights=weights, importance=importance))
         where[name] = {"path": str(path.relative_to(out)), "size": size}
     progress("weights", kind.name, len(plan.groups), len(plan.groups))
     return {
@@ -150,13 +160,24 @@ class _Weights:
         return np.asarray(self._known[name].numpy())
 
 
+def _ask_reference(
+    checkpoint: Checkpoint, out: Path, tokens: list[int], wanted: list[Precision], context: int
+) -> tuple[Importance, int]:
+    """Importance of the weights (for 4 bits) and the perplexity of the checkpoint; nothing and 0 without memory."""
+    model = load_reference(checkpoint)
+    if model is None:
+        return Importance({}), 0
+    importance = Importance({})
+    if any(kind.packing is not None and kind.packing.bits < 8 for kind in wanted):
+        importance = measure_importance(model, calibration_tokens(out / "tokenizer.json", context))
+    return importance, measure_reference(model, tokens)
+
+
 def _measure(
-    checkpoint: Checkpoint, out: Path, tokens: list[int], described: dict[str, dict[str, Any]], progress: Progress
+    out: Path, tokens: list[int], reference: int, described: dict[str, dict[str, Any]], progress: Progress
 ) -> dict[str, Any]:
     """Perplexities for quality.json; adds each variant's own to its part of index.json."""
-    progress("reference", "", 0, 1)
-    common: dict[str, Any] = {"text": TEXT_NAME, "tokens": len(tokens)}
-    common["reference_milli"] = measure_reference(checkpoint, tokens)
+    common: dict[str, Any] = {"text": TEXT_NAME, "tokens": len(tokens), "reference_milli": reference}
     found = {}
     for name, variant in described.items():
         progress("quality", name, 0, 1)

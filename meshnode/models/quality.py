@@ -14,14 +14,14 @@ from typing import Any, Final
 
 import numpy as np
 import onnx
-import psutil
 
 from meshnode.core.errors import ModelError
-from meshnode.models.checkpoint import Checkpoint
 from meshnode.models.expression import Array
 
 TEXT_NAME: Final = "origin-of-species-1859-introduction"
 MOST_TOKENS: Final = 768
+_QUALITY_FILE: Final = "quality_text.txt"
+_CALIBRATION_FILE: Final = "calibration_text.txt"  # our own; must share nothing with the text that is measured
 _TYPES: Final[dict[int, np.dtype[Any]]] = {
     onnx.TensorProto.FLOAT: np.dtype("<f4"),
     onnx.TensorProto.UINT8: np.dtype("u1"),
@@ -30,9 +30,18 @@ _TYPES: Final[dict[int, np.dtype[Any]]] = {
 
 def sample_tokens(tokenizer: Path, context: int) -> list[int]:
     """Token ids of the fixed text, at most `MOST_TOKENS` and the model's context."""
+    return _tokens(_QUALITY_FILE, tokenizer, context)
+
+
+def calibration_tokens(tokenizer: Path, context: int) -> list[int]:
+    """Token ids of the mixed text that shows which inputs matter."""
+    return _tokens(_CALIBRATION_FILE, tokenizer, context)
+
+
+def _tokens(name: str, tokenizer: Path, context: int) -> list[int]:
     import tokenizers
 
-    text = files("meshnode.models").joinpath("quality_text.txt").read_text(encoding="utf-8")
+    text = files("meshnode.models").joinpath(name).read_text(encoding="utf-8")
     try:
         loaded = tokenizers.Tokenizer.from_file(str(tokenizer))
     except Exception as error:
@@ -47,31 +56,6 @@ def perplexity_milli(logits: Array, tokens: list[int]) -> int:
     norm = peak + np.log(np.exp(rows - peak[:, None]).sum(axis=1))
     likelihood = rows[np.arange(len(rows)), tokens[1:]] - norm
     return round(float(np.exp(-likelihood.mean())) * 1000)
-
-
-def load_reference(checkpoint: Checkpoint) -> Any:
-    """The checkpoint as a float32 transformers model on the CPU."""
-    import torch
-    import transformers
-
-    fields = {k: v for k, v in checkpoint.config.items() if k not in ("model_type", "dtype", "torch_dtype")}
-    config = transformers.AutoConfig.for_model(checkpoint.config["model_type"], **fields)
-    state = {n: torch.from_numpy(np.array(checkpoint.tensor(n))) for n in checkpoint.names()}
-    transformers.logging.set_verbosity_error()
-    kind = transformers.AutoModelForCausalLM._model_mapping[type(config)]
-    return kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
-
-
-def measure_reference(checkpoint: Checkpoint, tokens: list[int]) -> int:
-    """Perplexity (in thousandths) of the checkpoint in transformers; 0 when it doesn't fit into free memory."""
-    import torch
-
-    needed = sum(checkpoint.size(n) for n in checkpoint.names()) * 4
-    if needed * 1.5 > psutil.virtual_memory().available:
-        return 0
-    with torch.inference_mode():
-        logits = load_reference(checkpoint)(torch.tensor([tokens])).logits[0]
-    return perplexity_milli(logits.float().numpy(), tokens)
 
 
 def open_uncut(folder: Path, variant: dict[str, Any], *, threads: int = 0, level: str = "all") -> Any:
