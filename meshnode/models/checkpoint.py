@@ -282,6 +282,7 @@ class GgufCheckpoint(Checkpoint):
         hidden = get("embedding_length")
         metadata = self._file.metadata
         tokens = metadata.get("tokenizer.ggml.tokens", [])
+        end = metadata.get("tokenizer.ggml.eos_token_id")
         fields = {
             "vocab_size": self._file.tensors["token_embd.weight"].shape[0],
             "hidden_size": hidden,
@@ -295,7 +296,7 @@ class GgufCheckpoint(Checkpoint):
             "rope_theta": get("rope.freq_base", float, 10000.0),
             "tie_word_embeddings": "output.weight" not in self._file.tensors,
             "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+            "eos_token_id": end,
             # some configurations have a default beyond a small vocabulary
             "pad_token_id": metadata.get(
                 "tokenizer.ggml.padding_token_id", metadata.get("tokenizer.ggml.eos_token_id")

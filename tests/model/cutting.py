@@ -166,12 +166,12 @@ def reference_greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     """Greedy tokens of transformers' own `generate`, not stopped by an end token."""
     import torch
 
+    model.generation_config.eos_token_id = None
     with torch.inference_mode():
         out = model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
             max_new_tokens=count,
-            min_new_tokens=count,
             do_sample=False,
         )
     return [int(t) for t in out[0, len(prompt) :]]
