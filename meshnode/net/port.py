@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Final, Protocol
 
 import trio
 
 from protocols.ids import PeerId
+
+STALL_SECONDS: Final = 60.0  # a reader that takes nothing for so long breaks the stream
+MAX_GOSSIP_BYTES: Final = 1 << 16
 
 
 class Lane(Enum):
