@@ -1,0 +1,56 @@
+"""Connections that have not proven who they are yet: few per address, and the newest comes first.
+
+Hundreds of silent sockets from one machine cost that machine its oldest sockets; nobody else notices.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import trio
+
+PER_ADDRESS: Final = 32
+IN_ALL: Final = 256
+
+
+class PendingConnections:
+    """Hands out a cancel scope per connection; the scope is cancelled to make room for a newer one."""
+
+    def __init__(self, per_address: int = PER_ADDRESS, in_all: int = IN_ALL) -> None:
+        self._per_address = per_address
+        self._in_all = in_all
+        self._waiting: dict[str, OrderedDict[trio.CancelScope, None]] = {}
+
+    def __len__(self) -> int:
+        return sum(len(scopes) for scopes in self._waiting.values())
+
+    @contextmanager
+    def enter(self, host: str, seconds: float) -> Iterator[trio.CancelScope]:
+        """One connection from `host`, for `seconds` at most; `cancelled_caught`: its time or its place is gone."""
+        own = self._waiting.setdefault(host, OrderedDict())
+        if len(own) >= self._per_address:
+            self._evict(host)
+        elif len(self) >= self._in_all:
+            self._evict(max(self._waiting, key=lambda other: len(self._waiting[other])))
+        scope = trio.CancelScope(deadline=trio.current_time() + seconds)
+        self._waiting.setdefault(host, own)[scope] = None
+        try:
+            with scope:
+                yield scope
+        finally:
+            self._leave(host, scope)
+
+    def _evict(self, host: str) -> None:
+        oldest = next(iter(self._waiting[host]))
+        self._leave(host, oldest)
+        oldest.cancel()
+
+    def _leave(self, host: str, scope: trio.CancelScope) -> None:
+        scopes = self._waiting.get(host)
+        if scopes is not None:
+            scopes.pop(scope, None)
+            if not scopes:
+                del self._waiting[host]
