@@ -7,6 +7,7 @@ Rule 2: no clock, no randomness, no await. Time comes in as `now` (seconds), a w
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -175,7 +176,7 @@ class Origin:
         kind = type(event.message) if isinstance(event, Received) else type(event)
         if (self.state, kind) not in ORIGIN_TRANSITIONS:
             if isinstance(event, Received):
-                raise RemoteProtocolError(f"{event.peer} sent {kind.__name__} to a session that is {self.state.value}")
+                raise RemoteProtocolError(f"{event.peer} sent {kind.__name__}; the session is {self.state.value}")
             raise LocalProtocolError(f"{kind.__name__} in state {self.state.value}")
         match event:
             case Begin():
@@ -333,7 +334,7 @@ class Stage:
             raise RemoteProtocolError(f"the route of {opening.origin} does not name us at stage {opening.index}")
         if any(hop.first >= hop.last for hop in route) or route[0].first != 0:
             raise RemoteProtocolError(f"the route of {opening.origin} has an empty span or does not start at layer 0")
-        if any(a.last != b.first for a, b in zip(route, route[1:], strict=False)):
+        if any(a.last != b.first for a, b in itertools.pairwise(route)):
             raise RemoteProtocolError(f"the route of {opening.origin} has a gap or an overlap between its spans")
         self.opening = opening
         self.state = StageState.OPEN

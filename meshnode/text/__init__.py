@@ -1,0 +1,1 @@
+"""Text in, token ids out, and back: only the asking node does this."""

@@ -1,0 +1,115 @@
+"""A model's tokenizer and chat template, without transformers.
+
+The chat template is Jinja from a manifest that a stranger may have written, so it runs in the immutable
+sandbox that transformers uses for the same purpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.decoders import DecodeStream
+
+from meshnode.core.errors import Declined, ModelError
+
+
+class Tokenizer:
+    """Turns chat turns or plain text into token ids."""
+
+    def __init__(self, tokenizer_json: Path, chat_template: str | None, special: Mapping[str, str]) -> None:
+        """`special`: names that templates use (bos_token, eos_token, ...) and their texts.
+
+        Raises ModelError when a file can't be read.
+        """
+        try:
+            self._fast = FastTokenizer.from_file(str(tokenizer_json))
+        except Exception as error:  # the library raises bare Exception
+            raise ModelError(f"the model's tokenizer {tokenizer_json} can't be read: {error}") from error
+        self._special = dict(special)
+        self._template: jinja2.Template | None = None
+        if chat_template is not None:
+            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+            environment.globals["raise_exception"] = _refuse
+            try:
+                self._template = environment.from_string(chat_template)
+            except jinja2.TemplateError as error:
+                raise ModelError(f"the model's chat template can't be read: {error}") from error
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of plain text, with the tokenizer's own special tokens (a leading BOS, where it has one)."""
+        return tuple(self._fast.encode(text).ids)
+
+    def chat(self, turns: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """Token ids of a conversation, ready for the assistant's answer.
+
+        Raises Declined `bad-request` when the template refuses the turns, ModelError when there is no template.
+        """
+        if self._template is None:
+            raise ModelError("this model has no chat template; ask with plain text (--raw)")
+        variables: dict[str, Any] = {**self._special, "messages": [dict(turn) for turn in turns]}
+        try:
+            text = self._template.render(add_generation_prompt=True, **variables)
+        except jinja2.TemplateError as error:
+            raise Declined("bad-request", f"the model's chat template refuses these turns: {error}") from error
+        return tuple(self._fast.encode(text, add_special_tokens=False).ids)
+
+    def stream(self, prompt: Sequence[int]) -> TextStream:
+        """A decoder for the answer to `prompt`."""
+        return TextStream(self._fast, prompt)
+
+
+class TextStream:
+    """Tokens in, text out as soon as it is certain (a character may need several tokens)."""
+
+    def __init__(self, fast: FastTokenizer, prompt: Sequence[int]) -> None:
+        self._fast = fast
+        # The last prompt tokens are context: whether a piece begins with a space depends on what precedes it.
+        self._stream = DecodeStream(ids=list(prompt[-8:]), skip_special_tokens=True)
+
+    def feed(self, token: int) -> str:
+        """Text that this token completes; often empty for non-Latin scripts."""
+        return self._stream.step(self._fast, token) or ""
+
+
+class StopStrings:
+    """Holds back text that may become a stop string."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(s for s in stops if s)
+        self._held = ""
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """Text that may be shown, and whether a stop string was met (it and what follows are dropped)."""
+        if not self._stops:
+            return text, False
+        self._held += text
+        met = [i for i in (self._held.find(s) for s in self._stops) if i >= 0]
+        if met:
+            shown, self._held = self._held[: min(met)], ""
+            return shown, True
+        keep = max(self._overlaps(), default=0)
+        cut = len(self._held) - keep
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown, False
+
+    def rest(self) -> str:
+        """What is still held back when the answer ends."""
+        held, self._held = self._held, ""
+        return held
+
+    def _overlaps(self) -> Iterator[int]:
+        """Lengths of the ends of the held text with which a stop string begins."""
+        for stop in self._stops:
+            for size in range(min(len(stop) - 1, len(self._held)), 0, -1):
+                if self._held.endswith(stop[:size]):
+                    yield size
+                    break
+
+
+def _refuse(reason: str) -> None:
+    raise jinja2.TemplateError(reason)
