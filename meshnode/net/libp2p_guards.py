@@ -77,6 +77,7 @@ class PlainWire(ReadWriteCloser):  # type: ignore[misc]  # the library has no ty
         self._buffer = bytearray()
         host, port = stream.socket.getpeername()[:2]
         self.remote = address_of(host, port)
+        self.local_host: str = stream.socket.getsockname()[0]
 
     async def read(self, n: int | None = None) -> bytes:
         wanted = 1 if n is None else n
@@ -183,6 +184,7 @@ class GuardedMuxer(IMuxedConn):  # type: ignore[misc]  # the library has no type
         self.peer_id = peer_id
         self.session = YamuxSession(PeerId(str(peer_id)), wire, initiator=initiator)
         self.remote: Address = wire.plain.remote
+        self.local_host = wire.plain.local_host
         self.initiator = initiator
         self.event_started = trio.Event()
         self.on_close: Callable[[], Awaitable[None]] | None = None

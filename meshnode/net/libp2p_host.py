@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import trio
 
 from meshnode.core.errors import ConfigError, PeerUnreachable
 from meshnode.core.log import get_logger
-from meshnode.net import heartbeat
+from meshnode.net import direct, heartbeat
 from meshnode.net.addresses import Address, address_of, parse_address, reachable_hosts
+from meshnode.net.direct import DirectLanes
 from meshnode.net.heartbeat import Heartbeat
 from meshnode.net.inbox import Inbox
 from meshnode.net.libp2p_guards import IDENTIFY, PING, ConnectionWatcher, GuardedMuxer, Libp2pStack
@@ -49,14 +51,17 @@ class Libp2pHost(ConnectionWatcher):
     Args:
       seed: the 32 bytes of the Ed25519 node key; the peer id follows from it.
       listen: multiaddrs like /ip4/0.0.0.0/tcp/4331; port 0 takes any free one.
+      lane_port: where direct lanes are accepted, on the same interfaces; 0 takes any free port. A peer that
+        can't reach it uses libp2p streams instead.
 
     Raises:
       ConfigError: an address that can't be used for listening.
     """
 
-    def __init__(self, seed: bytes, listen: Sequence[str]) -> None:
+    def __init__(self, seed: bytes, listen: Sequence[str], *, lane_port: int = 0) -> None:
         logging.getLogger("libp2p").setLevel(logging.CRITICAL)  # what matters comes back to us as an exception
         self._listen = [_listen_address(text) for text in listen]
+        self._lane_port = lane_port
         self._table = ProtocolTable()
         self._table.add(heartbeat.PROTOCOL, heartbeat.answer)
         self._roster = Roster()
@@ -69,6 +74,13 @@ class Libp2pHost(ConnectionWatcher):
         self._nursery: trio.Nursery | None = None
         self._stack = Libp2pStack(
             seed, self, lambda: self._addresses, self._open_agreed, self._roster.admitted.__contains__
+        )
+        self._lanes = DirectLanes(
+            self._table,
+            self._roster,
+            lambda peer: self._open_agreed(peer, (direct.PROTOCOL,)),
+            lambda peer: connection.local_host if (connection := self._live(peer)) else "",
+            lambda peer: connection.remote.host if (connection := self._live(peer)) else "",
         )
         self._stack.host.serve = self._serve
         self._stack.pubsub.deliver = self._deliver
@@ -88,11 +100,12 @@ class Libp2pHost(ConnectionWatcher):
     # Running
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        listeners = [await _open_listener(address) for address in self._listen]
+        listeners, lane_listeners = await self._open_listeners()
         self._addresses = tuple(text for listener in listeners for text in self._names_of(listener))
         try:
             async with self._stack.running(), trio.open_nursery() as nursery:
                 self._nursery = nursery
+                await nursery.start(self._lanes.run, lane_listeners)
                 for topic, (validator, _) in self._topics.items():
                     await self._stack.subscribe(topic, _contained(topic, validator))
                 for listener in listeners:
@@ -102,8 +115,23 @@ class Libp2pHost(ConnectionWatcher):
         finally:
             self._nursery = None
             with trio.CancelScope(shield=True):
-                for listener in listeners:
+                for listener in (*listeners, *lane_listeners):
                     await listener.aclose()
+
+    async def _open_listeners(self) -> tuple[list[trio.SocketListener], list[trio.SocketListener]]:
+        """For libp2p, and for direct lanes on the same interfaces. Raises ConfigError."""
+        listeners: list[trio.SocketListener] = []
+        lanes: dict[str, trio.SocketListener] = {}
+        try:
+            for address in self._listen:
+                listeners.append(await _open_listener(address))
+                if address.host not in lanes:
+                    lanes[address.host] = await _open_listener(replace(address, port=self._lane_port))
+        except ConfigError:
+            for listener in (*listeners, *lanes.values()):
+                await listener.aclose()
+            raise
+        return listeners, list(lanes.values())
 
     def _names_of(self, listener: trio.SocketListener) -> list[str]:
         host, port = listener.socket.getsockname()[:2]
@@ -146,7 +174,6 @@ class Libp2pHost(ConnectionWatcher):
         if self._nursery is not None:
             self._nursery.start_soon(self._limit_stranger, connection)
         self._start_heartbeat(peer)
-        self._stack.pubsub.greet(peer)
 
     def connection_over(self, connection: GuardedMuxer) -> None:
         """A connection has ended. Its peer is gone when it was the last one, after a moment for last words."""
@@ -171,6 +198,7 @@ class Libp2pHost(ConnectionWatcher):
         _, scope = self._heartbeats.pop(peer, (None, None))
         if scope is not None:
             scope.cancel()
+        self._lanes.break_off(peer, connection.session.ended)
         _log.debug("connection.over", peer=peer, reason=connection.session.ended)
         self._roster.down(peer, connection.session.ended)
 
@@ -203,7 +231,6 @@ class Libp2pHost(ConnectionWatcher):
         for connection in self._connections.get(peer, ()):
             connection.session.max_streams = MAX_STREAMS
         self._start_heartbeat(peer)
-        self._stack.pubsub.greet(peer)
 
     async def disconnect(self, peer: PeerId, reason: str) -> None:
         connections = self._connections.get(peer, [])
@@ -270,6 +297,10 @@ class Libp2pHost(ConnectionWatcher):
     # Streams
 
     async def open_stream(self, peer: PeerId, protocol: str, lane: Lane = Lane.CONTROL) -> Stream:
+        if lane is not Lane.CONTROL and peer in self._roster.admitted:
+            direct_stream = await self._lanes.open(peer, protocol)
+            if direct_stream is not None:
+                return direct_stream
         return await self._open_agreed(peer, (protocol,))
 
     async def _open_agreed(self, peer: PeerId, protocols: tuple[str, ...]) -> YamuxStream:
@@ -343,6 +374,7 @@ class Libp2pHost(ConnectionWatcher):
             scope = trio.CancelScope()
             self._heartbeats[peer] = (beat, scope)
             self._nursery.start_soon(self._watch, peer, beat, scope)
+            self._stack.pubsub.greet(peer)
 
     async def _watch(self, peer: PeerId, beat: Heartbeat, scope: trio.CancelScope) -> None:
         with scope:
