@@ -143,8 +143,7 @@ class MemoryStream:
 
     async def aclose(self) -> None:
         self._outgoing.end("this side of the stream is closed", clean=True)
-        if not self._incoming.ended:
-            self._incoming.reset("the reader has closed the stream")
+        self._incoming.reset("the stream is closed")
         self._connection.streams.discard(self)
         await trio.lowlevel.checkpoint()
 

@@ -1,0 +1,575 @@
+"""The conformance suite of the net port: every check in `CHECKS` holds on every kind of host."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Final
+
+import pytest
+import trio
+
+from meshnode.core.errors import Declined, PeerUnreachable
+from meshnode.net.port import MAX_GOSSIP_BYTES, Handler, Host, Lane, Stream
+from protocols.errors import LocalProtocolError
+from protocols.ids import PeerId
+
+Make = Callable[[], Host]  # a new host of one network, not running yet
+Check = Callable[[Make], Awaitable[None]]
+
+ECHO: Final = "/check/echo/1"
+COUNT: Final = "/check/count/1"
+RAISE: Final = "/check/raise/1"
+GREET: Final = "/check/greet/1"
+WAIT: Final = "/check/wait/1"
+PUBLIC: Final = "/check/public/1"
+TOPIC: Final = "/check/topic"
+TWENTY_MB: Final = 20_000_000
+NOBODY: Final = PeerId("12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN")
+
+
+async def echo(stream: Stream) -> None:
+    while data := await stream.receive_some():
+        await stream.send_all(data)
+
+
+async def count(stream: Stream) -> None:
+    """Answer with size and hash after the clean end."""
+    size, digest = 0, hashlib.sha256()
+    while data := await stream.receive_some(1 << 18):
+        size += len(data)
+        digest.update(data)
+    await stream.send_all(size.to_bytes(8, "big") + digest.digest())
+
+
+async def fail(stream: Stream) -> None:
+    await stream.receive_some()
+    raise ZeroDivisionError("a bug in a handler")
+
+
+async def greet(stream: Stream) -> None:
+    await stream.send_all(b"good day")
+
+
+class Waiting:
+    """A handler that reads until its stream is over, and remembers how that went."""
+
+    def __init__(self) -> None:
+        self.ends: list[str] = []
+        self.began = trio.Event()
+        self.over = trio.Event()
+
+    async def __call__(self, stream: Stream) -> None:
+        self.began.set()
+        try:
+            while await stream.receive_some():
+                pass
+            self.ends.append("clean")
+        except PeerUnreachable:
+            self.ends.append("unreachable")
+            raise
+        finally:
+            self.over.set()
+
+
+SERVED: Final[dict[str, Handler]] = {ECHO: echo, COUNT: count, RAISE: fail, GREET: greet}
+
+
+@asynccontextmanager
+async def running(*hosts: Host) -> AsyncIterator[None]:
+    async with trio.open_nursery() as nursery:
+        for host in hosts:
+            await nursery.start(host.run)
+        with trio.fail_after(40):
+            yield
+        nursery.cancel_scope.cancel()
+
+
+async def meet(one: Host, other: Host, *, admitted: bool = True) -> None:
+    """Connect two hosts and wait until both know; admit each other before that, as members do soon after."""
+    if admitted:
+        one.admit(other.peer_id, True)
+        other.admit(one.peer_id, True)
+    events = other.events()
+    await one.connect(other.peer_id, other.addresses)
+    with trio.fail_after(5):
+        while one.peer_id not in other.peers:
+            await events.receive()
+
+
+@asynccontextmanager
+async def pair(make: Make, *, admitted: bool = True, **more: Handler) -> AsyncIterator[tuple[Host, Host]]:
+    """Two connected hosts that serve the same things."""
+    one, other = make(), make()
+    for host in (one, other):
+        for protocol, handler in SERVED.items():
+            host.handle(protocol, handler)
+        host.handle(PUBLIC, greet, open_to_strangers=True)
+    for handler in more.values():
+        other.handle(WAIT, handler)
+    async with running(one, other):
+        await meet(one, other, admitted=admitted)
+        yield one, other
+
+
+async def read_all(stream: Stream) -> bytes:
+    out = b""
+    while data := await stream.receive_some(1 << 18):
+        out += data
+    return out
+
+
+async def read_exact(stream: Stream, size: int) -> bytes:
+    out = b""
+    while len(out) < size:
+        data = await stream.receive_some(size - len(out))
+        assert data, "the stream ended early"
+        out += data
+    return out
+
+
+async def works(one: Host, other: Host, lane: Lane = Lane.CONTROL) -> None:
+    stream = await one.open_stream(other.peer_id, ECHO, lane)
+    await stream.send_all(b"still there?")
+    await stream.send_eof()
+    assert await read_all(stream) == b"still there?"
+    await stream.aclose()
+
+
+async def lost(host: Host, peer: PeerId) -> str:
+    """Wait until a peer is gone; the reason."""
+    events = host.events()
+    with trio.fail_after(10):
+        async for event in events:
+            if event.peer == peer and not event.connected:
+                return event.reason
+    raise AssertionError("the events ended")
+
+
+async def streams_both_ways(make: Make) -> None:
+    async with pair(make) as (one, other):
+        for lane in Lane:
+            await works(one, other, lane)
+            await works(other, one, lane)
+            stream = await one.open_stream(other.peer_id, ECHO, lane)
+            assert stream.peer == other.peer_id
+            for size in (1, 4096, 100_000):
+                data = os.urandom(size)
+                await stream.send_all(data)
+                assert await read_exact(stream, size) == data
+            await stream.send_all(memoryview(b"a view"))
+            assert await read_exact(stream, 6) == b"a view"
+            await stream.aclose()
+
+
+async def half_close(make: Make) -> None:
+    async with pair(make) as (one, other):
+        for lane in Lane:
+            stream = await one.open_stream(other.peer_id, COUNT, lane)
+            await stream.send_all(b"abc")
+            await stream.send_eof()
+            with pytest.raises(PeerUnreachable, match="closed"):
+                await stream.send_all(b"more")
+            answer = await read_all(stream)
+            assert answer == (3).to_bytes(8, "big") + hashlib.sha256(b"abc").digest()
+            assert await stream.receive_some() == b""  # the end stays the end
+            await stream.aclose()
+            with pytest.raises(PeerUnreachable):
+                await stream.receive_some()
+
+
+async def an_end_at_once(make: Make) -> None:
+    """Ended before a byte was sent; and a handler that speaks first."""
+    async with pair(make) as (one, other):
+        for lane in Lane:
+            stream = await one.open_stream(other.peer_id, COUNT, lane)
+            await stream.send_eof()
+            assert int.from_bytes((await read_all(stream))[:8], "big") == 0
+            await stream.aclose()
+            stream = await one.open_stream(other.peer_id, GREET, lane)
+            assert await read_all(stream) == b"good day"
+            await stream.aclose()
+
+
+async def a_handler_that_raises(make: Make) -> None:
+    async with pair(make) as (one, other):
+        for lane in Lane:
+            stream = await one.open_stream(other.peer_id, RAISE, lane)
+            await stream.send_all(b"x")
+            with pytest.raises(PeerUnreachable):
+                await read_all(stream)
+            await stream.aclose()
+            await works(one, other, lane)
+
+
+async def a_reset_is_no_clean_end(make: Make) -> None:
+    for lane in Lane:
+        waiting = Waiting()
+        async with pair(make, waiting=waiting) as (one, other):
+            stream = await one.open_stream(other.peer_id, WAIT, lane)
+            await stream.send_all(b"x")
+            await waiting.began.wait()
+            await stream.reset()
+            with pytest.raises(PeerUnreachable):
+                await stream.send_all(b"x")
+            with pytest.raises(PeerUnreachable):
+                await stream.receive_some()
+            await waiting.over.wait()
+            assert waiting.ends == ["unreachable"]
+            await works(one, other, lane)
+
+
+async def a_closed_stream_ends_cleanly(make: Make) -> None:
+    for lane in Lane:
+        waiting = Waiting()
+        async with pair(make, waiting=waiting) as (one, other):
+            stream = await one.open_stream(other.peer_id, WAIT, lane)
+            await stream.send_all(bytes(10_000))
+            await stream.aclose()
+            await stream.aclose()
+            await waiting.over.wait()
+            assert waiting.ends == ["clean"]
+
+
+async def what_is_not_served_is_declined(make: Make) -> None:
+    async with pair(make) as (one, other):
+        for lane in Lane:
+            with pytest.raises(Declined, match="does not serve /check/unknown/1") as caught:
+                await one.open_stream(other.peer_id, "/check/unknown/1", lane)
+            assert (caught.value.code, caught.value.peer) == ("not-served", other.peer_id)
+        await works(one, other)
+
+
+async def strangers_are_declined(make: Make) -> None:
+    async with pair(make, admitted=False) as (one, other):
+        for lane in Lane:
+            for protocol in (ECHO, "/check/unknown/1"):
+                with pytest.raises(Declined, match="does not admit us") as caught:
+                    await one.open_stream(other.peer_id, protocol, lane)
+                assert (caught.value.code, caught.value.peer) == ("stranger", other.peer_id)
+            stream = await one.open_stream(other.peer_id, PUBLIC, lane)
+            assert await read_all(stream) == b"good day"
+            await stream.aclose()
+        one.admit(other.peer_id, True)  # says nothing about how the other one sees us
+        with pytest.raises(Declined, match="does not admit us"):
+            await one.open_stream(other.peer_id, ECHO)
+        other.admit(one.peer_id, True)
+        for lane in Lane:
+            await works(one, other, lane)
+            await works(other, one, lane)
+
+
+async def withdrawn_members_are_disconnected(make: Make) -> None:
+    waiting = Waiting()
+    async with pair(make, waiting=waiting) as (one, other):
+        streams = [await one.open_stream(other.peer_id, WAIT, lane) for lane in Lane]
+        await waiting.began.wait()
+        async with trio.open_nursery() as nursery:
+            for host, peer in ((one, other.peer_id), (other, one.peer_id)):
+                nursery.start_soon(lost, host, peer)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            other.admit(one.peer_id, False)
+        for stream in streams:
+            with pytest.raises(PeerUnreachable):
+                await stream.receive_some()
+            await stream.aclose()
+        assert one.peers == other.peers == ()
+        await one.connect(other.peer_id, other.addresses)
+        with pytest.raises(Declined, match="does not admit us"):
+            await one.open_stream(other.peer_id, ECHO)
+
+
+async def gossip(make: Make) -> None:
+    """From one over a second to a third; not to ourselves, not to strangers, not what a validator rejects."""
+    one, two, three, stranger = [make() for _ in range(4)]
+    seen: list[tuple[PeerId, bytes]] = []
+
+    def judge(forwarder: PeerId, data: bytes) -> bool:
+        seen.append((forwarder, data))
+        if data == b"nonsense":
+            raise KeyError("a bug in a validator")
+        return data != b"bad"
+
+    inboxes = [host.subscribe(TOPIC, judge if host is two else lambda p, d: True) for host in (one, two, three)]
+    outside = stranger.subscribe(TOPIC, lambda p, d: True)
+    with pytest.raises(LocalProtocolError):
+        one.subscribe(TOPIC, lambda p, d: True)
+    async with running(one, two, three, stranger):
+        await meet(one, two)
+        await meet(two, three)
+        await meet(stranger, two, admitted=False)
+        await until_gossip_flows(one, inboxes[2], b"begin from one ")
+        await until_gossip_flows(three, inboxes[0], b"begin from three ")
+        for data in (b"bad", b"nonsense", b"good"):
+            await one.publish(TOPIC, data)
+        assert await next_other(inboxes[1]) == (one.peer_id, b"good")
+        assert await next_other(inboxes[2]) == (two.peer_id, b"good")
+        assert (one.peer_id, b"bad") in seen and (one.peer_id, b"nonsense") in seen
+        await stranger.publish(TOPIC, b"let me in")
+        largest = bytes(MAX_GOSSIP_BYTES)
+        await three.publish(TOPIC, largest)
+        assert await next_other(inboxes[0]) == (two.peer_id, largest)
+        with pytest.raises(LocalProtocolError, match="65536"):
+            await one.publish(TOPIC, bytes(MAX_GOSSIP_BYTES + 1))
+        await three.publish(TOPIC, b"last")
+        assert await next_other(inboxes[0]) == (two.peer_id, b"last")
+        for inbox in (*inboxes[1:], outside):
+            with pytest.raises(trio.WouldBlock):
+                while True:
+                    _, data = inbox.receive_nowait()
+                    assert data.startswith(b"begin") or (inbox is not outside and data in (largest, b"last"))
+        assert not [data for _, data in seen if data == b"let me in"]
+
+
+async def until_gossip_flows(
+    sender: Host, inbox: trio.MemoryReceiveChannel[tuple[PeerId, bytes]], prefix: bytes
+) -> None:
+    """Publish until something arrives: gossip may lose what is said before its partners have met."""
+    with trio.fail_after(15):
+        for number in range(1000):
+            await sender.publish(TOPIC, prefix + str(number).encode())
+            with trio.move_on_after(0.2):
+                while True:
+                    _, data = await inbox.receive()
+                    if data.startswith(prefix):
+                        return
+
+
+async def next_other(inbox: trio.MemoryReceiveChannel[tuple[PeerId, bytes]]) -> tuple[PeerId, bytes]:
+    """The next message that is not from `until_gossip_flows`."""
+    with trio.fail_after(5):
+        async for peer, data in inbox:
+            if not data.startswith(b"begin"):
+                return peer, data
+    raise AssertionError("the channel ended")
+
+
+async def a_slow_reader_of_gossip_misses_the_oldest(make: Make) -> None:
+    one, other = make(), make()
+    inbox = other.subscribe(TOPIC, lambda p, d: True)
+    async with running(one, other):
+        await meet(one, other)
+        await until_gossip_flows(one, inbox, b"begin")
+        for number in range(300):
+            await one.publish(TOPIC, b"%d" % number)
+            if number % 50 == 49:  # no burst above what a partner's queue takes
+                with trio.move_on_after(1):
+                    while inbox.statistics().current_buffer_used < min(256, number - 5):
+                        await trio.sleep(0.01)
+        with trio.fail_after(5):
+            while True:
+                _, data = await inbox.receive()
+                if data == b"299":
+                    break
+        assert inbox.statistics().current_buffer_used <= 256
+
+
+async def events(make: Make) -> None:
+    one, other, third = make(), make(), make()
+    early = one.events()
+    async with running(one, other, third):
+        await meet(one, other)
+        await one.connect(other.peer_id, other.addresses)  # nothing new
+        await meet(third, one)
+        assert one.peers == tuple(sorted((other.peer_id, third.peer_id)))
+        late = one.events()
+        await one.disconnect(other.peer_id, "a reason of ours")
+        assert one.peers == (third.peer_id,)
+        with trio.fail_after(5):
+            told = [await early.receive() for _ in range(3)]
+            told_late = [await late.receive() for _ in range(3)]
+        assert [(e.peer, e.connected) for e in told] == [
+            (other.peer_id, True),
+            (third.peer_id, True),
+            (other.peer_id, False),
+        ]
+        assert told[2].reason == "a reason of ours"
+        assert [e.peer for e in told_late[:2]] == sorted((other.peer_id, third.peer_id))
+        assert told_late[2] == told[2]
+        if one.peer_id in other.peers:
+            assert await lost(other, one.peer_id)
+        await one.disconnect(NOBODY, "was never there")
+        await meet(one, other)
+        assert (await early.receive()).connected
+
+
+async def large_transfers(make: Make) -> None:
+    async with pair(make) as (one, other):
+        data = os.urandom(TWENTY_MB)
+        digest = len(data).to_bytes(8, "big") + hashlib.sha256(data).digest()
+        for lane in Lane:
+            stream = await one.open_stream(other.peer_id, COUNT, lane)
+            await stream.send_all(data)
+            await stream.send_eof()
+            assert await read_all(stream) == digest
+            await stream.aclose()
+        stream = await one.open_stream(other.peer_id, ECHO, Lane.BULK)
+        async with trio.open_nursery() as nursery:  # both ways at once
+
+            async def send() -> None:
+                await stream.send_all(data)
+                await stream.send_eof()
+
+            nursery.start_soon(send)
+            assert hashlib.sha256(await read_exact(stream, TWENTY_MB)).digest() == digest[8:]
+        await stream.aclose()
+
+
+async def connecting_fails_in_words(make: Make) -> None:
+    async with pair(make) as (one, other):
+        with pytest.raises(PeerUnreachable, match="this very node"):
+            await one.connect(one.peer_id, one.addresses)
+        for addresses in ((), ("/ip4/127.0.0.1/tcp/1",), (other.addresses[0].replace(other.peer_id, NOBODY),)):
+            with pytest.raises(PeerUnreachable) as caught:
+                await one.connect(NOBODY, addresses)
+            assert caught.value.peer == NOBODY and NOBODY in str(caught.value)
+        with pytest.raises(PeerUnreachable, match="not connected"):
+            await one.open_stream(NOBODY, ECHO)
+        assert one.peers == (other.peer_id,)
+        await works(one, other)
+
+
+async def dead_addresses_are_passed_over(make: Make) -> None:
+    one, other = make(), make()
+    async with running(one, other):
+        await one.connect(other.peer_id, ("/ip4/127.0.0.1/tcp/1", *other.addresses))
+        assert one.peers == (other.peer_id,)
+
+
+async def both_dial_at_the_same_time(make: Make) -> None:
+    one, other = make(), make()
+    for host in (one, other):
+        host.handle(ECHO, echo)
+    async with running(one, other):
+        one.admit(other.peer_id, True)
+        other.admit(one.peer_id, True)
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):
+                nursery.start_soon(one.connect, other.peer_id, other.addresses)
+                nursery.start_soon(other.connect, one.peer_id, one.addresses)
+        for lane in Lane:
+            await works(one, other, lane)
+            await works(other, one, lane)
+        assert (one.peers, other.peers) == ((other.peer_id,), (one.peer_id,))
+        await one.disconnect(other.peer_id, "enough")
+        if one.peer_id in other.peers:
+            await lost(other, one.peer_id)
+        assert one.peers == other.peers == ()
+
+
+async def a_cancelled_read_takes_nothing(make: Make) -> None:
+    async with pair(make) as (one, other):
+        for lane in Lane:
+            stream = await one.open_stream(other.peer_id, ECHO, lane)
+            sent, got = os.urandom(200_000), b""
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stream.send_all, sent)
+                while len(got) < len(sent):
+                    with trio.move_on_after(0.0005):
+                        got += await stream.receive_some(1000)
+            assert got == sent
+            await stream.aclose()
+
+
+async def disconnecting_breaks_every_lane(make: Make) -> None:
+    waiting = Waiting()
+    async with pair(make, waiting=waiting) as (one, other):
+        streams = [await one.open_stream(other.peer_id, WAIT, lane) for lane in Lane]
+        broken: list[Stream] = []
+
+        async def read(stream: Stream) -> None:
+            with pytest.raises(PeerUnreachable):
+                await stream.receive_some()
+            broken.append(stream)
+
+        async with trio.open_nursery() as nursery:
+            for stream in streams:
+                nursery.start_soon(read, stream)
+            await waiting.began.wait()
+            await one.disconnect(other.peer_id, "enough")
+        assert len(broken) == 3
+        for stream in streams:
+            with pytest.raises(PeerUnreachable):
+                await stream.send_all(b"x")
+            await stream.aclose()
+
+
+async def last_words_are_heard(make: Make) -> None:
+    """What was sent before a disconnection is read, and read before the peer is said to be gone."""
+    one, other = make(), make()
+    heard: list[bytes] = []
+
+    async def speak(stream: Stream) -> None:
+        await stream.send_all(b"you are not welcome")
+        await stream.send_eof()
+        await other.disconnect(stream.peer, "unwelcome")
+
+    other.handle(PUBLIC, speak, open_to_strangers=True)
+    async with running(one, other):
+        await meet(one, other, admitted=False)
+        stream = await one.open_stream(other.peer_id, PUBLIC)
+
+        async def read() -> None:
+            heard.append(await read_all(stream))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await lost(one, other.peer_id)
+            assert heard == [b"you are not welcome"]
+
+
+async def a_stopped_host_is_missed(make: Make) -> None:
+    one, other = make(), make()
+    async with running(one):
+        async with running(other):
+            await meet(one, other)
+        assert not one.peers or await lost(one, other.peer_id)
+        assert one.peers == ()
+        with pytest.raises(PeerUnreachable):
+            await one.connect(other.peer_id, other.addresses)
+
+
+async def many_streams_at_once(make: Make) -> None:
+    async with pair(make) as (one, other):
+        for lane in Lane:
+            async with trio.open_nursery() as nursery:
+                for _ in range(40):
+                    nursery.start_soon(works, one, other, lane)
+                    nursery.start_soon(works, other, one, lane)
+
+
+async def round_trips_are_known(make: Make) -> None:
+    async with pair(make) as (one, other):
+        with trio.fail_after(8):
+            while (trip := one.round_trip_us(other.peer_id)) is None:
+                await trio.sleep(0.05)
+        assert 0 < trip < 5_000_000
+        assert one.round_trip_us(NOBODY) is None
+
+
+CHECKS: Final[tuple[Check, ...]] = (
+    streams_both_ways,
+    half_close,
+    an_end_at_once,
+    a_handler_that_raises,
+    a_reset_is_no_clean_end,
+    a_closed_stream_ends_cleanly,
+    what_is_not_served_is_declined,
+    strangers_are_declined,
+    withdrawn_members_are_disconnected,
+    gossip,
+    a_slow_reader_of_gossip_misses_the_oldest,
+    events,
+    large_transfers,
+    connecting_fails_in_words,
+    dead_addresses_are_passed_over,
+    both_dial_at_the_same_time,
+    a_cancelled_read_takes_nothing,
+    disconnecting_breaks_every_lane,
+    last_words_are_heard,
+    a_stopped_host_is_missed,
+    many_streams_at_once,
+    round_trips_are_known,
+)
