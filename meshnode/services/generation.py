@@ -7,7 +7,7 @@ import math
 import random
 import statistics
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -189,7 +189,7 @@ class GenerationService:
         except trio.BrokenResourceError:
             return  # the session ended a moment ago
 
-    async def generate(self, request: Request) -> AsyncIterator[Piece | Receipt]:
+    async def generate(self, request: Request) -> AsyncGenerator[Piece | Receipt, None]:
         """Tokens as they come, at last the receipt.
 
         Raises:

@@ -21,8 +21,10 @@ from meshnode.core.errors import Declined, ModelError
 class Tokenizer:
     """Turns chat turns or plain text into token ids."""
 
-    def __init__(self, tokenizer_json: Path, chat_template: str | None, special: Mapping[str, str]) -> None:
-        """`special`: names that templates use (bos_token, eos_token, ...) and their texts.
+    def __init__(
+        self, tokenizer_json: Path, chat_template: str | None, *, bos_ids: Sequence[int], eos_ids: Sequence[int]
+    ) -> None:
+        """`bos_ids`, `eos_ids`: of the architecture; templates call the first ones bos_token and eos_token.
 
         Raises ModelError when a file can't be read.
         """
@@ -30,7 +32,11 @@ class Tokenizer:
             self._fast = FastTokenizer.from_file(str(tokenizer_json))
         except Exception as error:  # the library raises bare Exception
             raise ModelError(f"the model's tokenizer {tokenizer_json} can't be read: {error}") from error
-        self._special = dict(special)
+        self._special = {
+            name: self._fast.id_to_token(ids[0]) or ""
+            for name, ids in (("bos_token", bos_ids), ("eos_token", eos_ids))
+            if ids
+        }
         self._template: jinja2.Template | None = None
         if chat_template is not None:
             environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)

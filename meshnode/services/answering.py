@@ -1,0 +1,151 @@
+"""Questions in words: text or chat turns in, text out, through the generation that is given."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from meshnode.core.errors import Declined
+from meshnode.text.tokenizer import StopStrings, Tokenizer
+from protocols.ids import Cid
+from protocols.manifest.messages import Manifest
+from protocols.pipe.messages import Sampling
+
+MAX_TEXT: Final = 1 << 20  # characters of a question: far above any context
+MAX_TURNS: Final = 1024
+MAX_STOPS: Final = 16
+ROLES: Final = frozenset({"system", "user", "assistant", "tool"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is asked: exactly one of `turns`, `text` and `tokens`."""
+
+    turns: tuple[Mapping[str, str], ...] | None = None  # chat: {"role", "content"}
+    text: str | None = None  # continued as it stands
+    tokens: tuple[int, ...] | None = None
+    max_tokens: int = 512
+    sampling: Sampling
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A piece of the answer: the token, and the text that it completes (maybe none)."""
+
+    text: str
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The end: why it ended, and what was asked in tokens."""
+
+    reason: str
+    prompt: tuple[int, ...]
+
+
+def check(question: Question) -> None:
+    """Raises Declined `bad-request` with a sentence about the first thing that is wrong."""
+    given = [x for x in (question.turns, question.text, question.tokens) if x is not None]
+    if len(given) != 1:
+        raise Declined("bad-request", "a question has either chat turns, or text, or token ids")
+    if question.max_tokens < 1:
+        raise Declined("bad-request", f"max_tokens is {question.max_tokens}; at least 1 is needed")
+    if len(question.stop) > MAX_STOPS or any(not s or len(s) > 256 for s in question.stop):
+        raise Declined("bad-request", f"at most {MAX_STOPS} stop strings of 1 to 256 characters are possible")
+    if question.text is not None and not question.text:
+        raise Declined("bad-request", "the prompt is empty")
+    if question.text is not None and len(question.text) > MAX_TEXT:
+        raise Declined("too-long", f"the prompt has {len(question.text)} characters; {MAX_TEXT} are possible")
+    if question.turns is not None:
+        if not question.turns or len(question.turns) > MAX_TURNS:
+            raise Declined("bad-request", f"a conversation has 1 to {MAX_TURNS} turns, not {len(question.turns)}")
+        for turn in question.turns:
+            if turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
+                raise Declined("bad-request", f"a turn has a role ({', '.join(sorted(ROLES))}) and a content in text")
+        if sum(len(turn["content"]) for turn in question.turns) > MAX_TEXT:
+            raise Declined("too-long", f"the conversation has more than {MAX_TEXT} characters")
+
+
+Generate = Callable[[tuple[int, ...], int, Sampling], AsyncGenerator[int | str, None]]  # tokens, at last the reason
+
+
+class AnsweringService:
+    """Holds the tokenizer of the served model, loaded when the first question comes."""
+
+    name = "answering"
+
+    def __init__(
+        self,
+        *,
+        manifest: Callable[[], tuple[Cid, Manifest] | None],
+        fetch: Callable[[Cid, int], Awaitable[Path]],
+        generate: Generate,
+    ) -> None:
+        self._manifest = manifest
+        self._fetch = fetch
+        self._generate = generate
+        self._loaded: tuple[Cid, Tokenizer] | None = None
+        self._loading = trio.Lock()
+
+    async def tokenizer(self) -> Tokenizer:
+        """Of the model that is served now. Raises Declined `no-model`, ContentUnavailable, ModelError."""
+        served = self._manifest()
+        if served is None:
+            raise Declined("no-model", "the network serves no model yet; add one with: meshnode model add PATH")
+        cid, manifest = served
+        async with self._loading:
+            if self._loaded is None or self._loaded[0] != cid:
+                self._loaded = (cid, await self._load(manifest))
+            return self._loaded[1]
+
+    async def _load(self, manifest: Manifest) -> Tokenizer:
+        if "tokenizer.json" not in manifest.files:
+            raise Declined(
+                "no-tokenizer", f"the model {manifest.name} was published without a tokenizer; ask in tokens"
+            )
+        vocabulary = manifest.files["tokenizer.json"]
+        path = await self._fetch(vocabulary.cid, vocabulary.size)
+        template: str | None = None
+        if ref := manifest.files.get("chat_template.jinja"):
+            template_path = await self._fetch(ref.cid, ref.size)
+            template = await trio.to_thread.run_sync(lambda: template_path.read_text(encoding="utf-8"))
+        shape = manifest.architecture
+        return await trio.to_thread.run_sync(
+            lambda: Tokenizer(path, template, bos_ids=shape.bos_ids, eos_ids=shape.eos_ids)
+        )
+
+    async def answer(self, question: Question) -> AsyncGenerator[Text | Answer, None]:
+        """The answer piece by piece, at last its end. Use it in `contextlib.aclosing`.
+
+        Raises what `generate` raises, and Declined `bad-request`.
+        """
+        check(question)
+        tokenizer = await self.tokenizer()
+        if question.tokens is not None:
+            prompt = question.tokens
+        elif question.text is not None:
+            prompt = tokenizer.encode(question.text)
+        else:
+            prompt = tokenizer.chat(question.turns or ())
+        words, stops = tokenizer.stream(prompt), StopStrings(question.stop)
+        reason = ""
+        async with aclosing(self._generate(prompt, question.max_tokens, question.sampling)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, str):
+                    reason = piece
+                    continue
+                shown, met = stops.feed(words.feed(piece))
+                yield Text(shown, piece)
+                if met:
+                    yield Answer("stop", prompt)
+                    return
+        if rest := stops.rest():
+            yield Text(rest, -1)
+        yield Answer(reason, prompt)

@@ -1,0 +1,124 @@
+"""The node's control socket: what the command line asks a running node.
+
+One JSON object per line, both ways, over a unix socket of mode 0600. A request is {"do": NAME, ...}; answers
+are any number of objects, the last one holds "done" or "error": {"code", "text"}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+import trio
+
+from meshnode.core.errors import ConfigError, Declined, FatalError, TransientError
+from protocols.errors import MeshError
+
+MAX_REQUEST_BYTES: Final = 8 << 20  # a conversation; questions themselves are limited further inside
+MAX_CLIENTS: Final = 64
+
+log = structlog.get_logger()
+
+Json = dict[str, Any]
+Command = Callable[[Json], AsyncGenerator[Json, None]]
+
+
+class ControlService:
+    """Answers the command line."""
+
+    name = "control"
+
+    def __init__(self, path: Path, commands: Mapping[str, Command]) -> None:
+        """`commands`: what can be asked; each yields its answers, errors are MeshError."""
+        self._path = path
+        self._commands = dict(commands)
+        self._clients = trio.Semaphore(MAX_CLIENTS)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled; the socket file goes with us. Raises ConfigError when it can't be made."""
+        listener = self._listen()
+        try:
+            async with trio.open_nursery() as nursery:
+                task_status.started()
+                await trio.serve_listeners(self._serve, [listener], handler_nursery=nursery)
+        finally:
+            self._path.unlink(missing_ok=True)
+
+    def _listen(self) -> trio.SocketListener:
+        raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._path.unlink(missing_ok=True)  # the data folder's lock is ours: nobody else listens here
+            before = os.umask(0o177)
+            try:
+                raw.bind(os.fspath(self._path))
+            finally:
+                os.umask(before)
+            raw.listen(16)
+        except OSError as error:
+            raw.close()
+            raise ConfigError(f"the control socket {self._path} can't be made: {error.strerror or error}") from error
+        return trio.SocketListener(trio.socket.from_stdlib_socket(raw))
+
+    async def _serve(self, stream: trio.SocketStream) -> None:
+        async with self._clients, stream:
+            try:
+                async with trio.open_nursery() as nursery:
+                    request = await self._request(stream)
+                    if request is not None:
+                        nursery.start_soon(self._watch, stream, nursery.cancel_scope)
+                        await self._answer(stream, request)
+                    nursery.cancel_scope.cancel()
+            except* trio.BrokenResourceError:
+                log.debug("client.left")
+
+    async def _watch(self, stream: trio.SocketStream, scope: trio.CancelScope) -> None:
+        """A client that goes away (Ctrl-C) cancels what it asked for."""
+        while await stream.receive_some(4096):
+            pass
+        scope.cancel()
+
+    async def _request(self, stream: trio.SocketStream) -> Json | None:
+        data = bytearray()
+        while not data.endswith(b"\n"):
+            piece = await stream.receive_some(65536)
+            if not piece:
+                return None
+            data += piece
+            if len(data) > MAX_REQUEST_BYTES:
+                await self._send(stream, _error("bad-request", f"a request has more than {MAX_REQUEST_BYTES} bytes"))
+                return None
+        try:
+            request = json.loads(data)
+        except ValueError as error:
+            await self._send(stream, _error("bad-request", f"a request is one line of JSON: {error}"))
+            return None
+        if not isinstance(request, dict) or request.get("do") not in self._commands:
+            known = ", ".join(sorted(self._commands))
+            await self._send(stream, _error("bad-request", f'a request is {{"do": NAME, ...}}; names are {known}'))
+            return None
+        return request
+
+    async def _answer(self, stream: trio.SocketStream, request: Json) -> None:
+        try:
+            async with aclosing(self._commands[request["do"]](request)) as answers:
+                async for answer in answers:
+                    await self._send(stream, answer)
+        except (Declined, TransientError, FatalError) as error:
+            code = error.code if isinstance(error, Declined) else type(error).__name__
+            await self._send(stream, _error(code, str(error)))
+        except MeshError as error:
+            log.error("command.failed", command=request["do"], reason=str(error))
+            await self._send(stream, _error(type(error).__name__, str(error)))
+
+    async def _send(self, stream: trio.SocketStream, answer: Json) -> None:
+        await stream.send_all(json.dumps(answer, separators=(",", ":")).encode() + b"\n")
+
+
+def _error(code: str, text: str) -> Json:
+    return {"error": {"code": code, "text": text}}
