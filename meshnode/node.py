@@ -1,0 +1,359 @@
+"""The composition root: the only file that knows how a node fits together.
+
+Nesting is the shutdown order: what is opened last is cancelled first.
+
+    ground    network host, content, membership, discovery, directory, pipes
+    work      placement, stage, readiness, upkeep of the advert, control socket
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import shutil
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Final
+
+import psutil
+import structlog
+import trio
+
+from meshnode import __version__
+from meshnode.content.blob_store import BlobStore
+from meshnode.core.clock import monotonic, wall_ms
+from meshnode.core.config import Config
+from meshnode.core.errors import ConfigError, Declined
+from meshnode.core.health import Health
+from meshnode.core.service import Service, supervise
+from meshnode.engine.process import EngineProcess
+from meshnode.net.libp2p_host import Libp2pHost
+from meshnode.net.pipes import Pipes
+from meshnode.net.port import PeerEvent
+from meshnode.policy.route import NoRoute, plan_route
+from meshnode.services.answering import AnsweringService
+from meshnode.services.content import ContentService
+from meshnode.services.directory import DirectoryService, next_incarnation
+from meshnode.services.discovery import DiscoveryService
+from meshnode.services.generation import GenerationService, Receipt, Request, Target
+from meshnode.services.holds import HoldStreams
+from meshnode.services.membership import MembershipService
+from meshnode.services.placement import PlacementConfig, PlacementService
+from meshnode.services.readiness import ReadinessService
+from meshnode.services.stage import StageService
+from meshnode.state.database import Database
+from meshnode.state.identity import Identity
+from meshnode.state.network import load_network
+from meshnode.state.port import Membership
+from protocols.advert.messages import Advert, Holding, RoundTrip
+from protocols.ids import Cid, PeerId, cid_to_bytes
+from protocols.manifest.codec import open_manifest
+from protocols.manifest.messages import Manifest
+from protocols.pipe.messages import Close, Hop, Message, Open, Opened, Refused, Sampling, Step, Token
+
+UPKEEP_SECONDS: Final = 0.5  # how often the advert's load, holdings and round trips are looked at
+ROUND_TRIP_CHANGE: Final = 0.3  # a link is advertised again when it changed by this share
+PROBE_TOKENS: Final = (1, 1)  # any two token ids: what is proven is that the chain answers
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The model that the network serves, with its manifest."""
+
+    cid: Cid
+    variant: str
+    manifest: Manifest
+
+
+class Node:
+    """One running node."""
+
+    def __init__(self, config: Config, identity: Identity, stack: ExitStack) -> None:
+        """Opens the data folder's files (closed by `stack`) and builds every part; nothing runs yet.
+
+        Raises FatalError: the folder is in use, no membership, no room.
+        """
+        paths = config.paths
+        self.config = config
+        self.identity = identity
+        _lock(paths.lock, stack)
+        self.membership_file: Membership = load_network(paths.folder)
+        self.database = stack.enter_context(Database(paths.state))
+        quota = config.content.quota.of(shutil.disk_usage(paths.content).free)
+        self.store = BlobStore(paths.content, quota)
+        stack.callback(self.store.close)
+        self.health = Health(monotonic)
+        self.began_ms = wall_ms()
+        self.incarnation = next_incarnation(self.database, identity.peer_id, self.began_ms)
+        rng = random.Random(os.urandom(16))
+        name = config.node.name or self.membership_file.name or os.uname().nodename
+
+        self.host = Libp2pHost(identity.seed, config.network.listen, lane_port=config.network.direct_port)
+        self.membership = MembershipService(
+            self.host,
+            identity,
+            self.membership_file,
+            self.database,
+            wall_ms,
+            __version__,
+            node_name=name,
+            health=self.health,
+        )
+        memory = config.serve.memory.of(psutil.virtual_memory().available)
+        self.directory = DirectoryService(
+            self.host,
+            identity.sign,
+            f"/meshnode/records/{self.membership_file.network_id}",
+            wall_ms,
+            self.membership.roles_of,
+            self._first_advert(name, memory),
+            self.database,
+            health=self.health,
+            rng=rng,
+        )
+        self.discovery = DiscoveryService(
+            self.host, self.database, config.network.bootstrap, self.directory.addresses, rng, wall_ms
+        )
+        self.content = ContentService(self.host, self.store, self.directory.providers)
+        self.pipes = Pipes(self.host)
+        holds = HoldStreams(self.host)
+        self.placement = PlacementService(
+            peer=identity.peer_id,
+            incarnation=self.incarnation,
+            directory=self.directory,
+            fetch=self.content.fetch,
+            fetch_block=self.content.fetch_block,
+            content=self.store,
+            open_manifest=open_manifest,
+            engine_factory=EngineProcess,
+            config=PlacementConfig(
+                memory_bytes=memory,
+                max_layers=config.serve.layers,
+                threads=config.serve.threads,
+                max_sessions=config.serve.sessions,
+                kv_bytes=config.serve.kv_memory.of(memory),
+                engine=config.serve.engine,
+            ),
+            health=self.health,
+            draw=rng.random,
+            holds=holds,
+        )
+        holds.serve(self.placement.answer_hold)
+        self.stage = StageService(
+            us=identity.peer_id,
+            send=self.pipes.send,
+            serving=self.placement.engine,
+            engine_lost=self.placement.engine_lost,
+        )
+        self.generation = GenerationService(
+            us=identity.peer_id, send=self.pipes.send, target=self._target, route=self._route, rng=rng
+        )
+        self.pipes.deliver_to(self._deliver)
+        self.answering = AnsweringService(manifest=self._manifest, fetch=self.content.fetch, generate=self._generate)
+        self.readiness = ReadinessService(
+            chain=self._chain, changed=self.directory.changed, probe=self._probe, health=self.health
+        )
+        self.last_receipt: Receipt | None = None
+        self.stopping = trio.Event()
+
+    def _first_advert(self, name: str, memory: int) -> Advert:
+        return Advert(
+            peer=self.identity.peer_id,
+            incarnation=self.incarnation,
+            sequence=0,
+            issued_ms=0,
+            name=name[:64],
+            software=__version__,
+            roles=(),
+            addresses=(),
+            cpus=os.cpu_count() or 1,
+            memory_bytes=memory,
+            disk_free_bytes=shutil.disk_usage(self.config.paths.content).free,
+            max_layers=self.config.serve.layers,
+            tags=("cpu", *_power()),
+            serving=None,
+        )
+
+    # ------------------------------------------------------------ running
+
+    async def run(self, *extra: Service, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run until `stopping` is set; then hand over our layers, say goodbye and stop from the inside out.
+
+        `extra`: services on top (the control socket).
+        """
+        events = self.host.events()
+        async with trio.open_nursery() as ground:
+            await ground.start(self.host.run)
+            for below in (self.content, self.directory, self.membership, self.discovery, self.pipes):
+                await ground.start(supervise, below)
+            async with trio.open_nursery() as work:
+                work.start_soon(self._follow_peers, events)
+                work.start_soon(self._keep_advert)
+                for service in (self.stage, self.placement, self.readiness, *extra):
+                    await work.start(supervise, service)
+                log.info("node.started", peer=self.identity.peer_id, addresses=self.host.addresses)
+                task_status.started()
+                await self.stopping.wait()
+                log.info("node.leaving")
+                await self.placement.drain()
+                work.cancel_scope.cancel()
+            await self.directory.goodbye()
+            ground.cancel_scope.cancel()
+        log.info("node.stopped")
+
+    async def _follow_peers(self, events: trio.MemoryReceiveChannel[PeerEvent]) -> None:
+        async for event in events:
+            if not event.connected:
+                self.stage.peer_gone(event.peer, event.reason)
+                self.generation.peer_gone(event.peer, event.reason)
+
+    async def _deliver(self, peer: PeerId, message: Message, body: bytes, network_us: int) -> None:
+        match message:
+            case Open() | Step() | Close():
+                await self.stage.receive(peer, message, body, network_us)
+            case Opened() | Refused() | Token():
+                await self.generation.receive(peer, message, network_us)
+            case _:
+                pass
+
+    async def _keep_advert(self) -> None:
+        """Load, holdings and links, put into our advert when they change."""
+        while True:
+            self.placement.report_load(self.stage.sessions, self.stage.queue_us)
+            changes: dict[str, object] = {}
+            me = self.directory.me()
+            holdings = self._holdings()
+            if holdings != me.holdings:
+                changes["holdings"] = holdings
+            trips = self._round_trips(me.round_trips)
+            if trips != me.round_trips:
+                changes["round_trips"] = trips
+            if changes:
+                self.directory.update(**changes)
+            await trio.sleep(UPKEEP_SECONDS)
+
+    def _holdings(self) -> tuple[Holding, ...]:
+        """What we hold of every release that a live head or our store names."""
+        files = self.store.files()
+        out: list[Holding] = []
+        for head in self.directory.heads().values():
+            block = self.store.block(Cid(head.manifest))
+            if block is None:
+                continue
+            manifest = open_manifest(block)
+            wanted = {Cid(head.manifest), *(f.cid for f in manifest.files.values())}
+            for variant in manifest.variants.values():
+                wanted |= {variant.graph.cid, variant.embed.cid, variant.head.cid, *(f.cid for f in variant.layers)}
+            held = tuple(sorted(cid_to_bytes(cid) for cid in wanted & files))
+            if held and all(h.manifest != head.manifest for h in out):
+                out.append(Holding(manifest=head.manifest, cids=held))
+        return tuple(sorted(out, key=lambda h: h.manifest))
+
+    def _round_trips(self, before: tuple[RoundTrip, ...]) -> tuple[RoundTrip, ...]:
+        old = {trip.peer: trip.us for trip in before}
+        out = []
+        for peer in self.host.peers[:64]:
+            us = self.host.round_trip_us(peer)
+            if us is None:
+                continue
+            was = old.get(peer)
+            if was is not None and abs(us - was) <= ROUND_TRIP_CHANGE * was + 500:
+                us = was
+            out.append(RoundTrip(peer=peer, us=us))
+        return tuple(out)
+
+    # ------------------------------------------------------------ the model and the chain
+
+    def served(self) -> Served | None:
+        """The release that the network serves, once its manifest is here."""
+        release = self.placement.release()
+        return None if release is None else Served(Cid(release[0].manifest), release[0].variant, release[1])
+
+    def _manifest(self) -> tuple[Cid, Manifest] | None:
+        served = self.served()
+        return None if served is None else (served.cid, served.manifest)
+
+    def _target(self) -> Target | None:
+        served = self.served()
+        if served is None:
+            return None
+        shape = served.manifest.architecture
+        return Target(served.cid, served.variant, shape.layers, shape.context, frozenset(shape.eos_ids))
+
+    def _route(self, target: Target, seed: int, avoid: frozenset[PeerId]) -> tuple[Hop, ...] | NoRoute:
+        served = self.served()
+        row_bytes = 4 * served.manifest.architecture.hidden if served else 4096
+        return plan_route(
+            self.directory.live(),
+            target.manifest,
+            target.variant,
+            target.layers,
+            self.identity.peer_id,
+            seed,
+            self.generation.in_flight(),
+            avoid,
+            row_bytes=row_bytes,
+        )
+
+    def _chain(self) -> tuple[object, str]:
+        target = self._target()
+        if target is None:
+            head = self.directory.head()
+            if head is None:
+                return None, "the network serves no model yet; add one with: meshnode model add PATH"
+            return None, f"the description of the model {head.name} has not arrived yet"
+        route = self._route(target, 0, frozenset())
+        return (None, route.reason) if isinstance(route, NoRoute) else (route, "")
+
+    async def _probe(self) -> None:
+        request = Request(PROBE_TOKENS, 1, Sampling(seed=0))
+        async with aclosing(self.generation.generate(request)) as pieces:
+            async for _ in pieces:
+                pass
+
+    async def _generate(
+        self, prompt: tuple[int, ...], max_tokens: int, sampling: Sampling
+    ) -> AsyncGenerator[int | str, None]:
+        async with aclosing(self.generation.generate(Request(prompt, max_tokens, sampling))) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, Receipt):
+                    self.last_receipt = piece
+                    yield piece.reason
+                else:
+                    yield piece.token
+
+    def announce(self, manifest: Cid, variant: str) -> None:
+        """Say that the network serves this release from now on. It must be in our store.
+
+        Raises Declined `forbidden` or `no-model`.
+        """
+        block = self.store.block(manifest)
+        if block is None:
+            raise Declined("no-model", f"the manifest {manifest} is not in this node's store")
+        release = open_manifest(block)
+        if variant not in release.variants:
+            raise Declined(
+                "no-model", f"{release.name} has no variant {variant}; it has {', '.join(release.variants)}"
+            )
+        self.directory.publish_head(name=release.name, version=release.version, manifest=manifest, variant=variant)
+
+
+def _lock(path: Path, stack: ExitStack) -> None:
+    """One node per data folder. The lock goes with the process."""
+    file: IO[str] = stack.enter_context(path.open("a"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ConfigError(
+            f"a node already runs in the data folder {path.parent}; stop it, or choose another folder with --data"
+        ) from error
+
+
+def _power() -> tuple[str, ...]:
+    battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+    return () if battery is None else ("mains",) if battery.power_plugged else ("battery",)
