@@ -160,6 +160,7 @@ class Node:
         )
         self.last_receipt: Receipt | None = None
         self.stopping = trio.Event()
+        self.ended = trio.Event()
 
     def _first_advert(self, name: str, memory: int) -> Advert:
         return Advert(
@@ -205,6 +206,7 @@ class Node:
             await self.directory.goodbye()
             ground.cancel_scope.cancel()
         log.info("node.stopped")
+        self.ended.set()
 
     async def _follow_peers(self, events: trio.MemoryReceiveChannel[PeerEvent]) -> None:
         async for event in events:

@@ -193,6 +193,13 @@ def create_invite(
     return text
 
 
+def own_peer(folder: Path, *, clock: Wall = wall_ms) -> PeerId:
+    """The peer id of a data folder's node, read from its certificate (no key needed). Raises IdentityError."""
+    membership = load_network(folder)
+    with Database(Paths(folder).state) as database:
+        return own_standing(membership, restored_trust(membership, database, clock()), clock()).peer
+
+
 def open_ticket(text: str) -> Ticket:
     """Read a ticket. Raises IdentityError with the sentence to show."""
     try:

@@ -1,0 +1,56 @@
+"""`meshnode invite`: a ticket for another device."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from meshnode.cli import client
+from meshnode.cli.main import add_data
+from meshnode.cli.settings import folder_of, settings
+from meshnode.core.config import Config
+from meshnode.core.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_data(parser)
+    parser.add_argument("--uses", type=int, default=1, help="how many devices may use it (default 1; 0: any number)")
+    parser.add_argument("--hours", type=float, default=24.0, help="how long it is valid (default 24)")
+    parser.add_argument("--listen", action="append", metavar="MULTIADDR", help=argparse.SUPPRESS)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.uses < 0 or not arguments.hours > 0:
+        raise ConfigError("--uses takes 0 or more, --hours more than 0")
+    print_ticket(settings(arguments), folder_of(arguments), uses=arguments.uses, hours=arguments.hours)
+    return 0
+
+
+def print_ticket(config: Config, folder: Path, *, uses: int, hours: float) -> None:
+    """Write an invite into the ledger and print the command that uses it."""
+    from meshnode.state.enrolment import create_invite
+
+    ticket = create_invite(folder, uses=uses, ttl_s=hours * 3600, addresses=addresses(config, folder))
+    times = {0: "any number of devices", 1: "one device"}.get(uses, f"{uses} devices")
+    print(f"On the next device, within {hours:g} hours (this ticket is a secret; it lets in {times}):\n")
+    print(f"    meshnode join {ticket}\n")
+
+
+def addresses(config: Config, folder: Path) -> list[str]:
+    """Where this node can be dialled: what the running node says, else what it is configured to listen on."""
+    if client.is_running(folder):
+        return list(client.ask_one(folder, {"do": "status"})["addresses"])
+    from meshnode.net.addresses import address_of, parse_address, reachable_hosts
+    from meshnode.state.enrolment import own_peer
+
+    peer = own_peer(folder)
+    out = []
+    for text in config.network.listen:
+        address = parse_address(text)
+        if address.port == 0:
+            raise ConfigError(
+                f"the node listens on any free port ({text}), so nobody knows it before it runs. "
+                "Start it first, then make the ticket, or give a port with --listen /ip4/0.0.0.0/tcp/4331"
+            )
+        out += [str(address_of(host, address.port, peer)) for host in reachable_hosts(address.host)]
+    return out

@@ -1,0 +1,104 @@
+"""The command line: one tree of commands, each in a file of its own, imported only when it is used."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from meshnode import __version__
+from meshnode.core.errors import Declined, FatalError, TransientError
+from meshnode.core.paths import data_folder
+from protocols.errors import MeshError
+
+# name, module, one line. Each module has `add_arguments(parser)` and `run(arguments) -> int`.
+COMMANDS: Final = (
+    ("init", "meshnode.cli.init", "make a new private network and print a ticket for the next device"),
+    ("join", "meshnode.cli.join", "enter a network with a ticket"),
+    ("invite", "meshnode.cli.invite", "print another ticket"),
+    ("start", "meshnode.cli.start", "run this node"),
+    ("bootstrap", "meshnode.cli.bootstrap", "run this node as a meeting point that serves no layers"),
+    ("stop", "meshnode.cli.stop", "stop the node in good order"),
+    ("status", "meshnode.cli.status", "what the mesh does now, one line per peer"),
+    ("generate", "meshnode.cli.generate", "continue or answer one prompt"),
+    ("chat", "meshnode.cli.chat", "talk to the model"),
+    ("config", "meshnode.cli.config", "print the effective settings and where they come from"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. Errors are one sentence on standard error."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser(words)
+    chosen = parser.parse_args(words)
+    if chosen.command is None:
+        parser.print_help()
+        return 2
+    try:
+        chosen.folder = data_folder(getattr(chosen, "data", None), os.environ)
+        return int(chosen.run(chosen))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`); say nothing more, not even at the interpreter's exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except BaseExceptionGroup as group:
+        found = _known(group)
+        if found is None:
+            raise
+        return _say(found)
+    except MeshError as error:
+        return _say(error)
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """Only the command that is named is imported: `status` must answer at once."""
+    parser = argparse.ArgumentParser(
+        prog="meshnode", description="One private AI machine out of the devices you have."
+    )
+    parser.add_argument("--version", action="version", version=f"meshnode {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    named = next((word for word in words if not word.startswith("-")), None)
+    for name, module, line in COMMANDS:
+        sub = commands.add_parser(name, help=line, description=line)
+        if name == named:
+            loaded = importlib.import_module(module)
+            loaded.add_arguments(sub)
+            sub.set_defaults(run=loaded.run)
+    return parser
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """The flag that every command about a node has."""
+    parser.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="data folder of the node (default: $MESHNODE_DATA or your home)"
+    )
+
+
+def _known(group: BaseExceptionGroup[BaseException]) -> MeshError | None:
+    """The one error of ours in a group, if everything in it is ours or a cancellation by the user."""
+    ours: list[MeshError] = []
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            inner = _known(error)
+            if inner is None:
+                return None
+            ours.append(inner)
+        elif isinstance(error, MeshError):
+            ours.append(error)
+        else:
+            return None
+    return ours[0] if ours else None
+
+
+def _say(error: MeshError) -> int:
+    text = "".join(c if c.isprintable() or c == "\n" else "?" for c in str(error))
+    print(f"meshnode: {text}", file=sys.stderr)
+    if isinstance(error, FatalError):
+        return error.exit_code
+    return 8 if isinstance(error, (Declined, TransientError)) else 1

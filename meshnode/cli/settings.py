@@ -1,0 +1,90 @@
+"""What several commands share: reading the configuration, the passphrase, and the node key."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from getpass import getpass
+from pathlib import Path
+from typing import Final
+
+from meshnode.core.config import Config, load_config
+from meshnode.core.errors import IdentityError
+
+PASSPHRASE: Final = "MESHNODE_PASSPHRASE"
+
+# flag of `start` and `init` -> setting
+FLAGS: Final = {
+    "name": "node.name",
+    "listen": "network.listen",
+    "direct_port": "network.direct_port",
+    "bootstrap_peer": "network.bootstrap",
+    "memory": "serve.memory",
+    "layers": "serve.layers",
+    "threads": "serve.threads",
+    "sessions": "serve.sessions",
+    "engine": "serve.engine",
+    "log_level": "log.level",
+    "log_format": "log.format",
+}
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The flags that override settings of the configuration file."""
+    group = parser.add_argument_group("settings (see `meshnode config` for all of them)")
+    group.add_argument("--name", help="what others see instead of the computer's name")
+    group.add_argument(
+        "--listen", action="append", metavar="MULTIADDR", help="e.g. /ip4/0.0.0.0/tcp/4331; repeatable"
+    )
+    group.add_argument("--direct-port", type=int, metavar="PORT", help="TCP port of the fast path; 0 any, -1 off")
+    group.add_argument("--bootstrap-peer", action="append", metavar="MULTIADDR", help="a peer to dial; repeatable")
+    group.add_argument("--memory", metavar="SIZE", help="memory for weights and sessions: 800MB, 50%%, 0 for none")
+    group.add_argument("--layers", type=int, metavar="N", help="most layers to hold")
+    group.add_argument("--threads", type=int, metavar="N", help="threads of one engine step")
+    group.add_argument("--sessions", type=int, metavar="N", help="generations at once")
+    group.add_argument("--engine", choices=("onnx", "null"), help="null computes deterministic nonsense, for tests")
+    group.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
+    group.add_argument("--log-format", choices=("auto", "console", "json"))
+
+
+def settings(arguments: argparse.Namespace, **overrides: object) -> Config:
+    """The configuration of the data folder, with this command's flags on top. Raises ConfigError."""
+    given = {
+        setting: getattr(arguments, flag)
+        for flag, setting in FLAGS.items()
+        if getattr(arguments, flag, None) is not None
+    }
+    environ: Mapping[str, str] = {k: v for k, v in os.environ.items() if k != PASSPHRASE}
+    return load_config(folder_of(arguments), environ, {**given, **overrides})
+
+
+def folder_of(arguments: argparse.Namespace) -> Path:
+    """The data folder that `main` settled."""
+    folder = arguments.folder
+    assert isinstance(folder, Path)
+    return folder
+
+
+def ask_passphrase() -> str:
+    """From the environment, else asked for on the terminal. Called only when the key is protected."""
+    if PASSPHRASE in os.environ:
+        return os.environ[PASSPHRASE]
+    if not sys.stdin.isatty():
+        raise IdentityError(f"the node key is protected by a passphrase; set {PASSPHRASE}, or start it on a terminal")
+    return getpass("Passphrase of the node key: ")
+
+
+def new_passphrase(wanted: bool) -> str | None:
+    """For a new key: None unless asked for; typed twice on a terminal."""
+    if not wanted:
+        return None
+    if PASSPHRASE in os.environ:
+        return os.environ[PASSPHRASE]
+    if not sys.stdin.isatty():
+        raise IdentityError(f"--passphrase needs a terminal, or the passphrase in {PASSPHRASE}")
+    first = getpass("New passphrase for the node key: ")
+    if first != getpass("Once more: "):
+        raise IdentityError("the two passphrases differ; nothing was written")
+    return first

@@ -1,0 +1,91 @@
+"""`meshnode status`: one line per peer in words, health with remedies."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from meshnode.cli import client
+from meshnode.cli.main import add_data
+from meshnode.cli.settings import folder_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_data(parser)
+    parser.add_argument("--json", action="store_true", help="the same facts as JSON (fields may be added)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 0 when the mesh answers, 9 when it is not ready."""
+    status = client.ask_one(folder_of(arguments), {"do": "status"})
+    print(json.dumps(status, indent=2) if arguments.json else words(status))
+    return 0 if status["ready"] else 9
+
+
+def words(status: dict[str, Any]) -> str:
+    """The screen."""
+    model = status["model"]
+    lines = [
+        f"network {status['network']}   "
+        + (
+            f"model {model['name']} {model['version']} {model['variant']}, {model['layers']} layers"
+            if model
+            else "no model yet"
+        ),
+        ("ready: " if status["ready"] else "not ready: ") + status["readiness"],
+    ]
+    if status["prediction"]:
+        lines.append(f"predicted: {status['prediction']}")
+    lines.append("")
+    rows = [("you", status["me"]), *(("peer", peer) for peer in status["peers"])]
+    lines += [_line(kind, row) for kind, row in rows]
+    if status["progress"]:
+        p, span = status["progress"], status["progress"]["span"]
+        share, total = 100 * p["bytes_done"] // max(1, p["bytes_total"]), _mb(p["bytes_total"])
+        lines.append(
+            f"\n{p['phase']} layers {span['first']}-{span['last'] - 1}: {share} % of {_mb(p['bytes_total'])}"
+        )
+    if status["health"]:
+        lines.append("\n# Health")
+        lines += [f"#  - {w['text']}" for w in status["health"]]
+    return "\n".join(_shown(line) for line in lines)
+
+
+def _line(kind: str, row: dict[str, Any]) -> str:
+    where = "" if kind == "you" else _where(row)
+    return f"{kind:<5}{_short(row['peer'])}  {row['name'][:20]:<20}  {_does(row):<34}{where}".rstrip()
+
+
+def _does(row: dict[str, Any]) -> str:
+    layers = "" if row["first"] is None else f"layers {row['first']}-{row['last'] - 1}"
+    target = "" if row["target"] is None else f"layers {row['target'][0]}-{row['target'][1] - 1}"
+    sessions = f", {row['sessions']} sessions" if row["sessions"] else ""
+    state = row["state"]
+    if state == "serving":
+        return f"serving {layers}{sessions}"
+    if state == "draining":
+        return f"leaving, still serving {layers}{sessions}"
+    if state in ("intent", "loading"):
+        going = "is going to serve" if state == "intent" else "loading"
+        return f"{going} {target}" + (f", serving {layers}" if layers else "")
+    return "serves no layers" if row["memory_bytes"] else "meeting point, serves no layers"
+
+
+def _where(row: dict[str, Any]) -> str:
+    if not row["connected"]:
+        return f"not connected, last heard of {row['age_s']:.0f} s ago"
+    return "connected" if row["round_trip_ms"] is None else f"direct {row['round_trip_ms']:.1f} ms"
+
+
+def _short(peer: str) -> str:
+    return f"{peer[:4]}…{peer[-4:]}"
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def _shown(text: str) -> str:
+    """Texts of peers may hold anything; a terminal sees printable characters only."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
