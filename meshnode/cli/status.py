@@ -43,9 +43,7 @@ def words(status: dict[str, Any]) -> str:
     if status["progress"]:
         p, span = status["progress"], status["progress"]["span"]
         share, total = 100 * p["bytes_done"] // max(1, p["bytes_total"]), _mb(p["bytes_total"])
-        lines.append(
-            f"\n{p['phase']} layers {span['first']}-{span['last'] - 1}: {share} % of {_mb(p['bytes_total'])}"
-        )
+        lines.append(f"\n{p['phase']} layers {span['first']}-{span['last'] - 1}: {share} % of {total}")
     if status["health"]:
         lines.append("\n# Health")
         lines += [f"#  - {w['text']}" for w in status["health"]]
