@@ -26,6 +26,7 @@ COMMANDS: Final = (
     ("status", "meshnode.cli.status", "what the mesh does now, one line per peer"),
     ("generate", "meshnode.cli.generate", "continue or answer one prompt"),
     ("chat", "meshnode.cli.chat", "talk to the model"),
+    ("model", "meshnode.cli.model", "add, list, show, verify and remove models"),
     ("config", "meshnode.cli.config", "print the effective settings and where they come from"),
 )
 

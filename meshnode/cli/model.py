@@ -1,0 +1,263 @@
+"""`meshnode model`: publish models and look at them. Works with and without a running node."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from meshnode.cli import client
+from meshnode.cli.main import add_data
+from meshnode.cli.settings import ask_passphrase, folder_of, settings
+from meshnode.core.config import format_size
+from meshnode.core.errors import ConfigError, ModelError
+from meshnode.core.paths import Paths
+
+if TYPE_CHECKING:
+    from meshnode.content.blob_store import BlobStore
+    from protocols.ids import Cid
+    from protocols.manifest.messages import Manifest
+
+VARIANTS: Final = ("int4", "int8", "fp32")
+RELEASE: Final = "release"  # kind of the database records that name the releases added here
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    add = actions.add_parser("add", help="publish a Hugging Face folder, a GGUF file, or example:smollm2")
+    add.add_argument("source", metavar="PATH_OR_PACKAGE")
+    add.add_argument("--variant", action="append", choices=VARIANTS, help="precision; repeatable (default int4)")
+    add.add_argument("--name", help="lower case, digits, dots and dashes (default: from the source)")
+    add.add_argument("--release-version", default="v1.0.0-0", metavar="vMAJOR.MINOR.PATCH-ADAPTER")
+    add_data(add)
+    for name, text in (
+        ("show", "what a model is made of, and how good its variants are"),
+        ("verify", "read every file again and compare it with its CID"),
+        ("remove", "take a model out of this node"),
+        ("serve", "have the network serve this model"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("model", metavar="NAME_OR_CID")
+        if name == "serve":
+            action.add_argument("--variant", choices=VARIANTS)
+        if name == "show":
+            action.add_argument("--json", action="store_true")
+        add_data(action)
+    add_data(actions.add_parser("list", help="models that this node knows"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    actions = {"add": _add, "list": _list, "show": _show, "verify": _verify, "remove": _remove, "serve": _serve}
+    return actions[arguments.action](arguments)
+
+
+# ---------------------------------------------------------------- publishing
+
+
+def _add(arguments: argparse.Namespace) -> int:
+    """Publish into the node's store, sign, and have the network serve the first variant."""
+    from meshnode.core.clock import wall_ms
+    from meshnode.models.release import release, run_publisher
+    from meshnode.state.identity import Identity
+
+    variants = tuple(dict.fromkeys(arguments.variant or ["int4"]))
+    folder = folder_of(arguments)
+    paths = Paths(folder)
+    identity = Identity.load(folder, ask_passphrase)
+    with _store(arguments) as store, tempfile.TemporaryDirectory(dir=paths.cache, prefix="publish-") as out:
+        run_publisher(arguments.source, Path(out), variants, _Progress())
+        cid, manifest = release(
+            Path(out),
+            store,
+            identity.signing_key,
+            created_ms=wall_ms(),
+            publisher=identity.peer_id,
+            name=arguments.name,
+            version=arguments.release_version,
+        )
+    adopt(folder, cid, manifest, variants[0])
+    _print_model(cid, manifest)
+    return 0
+
+
+class _Progress:
+    """One line that is overwritten, on a terminal; one line a step elsewhere."""
+
+    def __init__(self) -> None:
+        self._step = ""
+
+    def __call__(self, step: str, variant: str, done: int, total: int) -> None:
+        label = f"{step} {variant}".strip()
+        if sys.stderr.isatty():
+            share = 100 * done // max(1, total)
+            bar = "#" * (share // 5)
+            print(f"\r{label:<18}[{bar:<20}] {share:3d} %", end="\n" if done >= total else "", file=sys.stderr)
+        elif label != self._step:
+            print(label, file=sys.stderr)
+        self._step = label
+
+
+def adopt(folder: Path, cid: Cid, manifest: Manifest, variant: str) -> None:
+    """Remember a release that lies in the store, and say that the network serves it."""
+    from meshnode.state.database import Database
+
+    with Database(Paths(folder).state) as database:
+        database.put_record(RELEASE, cid, variant.encode())
+    if client.is_running(folder):
+        client.ask_one(folder, {"do": "announce", "manifest": cid, "variant": variant})
+        print(f"The network now serves {manifest.name} {manifest.version} in {variant}.")
+    else:
+        print(f"{manifest.name} {manifest.version} is served in {variant} as soon as this node starts.")
+
+
+# ---------------------------------------------------------------- looking
+
+
+@contextmanager
+def _store(arguments: argparse.Namespace) -> Iterator[BlobStore]:
+    import shutil
+
+    from meshnode.content.blob_store import BlobStore
+
+    config = settings(arguments)
+    config.paths.create()
+    store = BlobStore(config.paths.content, config.content.quota.of(shutil.disk_usage(config.paths.content).free))
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def _releases(folder: Path, store: BlobStore) -> dict[Cid, tuple[Manifest, str]]:
+    """Releases added here or served by this node: manifest CID -> (manifest, variant)."""
+    from meshnode.state.database import Database
+    from protocols.ids import Cid
+    from protocols.manifest.codec import open_manifest
+
+    with Database(Paths(folder).state) as database:
+        known = database.records(RELEASE)
+    out = {}
+    for cid, variant in known.items():
+        block = store.block(Cid(cid))
+        if block is not None:
+            out[Cid(cid)] = (open_manifest(block), variant.decode())
+    return out
+
+
+def _find(folder: Path, store: BlobStore, wanted: str) -> tuple[Cid, Manifest, str]:
+    known = _releases(folder, store)
+    found = [
+        (cid, manifest, variant)
+        for cid, (manifest, variant) in known.items()
+        if wanted in (cid, manifest.name, f"{manifest.name}@{manifest.version}")
+    ]
+    if not found:
+        names = ", ".join(sorted({m.name for m, _ in known.values()})) or "none"
+        raise ModelError(f"This node has no model {wanted!r}; it has: {names}. Add one with: meshnode model add PATH")
+    return max(found, key=lambda entry: entry[1].created_ms)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    with _store(arguments) as store:
+        known = _releases(folder_of(arguments), store)
+    if not known:
+        print("No models. Add one with: meshnode model add PATH (or example:smollm2)")
+    for cid, (manifest, _variant) in sorted(known.items(), key=lambda item: item[1][0].created_ms):
+        print(f"{manifest.name:<28} {manifest.version:<12} {', '.join(manifest.variants):<18} {cid}")
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    with _store(arguments) as store:
+        cid, manifest, _ = _find(folder_of(arguments), store, arguments.model)
+    if arguments.json:
+        import dataclasses
+
+        print(json.dumps({"cid": cid, **dataclasses.asdict(manifest)}, indent=2))
+    else:
+        _print_model(cid, manifest)
+    return 0
+
+
+def _print_model(cid: Cid, manifest: Manifest) -> None:
+    shape = manifest.architecture
+    print(f"{manifest.name} {manifest.version}   {cid}")
+    print(
+        f"  {shape.family}, {shape.layers} layers of width {shape.hidden}, {shape.vocab} tokens, "
+        f"context {shape.context}; published by {manifest.publisher}"
+    )
+    for variant in manifest.variants.values():
+        size = variant.span_bytes(0, shape.layers) + variant.graph.size
+        line = f"  {variant.name:<5} {format_size(size):>8}  kernels {variant.kernel_class}"
+        if quality := variant.quality:
+            line += f"  perplexity {quality.perplexity_milli / 1000:.2f}"
+            if quality.reference_milli:
+                line += f" (fp32 checkpoint {quality.reference_milli / 1000:.2f})"
+            line += f" on {quality.tokens} tokens of {quality.text}"
+        print(line)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    """Hash every file anew; exit code 4 if one is damaged or missing."""
+    from meshnode.models.release import manifest_files
+    from protocols.unixfs.builder import Builder
+
+    with _store(arguments) as store:
+        _cid, manifest, _ = _find(folder_of(arguments), store, arguments.model)
+        wrong = []
+        files = manifest_files(manifest)
+        for file in dict.fromkeys(files):
+            path = store.path(file)
+            if path is None:
+                wrong.append(f"{file} is missing")
+                continue
+            builder = Builder()
+            with path.open("rb") as data:
+                while piece := data.read(1 << 20):
+                    builder.update(piece)
+            if builder.finish().root != file:
+                wrong.append(f"{path} is damaged: it no longer has the CID {file}")
+    if wrong:
+        raise ModelError(
+            f"{manifest.name}: {'; '.join(wrong)}. Remove the model and add it again, or let a peer send it."
+        )
+    print(f"{manifest.name} {manifest.version}: {len(dict.fromkeys(files))} files are as they were published.")
+    return 0
+
+
+def _remove(arguments: argparse.Namespace) -> int:
+    """Forget the release, free its files; a running node that serves it goes on until it stops."""
+    from meshnode.state.database import Database
+
+    folder = folder_of(arguments)
+    if client.is_running(folder):
+        served = client.ask_one(folder, {"do": "status"})["model"]
+        if served is not None and arguments.model in (served["manifest"], served["name"]):
+            raise ConfigError(
+                f"The network serves {served['name']} at the moment. Have it serve another model first "
+                "(meshnode model serve NAME), or stop this node."
+            )
+    with _store(arguments) as store:
+        cid, manifest, _ = _find(folder, store, arguments.model)
+        store.unpin(cid)
+        freed = store.remove_unpinned()
+    with Database(Paths(folder).state) as database:
+        database.remove_record(RELEASE, cid)
+    print(f"{manifest.name} {manifest.version} is removed; {format_size(freed)} are free again.")
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    folder = folder_of(arguments)
+    with _store(arguments) as store:
+        cid, manifest, before = _find(folder, store, arguments.model)
+    variant = arguments.variant or before
+    if variant not in manifest.variants:
+        raise ModelError(f"{manifest.name} has no variant {variant}; it has {', '.join(manifest.variants)}.")
+    adopt(folder, cid, manifest, variant)
+    return 0
