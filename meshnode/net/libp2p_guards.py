@@ -7,6 +7,7 @@ What the release does as shipped, and which class here stands in for it:
   250 ms and blacklist a peer for a minute: `GuardedSwarm` upgrades sockets itself and nothing else;
 - Yamux neither enforces windows nor tells a reset from an end: `GuardedMuxer` over our own `YamuxSession`;
 - reads give up after 100 short pieces (`read_exactly`): `PlainWire.read` returns what was asked for, whole;
+- hundreds of peers are dialled at whatever addresses others have told: `IdleConnector`;
 - gossip goes to every peer that connects, drops bursts, and delivers a message twice that came from two sides
   at once: `GuardedPubsub`;
 - identify is asked of every peer and believed: never asked here, only answered.
@@ -14,6 +15,7 @@ What the release does as shipped, and which class here stands in for it:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -29,6 +31,7 @@ from libp2p.identity.identify.identify import ID as IDENTIFY
 from libp2p.identity.identify_push.identify_push import ID_PUSH as IDENTIFY_PUSH
 from libp2p.io.abc import ReadWriteCloser
 from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.exceptions import SwarmException
@@ -253,6 +256,16 @@ class ConnectionWatcher:
         raise NotImplementedError
 
 
+class IdleConnector(AutoConnector):  # type: ignore[misc]  # the library has no types here
+    """Dials nobody. The library's own dials any address that a peer has told us, until it has hundreds."""
+
+    async def maybe_connect(self) -> None:
+        """Whom to dial is decided by us."""
+
+    async def run_background_task(self, nursery: trio.Nursery) -> None:
+        """Nothing to do."""
+
+
 class GuardedSwarm(Swarm):  # type: ignore[misc]  # the library has no types here
     """The library's book of connections. Dialling and listening are done by the host."""
 
@@ -265,6 +278,7 @@ class GuardedSwarm(Swarm):  # type: ignore[misc]  # the library has no types her
             max_connections_per_peer=8,
         )
         super().__init__(peer_id, peerstore, upgrader, transports=[], connection_config=config)
+        self.auto_connector = IdleConnector(self)
         self._watcher = watcher
 
     async def take_socket(self, stream: trio.SocketStream, dialled: PeerId | None) -> None:
@@ -452,6 +466,7 @@ class Libp2pStack:
         source: Source,
         admits: Callable[[PeerId], bool],
     ) -> None:
+        _silence()
         key_pair = create_new_key_pair(seed)
         peer_id = ID.from_pubkey(key_pair.public_key)
         peerstore = PeerStore()
@@ -508,6 +523,14 @@ class Libp2pStack:
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                 await stream.aclose()
+
+
+def _silence() -> None:
+    """What matters comes back to us as an exception; the rest would let strangers write into our logs."""
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("libp2p."):
+            logging.getLogger(name).setLevel(logging.NOTSET)
+    logging.getLogger("libp2p").setLevel(logging.CRITICAL)
 
 
 def _reason(error: BaseException) -> str:

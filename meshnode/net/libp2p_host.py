@@ -6,7 +6,6 @@ on nothing else; it gets no gossip and brings none. Handlers run in our nursery,
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -59,7 +58,6 @@ class Libp2pHost(ConnectionWatcher):
     """
 
     def __init__(self, seed: bytes, listen: Sequence[str], *, lane_port: int = 0) -> None:
-        logging.getLogger("libp2p").setLevel(logging.CRITICAL)  # what matters comes back to us as an exception
         self._listen = [_listen_address(text) for text in listen]
         self._lane_port = lane_port
         self._table = ProtocolTable()
@@ -207,7 +205,7 @@ class Libp2pHost(ConnectionWatcher):
             other
             for peer, connections in self._connections.items()
             for other in connections
-            if peer not in self._roster.admitted and not other.initiator
+            if peer not in self._roster.admitted and not other.initiator and not other.session.ended
         ]
         if len(strangers) > MAX_STRANGERS:
             await strangers[0].session.kill("newer peers that are no members either took its place")

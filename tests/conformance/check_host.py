@@ -356,7 +356,7 @@ async def a_slow_reader_of_gossip_misses_the_oldest(make: Make) -> None:
             await one.publish(TOPIC, b"%d" % number)
             if number % 50 == 49:  # no burst above what a partner's queue takes
                 with trio.move_on_after(1):
-                    while inbox.statistics().current_buffer_used < min(256, number - 5):
+                    while inbox.statistics().current_buffer_used < min(256, number - 5):  # noqa: ASYNC110 - no event tells it
                         await trio.sleep(0.01)
         with trio.fail_after(5):
             while True:
@@ -543,7 +543,7 @@ async def many_streams_at_once(make: Make) -> None:
 async def round_trips_are_known(make: Make) -> None:
     async with pair(make) as (one, other):
         with trio.fail_after(8):
-            while (trip := one.round_trip_us(other.peer_id)) is None:
+            while (trip := one.round_trip_us(other.peer_id)) is None:  # noqa: ASYNC110 - no event tells it
                 await trio.sleep(0.05)
         assert 0 < trip < 5_000_000
         assert one.round_trip_us(NOBODY) is None
