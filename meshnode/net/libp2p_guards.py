@@ -16,6 +16,7 @@ What the release does as shipped, and which class here stands in for it:
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -66,6 +67,7 @@ GOSSIP_PER_SECOND: Final = 1000.0  # messages per peer and topic; the library's 
 GOSSIP_QUEUE: Final = 256  # messages waiting for one peer
 RPC_BYTES: Final = 4 * MAX_GOSSIP_BYTES
 RESTART_SECONDS: Final = 1.0
+FLUSH_SECONDS: Final = 0.5
 
 _log = get_logger("net")
 
@@ -358,6 +360,8 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]  # the library has no types h
 
     def __init__(self, host: GuardedHost, router: Any, admits: Callable[[PeerId], bool]) -> None:
         super().__init__(host, router, strict_signing=True, max_inbound_rpc_size=RPC_BYTES)
+        # The release starts at the seconds since 1970: after a restart its numbers, and so its message ids, repeat.
+        self.counter = time.time_ns()
         self._admits = admits
         self._in_work: dict[bytes, PeerId] = {}  # message id -> who brought it
         self._greeting: set[Any] = set()
@@ -510,6 +514,12 @@ class Libp2pStack:
 
         self.pubsub.set_topic_validator(topic, valid, True)  # a synchronous one would end the process if it raised
         await self.pubsub.subscribe(topic)
+
+    async def flush_gossip(self) -> None:
+        """Wait until what was published has been handed to the connections; half a second at most."""
+        with trio.move_on_after(FLUSH_SECONDS):
+            while any(len(queue) for queue in self.pubsub.peer_queues.values()):  # noqa: ASYNC110  # no event there
+                await trio.sleep(FLUSH_SECONDS / 50)
 
     def serves(self, protocol: str) -> bool:
         """Whether the library itself handles this protocol."""

@@ -34,6 +34,7 @@ STAGGER_SECONDS: Final = 0.3  # an address that does not answer holds up the nex
 HANDSHAKE_SECONDS: Final = 10.0
 OPEN_SECONDS: Final = 10.0
 AGREE_SECONDS: Final = 10.0
+FAREWELL_SECONDS: Final = 1.5
 LAST_WORDS_SECONDS: Final = 0.05  # readers finish what had arrived before they hear that the peer is gone
 STRANGER_SECONDS: Final = 60.0  # a peer that is not admitted by then is disconnected
 MAX_STRANGERS: Final = 64
@@ -100,7 +101,32 @@ class Libp2pHost(ConnectionWatcher):
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         listeners, lane_listeners = await self._open_listeners()
         self._addresses = tuple(text for listener in listeners for text in self._names_of(listener))
+        scope = trio.CancelScope(shield=True)  # lives on for the farewell when we are cancelled
         try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self._run_shielded, scope, listeners, lane_listeners)
+                task_status.started()
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    with trio.CancelScope(shield=True, deadline=trio.current_time() + FAREWELL_SECONDS):
+                        await self._say_farewell()
+                    scope.cancel()
+        finally:
+            self._nursery = None
+            with trio.CancelScope(shield=True):
+                for listener in (*listeners, *lane_listeners):
+                    await listener.aclose()
+
+    async def _run_shielded(
+        self,
+        scope: trio.CancelScope,
+        listeners: list[trio.SocketListener],
+        lane_listeners: list[trio.SocketListener],
+        *,
+        task_status: trio.TaskStatus[None],
+    ) -> None:
+        with scope:
             async with self._stack.running(), trio.open_nursery() as nursery:
                 self._nursery = nursery
                 await nursery.start(self._lanes.run, lane_listeners)
@@ -110,11 +136,14 @@ class Libp2pHost(ConnectionWatcher):
                     nursery.start_soon(self._accept_forever, listener)
                 task_status.started()
                 await trio.sleep_forever()
-        finally:
-            self._nursery = None
-            with trio.CancelScope(shield=True):
-                for listener in (*listeners, *lane_listeners):
-                    await listener.aclose()
+
+    async def _say_farewell(self) -> None:
+        """What was published goes out, then every peer hears that we go."""
+        await self._stack.flush_gossip()
+        async with trio.open_nursery() as nursery:
+            for connections in list(self._connections.values()):
+                for connection in connections:
+                    nursery.start_soon(connection.session.close, "this host has stopped")
 
     async def _open_listeners(self) -> tuple[list[trio.SocketListener], list[trio.SocketListener]]:
         """For libp2p, and for direct lanes on the same interfaces. Raises ConfigError."""
