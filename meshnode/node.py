@@ -93,7 +93,12 @@ class Node:
         rng = random.Random(os.urandom(16))
         name = config.node.name or self.membership_file.name or os.uname().nodename
 
-        self.host = Libp2pHost(identity.seed, config.network.listen, lane_port=config.network.direct_port)
+        self.host = Libp2pHost(
+            identity.seed,
+            config.network.listen,
+            lane_port=config.network.direct_port,
+            announce=config.network.announce,
+        )
         self.membership = MembershipService(
             self.host,
             identity,

@@ -37,13 +37,16 @@ def print_ticket(config: Config, folder: Path, *, uses: int, hours: float) -> No
 
 
 def addresses(config: Config, folder: Path) -> list[str]:
-    """Where this node can be dialled: what the running node says, else what it is configured to listen on."""
+    """Where this node can be dialled: what the running node says, else what it is configured to announce or to
+    listen on."""
     if client.is_running(folder):
         return list(client.ask_one(folder, {"do": "status"})["addresses"])
-    from meshnode.net.addresses import address_of, parse_address, reachable_hosts
+    from meshnode.net.addresses import address_of, owned, parse_address, reachable_hosts
     from meshnode.state.enrolment import own_peer
 
     peer = own_peer(folder)
+    if config.network.announce:
+        return [owned(text, peer) for text in config.network.announce]
     out = []
     for text in config.network.listen:
         address = parse_address(text)

@@ -20,6 +20,7 @@ FLAGS: Final = {
     "name": "node.name",
     "listen": "network.listen",
     "direct_port": "network.direct_port",
+    "announce": "network.announce",
     "bootstrap_peer": "network.bootstrap",
     "memory": "serve.memory",
     "layers": "serve.layers",
@@ -39,6 +40,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         "--listen", action="append", metavar="MULTIADDR", help="e.g. /ip4/0.0.0.0/tcp/4331; repeatable"
     )
     group.add_argument("--direct-port", type=int, metavar="PORT", help="TCP port of the fast path; 0 any, -1 off")
+    group.add_argument(
+        "--announce", action="append", metavar="MULTIADDR", help="where others reach this node; repeatable"
+    )
     group.add_argument("--bootstrap-peer", action="append", metavar="MULTIADDR", help="a peer to dial; repeatable")
     group.add_argument("--memory", metavar="SIZE", help="memory for weights and sessions: 800MB, 50%%, 0 for none")
     group.add_argument("--layers", type=int, metavar="N", help="most layers to hold")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import ipaddress
 import json
 import re
 import tomllib
@@ -135,7 +136,7 @@ def _one_of(*choices: str) -> Callable[[object], str]:
     return read
 
 
-def _multiaddrs(last: str, example: str) -> Callable[[object], tuple[str, ...]]:
+def _multiaddrs(last: str, example: str, *, lowest_port: int = 0) -> Callable[[object], tuple[str, ...]]:
     pattern = re.compile(rf"/(?:ip4|ip6|dns|dns4|dns6)/[^/\s,]+/tcp/[0-9]{{1,5}}{last}")
 
     def read(value: object) -> tuple[str, ...]:
@@ -145,11 +146,21 @@ def _multiaddrs(last: str, example: str) -> Callable[[object], tuple[str, ...]]:
         for item in items:
             if not isinstance(item, str) or not pattern.fullmatch(item):
                 raise ValueError(f"{item!r} is not an address like {example}")
-            if int(item.split("/")[4]) > 65535:
-                raise ValueError(f"{item!r} has a port above 65535")
+            _, kind, host, _, port, *_ = item.split("/")
+            if not lowest_port <= int(port) <= 65535:
+                raise ValueError(f"{item!r} has the port {port}; {lowest_port} to 65535 are allowed")
+            if kind in ("ip4", "ip6") and not _is_ip(host, int(kind[2])):
+                raise ValueError(f"{item!r}: {host} is no IPv{kind[2]} address")
         return tuple(items)
 
     return read
+
+
+def _is_ip(text: str, version: int) -> bool:
+    try:
+        return ipaddress.ip_address(text).version == version
+    except ValueError:
+        return False
 
 
 def setting(default: T, read: Callable[[object], T], why: str) -> T:
@@ -159,6 +170,7 @@ def setting(default: T, read: Callable[[object], T], why: str) -> T:
 
 
 _LISTEN = "/ip4/0.0.0.0/tcp/4331"
+_NAME = "/dns4/node.example/tcp/4331"
 _PEER = "/ip4/192.0.2.7/tcp/4331/p2p/12D3KooW..."
 
 
@@ -176,6 +188,12 @@ class NetworkSection:
     )
     direct_port: int = setting(
         DIRECT_PORT, _number(-1, 65535), "TCP port of the fast path for tokens and blocks; 0: any free one, -1: off"
+    )
+    announce: tuple[str, ...] = setting(
+        (),
+        _multiaddrs("", _NAME, lowest_port=1),
+        "where others reach this node, if it can't see that itself: a forwarded port, a container's name; "
+        "empty: the addresses of this machine",
     )
     bootstrap: tuple[str, ...] = setting(
         (),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import psutil
@@ -52,6 +52,11 @@ def parse_address(text: str) -> Address:
 def address_of(host: str, port: int, peer: str = "") -> Address:
     """The address of an IP endpoint."""
     return Address("ip6" if ":" in host else "ip4", host, port, peer)
+
+
+def owned(text: str, peer: str) -> str:
+    """An address without an owner, as the address of a peer. Raises RemoteProtocolError."""
+    return str(replace(parse_address(text), peer=peer))
 
 
 def reachable_hosts(host: str) -> list[str]:

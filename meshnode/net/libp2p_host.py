@@ -15,7 +15,7 @@ import trio
 from meshnode.core.errors import ConfigError, PeerUnreachable
 from meshnode.core.log import get_logger
 from meshnode.net import direct, heartbeat
-from meshnode.net.addresses import Address, address_of, parse_address, reachable_hosts
+from meshnode.net.addresses import Address, address_of, owned, parse_address, reachable_hosts
 from meshnode.net.direct import DirectLanes
 from meshnode.net.heartbeat import Heartbeat
 from meshnode.net.inbox import Inbox
@@ -51,15 +51,19 @@ class Libp2pHost(ConnectionWatcher):
     Args:
       seed: the 32 bytes of the Ed25519 node key; the peer id follows from it.
       listen: multiaddrs like /ip4/0.0.0.0/tcp/4331; port 0 takes any free one.
-      lane_port: where direct lanes are accepted, on the same interfaces; 0 takes any free port. A peer that
-        can't reach it uses libp2p streams instead.
+      lane_port: where direct lanes are accepted, on the same interfaces; 0 takes any free port, -1 none. A peer
+        that can't reach it uses libp2p streams instead.
+      announce: multiaddrs that others are told instead of those we find on this machine.
 
     Raises:
       ConfigError: an address that can't be used for listening.
     """
 
-    def __init__(self, seed: bytes, listen: Sequence[str], *, lane_port: int = 0) -> None:
+    def __init__(
+        self, seed: bytes, listen: Sequence[str], *, lane_port: int = 0, announce: Sequence[str] = ()
+    ) -> None:
         self._listen = [_listen_address(text) for text in listen]
+        self._announce = tuple(announce)
         self._lane_port = lane_port
         self._table = ProtocolTable()
         self._table.add(heartbeat.PROTOCOL, heartbeat.answer)
@@ -100,7 +104,8 @@ class Libp2pHost(ConnectionWatcher):
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         listeners, lane_listeners = await self._open_listeners()
-        self._addresses = tuple(text for listener in listeners for text in self._names_of(listener))
+        found = tuple(text for listener in listeners for text in self._names_of(listener))
+        self._addresses = tuple(owned(text, self.peer_id) for text in self._announce) or found
         scope = trio.CancelScope(shield=True)  # lives on for the farewell when we are cancelled
         try:
             async with trio.open_nursery() as nursery:
@@ -151,9 +156,10 @@ class Libp2pHost(ConnectionWatcher):
         lanes: dict[str, trio.SocketListener] = {}
         try:
             for address in self._listen:
-                listeners.append(await _open_listener(address))
-                if address.host not in lanes:
-                    lanes[address.host] = await _open_listener(replace(address, port=self._lane_port))
+                listeners.append(await _open_listener(address, "network.listen"))
+                if self._lane_port >= 0 and address.host not in lanes:
+                    lane = replace(address, port=self._lane_port)
+                    lanes[address.host] = await _open_listener(lane, "network.direct_port")
         except ConfigError:
             for listener in (*listeners, *lanes.values()):
                 await listener.aclose()
@@ -451,14 +457,14 @@ def _listen_address(text: str) -> Address:
     return address
 
 
-async def _open_listener(address: Address) -> trio.SocketListener:
+async def _open_listener(address: Address, setting: str) -> trio.SocketListener:
     """Without SO_REUSEPORT, with which the library would share a port with whoever else uses it."""
     try:
         (listener,) = await trio.open_tcp_listeners(address.port, host=address.host, backlog=BACKLOG)
     except OSError as error:
         raise ConfigError(
             f"We can't listen at {address}: {error.strerror or error}. Stop the program that uses this port, or "
-            f"choose another address with network.listen (port 0 takes any free one)."
+            f"choose another with {setting} (port 0 takes any free one)."
         ) from error
     return listener
 
