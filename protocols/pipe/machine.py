@@ -19,6 +19,8 @@ from protocols.pipe.messages import Close, Hop, HopTime, Message, Open, Opened, 
 OPEN_SECONDS: Final = 15.0  # all stages must answer Open; one of them may have to split a segment first
 STEP_SECONDS: Final = 60.0  # between two tokens; an engine that hangs is killed by its own node before
 PREFILL_ROW_SECONDS: Final = 0.25  # added per prompt row: the slowest device we mean to wait for
+LOST: Final = "lost"  # a peer went away, or the stage before it could not reach it
+TIMEOUT: Final = "timeout"
 
 
 # ---------------------------------------------------------------- events and effects
@@ -31,7 +33,7 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A message of this session came from a peer. `times_network_us`: how long it was under way."""
+    """A message of this session came from a peer. `network_us`: how long it was under way."""
 
     peer: str
     message: Opened | Refused | Token
@@ -87,7 +89,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The session is lost. `code` as in `Refused`, or "lost" (a peer went away), "timeout"."""
+    """The session is lost. `code` as in `Refused`, or `LOST`, `TIMEOUT`; `peer`: who is to be avoided."""
 
     code: str
     reason: str
@@ -157,6 +159,7 @@ class Origin:
         self._end = len(prompt) + max_tokens  # position after the last token that may be sampled
         self._opened: set[int] = set()
         self._next = len(prompt)  # position of the token that comes next
+        self._patience = 0.0  # seconds until the deadline, when it was set
 
     @property
     def peers(self) -> tuple[str, ...]:
@@ -170,8 +173,11 @@ class Origin:
 
         Raises:
           RemoteProtocolError: a peer sent what this state does not allow; nothing has changed.
+          LocalProtocolError: we did.
         """
         if self.state is OriginState.CLOSED:
+            return ()
+        if isinstance(event, Received) and event.message.attempt != self._attempt:
             return ()
         kind = type(event.message) if isinstance(event, Received) else type(event)
         if (self.state, kind) not in ORIGIN_TRANSITIONS:
@@ -192,7 +198,7 @@ class Origin:
 
     def _begin(self, now: float) -> tuple[OriginEffect, ...]:
         self.state = OriginState.OPENING
-        self.deadline = now + OPEN_SECONDS
+        self._wait(now, OPEN_SECONDS)
         last = len(self._route) - 1
         return tuple(
             Send(
@@ -215,20 +221,31 @@ class Origin:
 
     def _received(self, event: Received, now: float) -> tuple[OriginEffect, ...]:
         message = event.message
-        if message.attempt != self._attempt:
-            return ()
         if isinstance(message, Token):
             return self._token(event.peer, message, event.network_us, now)
         if message.index >= len(self._route) or self._route[message.index].peer != event.peer:
             raise RemoteProtocolError(f"{event.peer} answered for stage {message.index}, which is not its own")
         if isinstance(message, Refused):
-            return (*self._close(), Failed(message.code, message.reason, event.peer, message.retry_ms))
+            return (*self._close(), self._refused(message))
         self._opened.add(message.index)
         if len(self._opened) < len(self._route):
             return ()
         self.state = OriginState.RUNNING
-        self.deadline = now + STEP_SECONDS + PREFILL_ROW_SECONDS * len(self._prompt)
+        self._wait(now, STEP_SECONDS + PREFILL_ROW_SECONDS * len(self._prompt))
         return self._prefill()
+
+    def _refused(self, message: Refused) -> Failed:
+        """A stage that could not reach the next one is not the one to avoid."""
+        hop = self._route[message.index]
+        if message.code != LOST or message.index + 1 == len(self._route):
+            return Failed(message.code, message.reason, hop.peer, message.retry_ms)
+        gone = self._route[message.index + 1]
+        text = f"{_layers(gone)} could not be reached from the stage before it: {message.reason}"
+        return Failed(LOST, text, gone.peer, message.retry_ms)
+
+    def _wait(self, now: float, seconds: float) -> None:
+        self.deadline = now + seconds
+        self._patience = seconds
 
     def _prefill(self) -> tuple[OriginEffect, ...]:
         steps: list[OriginEffect] = []
@@ -264,25 +281,26 @@ class Origin:
             return (emit, *self._close(), Finished("eos"))
         if self._next == self._end:
             return (emit, *self._close(), Finished("length"))
-        self.deadline = now + STEP_SECONDS
+        self._wait(now, STEP_SECONDS)
         return (emit, self._step(message.position, (message.token,), sample=True, prefill=False))
 
     def _peer_gone(self, peer: str, reason: str) -> tuple[OriginEffect, ...]:
-        spans = [f"{hop.first} to {hop.last - 1}" for hop in self._route if hop.peer == peer]
-        if not spans:
+        hops = [hop for hop in self._route if hop.peer == peer]
+        if not hops:
             return ()
-        text = f"the node {peer}, which runs layers {' and '.join(spans)}, went away: {reason}"
-        return (*self._close(), Failed("lost", text, peer))
+        return (*self._close(), Failed(LOST, f"{_layers(hops[0])} went away: {reason}", peer))
 
     def _expired(self) -> tuple[OriginEffect, ...]:
+        seconds = f"{self._patience:.0f} s"
         if self.state is OriginState.OPENING:
-            missing = [hop.peer for i, hop in enumerate(self._route) if i not in self._opened]
-            text = f"{', '.join(missing)} did not open the session within {OPEN_SECONDS:.0f} s"
-            peer = missing[0]
-        else:
-            text = f"no token came within {STEP_SECONDS:.0f} s; the chain is {', '.join(self.peers)}"
-            peer = None
-        return (*self._close(), Failed("timeout", text, peer))
+            missing = [hop for i, hop in enumerate(self._route) if i not in self._opened]
+            who = " and ".join(_layers(hop) for hop in missing)
+            return (
+                *self._close(),
+                Failed(TIMEOUT, f"{who} did not open the session within {seconds}", missing[0].peer),
+            )
+        text = f"no token came within {seconds} from {' and '.join(_layers(hop) for hop in self._route)}".rstrip(",")
+        return (*self._close(), Failed(TIMEOUT, text, None))
 
     def _close(self) -> tuple[Send, ...]:
         was = self.state
@@ -291,6 +309,12 @@ class Origin:
         if was is OriginState.NEW:
             return ()
         return tuple(Send(peer, Close(session=self._session, attempt=self._attempt)) for peer in self.peers)
+
+
+def _layers(hop: Hop) -> str:
+    """A stage for people; the last layer is named, not the one after it."""
+    span = f"layer {hop.first}" if hop.last - hop.first == 1 else f"layers {hop.first} to {hop.last - 1}"
+    return f"the node {hop.peer}, which runs {span},"
 
 
 # ---------------------------------------------------------------- stage
@@ -318,9 +342,10 @@ class StageState(Enum):
 
 
 STAGE_TRANSITIONS: Final[Mapping[tuple[StageState, type], tuple[StageState, ...]]] = {
-    (StageState.OPEN, Step): (StageState.OPEN, StageState.CLOSED),
+    (StageState.OPEN, Step): (StageState.OPEN,),
     (StageState.OPEN, Ran): (StageState.OPEN,),
     (StageState.OPEN, Close): (StageState.CLOSED,),
+    (StageState.OPEN, Refused): (StageState.CLOSED,),  # said by us
 }
 
 
@@ -336,6 +361,8 @@ class Stage:
             raise RemoteProtocolError(f"the route of {opening.origin} has an empty span or does not start at layer 0")
         if any(a.last != b.first for a, b in itertools.pairwise(route)):
             raise RemoteProtocolError(f"the route of {opening.origin} has a gap or an overlap between its spans")
+        if len({hop.peer for hop in route}) != len(route):
+            raise RemoteProtocolError(f"the route of {opening.origin} names a node twice")
         self.opening = opening
         self.state = StageState.OPEN
         self.hop = route[opening.index]
@@ -345,6 +372,11 @@ class Stage:
         self._upstream = opening.origin if opening.index == 0 else route[opening.index - 1].peer
         self._downstream = opening.origin if self.is_last else route[opening.index + 1].peer
         self._next = 0  # position after the last row that was taken
+
+    @property
+    def patience(self) -> float:
+        """Seconds without a step after which the origin has given up, and its Close must have got lost."""
+        return STEP_SECONDS + PREFILL_ROW_SECONDS * self.opening.capacity
 
     def take(self, peer: str, step: Step) -> Run | None:
         """A step came in. None: stale (another attempt, or the session is closed), ignored.

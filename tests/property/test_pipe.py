@@ -1,0 +1,355 @@
+"""Whatever a network does to the messages of a session, its answer is right or it fails with a reason.
+
+A chain of real machines with an engine of plain arithmetic; the messages between them lie in a bag from which
+hypothesis takes them in any order, loses or repeats them, and to which it adds lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protocols.errors import RemoteProtocolError
+from protocols.pipe.machine import (
+    ORIGIN_TRANSITIONS,
+    Begin,
+    Emit,
+    Expired,
+    Failed,
+    Finished,
+    Origin,
+    OriginEffect,
+    OriginEvent,
+    OriginState,
+    PeerGone,
+    Ran,
+    Received,
+    Send,
+    Stage,
+    StageState,
+    Stop,
+)
+from protocols.pipe.messages import (
+    PIPE,
+    Close,
+    Hop,
+    HopTime,
+    Message,
+    Open,
+    Opened,
+    Refused,
+    Sampling,
+    Step,
+    Token,
+)
+from tests.wire import damaged, messages, survives
+
+S = bytes(16)
+EOS = 3
+VOCABULARY = 40
+TIME = HopTime(network_us=1, queue_us=2, compute_us=3)
+
+Rows = tuple[int, ...]
+
+
+def mix(layer: int, rows: Sequence[int]) -> int:
+    """What a toy stage makes of its last row: it depends on every row before, and on their order."""
+    value = 17 * (layer + 1)
+    for row in rows:
+        value = (value * 31 + row + 7) % 1_000_003
+    return value
+
+
+def answer_of(prompt: Rows, spans: int, most: int) -> list[int]:
+    """The answer of one process that holds every stage."""
+    text, out = list(prompt), list[int]()
+    while len(out) < most and (not out or out[-1] != EOS):
+        rows: Sequence[int] = text
+        for layer in range(spans):
+            rows = [mix(layer, rows[: i + 1]) for i in range(len(rows))]
+        out.append(rows[-1] % VOCABULARY)
+        text.append(out[-1])
+    return out
+
+
+@dataclass
+class Node:
+    """A stage with its engine: rows by position."""
+
+    machine: Stage
+    rows: list[int] = field(default_factory=list)
+
+    def run(self, step: Step, body: Rows) -> tuple[int | None, Rows]:
+        self.rows[step.position :] = body
+        out = tuple(
+            mix(self.machine.opening.index, self.rows[: i + 1])
+            for i in range(step.position, step.position + step.rows)
+        )
+        if not self.machine.is_last:
+            return None, out
+        return (out[-1] % VOCABULARY if step.sample else None), ()
+
+
+class World:
+    """One origin, its stages, and a bag of messages under way: (from, to, message, body)."""
+
+    def __init__(self, stages: int, prompt: Rows, cuts: Sequence[int], most: int) -> None:
+        route = tuple(Hop(peer=f"n{i}", incarnation=1, first=i, last=i + 1) for i in range(stages))
+        self.origin = Origin(
+            session=S,
+            attempt=1,
+            us="me",
+            manifest="m",
+            variant="v",
+            route=route,
+            prompt=prompt,
+            chunks=cuts,
+            max_tokens=most,
+            eos=frozenset({EOS}),
+            sampling=Sampling(seed=1),
+        )
+        self.prompt = prompt
+        self.right = answer_of(prompt, stages, most)
+        self.nodes: dict[str, Node] = {}
+        self.bag: list[tuple[str, str, Message, Rows]] = []
+        self.tokens: list[int] = []
+        self.end: Finished | Failed | None = None
+        self.now = 0.0
+
+    def tell(self, event: OriginEvent) -> None:
+        """Give the origin an event and hold it to its table."""
+        before, deadline = self.origin.state, self.origin.deadline
+        try:
+            effects = self.origin.handle(event, self.now)
+        except RemoteProtocolError:
+            assert isinstance(event, Received)
+            assert (self.origin.state, self.origin.deadline) == (before, deadline), "an error changed something"
+            return
+        if before is OriginState.CLOSED:
+            assert effects == ()
+            return
+        kind = type(event.message) if isinstance(event, Received) else type(event)
+        stale = isinstance(event, Received) and event.message.attempt != 1
+        assert stale or self.origin.state in ORIGIN_TRANSITIONS[before, kind]
+        assert (self.origin.deadline is None) == (self.origin.state is OriginState.CLOSED)
+        for effect in effects:
+            self.perform(effect)
+        ended = [effect for effect in effects if isinstance(effect, Finished | Failed)]
+        assert (self.origin.state is OriginState.CLOSED) == bool(ended)
+        if ended:
+            assert ended == [effects[-1]], "the end is the last effect, once"
+            closed = [e.peer for e in effects if isinstance(e, Send) and isinstance(e.message, Close)]
+            assert closed == list(self.origin.peers), "every stage hears of the end"
+
+    def perform(self, effect: OriginEffect) -> None:
+        match effect:
+            case Send(peer, message, body):
+                self.bag.append(("me", peer, message, body))
+            case Emit(token, position, _):
+                assert self.end is None
+                assert position == len(self.prompt) + len(self.tokens), "twice, or out of order"
+                self.tokens.append(token)
+            case Finished() | Failed():
+                assert self.end is None
+                self.end = effect
+
+    def deliver(self, sender: str, receiver: str, message: Message, body: Rows) -> None:
+        if receiver == "me":
+            if isinstance(message, Opened | Refused | Token):
+                self.tell(Received(sender, message))
+            return
+        node = self.nodes.get(receiver)
+        if isinstance(message, Open) and node is None:
+            self.nodes[receiver] = Node(Stage(message, receiver))
+            self.bag.append((receiver, sender, Opened(session=S, attempt=1, index=message.index), ()))
+        elif isinstance(message, Close) and node is not None and node.machine.may_close(sender):
+            node.machine.close()
+        elif isinstance(message, Step) and node is not None:
+            self.step(node, sender, message, body)
+
+    def step(self, node: Node, sender: str, step: Step, body: Rows) -> None:
+        us = node.machine.hop.peer
+        try:
+            run = node.machine.take(sender, step)
+        except RemoteProtocolError as error:
+            assert node.machine.state is StageState.OPEN
+            origin, no = node.machine.refusal("fenced", str(error))
+            self.bag.append((us, origin, no, ()))
+            return
+        if run is None:
+            return
+        assert step.position <= len(node.rows), "a gap was let through"
+        assert step.position + step.rows <= node.machine.opening.capacity
+        token, rows = node.run(step, body)
+        onward = node.machine.ran(Ran(step, token, TIME))
+        if onward is not None:
+            self.bag.append((us, onward[0], onward[1], rows))
+
+    def pass_time(self) -> None:
+        """Until the end: the origin is woken at its deadline, and nothing arrives any more."""
+        for _ in range(3):
+            if self.origin.deadline is not None:
+                self.now = self.origin.deadline
+                self.tell(Expired())
+        assert self.origin.state is OriginState.CLOSED
+        assert self.end is not None
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> World:
+    prompt = tuple(draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=6)))
+    cut = draw(st.integers(1, len(prompt)))
+    cuts = (cut, len(prompt) - cut) if cut < len(prompt) else (cut,)
+    world = World(draw(st.integers(1, 5)), prompt, cuts, draw(st.integers(1, 4)))
+    world.tell(Begin())
+    return world
+
+
+@settings(max_examples=100)
+@given(worlds())
+def test_in_order_the_answer_is_that_of_one_process(world: World) -> None:
+    while world.bag:
+        world.deliver(*world.bag.pop(0))
+    assert world.tokens == world.right
+    assert world.end == Finished("eos" if world.tokens[-1] == EOS else "length")
+    assert all(node.machine.state is StageState.CLOSED for node in world.nodes.values())
+
+
+@settings(max_examples=200)
+@given(worlds(), st.data())
+def test_any_order_loss_and_repetition(world: World, data: st.DataObject) -> None:
+    for _ in range(40):
+        if not world.bag:
+            break
+        deed = data.draw(st.sampled_from(("deliver", "deliver", "deliver", "deliver", "repeat", "lose", "late")))
+        index = data.draw(st.integers(0, len(world.bag) - 1)) if deed != "deliver" else 0
+        letter = world.bag[index]
+        if deed != "repeat":
+            world.bag.pop(index)
+        if deed != "lose":
+            world.deliver(*letter)
+        world.now += 0.1
+    world.pass_time()
+    assert world.tokens == world.right[: len(world.tokens)]
+    assert isinstance(world.end, Failed) or world.tokens == world.right
+
+
+LIES = st.one_of(
+    st.builds(Opened, session=st.just(S), attempt=st.integers(0, 2), index=st.integers(0, 7)),
+    st.builds(
+        Refused,
+        session=st.just(S),
+        attempt=st.integers(0, 2),
+        index=st.integers(0, 7),
+        code=st.sampled_from(("busy", "lost", "fenced", "timeout", "")),
+        reason=st.text(max_size=5),
+    ),
+    st.builds(
+        Token,
+        session=st.just(S),
+        attempt=st.integers(0, 2),
+        position=st.integers(0, 12),
+        token=st.integers(0, 1 << 24),
+        sent_us=st.just(0),
+        times=st.integers(0, 6).map(lambda n: (TIME,) * n),
+    ),
+    st.builds(
+        Step,
+        session=st.just(S),
+        attempt=st.integers(0, 2),
+        position=st.integers(0, 12),
+        rows=st.integers(1, 12),
+        sample=st.booleans(),
+        sent_us=st.just(0),
+        times=st.integers(0, 6).map(lambda n: (TIME,) * n),
+    ),
+    st.builds(Close, session=st.just(S), attempt=st.integers(0, 2)),
+)
+PEERS = st.sampled_from(("n0", "n1", "n2", "n3", "n4", "stranger"))
+
+
+@settings(max_examples=200)
+@given(worlds(), st.data())
+def test_lies_never_do_more_than_end_the_session(world: World, data: st.DataObject) -> None:
+    for _ in range(30):
+        deed = data.draw(st.sampled_from(("deliver", "deliver", "deliver", "lie", "gone", "stop")))
+        if deed == "deliver" and world.bag:
+            world.deliver(*world.bag.pop(0))
+        elif deed == "lie":
+            lie, liar = data.draw(LIES), data.draw(PEERS)
+            to = "me" if isinstance(lie, Opened | Refused | Token) else data.draw(PEERS)
+            world.deliver(liar, to, lie, tuple(range(lie.rows)) if isinstance(lie, Step) else ())
+        elif deed == "gone":
+            world.tell(PeerGone(data.draw(PEERS), "lost"))
+        elif deed == "stop" and data.draw(st.integers(0, 9)) == 0:
+            world.tell(Stop("cancelled"))
+    world.pass_time()
+
+
+@settings(max_examples=200)
+@given(messages(Open), st.sampled_from(("", "a", "b")))
+def test_no_open_breaks_a_stage(opening: Open, us: str) -> None:
+    try:
+        stage = Stage(opening, us)
+    except RemoteProtocolError:
+        return
+    assert stage.hop.peer == us
+    assert stage.is_last == (opening.sampling is not None)
+
+
+MESSAGES = st.one_of([messages(cls) for cls in PIPE])
+
+
+@settings(max_examples=100)
+@given(MESSAGES)
+def test_round_trip(message: Message) -> None:
+    assert PIPE.decode(PIPE.encode(message)) == message
+
+
+@settings(max_examples=20)
+@given(MESSAGES)
+def test_damaged_messages(message: Message) -> None:
+    for bad in damaged(PIPE.encode(message)):
+        if survives(bad, PIPE.decode, PIPE.encode):
+            assert PIPE.decode(bad) != message
+
+
+@settings(max_examples=200)
+@given(st.binary(max_size=200))
+def test_random_bytes(data: bytes) -> None:
+    survives(data, PIPE.decode, PIPE.encode)
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5)), max_size=12))
+def test_a_stage_takes_what_has_no_gap(steps: list[tuple[int, int]]) -> None:
+    route = (Hop(peer="a", incarnation=1, first=0, last=2),)
+    opening = Open(
+        session=S,
+        attempt=1,
+        origin="me",
+        manifest="m",
+        variant="v",
+        route=route,
+        index=0,
+        capacity=10,
+        sampling=Sampling(seed=0),
+    )
+    stage, filled = Stage(opening, "a"), 0
+    template = Step(session=S, attempt=1, position=0, rows=1, sample=False, sent_us=0)
+    for position, rows in steps:
+        step = replace(template, position=position, rows=rows)
+        if position <= filled and position + rows <= 10:
+            run = stage.take("me", step)
+            assert run is not None
+            assert run.step == step
+            filled = position + rows
+        else:
+            try:
+                stage.take("me", step)
+            except RemoteProtocolError:
+                continue
+            raise AssertionError(f"{step} was taken with {filled} rows")

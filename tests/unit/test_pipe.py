@@ -1,0 +1,479 @@
+"""Both ends of a pipe: machines without I/O, the vectors of the wire, and the table in SPEC.md."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from protocols.codec import dumps
+from protocols.errors import LocalProtocolError, RemoteProtocolError
+from protocols.pipe import machine as pipe
+from protocols.pipe.machine import (
+    LOST,
+    OPEN_SECONDS,
+    ORIGIN_TRANSITIONS,
+    PREFILL_ROW_SECONDS,
+    STAGE_TRANSITIONS,
+    STEP_SECONDS,
+    TIMEOUT,
+    Begin,
+    Emit,
+    Expired,
+    Failed,
+    Finished,
+    Origin,
+    OriginState,
+    PeerGone,
+    Ran,
+    Received,
+    Run,
+    Send,
+    Stage,
+    StageState,
+    Stop,
+    refusal,
+)
+from protocols.pipe.messages import (
+    MAX_HEADER,
+    MAX_STAGES,
+    PIPE,
+    Close,
+    Hop,
+    HopTime,
+    Message,
+    Open,
+    Opened,
+    Ping,
+    Pong,
+    Refused,
+    Sampling,
+    Step,
+    Token,
+)
+from tests.vectors import PROTOCOLS, Case, hold
+from tests.wire import damaged, survives
+
+S = bytes(range(16))
+ROUTE = (
+    Hop(peer="ann", incarnation=1, first=0, last=4),
+    Hop(peer="bob", incarnation=2, first=4, last=5),
+    Hop(peer="cat", incarnation=3, first=5, last=9),
+)
+SAMPLING = Sampling(seed=7, temperature_milli=700, top_k=40, top_p_micro=950_000, repetition_milli=1100)
+TIMES = tuple(HopTime(network_us=100 * i, queue_us=10, compute_us=1500) for i in range(3))
+
+
+def origin(**more: Any) -> Origin:
+    settings: dict[str, Any] = {
+        "session": S,
+        "attempt": 1,
+        "us": "me",
+        "manifest": "m",
+        "variant": "int4",
+        "route": ROUTE,
+        "prompt": (5, 6, 7, 8, 9),
+        "chunks": (3, 2),
+        "max_tokens": 3,
+        "eos": frozenset({2}),
+        "sampling": SAMPLING,
+    }
+    return Origin(**settings | more)
+
+
+def opened(index: int, attempt: int = 1) -> Received:
+    return Received(ROUTE[index].peer, Opened(session=S, attempt=attempt, index=index))
+
+
+def token(position: int, number: int = 11, **more: Any) -> Received:
+    message = Token(session=S, attempt=1, position=position, token=number, sent_us=0, times=TIMES)
+    return Received("cat", replace(message, **more), 70)
+
+
+def refused(index: int, code: str, retry_ms: int = 0) -> Received:
+    message = Refused(session=S, attempt=1, index=index, code=code, reason="no room", retry_ms=retry_ms)
+    return Received(ROUTE[index].peer, message)
+
+
+def running(**more: Any) -> Origin:
+    o = origin(**more)
+    o.handle(Begin(), 0.0)
+    for index in range(3):
+        o.handle(opened(index), 1.0)
+    assert o.state is OriginState.RUNNING
+    return o
+
+
+def step(position: int, rows: int, *, sample: bool = False, prefill: bool = False, hops: int = 0) -> Step:
+    return Step(
+        session=S,
+        attempt=1,
+        position=position,
+        rows=rows,
+        sample=sample,
+        prefill=prefill,
+        sent_us=0,
+        times=TIMES[:hops],
+    )
+
+
+CLOSES = tuple(Send(peer, Close(session=S, attempt=1)) for peer in ("ann", "bob", "cat"))
+
+
+# ---------------------------------------------------------------- origin
+
+
+def test_every_stage_is_asked_and_only_the_last_one_samples() -> None:
+    o = origin()
+    effects = o.handle(Begin(), 10.0)
+    assert o.deadline == 10.0 + OPEN_SECONDS
+    assert [effect.peer for effect in effects if isinstance(effect, Send)] == ["ann", "bob", "cat"]
+    opens = [effect.message for effect in effects if isinstance(effect, Send)]
+    assert all(isinstance(m, Open) and m.route == ROUTE and m.capacity == 8 for m in opens)
+    assert [m.index for m in opens if isinstance(m, Open)] == [0, 1, 2]
+    assert [m.sampling for m in opens if isinstance(m, Open)] == [None, None, SAMPLING]
+    assert [effect.body for effect in effects if isinstance(effect, Send)] == [(), (), (5, 6, 7, 8, 9)]
+
+
+def test_the_prompt_goes_out_in_its_chunks_once_all_are_open() -> None:
+    o = origin()
+    o.handle(Begin(), 0.0)
+    assert o.handle(opened(2), 1.0) == ()
+    assert o.handle(opened(2), 1.0) == (), "the same answer twice counts once"
+    assert o.handle(opened(0), 1.0) == ()
+    assert o.handle(opened(1), 2.0) == (
+        Send("ann", step(0, 3, prefill=True), (5, 6, 7)),
+        Send("ann", step(3, 2, prefill=True, sample=True), (8, 9)),
+    )
+    assert o.deadline == 2.0 + STEP_SECONDS + 5 * PREFILL_ROW_SECONDS
+
+
+def test_each_token_is_the_next_step_until_the_length_is_reached() -> None:
+    o = running()
+    emit = Emit(11, 5, TIMES, 70)
+    assert o.handle(token(5), 3.0) == (emit, Send("ann", step(5, 1, sample=True), (11,)))
+    assert o.deadline == 3.0 + STEP_SECONDS
+    assert o.handle(token(6, 12), 4.0)[1] == Send("ann", step(6, 1, sample=True), (12,))
+    assert o.handle(token(7, 13), 5.0) == (Emit(13, 7, TIMES, 70), *CLOSES, Finished("length"))
+    assert (o.state, o.deadline) == (OriginState.CLOSED, None)
+    assert o.handle(token(8), 6.0) == (), "what comes after the end is nobody's fault"
+
+
+def test_an_end_token_ends_the_answer() -> None:
+    assert running().handle(token(5, 2), 3.0) == (Emit(2, 5, TIMES, 70), *CLOSES, Finished("eos"))
+
+
+def test_a_single_stage_is_first_and_last() -> None:
+    o = origin(route=(Hop(peer="me", incarnation=1, first=0, last=9),), max_tokens=1)
+    (effect,) = o.handle(Begin(), 0.0)
+    assert isinstance(effect, Send)
+    assert effect.body == (5, 6, 7, 8, 9)
+    o.handle(Received("me", Opened(session=S, attempt=1, index=0)), 0.0)
+    last = Token(session=S, attempt=1, position=5, token=3, sent_us=0, times=TIMES[:1])
+    assert o.handle(Received("me", last), 0.0)[-1] == Finished("length")
+
+
+def test_stopping_tells_every_stage() -> None:
+    assert running().handle(Stop("cancelled"), 3.0) == (*CLOSES, Finished("cancelled"))
+    assert origin().handle(Stop("cancelled"), 0.0) == (Finished("cancelled"),), "nobody was asked yet"
+
+
+def test_a_refusal_names_who_said_no_and_when_to_ask_again() -> None:
+    o = origin()
+    o.handle(Begin(), 0.0)
+    assert o.handle(refused(1, "busy", 500), 1.0) == (*CLOSES, Failed("busy", "no room", "bob", 500))
+
+
+def test_a_stage_that_lost_the_next_one_is_not_to_blame() -> None:
+    (*closes, failed) = running().handle(refused(1, LOST), 2.0)
+    assert tuple(closes) == CLOSES
+    assert isinstance(failed, Failed)
+    assert (failed.code, failed.peer) == (LOST, "cat")
+    assert failed.reason == (
+        "the node cat, which runs layers 5 to 8, could not be reached from the stage before it: no room"
+    )
+    (*_, last) = running().handle(refused(2, LOST), 2.0)
+    assert last == Failed(LOST, "no room", "cat"), "behind the last stage are only we"
+
+
+def test_a_peer_that_goes_away_is_named_with_its_layers() -> None:
+    o = running()
+    assert o.handle(PeerGone("dora", "bye"), 2.0) == (), "it takes no part"
+    failed = o.handle(PeerGone("bob", "the connection was lost"), 2.0)[-1]
+    assert failed == Failed(LOST, "the node bob, which runs layer 4, went away: the connection was lost", "bob")
+
+
+def test_stages_that_do_not_open_are_named() -> None:
+    o = origin()
+    o.handle(Begin(), 0.0)
+    o.handle(opened(0), 1.0)
+    failed = o.handle(Expired(), 15.0)[-1]
+    assert failed == Failed(
+        TIMEOUT,
+        "the node bob, which runs layer 4, and the node cat, which runs layers 5 to 8, did not open the session "
+        "within 15 s",
+        "bob",
+    )
+
+
+def test_a_token_that_does_not_come_ends_the_session() -> None:
+    failed = running().handle(Expired(), 100.0)[-1]
+    assert isinstance(failed, Failed)
+    assert (failed.code, failed.peer) == (TIMEOUT, None)
+    assert failed.reason.startswith("no token came within 61 s from the node ann, which runs layers 0 to 3, and")
+    assert failed.reason.endswith("layers 5 to 8")
+
+
+@pytest.mark.parametrize(
+    ("event", "words"),
+    [
+        (replace(token(5), peer="ann"), "the last stage is cat"),
+        (token(6), "token at 6, expected is 5"),
+        (token(4), "token at 4, expected is 5"),
+        (token(5, times=TIMES[:2]), "2 hop times for 3 stages"),
+        (opened(0), "sent Opened; the session is running"),
+        (
+            Received("ann", Refused(session=S, attempt=1, index=1, code="x", reason="")),
+            "stage 1, which is not its own",
+        ),
+        (
+            Received("ann", Refused(session=S, attempt=1, index=3, code="x", reason="")),
+            "stage 3, which is not its own",
+        ),
+    ],
+)
+def test_what_a_peer_may_not_send_changes_nothing(event: Received, words: str) -> None:
+    o = running()
+    before = o.deadline
+    with pytest.raises(RemoteProtocolError, match=words):
+        o.handle(event, 50.0)
+    assert (o.state, o.deadline) == (OriginState.RUNNING, before)
+    assert o.handle(token(5), 51.0)[0] == Emit(11, 5, TIMES, 70)
+
+
+@pytest.mark.parametrize(
+    "event", [opened(0, attempt=0), token(5, attempt=0), replace(token(99, attempt=2), peer="x")]
+)
+def test_another_attempt_is_ignored_in_every_state(event: Received) -> None:
+    fresh, opening = origin(), origin()
+    opening.handle(Begin(), 0.0)
+    for o in (fresh, opening, running()):
+        assert o.handle(event, 1.0) == ()
+
+
+def test_our_own_mistakes_are_ours() -> None:
+    with pytest.raises(LocalProtocolError, match="Expired in state new"):
+        origin().handle(Expired(), 0.0)
+    with pytest.raises(LocalProtocolError, match="Begin in state running"):
+        running().handle(Begin(), 0.0)
+    for wrong in ({"route": ()}, {"prompt": ()}, {"chunks": (3, 3)}, {"max_tokens": 0}):
+        with pytest.raises(LocalProtocolError):
+            origin(**wrong)
+
+
+# ---------------------------------------------------------------- stage
+
+
+def opening(index: int, **more: Any) -> Open:
+    message = Open(
+        session=S,
+        attempt=1,
+        origin="me",
+        manifest="m",
+        variant="int4",
+        route=ROUTE,
+        index=index,
+        capacity=8,
+        sampling=SAMPLING if index == 2 else None,
+    )
+    return replace(message, **more)
+
+
+def stage(index: int) -> Stage:
+    return Stage(opening(index), ROUTE[index].peer)
+
+
+def test_a_stage_passes_its_rows_on_with_their_times() -> None:
+    s = stage(1)
+    taken = step(0, 3, prefill=True, hops=1)
+    assert s.take("ann", taken) == Run(taken)
+    assert s.ran(Ran(taken, None, TIMES[1])) == ("cat", step(0, 3, prefill=True, hops=2))
+
+
+def test_the_last_stage_answers_its_origin() -> None:
+    s = stage(2)
+    quiet, asked = step(0, 3, prefill=True, hops=2), step(3, 2, prefill=True, sample=True, hops=2)
+    assert s.take("bob", quiet) == Run(quiet)
+    assert s.ran(Ran(quiet, None, TIMES[2])) is None
+    assert s.take("bob", asked) == Run(asked)
+    expected = Token(session=S, attempt=1, position=5, token=11, sent_us=0, times=TIMES)
+    assert s.ran(Ran(asked, 11, TIMES[2])) == ("me", expected)
+
+
+def test_the_first_stage_is_fed_by_the_origin() -> None:
+    assert stage(0).take("me", step(0, 3)) is not None
+
+
+@pytest.mark.parametrize(
+    ("peer", "message", "words"),
+    [
+        ("me", step(0, 3, hops=1), "ann is the stage before us"),
+        ("cat", step(0, 3, hops=1), "ann is the stage before us"),
+        ("ann", step(5, 1, hops=1), "only 4 rows are here"),
+        ("ann", step(4, 5, hops=1), "rows up to 9, the session holds 8"),
+        ("ann", step(4, 1, hops=2), "2 hop times to stage 1"),
+        ("ann", step(4, 1, hops=0), "0 hop times to stage 1"),
+    ],
+)
+def test_a_wrong_step_changes_nothing(peer: str, message: Step, words: str) -> None:
+    s = stage(1)
+    s.take("ann", step(0, 4, hops=1))
+    with pytest.raises(RemoteProtocolError, match=words):
+        s.take(peer, message)
+    assert s.state is StageState.OPEN
+    assert s.take("ann", step(4, 1, hops=1)) is not None
+
+
+def test_a_step_again_rewinds() -> None:
+    s = stage(1)
+    for position in (0, 2, 4):
+        s.take("ann", step(position, 2, hops=1))
+    assert s.take("ann", step(2, 2, hops=1)) is not None
+    with pytest.raises(RemoteProtocolError, match="only 4 rows are here"):
+        s.take("ann", step(5, 1, hops=1))
+
+
+def test_a_closed_stage_neither_takes_nor_sends() -> None:
+    s = stage(1)
+    taken = step(0, 3, hops=1)
+    s.take("ann", taken)
+    s.close()
+    s.close()
+    assert s.state is StageState.CLOSED
+    assert s.take("ann", step(3, 1, hops=1)) is None
+    assert s.ran(Ran(taken, None, TIMES[1])) is None
+
+
+def test_another_attempt_of_a_step_is_stale() -> None:
+    assert stage(1).take("ann", replace(step(0, 3, hops=1), attempt=0)) is None
+
+
+def test_only_the_origin_may_close() -> None:
+    assert [stage(1).may_close(peer) for peer in ("me", "ann", "bob", "cat")] == [True, False, False, False]
+
+
+def test_a_refusal_ends_the_session() -> None:
+    s = stage(1)
+    assert s.refusal("busy", "x" * 600, 9) == ("me", refusal(opening(1), "busy", "x" * 500, 9))
+    assert s.state is StageState.CLOSED
+
+
+def test_a_stage_outlasts_the_patience_of_any_origin() -> None:
+    longest = origin(prompt=(1,) * 1000, chunks=(1000,), max_tokens=1)
+    longest.handle(Begin(), 0.0)
+    for index in range(3):
+        longest.handle(opened(index), 0.0)
+    assert longest.deadline is not None
+    assert Stage(opening(1, capacity=1001), "bob").patience >= longest.deadline
+
+
+@pytest.mark.parametrize(
+    ("change", "us", "words"),
+    [
+        ({}, "ann", "does not name us at stage 1"),
+        ({"index": 3}, "bob", "does not name us at stage 3"),
+        ({"route": ()}, "bob", "does not name us at stage 1"),
+        ({"route": (ROUTE[0], replace(ROUTE[1], last=4), ROUTE[2])}, "bob", "an empty span"),
+        ({"route": (replace(ROUTE[0], first=1), *ROUTE[1:])}, "bob", "does not start at layer 0"),
+        ({"route": (ROUTE[0], replace(ROUTE[1], first=3), ROUTE[2])}, "bob", "a gap or an overlap"),
+        ({"route": (replace(ROUTE[0], last=3), *ROUTE[1:])}, "bob", "a gap or an overlap"),
+        ({"route": (*ROUTE[:2], replace(ROUTE[2], peer="ann"))}, "bob", "names a node twice"),
+        ({"sampling": SAMPLING}, "bob", "isn't the last one"),
+    ],
+)
+def test_routes_that_are_no_chain(change: dict[str, Any], us: str, words: str) -> None:
+    with pytest.raises(RemoteProtocolError, match=words):
+        Stage(replace(opening(1), **change), us)
+
+
+# ---------------------------------------------------------------- the wire
+
+SAMPLES: dict[str, Message] = {
+    "open": opening(0),
+    "open the last stage": opening(2),
+    "open, greedy": opening(2, sampling=Sampling(seed=0)),
+    "opened": Opened(session=S, attempt=0, index=2),
+    "refused": Refused(session=S, attempt=0, index=2, code="busy", reason="All 8 sessions are taken.", retry_ms=1000),
+    "refused, no retry": Refused(session=S, attempt=0, index=0, code="fenced", reason="bob serves layers 4 to 4"),
+    "step of a prompt": step(0, 256, prefill=True),
+    "step that samples": step(300, 1, sample=True, hops=2),
+    "token": Token(session=S, attempt=1, position=301, token=42, sent_us=123_456, times=TIMES),
+    "close": Close(session=S, attempt=1),
+    "ping": Ping(number=1, sent_us=123_456),
+    "pong": Pong(number=1, ping_sent_us=123_456, received_us=999, sent_us=1001),
+}
+
+
+def test_vectors() -> None:
+    cases = [Case(name, PIPE.encode(message), message) for name, message in SAMPLES.items()]
+    bad = {
+        "empty": b"",
+        "not a map": dumps([6, S]),
+        "no tag": dumps({1: S, 2: 1}),
+        "unknown tag": dumps({0: 9, 1: S, 2: 1}),
+        "short session": dumps({0: 6, 1: S[:15], 2: 1}),
+        "missing attempt": dumps({0: 6, 1: S}),
+        "negative attempt": dumps({0: 6, 1: S, 2: -1}),
+        "attempt out of range": dumps({0: 6, 1: S, 2: (1 << 16) + 1}),
+        "no rows": dumps({0: 4, 1: S, 2: 1, 3: 0, 4: 0, 5: True, 6: 0}),
+        "too many rows": dumps({0: 4, 1: S, 2: 1, 3: 0, 4: (1 << 16) + 1, 5: True, 6: 0}),
+        "sample as a number": dumps({0: 4, 1: S, 2: 1, 3: 0, 4: 1, 5: 1, 6: 0}),
+        "position out of range": dumps({0: 4, 1: S, 2: 1, 3: (1 << 20) + 1, 4: 1, 5: True, 6: 0}),
+        "token out of range": dumps({0: 5, 1: S, 2: 1, 3: 1, 4: (1 << 24) + 1, 5: 0}),
+        "too many hop times": dumps({0: 5, 1: S, 2: 1, 3: 1, 4: 1, 5: 0, 6: [{1: 0, 2: 0, 3: 0}] * (MAX_STAGES + 1)}),
+        "capacity 0": dumps({0: 1, 1: S, 2: 1, 3: "me", 4: "m", 5: "v", 6: [], 7: 0, 8: 0}),
+        "no nucleus": dumps({0: 1, 1: S, 2: 1, 3: "me", 4: "m", 5: "v", 6: [], 7: 0, 8: 1, 9: {1: 0, 4: 0}}),
+        "long code": dumps({0: 3, 1: S, 2: 1, 3: 0, 4: "b" * 33, 5: "no"}),
+        "unknown even key": dumps({0: 6, 1: S, 2: 1, 4: 1}),
+        "spelt-out default": dumps({0: 3, 1: S, 2: 1, 3: 0, 4: "busy", 5: "no", 6: 0}),
+        "truncated": PIPE.encode(SAMPLES["close"])[:-1],
+        "trailing byte": PIPE.encode(SAMPLES["close"]) + b"\0",
+    }
+    hold("pipe", cases + [Case(name, data) for name, data in bad.items()], PIPE.decode)
+
+
+@pytest.mark.parametrize("message", SAMPLES.values(), ids=SAMPLES)
+def test_damaged_messages(message: Message) -> None:
+    good = PIPE.encode(message)
+    for data in damaged(good):
+        if survives(data, PIPE.decode, PIPE.encode):
+            assert PIPE.decode(data) != message
+
+
+def test_the_longest_route_fits() -> None:
+    hops = tuple(
+        Hop(peer=f"{i:0>64}", incarnation=(1 << 63) - 1, first=900 + i, last=901 + i) for i in range(MAX_STAGES)
+    )
+    times = tuple(HopTime(network_us=(1 << 63) - 1, queue_us=1 << 62, compute_us=1 << 62) for _ in hops)
+    last = MAX_STAGES - 1
+    big = opening(last, route=hops, origin="o" * 64, manifest="m" * 64, variant="v" * 32, sampling=SAMPLING)
+    assert len(PIPE.encode(big)) <= MAX_HEADER
+    assert len(PIPE.encode(replace(step(0, 1), times=times))) <= MAX_HEADER
+
+
+def test_the_specification_shows_the_transitions() -> None:
+    text = (PROTOCOLS / "pipe" / "SPEC.md").read_text()
+    for name, table in (("origin", ORIGIN_TRANSITIONS), ("stage", STAGE_TRANSITIONS)):
+        rows = re.findall(
+            r"^\| (\w+) \| (\w+) \| ([\w ]+) \|$", text.split(f"<!-- {name} -->")[1].split("<!-- end")[0], re.M
+        )
+        shown = {(state, event): set(after.split(" or ")) for state, event, after in rows if state != "State"}
+        assert shown == {(s.value, e.__name__): {a.value for a in after} for (s, e), after in table.items()}
+
+
+def test_the_specification_shows_the_constants() -> None:
+    text = (PROTOCOLS / "pipe" / "SPEC.md").read_text()
+    for name in ("OPEN_SECONDS", "STEP_SECONDS", "PREFILL_ROW_SECONDS"):
+        assert f"| `{name}` | {getattr(pipe, name):g} |" in text
