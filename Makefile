@@ -12,6 +12,10 @@ $(STAMP): pyproject.toml requirements.lock scripts/setup
 	PYTHON=$(PYTHON) sh scripts/setup $(VENV)
 	touch $@
 
+# A bootstrap peer and three nodes answer a question; the receipt is build/demo.json.
+demo: setup
+	$(BIN)/meshnode demo --cache build/cache --json build/demo.json
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

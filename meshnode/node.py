@@ -48,6 +48,7 @@ from meshnode.state.database import Database
 from meshnode.state.identity import Identity
 from meshnode.state.network import load_network
 from meshnode.state.port import Membership
+from meshnode.state.releases import take_waiting
 from protocols.advert.messages import Advert, Holding, RoundTrip
 from protocols.ids import Cid, PeerId, cid_to_bytes
 from protocols.manifest.codec import open_manifest
@@ -202,6 +203,7 @@ class Node:
                 work.start_soon(self._keep_advert)
                 for service in (self.stage, self.placement, self.readiness, *extra):
                     await work.start(supervise, service)
+                self._announce_waiting()
                 log.info("node.started", peer=self.identity.peer_id, addresses=self.host.addresses)
                 task_status.started()
                 await self.stopping.wait()
@@ -333,6 +335,16 @@ class Node:
                     yield piece.reason
                 else:
                     yield piece.token
+
+    def _announce_waiting(self) -> None:
+        """What was added while no node ran on this folder."""
+        waiting = take_waiting(self.database)
+        if waiting is None:
+            return
+        try:
+            self.announce(*waiting)
+        except Declined as error:
+            log.warning("model.refused", manifest=waiting[0], why=str(error))
 
     def announce(self, manifest: Cid, variant: str) -> None:
         """Say that the network serves this release from now on. It must be in our store.

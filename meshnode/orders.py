@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any, Final
 
 import psutil
+import trio
 
 from meshnode import __version__
 from meshnode.core.clock import wall_ms
@@ -22,6 +24,7 @@ from protocols.errors import LocalProtocolError
 from protocols.ids import Cid, PeerId
 from protocols.pipe.messages import Sampling
 
+PATIENCE_SECONDS: Final = 10.0  # a mesh that is just starting gets this long before a question is refused
 STATUS_VERSION: Final = 1  # of the JSON that `meshnode status --json` prints
 
 
@@ -34,6 +37,7 @@ class Orders:
     def commands(self) -> Mapping[str, Command]:
         return {
             "status": self._status,
+            "ready": self._ready,
             "generate": self._generate,
             "announce": self._announce,
             "stop": self._stop,
@@ -43,12 +47,27 @@ class Orders:
         self._node.stopping.set()
         yield {"done": True}
 
+    async def _ready(self, request: Json) -> AsyncGenerator[Json, None]:
+        """Wait until a probe token has passed through the chain, or `seconds` are over."""
+        seconds = request.get("seconds", 60)
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= 86400:
+            raise Declined("bad-request", f"seconds is {seconds!r}; it takes a number from 0 to 86400")
+        with trio.move_on_after(seconds):
+            await self._node.readiness.wait_ready()
+        ready = self._node.readiness.now
+        yield {"done": {"ready": ready.ready, "readiness": ready.sentence}}
+
     async def _announce(self, request: Json) -> AsyncGenerator[Json, None]:
         self._node.announce(Cid(str(request.get("manifest"))), str(request.get("variant")))
         yield {"done": True}
 
     async def _generate(self, request: Json) -> AsyncGenerator[Json, None]:
         question = question_of(request)
+        ready = self._node.readiness
+        if not ready.now.ready:
+            yield {"waiting": ready.now.sentence}
+            with trio.move_on_after(PATIENCE_SECONDS):  # whatever is wrong then is said by the attempt itself
+                await ready.wait_ready()
         self._node.last_receipt = None
         tokens: list[int] = []
         texts: list[str] = []
@@ -113,6 +132,7 @@ class Orders:
             "progress": None if progress is None else dataclasses.asdict(progress),
             "sessions": node.generation.running,
             "rss_bytes": psutil.Process().memory_info().rss,
+            "torch_imported": "torch" in sys.modules,
             "engine": None
             if stage is None
             else {

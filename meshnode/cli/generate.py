@@ -96,7 +96,10 @@ def stream(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         if "done" in answer:
             receipt: dict[str, Any] = answer["done"]
             return receipt
-        print(_safe(answer["text"]), end="", flush=True)
+        if "waiting" in answer:
+            print(f"Waiting for the mesh: {_safe(answer['waiting'])}.", file=sys.stderr)
+        else:
+            print(_safe(answer["text"]), end="", flush=True)
     raise client.NodeError("gone", "the node ended the answer without a receipt")
 
 

@@ -24,9 +24,12 @@ COMMANDS: Final = (
     ("bootstrap", "meshnode.cli.bootstrap", "run this node as a meeting point that serves no layers"),
     ("stop", "meshnode.cli.stop", "stop the node in good order"),
     ("status", "meshnode.cli.status", "what the mesh does now, one line per peer"),
+    ("doctor", "meshnode.cli.doctor", "find out what is wrong on this device, with remedies"),
     ("generate", "meshnode.cli.generate", "continue or answer one prompt"),
     ("chat", "meshnode.cli.chat", "talk to the model"),
     ("model", "meshnode.cli.model", "add, list, show, verify and remove models"),
+    ("demo", "meshnode.cli.demo", "a bootstrap peer and three nodes on this machine answer a question together"),
+    ("harness", "meshnode.cli.harness", "a whole mesh on this machine, to try things out and to test"),
     ("config", "meshnode.cli.config", "print the effective settings and where they come from"),
 )
 

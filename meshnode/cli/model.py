@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from protocols.manifest.messages import Manifest
 
 VARIANTS: Final = ("int4", "int8", "fp32")
-RELEASE: Final = "release"  # kind of the database records that name the releases added here
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +69,7 @@ def _add(arguments: argparse.Namespace) -> int:
     paths = Paths(folder)
     identity = Identity.load(folder, ask_passphrase)
     with _store(arguments) as store, tempfile.TemporaryDirectory(dir=paths.cache, prefix="publish-") as out:
-        run_publisher(arguments.source, Path(out), variants, _Progress())
+        run_publisher(arguments.source, Path(out), variants, StepProgress())
         cid, manifest = release(
             Path(out),
             store,
@@ -85,7 +84,7 @@ def _add(arguments: argparse.Namespace) -> int:
     return 0
 
 
-class _Progress:
+class StepProgress:
     """One line that is overwritten, on a terminal; one line a step elsewhere."""
 
     def __init__(self) -> None:
@@ -104,11 +103,15 @@ class _Progress:
 
 def adopt(folder: Path, cid: Cid, manifest: Manifest, variant: str) -> None:
     """Remember a release that lies in the store, and say that the network serves it."""
+    from meshnode.state import releases
     from meshnode.state.database import Database
 
+    running = client.is_running(folder)
     with Database(Paths(folder).state) as database:
-        database.put_record(RELEASE, cid, variant.encode())
-    if client.is_running(folder):
+        releases.remember(database, cid, variant)
+        if not running:
+            releases.serve_later(database, cid, variant)
+    if running:
         client.ask_one(folder, {"do": "announce", "manifest": cid, "variant": variant})
         print(f"The network now serves {manifest.name} {manifest.version} in {variant}.")
     else:
@@ -135,18 +138,14 @@ def _store(arguments: argparse.Namespace) -> Iterator[BlobStore]:
 
 def _releases(folder: Path, store: BlobStore) -> dict[Cid, tuple[Manifest, str]]:
     """Releases added here or served by this node: manifest CID -> (manifest, variant)."""
+    from meshnode.state import releases
     from meshnode.state.database import Database
-    from protocols.ids import Cid
     from protocols.manifest.codec import open_manifest
 
     with Database(Paths(folder).state) as database:
-        known = database.records(RELEASE)
-    out = {}
-    for cid, variant in known.items():
-        block = store.block(Cid(cid))
-        if block is not None:
-            out[Cid(cid)] = (open_manifest(block), variant.decode())
-    return out
+        known = releases.known(database)
+    blocks = {cid: store.block(cid) for cid in known}
+    return {cid: (open_manifest(block), known[cid]) for cid, block in blocks.items() if block is not None}
 
 
 def _find(folder: Path, store: BlobStore, wanted: str) -> tuple[Cid, Manifest, str]:
@@ -232,6 +231,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _remove(arguments: argparse.Namespace) -> int:
     """Forget the release, free its files; a running node that serves it goes on until it stops."""
+    from meshnode.state import releases
     from meshnode.state.database import Database
 
     folder = folder_of(arguments)
@@ -247,7 +247,7 @@ def _remove(arguments: argparse.Namespace) -> int:
         store.unpin(cid)
         freed = store.remove_unpinned()
     with Database(Paths(folder).state) as database:
-        database.remove_record(RELEASE, cid)
+        releases.forget(database, cid)
     print(f"{manifest.name} {manifest.version} is removed; {format_size(freed)} are free again.")
     return 0
 

@@ -236,7 +236,7 @@ class ContentService:
         finally:
             self._close_session(session)
             partial.close()
-        self._log.info("file.fetched", cid=short(fetch.cid), size_bytes=fetch.size)
+        self._log.debug("file.fetched", cid=short(fetch.cid), size_bytes=fetch.size)
         return path
 
     async def _open_partial(self, fetch: _Fetch) -> Partial | Path:

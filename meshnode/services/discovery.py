@@ -28,6 +28,7 @@ MAX_PEERS: Final = 32  # connections that we look for; 500 pairs are still cheap
 MAX_RETRIES: Final = 8  # dials at the same time of peers that could not be reached before
 LOOK_SECONDS: Final = 0.2  # how often new addresses are looked for
 YIELD_SECONDS: Final = 2.0  # head start of the smaller id
+YIELD_REMEMBERED_SECONDS: Final = 0.25  # the same, for a peer that may have no idea where we are
 STEADY_SECONDS: Final = 10.0  # a connection this old forgets earlier failures
 BACKOFF_FIRST: Final = 0.5  # seconds; doubles with every failure
 BACKOFF_CAP: Final = 30.0
@@ -45,6 +46,7 @@ class _Target:
 
     addresses: tuple[str, ...] = ()
     seed: bool = False  # it need not know us: we dial it, whoever has the smaller id
+    spoken_of: bool = False  # its advert came to us, so ours came to it
     cap: float = BACKOFF_CAP
     due: float = 0.0  # next dial, seconds
     failures: int = 0
@@ -76,6 +78,7 @@ class DiscoveryService:
         self._clock = clock
         self._targets: dict[PeerId, _Target] = {}
         self._remembered: Mapping[PeerId, Sequence[str]] = {}
+        self._kept: dict[PeerId, tuple[str, ...]] = {}  # what was remembered in this run
         self._bad_addresses: dict[str, str] = {}
         self._woken = trio.Event()
 
@@ -150,19 +153,31 @@ class DiscoveryService:
             unique = tuple(dict.fromkeys(addresses))[:MAX_ADDRESSES]
             target = self._targets.get(peer)
             if target is None:
-                target = self._targets[peer] = _Target(seed=peer in seeds)
+                target = self._targets[peer] = _Target(seed=peer in seeds, spoken_of=peer in spoken_of)
                 target.due = now + self._head_start(peer, target)
                 if peer in self._host.peers:
                     target.connected_at = now
             elif set(unique) - set(target.addresses):
                 target.due = min(target.due, now + self._head_start(peer, target))
             target.addresses = unique
-            target.cap = BACKOFF_CAP if target.seed or peer in spoken_of else REMEMBERED_CAP
+            target.spoken_of = peer in spoken_of
+            target.cap = BACKOFF_CAP if target.seed or target.spoken_of else REMEMBERED_CAP
+        self._remember(spoken_of)
         for peer in [peer for peer in self._targets if peer not in found and not self._targets[peer].dialling]:
             del self._targets[peer]
 
+    def _remember(self, spoken_of: Mapping[PeerId, Sequence[str]]) -> None:
+        """Keep where connected members say they are: after a restart we must find those that once found us."""
+        for peer in self._host.peers:
+            addresses = tuple(spoken_of.get(peer, ()))[:MAX_ADDRESSES]
+            if addresses and self._kept.get(peer) != addresses:
+                self._peers.remember_peer(peer, addresses, self._clock())
+                self._kept[peer] = addresses
+
     def _head_start(self, peer: PeerId, target: _Target) -> float:
-        return 0.0 if target.seed or self._host.peer_id < peer else YIELD_SECONDS
+        if target.seed or self._host.peer_id < peer:
+            return 0.0
+        return YIELD_SECONDS if target.spoken_of else YIELD_REMEMBERED_SECONDS
 
     def _due(self) -> list[PeerId]:
         """Peers to dial now: seeds always, others while there is room in the mesh."""

