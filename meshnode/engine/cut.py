@@ -2,12 +2,15 @@
 
 A segment is the run of layers [first, last), or the head alone. Its graph holds no weights: every initializer
 that is more than a few bytes is named with the place of its bytes, and handed to onnxruntime as a view of the
-mapped file. Works on the protobuf itself: onnx_ir would cost the engine process 50 MB.
+mapped file. Rotary tables are handed over the same way; most graphs say only how to compute them (`rotary.py`).
+Works on the protobuf itself: onnx_ir would cost the engine process 50 MB.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +18,9 @@ import numpy as np
 import onnx
 
 from meshnode.core.errors import ModelError
+from meshnode.engine.graph_file import read_graph
+from meshnode.engine.rotary import is_placeholder, parse
+from meshnode.engine.stage import Array
 
 _INLINE_BYTES: Final = 1024  # smaller constants stay in the graph: onnxruntime folds them
 _TYPES: Final[dict[int, np.dtype[Any]]] = {
@@ -44,7 +50,7 @@ class Cut:
     inputs: tuple[str, ...]  # the first one carries the rows
     outputs: tuple[str, ...]  # here too
     views: dict[str, View]  # initializer -> its bytes in a group file
-    tables: dict[str, np.ndarray[Any, Any]]  # initializer -> its value (rotary tables)
+    tables: dict[str, Callable[[], Array]]  # rotary table -> computes or reads it; worth doing once
 
 
 class WeightlessGraph:
@@ -52,12 +58,7 @@ class WeightlessGraph:
 
     def __init__(self, path: Path) -> None:
         """Raises ModelError when the file is no ONNX graph."""
-        try:
-            self._model = onnx.load_from_string(path.read_bytes())
-        except OSError as error:
-            raise ModelError(f"The graph {path} can't be read: {error.strerror or error}.") from error
-        except Exception as error:
-            raise ModelError(f"The graph {path} is damaged: {error}. Remove the model and fetch it again.") from error
+        self._model = read_graph(path)
         graph = self._model.graph
         self._path = path
         self._nodes = list(graph.node)
@@ -85,14 +86,17 @@ class WeightlessGraph:
         graph.input.extend(self._value(name) for name in names)
         graph.output.extend(self._value(name) for name in outputs)
         views: dict[str, View] = {}
-        tables: dict[str, np.ndarray[Any, Any]] = {}
+        tables: dict[str, Callable[[], Array]] = {}
         for name in sorted(initializers):
             tensor = self._initializers[name]
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            if is_placeholder(tensor):
+                tables[name] = parse(tensor).table
+                graph.initializer.append(_placeholder(tensor))
+            elif tensor.data_location == onnx.TensorProto.EXTERNAL:
                 views[name] = self._view(tensor)
                 graph.initializer.append(tensor)
             elif tensor.ByteSize() > _INLINE_BYTES:
-                tables[name] = np.array(onnx.numpy_helper.to_array(tensor))
+                tables[name] = partial(_inline, tensor)
                 graph.initializer.append(_placeholder(tensor))
             else:
                 graph.initializer.append(tensor)
@@ -141,6 +145,11 @@ class WeightlessGraph:
         if int(np.prod(view.shape)) * dtype.itemsize != view.length:
             raise ModelError(f"The graph {self._path} gives {tensor.name} {view.length} bytes for {view.shape}.")
         return view
+
+
+def _inline(tensor: onnx.TensorProto) -> Array:
+    """The value that the graph holds, in memory of its own: the graph can go."""
+    return np.array(onnx.numpy_helper.to_array(tensor))
 
 
 def _placeholder(tensor: onnx.TensorProto) -> onnx.TensorProto:

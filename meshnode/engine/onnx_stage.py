@@ -66,7 +66,7 @@ class OnnxStage:
         """Cut, map and open the span. Raises ModelError."""
         self._load = load
         self._weights = Weights({group.name: Path(group.path) for group in load.groups})
-        self._tables: dict[str, Array] = {}  # shared by the segments
+        self._tables: dict[str, Array] = {}  # rotary tables, one of each for all segments
         self.ones = np.ones((1, load.context + 1), np.int64)  # attention masks are slices of it
         graph = WeightlessGraph(Path(load.graph))
         self._segments = [self._segment(graph, load.first, load.last)]
@@ -107,7 +107,9 @@ class OnnxStage:
         cut = graph.head(last) if first == last else graph.layers(first, last)
         arrays = {name: self._weights.array(name, view) for name, view in cut.views.items()}
         for name, table in cut.tables.items():
-            arrays[name] = self._tables.setdefault(name, table)
+            if name not in self._tables:
+                self._tables[name] = table()
+            arrays[name] = self._tables[name]
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
         segment = _Segment(cut, first, last, values, self._load.threads)
         self._check(segment)

@@ -6,7 +6,8 @@
 `plan_graph` asks mobius for the graph with every layer boundary as an output (so that no fusion reaches across
 one and every cut gives the same numbers), replaces each matrix by one initializer that points into a group
 file, and swaps the operators of quantised variants. Constant arithmetic on weights (packing Q, K and V into one
-matrix, transposing) becomes a recipe that is carried out when the group file is written.
+matrix, transposing) becomes a recipe that is carried out when the group file is written. Rotary tables become
+placeholders of a few hundred bytes wherever the frequencies of transformers say the same (`engine/rotary.py`).
 
 Runs in the publisher only: mobius imports torch.
 """
@@ -20,11 +21,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from meshnode.core.errors import ModelError
+from meshnode.engine.graph_file import pack_graph
+from meshnode.engine.rotary import Rotary
 from meshnode.models.calibrate import UNKNOWN, Importance
 from meshnode.models.expression import Array, Expression, Joined, Reader, Transposed, Weight, joint_name
+from meshnode.models.frequencies import Frequencies
 from meshnode.models.groups import Group, Stored
 from meshnode.models.precision import BLOCK, Packing, Precision
 from meshnode.models.quantise import Packed, packed_shapes, quantise
@@ -35,6 +40,8 @@ _CONTRIB: Final = "com.microsoft"
 _GATHER: Final = "GatherBlockQuantized"
 _PRODUCT: Final = "MatMulNBits"
 _ROTARY = re.compile(r"\.(cos|sin)_cache$")
+_FREQUENCY_ULPS: Final = 4  # last bits, of float32, in which the builder's frequencies may differ from transformers'
+_TABLE_ULPS: Final = 2  # and those of the table itself
 _SHARED_INPUTS: Final = frozenset(("attention_mask", "position_ids"))
 
 
@@ -42,7 +49,7 @@ _SHARED_INPUTS: Final = frozenset(("attention_mask", "position_ids"))
 class Plan:
     """What `plan_graph` found: a graph and the content of every group file."""
 
-    graph: bytes  # serialized ONNX ModelProto
+    graph: bytes  # content of the graph file
     groups: dict[str, Group]  # "layer.0", ..., and the ends
     tied: bool  # embedding and head are one file, named "embed"
     recipes: dict[str, Recipe] = field(default_factory=dict)  # by name of the stored tensor
@@ -362,12 +369,21 @@ def build_skeleton(folder: Path, layers: int) -> tuple[ir.Model, Any]:
     return package["model"], made[0]
 
 
-def plan_graph(model: ir.Model, *, family: str, layers: int, context: int, precision: Precision) -> Plan:
+def plan_graph(
+    model: ir.Model,
+    *,
+    family: str,
+    layers: int,
+    context: int,
+    precision: Precision,
+    frequencies: Frequencies | None = None,
+) -> Plan:
     """Turn a skeleton into the weightless graph of one variant. Changes `model`.
 
     Args:
       family: transformers model_type, for messages.
       context: rotary tables are cut to this many positions.
+      frequencies: what rotary tables can be computed from; None: they stay in the graph.
     """
     import onnx_ir.passes.common as passes
 
@@ -397,8 +413,10 @@ def plan_graph(model: ir.Model, *, family: str, layers: int, context: int, preci
     graph.name = "model"  # the builder puts the path of the checkpoint here
     graph.opset_imports[_CONTRIB] = 1
     model.producer_name, model.producer_version = "meshnode", None
+    proto = ir.to_proto(model)
+    _slim(proto.graph, frequencies)
     return Plan(
-        graph=ir.to_proto(model).SerializeToString(deterministic=True),
+        graph=pack_graph(proto),
         groups=planner.groups,
         tied=planner.tied,
         recipes=planner.recipes,
@@ -409,3 +427,31 @@ def _truncate(value: ir.Value, context: int) -> None:
     table = np.ascontiguousarray(value.const_value.numpy()[:context])
     value.const_value = ir.tensor(table, name=value.name)
     value.shape = ir.Shape(table.shape)
+
+
+def _slim(graph: onnx.GraphProto, frequencies: Frequencies | None) -> None:
+    """Leave out what nobody needs to open the graph, and the rotary tables that can be computed."""
+    del graph.value_info[:]  # onnxruntime infers it again; the borders of layers are described as outputs
+    for node in graph.node:
+        del node.metadata_props[:]  # where the builder's Python code made it
+    for tensor in graph.initializer:
+        function = _ROTARY.search(tensor.name)
+        if function is None or frequencies is None:
+            continue
+        table = onnx.numpy_helper.to_array(tensor)
+        rotary = Rotary("cos" if function[1] == "cos" else "sin", frequencies.values, frequencies.scale, len(table))
+        if _says_the_same(rotary, table):
+            tensor.CopyFrom(rotary.placeholder(tensor.name))
+
+
+def _says_the_same(rotary: Rotary, table: Array) -> bool:
+    """Whether a table of the builder is the one that would be computed.
+
+    The builder's frequencies differ from those of transformers in their last bits (by 1 in SmolLM2), which moves
+    the angle in proportion. A table for another way of scaling (longrope, dynamic) is far from that.
+    """
+    if table.shape != (rotary.positions, len(rotary.frequencies)):
+        return False
+    angles = np.outer(np.arange(len(table)), np.abs(rotary.frequencies))
+    allowed = abs(rotary.scale) * (_FREQUENCY_ULPS * 2.0**-23 * angles + _TABLE_ULPS * 2.0**-23)
+    return bool(np.all(np.abs(rotary.table().astype(np.float64) - table) <= allowed))

@@ -7,7 +7,7 @@ JSON lines: {"step": ..., "variant": ..., "done": n, "total": n}, then {"finishe
 {"error": "model" | "disk" | "config", "text": ...}. What it leaves in DIR:
 
     index.json                     everything that a manifest needs to know (see `release.py`)
-    graph-int4.onnx                the weightless graph of a variant
+    graph-int4.onnx.zlib           the weightless graph of a variant, compressed
     int4/layer.0.safetensors ...   its weight groups: one per layer, embed, and head unless it is tied to embed
     config.json tokenizer.json chat_template.jinja generation_config.json LICENSE quality.json
 
@@ -32,12 +32,13 @@ from meshnode.core.errors import ConfigError, DiskError, ModelError
 from meshnode.models.calibrate import UNKNOWN, Importance, load_reference, measure_importance, measure_reference
 from meshnode.models.checkpoint import Checkpoint, open_checkpoint
 from meshnode.models.expression import Array
+from meshnode.models.frequencies import rotary_frequencies
 from meshnode.models.graph import Plan, build_skeleton, plan_graph
 from meshnode.models.groups import disk_error, fresh, total_size
 from meshnode.models.precision import Precision, precision
 from meshnode.models.quality import TEXT_NAME, calibration_tokens, measure_graph, sample_tokens
 
-MAX_CONTEXT: Final = 32768  # positions: longer rotary tables would make the graph itself large
+MAX_CONTEXT: Final = 32768  # positions: longer rotary tables would cost every node memory
 _CHAT_ENDS: Final = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>")
 
 Progress = Callable[[str, str, int, int], None]  # step, variant, done, total
@@ -81,11 +82,19 @@ def _publish(checkpoint: Checkpoint, out: Path, wanted: list[Precision], progres
         _write(out / "LICENSE", licence)
         files.append("LICENSE")
     architecture = _architecture(config, generation, tokenizer, template, special)
+    frequencies = rotary_frequencies(out)
     plans: list[tuple[Precision, Plan, Any]] = []
     for kind in wanted:
         progress("graph", kind.name, len(plans), len(wanted))
         model, module = build_skeleton(out, layers)
-        plan = plan_graph(model, family=family, layers=layers, context=architecture["context"], precision=kind)
+        plan = plan_graph(
+            model,
+            family=family,
+            layers=layers,
+            context=architecture["context"],
+            precision=kind,
+            frequencies=frequencies,
+        )
         plans.append((kind, plan, module))
     _check_room(out, sum(total_size(plan.groups.values()) + len(plan.graph) for _, plan, _ in plans))
     progress("reference", "", 0, 1)
@@ -118,7 +127,7 @@ def _write_variant(
     progress: Progress,
 ) -> dict[str, Any]:
     """Write the graph and the group files of one variant; gives its part of index.json."""
-    graph = out / f"graph-{kind.name}.onnx"
+    graph = out / f"graph-{kind.name}.onnx.zlib"
     _write(graph, plan.graph)
     where: dict[str, dict[str, object]] = {}
     for done, (name, group) in enumerate(plan.groups.items()):

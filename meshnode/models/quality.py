@@ -16,6 +16,8 @@ import numpy as np
 import onnx
 
 from meshnode.core.errors import ModelError
+from meshnode.engine.graph_file import read_graph
+from meshnode.engine.rotary import is_placeholder, parse
 from meshnode.models.expression import Array
 
 TEXT_NAME: Final = "origin-of-species-1859-introduction"
@@ -72,10 +74,13 @@ def open_uncut(folder: Path, variant: dict[str, Any], *, threads: int = 0, level
     where = {"embed": variant["embed"], "head": variant["head"]}
     where |= {f"layer.{k}": entry for k, entry in enumerate(variant["layers"])}
     maps = {name: _mapped(folder / entry["path"]) for name, entry in where.items()}
-    model = onnx.load_from_string((folder / variant["graph"]["path"]).read_bytes())
+    model = read_graph(folder / variant["graph"]["path"])
     names, values = [], []
     for tensor in model.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        if is_placeholder(tensor):
+            names.append(tensor.name)
+            values.append(onnxruntime.OrtValue.ortvalue_from_numpy(parse(tensor).table()))
+        elif tensor.data_location == onnx.TensorProto.EXTERNAL:
             external = {e.key: e.value for e in tensor.external_data}
             kind = _TYPES[tensor.data_type]
             raw = maps[external["location"]][int(external["offset"]) :][: int(external["length"])]

@@ -34,7 +34,7 @@ class Tiny:
         wanted += ["head"] if last == self.architecture.layers else []
         return StageSpec(
             kind="onnx",
-            graph=self.folder / f"graph-{self.variant}.onnx",
+            graph=self.folder / f"graph-{self.variant}.onnx.zlib",
             groups={name: self.groups[name] for name in wanted},
             first=first,
             last=last,
@@ -58,6 +58,7 @@ _KEPT: list[tempfile.TemporaryDirectory[str]] = []
 
 def make_tiny(folder: Path, *, layers: int = 4, tied: bool = True) -> dict[str, Tiny]:
     """Publish every variant of a random Llama into `folder`. Takes about ten seconds, most of it imports."""
+    from meshnode.models.frequencies import rotary_frequencies
     from meshnode.models.graph import build_skeleton, plan_graph
     from meshnode.models.precision import PRECISIONS
 
@@ -88,6 +89,7 @@ def make_tiny(folder: Path, *, layers: int = 4, tied: bool = True) -> dict[str, 
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
+    frequencies = rotary_frequencies(folder)
     out = {}
     for variant in VARIANTS:
         model, _ = build_skeleton(folder, layers)
@@ -96,8 +98,15 @@ def make_tiny(folder: Path, *, layers: int = 4, tied: bool = True) -> dict[str, 
             for name, value in model.graph.initializers.items()
             if value.const_value is None and value.shape is not None
         }
-        plan = plan_graph(model, family="llama", layers=layers, context=CONTEXT, precision=PRECISIONS[variant])
-        (folder / f"graph-{variant}.onnx").write_bytes(plan.graph)
+        plan = plan_graph(
+            model,
+            family="llama",
+            layers=layers,
+            context=CONTEXT,
+            precision=PRECISIONS[variant],
+            frequencies=frequencies,
+        )
+        (folder / f"graph-{variant}.onnx.zlib").write_bytes(plan.graph)
 
         def weight(name: str, shapes: dict[str, tuple[int, ...]] = shapes) -> np.ndarray[Any, Any]:
             return _random(name, shapes[name])

@@ -12,6 +12,8 @@ import onnx
 import onnx_ir
 import onnxruntime
 
+from meshnode.engine.graph_file import read_graph
+from meshnode.engine.rotary import is_placeholder, parse
 from meshnode.models.expression import Array
 from meshnode.models.publish import publish
 
@@ -82,7 +84,7 @@ class Pieces:
         self.reset()
 
     def _open(self, first: int, last: int) -> Any:
-        model = onnx_ir.load(self._folder / self._entry["graph"]["path"])
+        model = onnx_ir.from_proto(read_graph(self._folder / self._entry["graph"]["path"]))
         inputs = ["input_ids" if first == 0 else f"hidden_states.{first - 1}"]
         inputs += [i.name for i in model.graph.inputs if i.name in ("attention_mask", "position_ids")]
         outputs = ["logits" if last == self.layers else f"hidden_states.{last - 1}"]
@@ -105,6 +107,8 @@ class Pieces:
         return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def _bytes(self, tensor: onnx.TensorProto) -> Array:
+        if is_placeholder(tensor):
+            return parse(tensor).table()
         external = {e.key: e.value for e in tensor.external_data}
         group = external["location"]
         layer = group.removeprefix("layer.")

@@ -41,7 +41,7 @@ def sizes(folder: Path, variant: str) -> int:
     """Bytes on disk of everything that belongs to one variant."""
     return (
         sum(p.stat().st_size for p in (folder / variant).iterdir())
-        + (folder / f"graph-{variant}.onnx").stat().st_size
+        + (folder / f"graph-{variant}.onnx.zlib").stat().st_size
     )
 
 
