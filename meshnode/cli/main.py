@@ -30,6 +30,7 @@ COMMANDS: Final = (
     ("model", "meshnode.cli.model", "add, list, show, verify and remove models"),
     ("demo", "meshnode.cli.demo", "a bootstrap peer and three nodes on this machine answer a question together"),
     ("harness", "meshnode.cli.harness", "a whole mesh on this machine, to try things out and to test"),
+    ("bench", "meshnode.cli.bench", "how fast the mesh is on this machine"),
     ("config", "meshnode.cli.config", "print the effective settings and where they come from"),
 )
 

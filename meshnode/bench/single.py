@@ -1,0 +1,134 @@
+"""A whole model in one process, without a mesh: what the mesh is compared with.
+
+    python -m meshnode.bench.single FOLDER VARIANT
+
+FOLDER is what the publisher writes. One JSON object per line on standard input, {"prompt": [token ids],
+"tokens": N}; one per line back, {"token_ids", "ttft_ms", "decode_tok_s"}. Greedy; the same prompt steps as in
+the mesh; no sockets and no other process.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from meshnode.engine.port import StageSpec
+from meshnode.engine.process import load_request
+from meshnode.engine.sessions import Sessions
+from meshnode.policy.chunking import chunks
+from protocols.manifest.messages import Architecture
+from protocols.pipe.messages import Sampling
+
+Json = dict[str, Any]
+_NAME = bytes(16)
+
+
+class Single:
+    """The child process, seen from the benchmark."""
+
+    def __init__(self, folder: Path, variant: str) -> None:
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "meshnode.bench.single", str(folder), variant],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        assert self._child.stdout is not None
+        self._child.stdout.readline()  # it is open
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def generate(self, prompt: list[int], tokens: int) -> Json:
+        """Greedy tokens of one prompt with their times."""
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        self._child.stdin.write(json.dumps({"prompt": prompt, "tokens": tokens}) + "\n")
+        self._child.stdin.flush()
+        answer: Json = json.loads(self._child.stdout.readline())
+        return answer
+
+    def stop(self) -> None:
+        """End the process."""
+        assert self._child.stdin is not None
+        self._child.stdin.close()
+        self._child.wait()
+
+
+def stage_spec(folder: Path, variant: str, *, threads: int = 1) -> StageSpec:
+    """Every layer of one variant in a folder that the publisher wrote."""
+    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    entry, shape = index["variants"][variant], index["architecture"]
+    groups = {f"layer.{k}": folder / layer["path"] for k, layer in enumerate(entry["layers"])}
+    groups |= {name: folder / entry[name]["path"] for name in ("embed", "head")}
+    return StageSpec(
+        kind="onnx",
+        graph=folder / entry["graph"]["path"],
+        groups=groups,
+        first=0,
+        last=shape["layers"],
+        architecture=Architecture(**{**shape, "eos_ids": tuple(shape["eos_ids"])}),
+        threads=threads,
+        max_sessions=1,
+        max_kv_bytes=1 << 40,
+    )
+
+
+def answer(sessions: Sessions, layers: int, prompt: list[int], tokens: int) -> Json:
+    """One greedy answer of `tokens` tokens; end-of-text tokens do not end it."""
+    began = perf_counter()
+    sessions.open(
+        _NAME,
+        first=0,
+        last=layers,
+        capacity=len(prompt) + tokens,
+        sampling=Sampling(seed=0),
+        prompt=np.asarray(prompt, np.int32),
+    )
+    position, out, times = 0, [], []
+    for rows in chunks(len(prompt)):
+        body = np.asarray(prompt[position : position + rows], "<i4").tobytes()
+        position += rows
+        wanted = position == len(prompt)
+        _, token = sessions.step(
+            _NAME, position=position - rows, rows=rows, body=body, sample_after=wanted, prefill=True
+        )
+    while True:
+        assert token is not None
+        out.append(token)
+        times.append(perf_counter())
+        if len(out) == tokens:
+            break
+        body = np.asarray([token], "<i4").tobytes()
+        _, token = sessions.step(_NAME, position=position, rows=1, body=body, sample_after=True, prefill=False)
+        position += 1
+    sessions.close(_NAME)
+    decode = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
+    return {"token_ids": out, "ttft_ms": (times[0] - began) * 1000, "decode_tok_s": decode}
+
+
+def main(arguments: list[str]) -> int:
+    from meshnode.engine.onnx_stage import OnnxStage
+
+    spec = stage_spec(Path(arguments[0]), arguments[1])
+    load = load_request(spec)
+    sessions = Sessions(OnnxStage(load), load)
+    sessions.measure()  # warms up, as an engine of the mesh does
+    sys.stdout.write("{}\n")
+    sys.stdout.flush()
+    for line in sys.stdin:
+        request = json.loads(line)
+        sys.stdout.write(json.dumps(answer(sessions, spec.last, request["prompt"], request["tokens"])) + "\n")
+        sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
