@@ -55,7 +55,7 @@ def check_readiness(status: Status) -> Finding:
     return warning(
         "ready",
         f"The mesh can't answer yet: {why}.",
-        "The health lines below say what is missing; it is tried again by itself.",
+        "It is tried again by itself; `meshnode status` shows what happens.",
     )
 
 
