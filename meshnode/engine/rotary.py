@@ -107,7 +107,7 @@ def parse(tensor: onnx.TensorProto) -> Rotary:
         raise ModelError(
             f"The rotary table {tensor.name} of the graph lacks its {error}. Remove the model and fetch it again."
         ) from error
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # TypeError: text that is no UTF-8 comes as bytes
         raise ModelError(
             f"The rotary table {tensor.name} of the graph is damaged: {error}. Remove the model and fetch it again."
         ) from error

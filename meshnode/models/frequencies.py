@@ -22,6 +22,7 @@ class Frequencies:
 
     values: Array  # float32 [angles], radians per position
     scale: float  # cosines and sines are multiplied with it
+    certain: bool  # right even where the graph builder's table says something else
 
 
 def rotary_frequencies(folder: Path) -> Frequencies | None:
@@ -40,6 +41,11 @@ def rotary_frequencies(folder: Path) -> Frequencies | None:
         if len(kinds) != 1:
             return None
         rotary = kinds.pop()(config)
-        return Frequencies(np.array(rotary.inv_freq.float().numpy()), float(rotary.attention_scaling))
+        return Frequencies(
+            values=np.array(rotary.inv_freq.float().numpy()),
+            scale=float(rotary.attention_scaling),
+            # the builder scales every text, transformers only one that is longer than the model's context
+            certain=rotary.rope_type == "dynamic",
+        )
     except (ValueError, KeyError, TypeError, OSError, NotImplementedError, AttributeError, ImportError):
         return None  # the graph builder knows the model nevertheless, and its own tables stay

@@ -42,6 +42,8 @@ _PRODUCT: Final = "MatMulNBits"
 _ROTARY = re.compile(r"\.(cos|sin)_cache$")
 _FREQUENCY_ULPS: Final = 4  # last bits, of float32, in which the builder's frequencies may differ from transformers'
 _TABLE_ULPS: Final = 2  # and those of the table itself
+# onnxruntime takes how many of a head's columns are turned from the width of the table, and refuses to be told
+_UNKNOWN_ATTRIBUTE: Final = ("GroupQueryAttention", "rotary_embedding_dim")
 _SHARED_INPUTS: Final = frozenset(("attention_mask", "position_ids"))
 
 
@@ -434,13 +436,19 @@ def _slim(graph: onnx.GraphProto, frequencies: Frequencies | None) -> None:
     del graph.value_info[:]  # onnxruntime infers it again; the borders of layers are described as outputs
     for node in graph.node:
         del node.metadata_props[:]  # where the builder's Python code made it
+        kept = [a for a in node.attribute if (node.op_type, a.name) != _UNKNOWN_ATTRIBUTE]
+        if len(kept) < len(node.attribute):
+            del node.attribute[:]
+            node.attribute.extend(kept)
     for tensor in graph.initializer:
         function = _ROTARY.search(tensor.name)
         if function is None or frequencies is None:
             continue
         table = onnx.numpy_helper.to_array(tensor)
         rotary = Rotary("cos" if function[1] == "cos" else "sin", frequencies.values, frequencies.scale, len(table))
-        if _says_the_same(rotary, table):
+        if table.shape != (rotary.positions, len(rotary.frequencies)):
+            continue
+        if frequencies.certain or _says_the_same(rotary, table):
             tensor.CopyFrom(rotary.placeholder(tensor.name))
 
 
@@ -448,10 +456,8 @@ def _says_the_same(rotary: Rotary, table: Array) -> bool:
     """Whether a table of the builder is the one that would be computed.
 
     The builder's frequencies differ from those of transformers in their last bits (by 1 in SmolLM2), which moves
-    the angle in proportion. A table for another way of scaling (longrope, dynamic) is far from that.
+    the angle in proportion. A table for another way of scaling is far from that.
     """
-    if table.shape != (rotary.positions, len(rotary.frequencies)):
-        return False
     angles = np.outer(np.arange(len(table)), np.abs(rotary.frequencies))
     allowed = abs(rotary.scale) * (_FREQUENCY_ULPS * 2.0**-23 * angles + _TABLE_ULPS * 2.0**-23)
     return bool(np.all(np.abs(rotary.table().astype(np.float64) - table) <= allowed))

@@ -208,10 +208,23 @@ def _architecture(
         "kv_heads": config.get("num_key_value_heads") or heads,
         "head_dim": config.get("head_dim") or hidden // heads,
         "vocab": _count(config, "vocab_size"),
-        "context": min(_count(config, "max_position_embeddings"), MAX_CONTEXT),
+        "context": min(_positions(config), MAX_CONTEXT),
         "bos_ids": _ids(config.get("bos_token_id")),
         "eos_ids": _end_ids(config, generation, tokenizer, template, special),
     }
+
+
+def _positions(config: dict[str, Any]) -> int:
+    """How many positions have one angle each, whatever the length of the text.
+
+    Models with `longrope` turn all positions otherwise as soon as a text is longer than their original context.
+    """
+    key = "max_position_embeddings"
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) not in ("longrope", "su"):
+        return _count(config, key)
+    original = f"original_{key}"
+    return min(_count(config, key), _count({**config, **rope}, original))
 
 
 def _ids(value: Any) -> list[int]:

@@ -51,6 +51,12 @@ def test_quantised_variants_are_small(example: Path) -> None:
     assert not (example / "int4" / "head.safetensors").exists()  # tied: the table is stored once
 
 
+def test_graphs_are_small_beside_one_layer(example: Path) -> None:
+    for variant in VARIANTS:
+        entry = index_of(example)["variants"][variant]
+        assert entry["graph"]["size"] < 0.01 * entry["layers"][0]["size"], variant
+
+
 def test_quality_is_measured_and_near_the_reference(example: Path) -> None:
     for variant, most in (("fp32", 1.0005), ("int8", 1.02), ("int4", 1.18)):
         quality = index_of(example)["variants"][variant]["quality"]
