@@ -1,6 +1,6 @@
 """The file of a weightless graph: an ONNX ModelProto, compressed with zlib (RFC 1950).
 
-A graph is one sentence for every layer again and again, so it shrinks to a fourteenth. Files that are not
+A graph is one sentence for every layer again and again, so it shrinks to a twelfth. Files that are not
 compressed are read as well: a ModelProto never starts with the byte that a zlib stream starts with.
 """
 
