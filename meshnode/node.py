@@ -12,7 +12,7 @@ import fcntl
 import os
 import random
 import shutil
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +165,7 @@ class Node:
             chain=self._chain, changed=self.directory.changed, probe=self._probe, health=self.health
         )
         self.last_receipt: Receipt | None = None
+        self._releases: dict[Cid, dict[Cid, bytes]] = {}
         self.stopping = trio.Event()
         self.ended = trio.Event()
 
@@ -251,17 +252,22 @@ class Node:
         files = self.store.files()
         out: list[Holding] = []
         for head in self.directory.heads().values():
-            block = self.store.block(Cid(head.manifest))
-            if block is None:
-                continue
-            manifest = open_manifest(block)
-            wanted = {Cid(head.manifest), *(f.cid for f in manifest.files.values())}
-            for variant in manifest.variants.values():
-                wanted |= {variant.graph.cid, variant.embed.cid, variant.head.cid, *(f.cid for f in variant.layers)}
-            held = tuple(sorted(cid_to_bytes(cid) for cid in wanted & files))
+            wanted = self._release_files(Cid(head.manifest))
+            held = tuple(sorted(data for cid, data in wanted.items() if cid in files))
             if held and all(h.manifest != head.manifest for h in out):
                 out.append(Holding(manifest=head.manifest, cids=held))
         return tuple(sorted(out, key=lambda h: h.manifest))
+
+    def _release_files(self, cid: Cid) -> Mapping[Cid, bytes]:
+        """Every file of a release whose manifest is here, with its CID in bytes; read once."""
+        known = self._releases.get(cid)
+        if known is None:
+            block = self.store.block(cid)
+            if block is None:
+                return {}
+            files = (cid, *open_manifest(block).all_files())
+            known = self._releases[cid] = {file: cid_to_bytes(file) for file in files}
+        return known
 
     def _round_trips(self, before: tuple[RoundTrip, ...]) -> tuple[RoundTrip, ...]:
         old = {trip.peer: trip.us for trip in before}

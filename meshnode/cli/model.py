@@ -203,13 +203,12 @@ def _print_model(cid: Cid, manifest: Manifest) -> None:
 
 def _verify(arguments: argparse.Namespace) -> int:
     """Hash every file anew; exit code 4 if one is damaged or missing."""
-    from meshnode.models.release import manifest_files
     from protocols.unixfs.builder import Builder
 
     with _store(arguments) as store:
         _cid, manifest, _ = _find(folder_of(arguments), store, arguments.model)
         wrong = []
-        files = manifest_files(manifest)
+        files = manifest.all_files()
         for file in dict.fromkeys(files):
             path = store.path(file)
             if path is None:

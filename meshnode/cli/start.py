@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import signal
 import sys
 from contextlib import ExitStack
@@ -45,6 +46,7 @@ def run_node(config: Config) -> int:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_obey_signals, node.stopping, nursery.cancel_scope)
                 await nursery.start(node.run, control)
+                gc.freeze()  # what start-up has made stays: collections need not look at it between two tokens
                 print(f"meshnode runs as {identity.peer_id}; Ctrl-C stops it.", file=sys.stderr)
                 await node.ended.wait()
                 nursery.cancel_scope.cancel()

@@ -11,7 +11,7 @@ JSON lines: {"step": ..., "variant": ..., "done": n, "total": n}, then {"finishe
     int4/layer.0.safetensors ...   its weight groups: one per layer, embed, and head unless it is tied to embed
     config.json tokenizer.json chat_template.jinja generation_config.json LICENSE quality.json
 
-The same source gives the same bytes, so it gives the same CIDs (but another build of zlib may give the graph its own).
+The same source gives the same bytes, so it gives the same CIDs (another build of zlib may pack the graph otherwise).
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def release(
         manifest = _taken(folder, index, store, pin, name, version, created_ms, publisher)
         block = sign_manifest(sign_key, manifest)
         cid = store.put_block(block, DAG_CBOR)
-        for held in (cid, *manifest_files(manifest)):
+        for held in (cid, *manifest.all_files()):
             store.pin(held, cid)
     except (KeyError, TypeError) as error:
         raise ModelError(
@@ -159,14 +159,6 @@ def _taken(
         files={file: add(entry) for file, entry in index["files"].items()},
         variants={variant: _variant(variant, entry, add) for variant, entry in index["variants"].items()},
     )
-
-
-def manifest_files(manifest: Manifest) -> list[Cid]:
-    """CIDs of all files of a manifest, each once: what must be here for `model verify`, and what is pinned."""
-    refs = list(manifest.files.values())
-    for variant in manifest.variants.values():
-        refs += [variant.graph, variant.embed, *variant.layers, variant.head]
-    return list(dict.fromkeys(ref.cid for ref in refs))
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ by whomever.
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 import struct
@@ -22,6 +23,7 @@ from protocols.ids import PeerId
 
 SOCKET_BYTES: Final = 1 << 18
 WRITE_BYTES: Final = 1 << 18
+SMALL_BYTES: Final = 1 << 15
 RECORD_BYTES: Final = 1 << 14  # a TLS record holds no more
 GOODBYE_SECONDS: Final = 1.0
 LINGER_SECONDS: Final = 10.0
@@ -186,6 +188,9 @@ class TlsStream:
             return
         view = memoryview(self._outgoing.read())
         try:
+            if len(view) <= SMALL_BYTES:  # it fits at once as a rule: a token must not wait for the event loop
+                with suppress(BlockingIOError):
+                    view = view[os.write(self._sock.fileno(), view) :]
             while len(view):
                 with trio.move_on_after(STALL_SECONDS) as scope:
                     view = view[await self._sock.send(view) :]

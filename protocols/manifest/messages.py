@@ -85,3 +85,10 @@ class Manifest:
     architecture: Architecture
     files: dict[str, FileRef]  # "config.json", "tokenizer.json", "chat_template.jinja", "LICENSE", ...
     variants: dict[str, Variant]
+
+    def all_files(self) -> list[Cid]:
+        """CIDs of every file of every variant, each once."""
+        refs = list(self.files.values())
+        for variant in self.variants.values():
+            refs += [variant.graph, variant.embed, *variant.layers, variant.head]
+        return list(dict.fromkeys(ref.cid for ref in refs))

@@ -282,7 +282,8 @@ class Origin:
         if self._next == self._end:
             return (emit, *self._close(), Finished("length"))
         self._wait(now, STEP_SECONDS)
-        return (emit, self._step(message.position, (message.token,), sample=True, prefill=False))
+        # The stages work on the next token while the reader of this one takes his time.
+        return (self._step(message.position, (message.token,), sample=True, prefill=False), emit)
 
     def _peer_gone(self, peer: str, reason: str) -> tuple[OriginEffect, ...]:
         hops = [hop for hop in self._route if hop.peer == peer]

@@ -15,7 +15,7 @@ from nacl.signing import SigningKey
 
 from meshnode.content.blob_store import BlobStore
 from meshnode.core.errors import DiskError, ModelError
-from meshnode.models.release import manifest_files, release
+from meshnode.models.release import release
 from protocols.ids import DAG_CBOR, cid_codec, peer_id_of
 from protocols.manifest.codec import open_manifest
 
@@ -86,7 +86,7 @@ def test_a_release_is_signed_stored_and_pinned(folder: Path, store: BlobStore) -
     kept = store.path(variant.layers[1].cid)
     assert kept is not None
     assert kept.read_bytes() == b"content of int4/layer.1.safetensors"
-    assert store.pins() == {cid: frozenset({cid, *manifest_files(manifest)})}
+    assert store.pins() == {cid: frozenset({cid, *manifest.all_files()})}
 
 
 def test_the_same_folder_gives_the_same_name(folder: Path, store: BlobStore, tmp_path: Path) -> None:

@@ -173,8 +173,8 @@ async def test_gossip_frames_that_end_the_library(victim: Victim, old: Member, n
 async def test_a_handler_that_raises(victim: Victim, old: Member) -> None:
     for lane in Lane:
         stream = await old.open_stream(victim.peer, RAISE, lane)
-        await stream.send_all(b"x")
         with pytest.raises(PeerUnreachable):
+            await stream.send_all(b"x")
             while await stream.receive_some():
                 pass
         await stream.aclose()
