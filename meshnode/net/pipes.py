@@ -126,17 +126,19 @@ class Pipes:
         if isinstance(message, Step | Token):
             message = dataclasses.replace(message, sent_us=now_us())
         data = memoryview(pack(PIPE.encode(message), body))
+        sent, why = 0, "the pipe broke"
         try:
-            for start in range(0, len(data), PIECE_BYTES):
+            while sent < len(data):
+                piece = data[sent : sent + PIECE_BYTES]
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + SEND_SECONDS) as scope:
-                    await stream.send_all(data[start : start + PIECE_BYTES])
+                    await stream.send_all(piece)
                 if scope.cancelled_caught:
-                    raise PeerUnreachable(
-                        f"{peer} took no data for {SEND_SECONDS:.0f} s; its pipe is closed", peer=peer
-                    )
-        except PeerUnreachable as error:
-            await self._drop(peer, stream, str(error))
-            raise
+                    why = f"{peer} took no data for {SEND_SECONDS:.0f} s; its pipe is closed"
+                    raise PeerUnreachable(why, peer=peer)
+                sent += len(piece)
+        finally:
+            if sent < len(data):
+                await self._drop(peer, stream, why)
 
     async def _drop(self, peer: PeerId, stream: Stream, reason: str) -> None:
         if self._streams.get(peer) is not stream:

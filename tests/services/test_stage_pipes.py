@@ -1,0 +1,201 @@
+"""Pipes between nodes on the in-memory network, in virtual time."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from meshnode.core.errors import PeerUnreachable
+from meshnode.net.memory_host import MemoryHost, MemoryNetwork
+from meshnode.net.pipes import MOST_UNDER_WAY_US, PROTOCOL, SEND_SECONDS, ClockOffset, Pipes
+from protocols.frame import pack
+from protocols.ids import PeerId
+from protocols.pipe.messages import PIPE, Close, HopTime, Message, Pong, Step
+from tests.adverts import peer_of
+
+S = bytes(16)
+CLOSE = Close(session=S, attempt=0)
+STEP = Step(session=S, attempt=0, position=0, rows=1, sample=False, sent_us=0)
+
+
+@dataclass
+class Node:
+    host: MemoryHost
+    pipes: Pipes
+    heard: list[tuple[PeerId, Message, bytes, int]] = field(default_factory=list)
+    lost: list[tuple[PeerId, str]] = field(default_factory=list)
+    news: trio.Event = field(default_factory=trio.Event)
+    slow: Callable[[], Awaitable[None]] | None = None
+
+    @property
+    def peer(self) -> PeerId:
+        return self.host.peer_id
+
+    async def take(self, peer: PeerId, message: Message, body: bytes, network_us: int) -> None:
+        if self.slow is not None:
+            await self.slow()
+        self.heard.append((peer, message, body, network_us))
+        self._tell()
+
+    def lose(self, peer: PeerId, reason: str) -> None:
+        self.lost.append((peer, reason))
+        self._tell()
+
+    def _tell(self) -> None:
+        self.news.set()
+        self.news = trio.Event()
+
+    async def until(self, condition: Callable[[], object], within: float) -> None:
+        with trio.fail_after(within):
+            while not condition():
+                await self.news.wait()
+
+
+@asynccontextmanager
+async def pair(*, delay: float = 0.001, bandwidth: float = 0.0) -> AsyncIterator[tuple[Node, Node, MemoryNetwork]]:
+    """Two connected nodes with running pipes."""
+    network = MemoryNetwork()
+    hosts = [network.host(peer_of(number)) for number in (1, 2)]
+    network.set_link(hosts[0].peer_id, hosts[1].peer_id, delay=delay, bandwidth=bandwidth)
+    one, other = (Node(host, Pipes(host)) for host in hosts)
+    async with trio.open_nursery() as nursery:
+        for node in (one, other):
+            node.pipes.deliver_to(node.take)
+            node.pipes.report_to(node.lose)
+            await nursery.start(node.host.run)
+            await nursery.start(node.pipes.run)
+        one.host.admit(other.peer, True)
+        other.host.admit(one.peer, True)
+        await one.host.connect(other.peer, other.host.addresses)
+        yield one, other, network
+        nursery.cancel_scope.cancel()
+
+
+async def test_messages_arrive_in_order_and_to_oneself(autojump_clock: MockClock) -> None:
+    async with pair() as (one, other, _):
+        for number in range(20):
+            await one.pipes.send(other.peer, Close(session=S, attempt=number), bytes([number]))
+        await other.until(lambda: len(other.heard) == 20, 5)
+        assert [(m.attempt, body) for _, m, body, _ in other.heard if isinstance(m, Close)] == [
+            (number, bytes([number])) for number in range(20)
+        ]
+        await one.pipes.send(one.peer, CLOSE)
+        assert one.heard == [(one.peer, CLOSE, b"", 0)]
+
+
+async def test_a_large_frame_over_a_slow_link_takes_its_time(autojump_clock: MockClock) -> None:
+    async with pair(bandwidth=100_000) as (one, other, _):
+        began = trio.current_time()
+        await one.pipes.send(other.peer, STEP, bytes(4_000_000))
+        await other.until(lambda: other.heard, 100)
+        assert trio.current_time() - began > 3 * SEND_SECONDS
+        assert one.lost == []
+
+
+async def test_large_frames_both_ways_do_not_wait_for_each_other(autojump_clock: MockClock) -> None:
+    async with pair(bandwidth=400_000) as (one, other, _), trio.open_nursery() as nursery:
+        for sender, receiver in ((one, other), (other, one)):
+            for _ in range(4):
+                nursery.start_soon(sender.pipes.send, receiver.peer, STEP, bytes(4_000_000))
+        for node in (one, other):
+            await node.until(lambda node=node: len(node.heard) == 4, 200)  # type: ignore[misc]
+        assert one.lost == other.lost == []
+
+
+async def test_a_reader_that_takes_nothing_breaks_the_pipe(autojump_clock: MockClock) -> None:
+    async with pair() as (one, other, _):
+        other.slow = trio.sleep_forever
+        await one.pipes.send(other.peer, CLOSE)
+        with pytest.raises(PeerUnreachable, match="took no data for 10 s") as caught:
+            await one.pipes.send(other.peer, STEP, bytes(4_000_000))
+        assert caught.value.peer == other.peer
+        assert [peer for peer, _ in one.lost] == [other.peer]
+
+
+async def test_a_pipe_is_opened_anew_after_the_peer_came_back(autojump_clock: MockClock) -> None:
+    async with pair() as (one, other, _):
+        await one.pipes.send(other.peer, CLOSE)
+        await other.until(lambda: other.heard, 5)
+        events = one.host.events()
+        await one.host.disconnect(other.peer, "a pause")
+        while (await events.receive()).connected:
+            pass
+        with pytest.raises(PeerUnreachable):
+            await one.pipes.send(other.peer, CLOSE)
+        await one.host.connect(other.peer, other.host.addresses)
+        await one.pipes.send(other.peer, CLOSE)
+        await other.until(lambda: len(other.heard) == 2, 5)
+
+
+async def test_the_first_message_after_a_reconnection_is_not_lost(autojump_clock: MockClock) -> None:
+    async with pair() as (one, other, _):
+        await one.pipes.send(other.peer, CLOSE)
+        await other.until(lambda: other.heard, 5)
+        await one.host.disconnect(other.peer, "a pause")
+        await one.host.connect(other.peer, other.host.addresses)
+        await one.pipes.send(other.peer, CLOSE)
+        await other.until(lambda: len(other.heard) == 2, 5)
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [b"\xff" * 64, pack(b"no message"), pack(PIPE.encode(CLOSE))[:-1], pack(PIPE.encode(CLOSE) + b"\0"), pack(b"")],
+)
+async def test_nonsense_costs_its_stream_and_nothing_else(nonsense: bytes, autojump_clock: MockClock) -> None:
+    async with pair() as (one, other, _):
+        stream = await one.host.open_stream(other.peer, PROTOCOL)
+        await stream.send_all(nonsense)
+        await stream.send_eof()
+        with trio.fail_after(5), pytest.raises(PeerUnreachable):
+            while await stream.receive_some():
+                pass
+        await one.pipes.send(other.peer, CLOSE)
+        await other.until(lambda: other.heard, 5)
+
+
+async def test_a_pipe_that_breaks_is_reported_within_two_pings(autojump_clock: MockClock) -> None:
+    async with pair() as (one, other, _):
+        await one.pipes.send(other.peer, CLOSE)
+        await other.until(lambda: other.heard, 5)
+
+        async def refuse() -> None:
+            raise PeerUnreachable("this receiver has had enough")
+
+        other.slow = refuse
+        await one.pipes.send(other.peer, CLOSE)
+        await one.until(lambda: one.lost, 2.5)
+        assert [peer for peer, _ in one.lost] == [other.peer]
+
+
+async def test_the_time_under_way_is_measured_against_the_clock_of_the_peer(autojump_clock: MockClock) -> None:
+    offset = ClockOffset()
+    assert offset.under_way_us(5, 10) == 0, "not compared yet"
+    # The peer's clock is 1000 ahead; 50 there, 70 back, 10 in between.
+    offset.add(Pong(number=1, ping_sent_us=100, received_us=1150, sent_us=1160), 230)
+    assert offset.under_way_us(1200, 260) == pytest.approx(60, abs=10)
+    # A slower exchange tells less.
+    offset.add(Pong(number=2, ping_sent_us=300, received_us=1350, sent_us=1351), 900)
+    assert offset.under_way_us(1200, 260) == pytest.approx(60, abs=10)
+
+
+@pytest.mark.parametrize(
+    "pong",
+    [
+        Pong(number=1, ping_sent_us=(1 << 63) - 1, received_us=0, sent_us=0),
+        Pong(number=1, ping_sent_us=0, received_us=0, sent_us=(1 << 63) - 1),
+        Pong(number=1, ping_sent_us=0, received_us=(1 << 63) - 1, sent_us=0),
+        Pong(number=1, ping_sent_us=90, received_us=(1 << 63) - 1, sent_us=(1 << 63) - 1),
+    ],
+)
+def test_a_peer_that_lies_about_time_stays_within_bounds(pong: Pong) -> None:
+    offset = ClockOffset()
+    offset.add(pong, 100)
+    for sent_us in (0, 50, 1 << 40, (1 << 63) - 1):
+        assert 0 <= offset.under_way_us(sent_us, 200) <= MOST_UNDER_WAY_US
+    limit = HopTime(network_us=MOST_UNDER_WAY_US, queue_us=0, compute_us=0)
+    assert PIPE.encode(Step(session=S, attempt=0, position=0, rows=1, sample=False, sent_us=0, times=(limit,)))
