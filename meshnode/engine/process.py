@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,6 @@ from io import FileIO
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import psutil
 import trio
 
@@ -150,7 +150,7 @@ class EngineProcess:
     ) -> None:
         """See port.py. If cancelled: the session may be open."""
         request = Open(number=0, session=session, first=first, last=last, capacity=capacity, sampling=sampling)
-        await self._ask(request, np.asarray(prompt, "<i4").tobytes(), seconds=self._deadlines.call)
+        await self._ask(request, struct.pack(f"<{len(prompt)}i", *prompt), seconds=self._deadlines.call)
 
     async def step(
         self, session: SessionId, *, position: int, rows: int, data: bytes, sample: bool, prefill: bool = False

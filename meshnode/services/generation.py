@@ -7,8 +7,9 @@ import math
 import random
 import statistics
 import sys
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -18,26 +19,32 @@ import trio
 from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.policy.chunking import chunks
 from meshnode.policy.route import NoRoute
-from protocols.errors import RemoteProtocolError
+from protocols.codec import encode
+from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import SESSION_BYTES, PeerId, short
 from protocols.pipe.machine import (
+    LOST,
+    TIMEOUT,
     Begin,
     Emit,
     Expired,
     Failed,
     Finished,
     Origin,
+    OriginEffect,
     OriginEvent,
     PeerGone,
     Received,
     Stop,
 )
 from protocols.pipe.machine import Send as SendEffect
-from protocols.pipe.messages import Hop, HopTime, Message, Opened, Refused, Sampling, Token
+from protocols.pipe.messages import Close, Hop, HopTime, Message, Opened, Refused, Sampling, Token
 
 EVENTS: Final = 256  # messages of one session that wait for us: stages answer once per step
+GOODBYE_SECONDS: Final = 2.0  # for telling the stages that a session is over
+MAX_TOKEN_ID: Final = 1 << 24  # as in a Token
 OPEN_ATTEMPTS: Final = 3  # routes that are tried when a stage refuses before the first token
-RETRY_CODES: Final = frozenset({"fenced", "busy", "not-ready", "engine-lost", "lost"})
+RETRY_CODES: Final = frozenset({"fenced", "busy", "not-ready", "engine-lost", "bad-input", LOST, TIMEOUT})
 
 log = structlog.get_logger()
 
@@ -124,12 +131,32 @@ def _median_ms(values: Sequence[int]) -> float:
 
 
 class Generation:
-    """One running session: iterate it for the tokens; afterwards `receipt` is complete."""
+    """One running session: its machine, and the events that wait for it."""
 
     def __init__(self, machine: Origin, receipt: Receipt) -> None:
         self.machine = machine
         self.receipt = receipt
-        self.inbox, self.events = trio.open_memory_channel[OriginEvent](EVENTS)
+        self.goodbyes: list[SendEffect] = []
+        self._events: deque[OriginEvent] = deque()
+        self._came = trio.Event()
+
+    @property
+    def waiting(self) -> int:
+        """Events that the machine has not seen yet."""
+        return len(self._events)
+
+    def put(self, event: OriginEvent) -> None:
+        self._events.append(event)
+        self._came.set()
+
+    async def next(self) -> OriginEvent:
+        """The next event, or Expired at the deadline; what has come in time counts, however late it is asked for."""
+        if not self._events:
+            self._came = trio.Event()
+            deadline = self.machine.deadline
+            with trio.move_on_at(math.inf if deadline is None else deadline):
+                await self._came.wait()
+        return self._events.popleft() if self._events else Expired()
 
 
 class GenerationService:
@@ -173,21 +200,15 @@ class GenerationService:
             return
         if peer not in generation.machine.peers:
             raise RemoteProtocolError(f"{peer} answers for a session that it takes no part in")
-        self._put(generation, Received(peer, message, network_us))
+        if generation.waiting >= EVENTS:
+            raise RemoteProtocolError(f"more than {EVENTS} messages for one session at once")
+        generation.put(Received(peer, message, network_us))
 
     def peer_gone(self, peer: PeerId, reason: str) -> None:
-        """A peer went away: sessions that pass through it fail at once."""
-        for generation in list(self._running.values()):
+        """Our connection or pipe to a peer broke: sessions that pass through it fail at once."""
+        for generation in self._running.values():
             if peer in generation.machine.peers:
-                self._put(generation, PeerGone(peer, reason))
-
-    def _put(self, generation: Generation, event: OriginEvent) -> None:
-        try:
-            generation.inbox.send_nowait(event)
-        except trio.WouldBlock:
-            raise RemoteProtocolError(f"more than {EVENTS} messages for one session at once") from None
-        except trio.BrokenResourceError:
-            return  # the session ended a moment ago
+                generation.put(PeerGone(peer, reason))
 
     async def generate(self, request: Request) -> AsyncGenerator[Piece | Receipt, None]:
         """Tokens as they come, at last the receipt.
@@ -195,36 +216,45 @@ class GenerationService:
         Raises:
           Declined: no model, no route, the prompt is too long, or every stage asked said no.
           PeerUnreachable: a stage was lost on the way (which one, and which layers).
+
+        If cancelled or closed: every stage is told that the session is over (2 s at most).
         """
         target = self._target()
         if target is None:
             raise Declined("no-model", "the network serves no model yet; add one with: meshnode model add PATH")
+        _check(request)
         room = target.context - len(request.prompt)
-        if not request.prompt:
-            raise Declined("bad-request", "the prompt is empty")
         if room < 1:
             raise Declined(
                 "too-long",
                 f"the prompt has {len(request.prompt)} tokens; the model holds {target.context} with its answer",
             )
         avoid: set[PeerId] = set()
+        failure: Declined | PeerUnreachable | None = None
         for attempt in range(OPEN_ATTEMPTS):
             route = self._route(target, self._rng.getrandbits(32), frozenset(avoid))
             if isinstance(route, NoRoute):
-                raise Declined("no-route", route.reason, retry_ms=route.retry_ms)
+                # That there is no other way is no news; why this one failed is.
+                raise failure or Declined("no-route", route.reason, retry_ms=route.retry_ms)
+            started = False
             try:
-                async with self._session(target, route, request, min(request.max_tokens, room)) as generation:
-                    async for piece in self._drive(generation):
+                async with (
+                    self._session(target, route, request, min(request.max_tokens, room)) as generation,
+                    aclosing(self._drive(generation)) as pieces,
+                ):
+                    async for piece in pieces:
+                        started = True
                         yield piece
-                    yield generation.receipt
-                    return
             except (Declined, PeerUnreachable) as error:
-                code = error.code if isinstance(error, Declined) else "lost"
-                started = bool(generation.receipt.tokens)
+                code = error.code if isinstance(error, Declined) else LOST
                 if started or code not in RETRY_CODES or error.peer is None or attempt == OPEN_ATTEMPTS - 1:
                     raise
                 log.info("route.retried", peer=short(error.peer), reason=str(error))
                 avoid.add(error.peer)
+                failure = error
+            else:
+                yield generation.receipt
+                return
 
     @asynccontextmanager
     async def _session(
@@ -251,24 +281,27 @@ class GenerationService:
             yield generation
         finally:
             del self._running[key]
-            generation.events.close()
-            goodbyes = machine.handle(Stop("cancelled"), trio.current_time())
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + 2):
-                for effect in goodbyes:
-                    if isinstance(effect, SendEffect):
-                        await self._perform(effect)
+            stopped = machine.handle(Stop("cancelled"), trio.current_time())
+            goodbyes = generation.goodbyes + [effect for effect in stopped if isinstance(effect, SendEffect)]
+            # All at once: a stage that takes nothing must not keep the others from hearing of it.
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_SECONDS):
+                async with trio.open_nursery() as nursery:
+                    for goodbye in goodbyes:
+                        nursery.start_soon(self._perform, goodbye)
 
-    async def _drive(self, generation: Generation) -> AsyncIterator[Piece]:
+    async def _drive(self, generation: Generation) -> AsyncGenerator[Piece, None]:
         """Feed the machine until the session ends: one event, all its effects, the next event."""
         machine, receipt = generation.machine, generation.receipt
         event: OriginEvent = Begin()
         while True:
-            for effect in machine.handle(event, trio.current_time()):
+            for effect in self._handle(machine, event):
                 match effect:
+                    case SendEffect(message=Close()):
+                        generation.goodbyes.append(effect)
                     case SendEffect():
                         failure = await self._perform(effect)
                         if failure is not None:
-                            generation.inbox.send_nowait(PeerGone(effect.peer, failure))
+                            generation.put(PeerGone(effect.peer, failure))
                     case Emit():
                         receipt.tokens.append(effect.token)
                         receipt.arrivals.append(trio.current_time())
@@ -280,12 +313,20 @@ class GenerationService:
                         return
                     case Failed(code, reason, peer, retry_ms):
                         gone = None if peer is None else PeerId(peer)
-                        if code in ("lost", "timeout"):
+                        if code in (LOST, TIMEOUT):
                             raise PeerUnreachable(reason, peer=gone)
                         raise Declined(code, reason, retry_ms=retry_ms, peer=gone)
-            event = Expired()
-            with trio.move_on_at(math.inf if machine.deadline is None else machine.deadline):
-                event = await generation.events.receive()
+            event = await generation.next()
+
+    def _handle(self, machine: Origin, event: OriginEvent) -> tuple[OriginEffect, ...]:
+        """A stage that breaks the rules is lost to this session, like one that went away."""
+        try:
+            return machine.handle(event, trio.current_time())
+        except RemoteProtocolError as error:
+            assert isinstance(event, Received)
+            log.warning("stage.misbehaved", peer=short(event.peer), reason=str(error))
+            gone = PeerGone(event.peer, f"it broke the rules of the pipe: {error}")
+            return machine.handle(gone, trio.current_time())
 
     async def _perform(self, effect: SendEffect) -> str | None:
         """Send one message. Returns why it could not be sent."""
@@ -297,3 +338,18 @@ class GenerationService:
         except (PeerUnreachable, Declined) as error:
             return str(error)
         return None
+
+
+def _check(request: Request) -> None:
+    """Raises Declined `bad-request` with a sentence about the first thing that is wrong."""
+    if not request.prompt:
+        raise Declined("bad-request", "the prompt is empty")
+    if request.max_tokens < 1:
+        raise Declined("bad-request", f"max_tokens is {request.max_tokens}; at least 1 is needed")
+    wrong = next((token for token in request.prompt if not 0 <= token <= MAX_TOKEN_ID), None)
+    if wrong is not None:
+        raise Declined("bad-request", f"{wrong} is no token id; they go from 0 to {MAX_TOKEN_ID}")
+    try:
+        encode(request.sampling)
+    except LocalProtocolError as error:
+        raise Declined("bad-request", f"the sampling can't be used: {error}") from error

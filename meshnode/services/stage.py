@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Final, Protocol
 
@@ -14,11 +16,13 @@ from meshnode.engine.port import Engine
 from protocols.advert.messages import Span
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId, SessionId, short
-from protocols.pipe.machine import Ran, StageState, refusal
+from protocols.pipe.machine import LOST, Ran, StageState, refusal
 from protocols.pipe.machine import Stage as Machine
 from protocols.pipe.messages import Close, HopTime, Message, Open, Opened, Step
 
+MAX_SESSIONS: Final = 1024  # far above what any engine opens; further ones are not even asked for
 MAX_WAITING_STEPS: Final = 1024  # steps of one session that wait for the engine: a prompt of 256k tokens
+MAX_UNTOLD: Final = 64  # refusals to one peer that wait for its pipe; further ones it learns by our silence
 RETRY_MS: Final = 2_000  # what a busy stage advises
 QUEUE_WEIGHT: Final = 0.1  # of the newest sample in the moving average of the queue
 
@@ -47,6 +51,8 @@ class _Session:
         self.served = served
         self.prompt = prompt
         self.scope = trio.CancelScope()
+        self.ended = trio.Event()
+        self.waiting_rows = 0
         self.send, self.receive = trio.open_memory_channel[tuple[Step, bytes, int, int]](MAX_WAITING_STEPS)
 
 
@@ -70,6 +76,7 @@ class StageService:
         self._engine_lost = engine_lost
         self._sessions: dict[bytes, _Session] = {}
         self._nursery: trio.Nursery | None = None
+        self._untold: Counter[PeerId] = Counter()
         self._queue_us = 0.0
 
     @property
@@ -87,18 +94,21 @@ class StageService:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             task_status.started()
-            await trio.sleep_forever()
+            try:
+                await trio.sleep_forever()
+            finally:
+                self._nursery = None
 
     async def receive(self, peer: PeerId, message: Open | Step | Close, body: bytes, network_us: int) -> None:
-        """Take one message; never waits for the engine.
+        """Take one message; never waits for the engine or for another peer.
 
         Raises RemoteProtocolError when the peer may not send it: its pipe is closed.
         """
         match message:
             case Open():
-                await self._open(peer, message, body)
+                self._open(peer, message, body)
             case Step():
-                await self._step(peer, message, body, network_us)
+                self._step(peer, message, body, network_us)
             case Close():
                 session = self._sessions.get(message.session)
                 if session is not None and session.machine.opening.attempt == message.attempt:
@@ -107,34 +117,39 @@ class StageService:
                     self._end(session)
 
     def peer_gone(self, peer: PeerId, reason: str) -> None:
-        """Sessions that this peer asked for are over. Those it merely takes part in are ended by their origin."""
+        """Our connection or pipe to a peer broke: its sessions are over, and so are those that pass it steps."""
         for session in list(self._sessions.values()):
-            if session.machine.opening.origin == peer:
-                log.info("session.abandoned", origin=short(peer), reason=reason)
-                self._end(session)
+            machine = session.machine
+            if machine.opening.origin == peer:
+                self._refuse(session, "not-ready", f"the way back from {self._us} broke: {reason}", RETRY_MS)
+            elif machine.downstream == peer:
+                self._refuse(session, LOST, f"{self._us} can't pass a step on: {reason}")
 
-    async def _open(self, peer: PeerId, opening: Open, body: bytes) -> None:
+    def _open(self, peer: PeerId, opening: Open, body: bytes) -> None:
         if peer != opening.origin:
             raise RemoteProtocolError(f"{peer} opened a session in the name of {opening.origin}")
         machine = Machine(opening, self._us)
-        served = self._serving()
-        why = self._fence(machine, served)
-        if served is None or why:
-            await self._tell(peer, refusal(opening, "fenced", why, RETRY_MS))
-            return
+        if len(body) % 4 or len(body) > 4 * opening.capacity:
+            raise RemoteProtocolError(
+                f"{peer} sent a prompt of {len(body)} bytes; token ids have 4 bytes each, "
+                f"and the session holds {opening.capacity}"
+            )
         old = self._sessions.get(opening.session)
+        if old is not None and (old.machine.opening.origin != peer or old.machine.opening.attempt >= opening.attempt):
+            raise RemoteProtocolError(f"{peer} opened a session id a second time")
+        served, nursery = self._serving(), self._nursery
+        why = self._fence(machine, served)
+        if served is None or nursery is None or why:
+            self._tell_soon(peer, refusal(opening, "fenced", why, RETRY_MS))
+            return
+        if len(self._sessions) >= MAX_SESSIONS:
+            self._tell_soon(peer, refusal(opening, "busy", f"{self._us} has {MAX_SESSIONS} sessions", RETRY_MS))
+            return
         if old is not None:
-            if old.machine.opening.origin != peer or old.machine.opening.attempt >= opening.attempt:
-                raise RemoteProtocolError(f"{peer} opened a session id a second time")
             self._end(old)
-        if len(body) % 4:
-            raise RemoteProtocolError(f"{peer} sent a prompt of {len(body)} bytes; token ids have 4 bytes each")
-        prompt = tuple(memoryview(body).cast("i")) if body else ()
-        session = _Session(machine, served, prompt)
-        self._sessions[opening.session] = session
-        if self._nursery is None:
-            raise RemoteProtocolError("a session was opened before this node serves")
-        self._nursery.start_soon(self._work, session)
+        prompt = struct.unpack(f"<{len(body) // 4}i", body)
+        session = self._sessions[opening.session] = _Session(machine, served, prompt)
+        nursery.start_soon(self._work, session, old)
 
     def _fence(self, machine: Machine, served: Served | None) -> str:
         """Why we don't serve exactly what the route says; empty when we do."""
@@ -150,27 +165,33 @@ class StageService:
             return f"{self._us} serves layers {span.first} to {span.last - 1}, not {hop.first} to {hop.last - 1}"
         return ""
 
-    async def _step(self, peer: PeerId, step: Step, body: bytes, network_us: int) -> None:
+    def _step(self, peer: PeerId, step: Step, body: bytes, network_us: int) -> None:
         session = self._sessions.get(step.session)
         if session is None:
             return  # its origin has closed it, or is told by the stage that ended it
+        machine = session.machine
         try:
-            run = session.machine.take(peer, step)
+            run = machine.take(peer, step)
         except RemoteProtocolError as error:
-            if peer not in {hop.peer for hop in session.machine.opening.route} | {session.machine.opening.origin}:
+            if peer not in {hop.peer for hop in machine.opening.route} | {machine.opening.origin}:
                 raise
-            await self._refuse(session, "fenced", str(error))
+            self._refuse(session, "fenced", str(error))
             return
         if run is None:
             return
+        due = 4 * step.rows * (session.served.engine.spec.architecture.hidden if machine.hop.first else 1)
+        if len(body) != due:
+            self._refuse_rows(session, f"{peer} sent {len(body)} bytes for {step.rows} rows; {due} are due")
+            return
+        session.waiting_rows += step.rows
         try:
+            if session.waiting_rows > 2 * machine.opening.capacity:  # all of them, and all of them once more
+                raise trio.WouldBlock
             session.send.send_nowait((step, body, network_us, time.monotonic_ns()))
         except trio.WouldBlock:
-            await self._refuse(
-                session, "busy", f"more than {MAX_WAITING_STEPS} steps wait for the engine of {self._us}"
-            )
+            self._refuse(session, "busy", f"too many steps of one session wait for the engine of {self._us}")
 
-    async def _work(self, session: _Session) -> None:
+    async def _work(self, session: _Session, before: _Session | None) -> None:
         """One session from its opening to its end; every way out frees the engine's memory."""
         machine, engine = session.machine, session.served.engine
         opening = machine.opening
@@ -178,6 +199,8 @@ class StageService:
         session.served.enter()
         try:
             with session.scope:
+                if before is not None:  # the engine knows both by the same name
+                    await before.ended.wait()
                 try:
                     await engine.open(
                         key,
@@ -188,25 +211,36 @@ class StageService:
                         prompt=session.prompt,
                     )
                     opened = Opened(session=opening.session, attempt=opening.attempt, index=opening.index)
-                    await self._send(PeerId(opening.origin), opened, b"")
-                    async for step, body, network_us, arrived_ns in session.receive:
-                        await self._run_step(session, step, body, network_us, arrived_ns)
+                    await self._pass_on(opening.origin, opened)
+                    await self._run_steps(session)
                 except Declined as error:
-                    await self._refuse(session, error.code, str(error), error.retry_ms)
+                    self._refuse(session, error.code, str(error), error.retry_ms)
                 except EngineLost as error:
                     self._engine_lost(engine, str(error))
-                    await self._refuse(session, "engine-lost", f"the engine of {self._us} failed: {error}", RETRY_MS)
+                    self._refuse(session, "engine-lost", f"the engine of {self._us} failed: {error}", RETRY_MS)
                 except PeerUnreachable as error:
-                    await self._refuse(session, "lost", f"{self._us} could not pass a step on: {error}")
+                    code = LOST if error.peer == machine.downstream else "not-ready"
+                    self._refuse(session, code, f"{self._us} can't pass a step on: {error}")
                 except RemoteProtocolError as error:
-                    await self._refuse(session, "fenced", f"{self._us} can't run a step: {error}")
+                    self._refuse_rows(session, f"{self._us} can't run a step: {error}")
         finally:
-            machine.close()
-            if self._sessions.get(opening.session) is session:
-                del self._sessions[opening.session]
+            self._end(session)
             session.served.leave()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
                 await engine.close(key)
+            session.ended.set()
+
+    async def _run_steps(self, session: _Session) -> None:
+        """One step after the other, until cancelled or nothing comes any more."""
+        patience = session.machine.patience
+        while True:
+            with trio.move_on_after(patience) as silence:
+                step, body, network_us, arrived_ns = await session.receive.receive()
+            if silence.cancelled_caught:
+                self._refuse(session, "idle", f"no step came to {self._us} for {patience:.0f} s")
+                return
+            session.waiting_rows -= step.rows
+            await self._run_step(session, step, body, network_us, arrived_ns)
 
     async def _run_step(self, session: _Session, step: Step, body: bytes, network_us: int, arrived_ns: int) -> None:
         machine = session.machine
@@ -225,22 +259,43 @@ class StageService:
         onward = machine.ran(Ran(step, result.token, times))
         if onward is not None:
             peer, message = onward
-            await self._send(PeerId(peer), message, result.data)
+            await self._pass_on(peer, message, result.data)
 
-    async def _refuse(self, session: _Session, code: str, reason: str, retry_ms: int = 0) -> None:
+    async def _pass_on(self, peer: str, message: Message, body: bytes = b"") -> None:
+        """Raises PeerUnreachable, also when the peer does not admit us."""
+        try:
+            await self._send(PeerId(peer), message, body)
+        except Declined as error:
+            raise PeerUnreachable(str(error), peer=PeerId(peer)) from error
+
+    def _refuse_rows(self, session: _Session, reason: str) -> None:
+        """What came in can't be run: the first stage gets it from the asker, others from the stage before."""
+        self._refuse(session, "bad-input" if session.machine.opening.index else "bad-request", reason)
+
+    def _refuse(self, session: _Session, code: str, reason: str, retry_ms: int = 0) -> None:
         if session.machine.state is StageState.CLOSED:
             return
         origin, message = session.machine.refusal(code, reason, retry_ms)
         log.info("session.refused", origin=short(origin), code=code, reason=reason)
-        await self._tell(PeerId(origin), message)
+        self._tell_soon(PeerId(origin), message)
         self._end(session)
 
+    def _tell_soon(self, peer: PeerId, message: Message) -> None:
+        """Send bad news from a task of its own: who takes messages must not wait for a peer that takes none."""
+        if self._nursery is not None and self._untold[peer] < MAX_UNTOLD:
+            self._untold[peer] += 1
+            self._nursery.start_soon(self._tell, peer, message)
+
     async def _tell(self, peer: PeerId, message: Message) -> None:
-        """Send bad news; a peer that can't be reached learns it by our silence."""
+        """A peer that can't be reached learns it by our silence."""
         try:
             await self._send(peer, message, b"")
         except (PeerUnreachable, Declined) as error:
             log.info("refusal.unsent", peer=short(peer), reason=str(error))
+        finally:
+            self._untold[peer] -= 1
+            if not self._untold[peer]:
+                del self._untold[peer]
 
     def _end(self, session: _Session) -> None:
         session.machine.close()

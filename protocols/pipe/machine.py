@@ -371,7 +371,7 @@ class Stage:
         if self.is_last != (opening.sampling is not None):
             raise RemoteProtocolError(f"{opening.origin} gave sampling parameters to a stage that isn't the last one")
         self._upstream = opening.origin if opening.index == 0 else route[opening.index - 1].peer
-        self._downstream = opening.origin if self.is_last else route[opening.index + 1].peer
+        self.downstream = opening.origin if self.is_last else route[opening.index + 1].peer
         self._next = 0  # position after the last row that was taken
 
     @property
@@ -417,14 +417,14 @@ class Stage:
                 sent_us=0,
                 times=times,
             )
-            return self._downstream, onward
+            return self.downstream, onward
         if result.token is None:
             return None
         position = step.position + step.rows
         token = Token(
             session=step.session, attempt=step.attempt, position=position, token=result.token, sent_us=0, times=times
         )
-        return self._downstream, token
+        return self.downstream, token
 
     def may_close(self, peer: str) -> bool:
         """Whether this peer may close the session: only its origin."""
