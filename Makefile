@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test test-quick test-process test-model check bench clean
 
 setup: $(STAMP)
 
@@ -24,5 +24,24 @@ check: setup
 test: check
 	$(BIN)/pytest -q
 
+test-quick: setup
+	$(BIN)/pytest -q -m "not process and not net and not model and not slow"
+
+# Real processes and the real py-libp2p, over loopback.
+test-process: setup
+	$(BIN)/pytest -q -m "(process or net) and not model"
+
+# The demonstration model, beside torch and transformers.
+test-model: setup
+	$(BIN)/pytest -q -m model
+
+# On a machine that does nothing else; the figures go to build/bench.
+bench: setup
+	mkdir -p build/bench
+	$(BIN)/meshnode bench decode --variant int4 --cache build/cache --json build/bench/decode-int4.json
+	$(BIN)/meshnode bench decode --variant int8 --cache build/cache --json build/bench/decode-int8.json
+	$(BIN)/meshnode bench content --json build/bench/content.json
+	$(BIN)/meshnode bench placement --json build/bench/placement.json
+
 clean:
-	rm -rf build demo bench-out .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build .mypy_cache .ruff_cache .pytest_cache

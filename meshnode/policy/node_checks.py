@@ -110,4 +110,5 @@ def check_links(status: Status) -> list[Finding]:
                     "Connect both devices by cable, or to the same access point.",
                 )
             )
-    return found or [ok("links", f"{len(connected)} peers connected, none of them slow")]
+    count = f"{len(connected)} peer{'' if len(connected) == 1 else 's'}"
+    return found or [ok("links", f"{count} connected, none of them slow")]

@@ -19,6 +19,7 @@ from protocols.pipe.messages import Close, Hop, HopTime, Message, Open, Opened, 
 OPEN_SECONDS: Final = 15.0  # all stages must answer Open; one of them may have to split a segment first
 STEP_SECONDS: Final = 60.0  # between two tokens; an engine that hangs is killed by its own node before
 PREFILL_ROW_SECONDS: Final = 0.25  # added per prompt row: the slowest device we mean to wait for
+IDLE_SECONDS: Final = 600.0  # a stage keeps a session without steps: so long may the reader of an answer dawdle
 LOST: Final = "lost"  # a peer went away, or the stage before it could not reach it
 TIMEOUT: Final = "timeout"
 
@@ -376,8 +377,8 @@ class Stage:
 
     @property
     def patience(self) -> float:
-        """Seconds without a step after which the origin has given up, and its Close must have got lost."""
-        return STEP_SECONDS + PREFILL_ROW_SECONDS * self.opening.capacity
+        """Seconds without a step after which a session is not kept: its Close must have got lost."""
+        return IDLE_SECONDS + PREFILL_ROW_SECONDS * self.opening.capacity
 
     def take(self, peer: str, step: Step) -> Run | None:
         """A step came in. None: stale (another attempt, or the session is closed), ignored.

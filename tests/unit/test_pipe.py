@@ -475,5 +475,5 @@ def test_the_specification_shows_the_transitions() -> None:
 
 def test_the_specification_shows_the_constants() -> None:
     text = (PROTOCOLS / "pipe" / "SPEC.md").read_text()
-    for name in ("OPEN_SECONDS", "STEP_SECONDS", "PREFILL_ROW_SECONDS"):
+    for name in ("OPEN_SECONDS", "STEP_SECONDS", "IDLE_SECONDS", "PREFILL_ROW_SECONDS"):
         assert f"| `{name}` | {getattr(pipe, name):g} |" in text
