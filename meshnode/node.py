@@ -160,6 +160,7 @@ class Node:
             us=identity.peer_id, send=self.pipes.send, target=self._target, route=self._route, rng=rng
         )
         self.pipes.deliver_to(self._deliver)
+        self.pipes.report_to(self._lose)
         self.answering = AnsweringService(manifest=self._manifest, fetch=self.content.fetch, generate=self._generate)
         self.readiness = ReadinessService(
             chain=self._chain, changed=self.directory.changed, probe=self._probe, health=self.health
@@ -219,8 +220,11 @@ class Node:
     async def _follow_peers(self, events: trio.MemoryReceiveChannel[PeerEvent]) -> None:
         async for event in events:
             if not event.connected:
-                self.stage.peer_gone(event.peer, event.reason)
-                self.generation.peer_gone(event.peer, event.reason)
+                self._lose(event.peer, event.reason)
+
+    def _lose(self, peer: PeerId, reason: str) -> None:
+        self.stage.peer_gone(peer, reason)
+        self.generation.peer_gone(peer, reason)
 
     async def _deliver(self, peer: PeerId, message: Message, body: bytes, network_us: int) -> None:
         match message:

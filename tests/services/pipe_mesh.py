@@ -1,0 +1,354 @@
+"""Nodes that serve spans of a model of plain arithmetic and ask each other, on the in-memory network."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import trio
+
+from meshnode.core.errors import Declined, EngineLost
+from meshnode.engine.null_stage import NullStage
+from meshnode.engine.port import StageReport, StageSpec, StepResult
+from meshnode.engine.process import load_request
+from meshnode.engine.sessions import Sessions
+from meshnode.net.memory_host import MemoryHost, MemoryNetwork
+from meshnode.net.pipes import Pipes
+from meshnode.policy.route import NoRoute, plan_route
+from meshnode.services.generation import GenerationService, Receipt, Request, Target
+from meshnode.services.stage import StageService
+from protocols.advert.messages import SERVING, Serving, Span
+from protocols.enginewire.messages import BAD_INPUT
+from protocols.errors import RemoteProtocolError
+from protocols.ids import PeerId, SessionId
+from protocols.manifest.messages import Architecture
+from protocols.pipe.messages import Close, Hop, Message, Open, Opened, Refused, Sampling, Step, Token
+from tests.adverts import MANIFEST, advert_of, peer_of
+
+LAYERS = 9
+SHAPE = Architecture(
+    family="null",
+    layers=LAYERS,
+    hidden=8,
+    heads=2,
+    kv_heads=1,
+    head_dim=4,
+    vocab=211,
+    context=256,
+    bos_ids=(1,),
+    eos_ids=(2,),
+)
+GREEDY = Sampling(seed=0)
+PROMPT = (5, 6, 7, 8, 9)
+
+
+class LocalEngine:
+    """The null engine inside this process, in virtual time: `step_s` passes in each step."""
+
+    def __init__(self, first: int, last: int, *, max_sessions: int = 8, max_kv_bytes: int = 1 << 30) -> None:
+        self._spec = StageSpec(
+            kind="null",
+            graph=Path(),
+            groups={},
+            first=first,
+            last=last,
+            architecture=SHAPE,
+            threads=1,
+            max_sessions=max_sessions,
+            max_kv_bytes=max_kv_bytes,
+        )
+        self._sessions = Sessions(
+            NullStage(layers=LAYERS, hidden=SHAPE.hidden, vocab=SHAPE.vocab), load_request(self._spec)
+        )
+        self._turn = trio.Lock()
+        self.open_sessions: set[bytes] = set()
+        self.step_s = 0.001
+        self.dies_after: int | None = None  # steps
+        self.tampers: Callable[[StepResult], StepResult] = lambda result: result
+        self.held: trio.Event | None = None  # steps wait for it
+        self.steps: list[tuple[int, int]] = []  # (position, rows) of each
+        self.rss_bytes = 0
+        self.changed: Callable[[], None] = lambda: None
+
+    @property
+    def spec(self) -> StageSpec:
+        return self._spec
+
+    async def start(self) -> StageReport:
+        return StageReport(pid=1, load_ms=0, weight_bytes=0, decode_us=1000, prefill_us=100)
+
+    async def open(
+        self,
+        session: SessionId,
+        *,
+        first: int,
+        last: int,
+        capacity: int,
+        sampling: Sampling | None,
+        prompt: tuple[int, ...],
+    ) -> None:
+        async with self._turn:
+            await trio.sleep(self.step_s)
+            tokens = np.asarray(prompt, np.int32)
+            self._sessions.open(session, first=first, last=last, capacity=capacity, sampling=sampling, prompt=tokens)
+            self.open_sessions.add(session)
+
+    async def step(
+        self, session: SessionId, *, position: int, rows: int, data: bytes, sample: bool, prefill: bool = False
+    ) -> StepResult:
+        async with self._turn:
+            if self.dies_after is not None and len(self.steps) >= self.dies_after:
+                raise EngineLost("it was killed by SIGKILL")
+            self.steps.append((position, rows))
+            await trio.sleep(self.step_s)
+            if self.held is not None:
+                await self.held.wait()
+            try:
+                out, token = self._sessions.step(
+                    session, position=position, rows=rows, body=data, sample_after=sample, prefill=prefill
+                )
+            except Declined as error:
+                if error.code == BAD_INPUT:
+                    raise RemoteProtocolError(str(error)) from None
+                raise
+            return self.tampers(StepResult(data=out.tobytes(), token=token, compute_us=round(self.step_s * 1e6)))
+
+    async def close(self, session: SessionId) -> None:
+        async with self._turn:
+            await trio.sleep(self.step_s)
+            self._sessions.close(session)
+            self.open_sessions.discard(session)
+            self.changed()
+
+    async def stop(self) -> None:
+        self.open_sessions.clear()
+
+    async def wait_lost(self) -> str:
+        await trio.sleep_forever()
+        raise AssertionError
+
+
+@dataclass
+class Served:
+    """The span of a member, and how many sessions hold on to it."""
+
+    engine: LocalEngine
+    span: Span
+    incarnation: int = 1
+    sessions: int = 0
+
+    def enter(self) -> None:
+        self.sessions += 1
+
+    def leave(self) -> None:
+        self.sessions -= 1
+
+
+@dataclass
+class Member:
+    number: int
+    host: MemoryHost
+    pipes: Pipes
+    served: Served | None
+    span: Span | None  # as its advert says
+    engine_failures: list[str] = field(default_factory=list)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    heard: list[tuple[PeerId, Message]] = field(default_factory=list)
+    stage: StageService = field(init=False)
+    generation: GenerationService = field(init=False)
+
+    @property
+    def peer(self) -> PeerId:
+        return self.host.peer_id
+
+    @property
+    def engine(self) -> LocalEngine:
+        assert self.served is not None
+        return self.served.engine
+
+    def kill(self) -> None:
+        """End at once, like a killed process."""
+        self.host.stop()
+        self.scope.cancel()
+
+    async def ask(
+        self,
+        prompt: Sequence[int] = PROMPT,
+        *,
+        most: int = 12,
+        sampling: Sampling = GREEDY,
+        chunk_rows: int = 256,
+        each: Callable[[int], object] = lambda _: None,
+    ) -> Receipt:
+        """One generation to its end; `each` hears of the number of tokens so far."""
+        count = 0
+        request = Request(tuple(prompt), most, sampling, chunk_rows)
+        async with aclosing(self.generation.generate(request)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, Receipt):
+                    return piece
+                count += 1
+                each(count)
+        raise AssertionError("the receipt is missing")
+
+
+class Mesh:
+    """Starts members; all are connected and admitted."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.network = MemoryNetwork()
+        self.members: list[Member] = []
+        self.rng = random.Random(5)
+        self.target: Target | None = Target(MANIFEST, "int4", LAYERS, SHAPE.context, frozenset(SHAPE.eos_ids))
+        self.prefer: PeerId | None = None  # looks faster than it is
+        self._nursery = nursery
+        self._change = trio.Event()
+
+    def peer(self, number: int) -> PeerId:
+        return peer_of(number)
+
+    async def start(
+        self, first: int = 0, last: int = 0, *, max_sessions: int = 8, max_kv_bytes: int = 1 << 30
+    ) -> Member:
+        """A node that serves layers [first, last), or none."""
+        number = len(self.members) + 1
+        host = self.network.host(peer_of(number))
+        span = Span(manifest=MANIFEST, variant="int4", first=first, last=last)
+        engine = LocalEngine(first, last, max_sessions=max_sessions, max_kv_bytes=max_kv_bytes)
+        engine.changed = self._changed
+        served = Served(engine, span) if last else None
+        member = Member(number, host, Pipes(host), served, served.span if served else None)
+        member.stage = StageService(
+            us=member.peer,
+            send=member.pipes.send,
+            serving=lambda: member.served,
+            engine_lost=lambda _, reason: member.engine_failures.append(reason),
+        )
+        member.generation = GenerationService(
+            us=member.peer,
+            send=member.pipes.send,
+            target=lambda: self.target,
+            route=lambda target, seed, avoid: self._route(member, target, seed, avoid),
+            rng=random.Random(number),
+        )
+
+        async def deliver(peer: PeerId, message: Message, body: bytes, network_us: int) -> None:
+            member.heard.append((peer, message))
+            match message:
+                case Open() | Step() | Close():
+                    await member.stage.receive(peer, message, body, network_us)
+                case Opened() | Refused() | Token():
+                    await member.generation.receive(peer, message, network_us)
+
+        def lose(peer: PeerId, reason: str) -> None:
+            member.stage.peer_gone(peer, reason)
+            member.generation.peer_gone(peer, reason)
+
+        member.pipes.deliver_to(deliver)
+        member.pipes.report_to(lose)
+        await self._nursery.start(self._run, member)
+        for other in self.members:
+            if other.peer in self.network.hosts:
+                member.host.admit(other.peer, True)
+                other.host.admit(member.peer, True)
+                await member.host.connect(other.peer, other.host.addresses)
+        self.members.append(member)
+        return member
+
+    async def _run(self, member: Member, *, task_status: trio.TaskStatus[None]) -> None:
+        with member.scope:
+            events = member.host.events()
+            async with trio.open_nursery() as nursery:
+                await nursery.start(member.host.run)
+                await nursery.start(member.pipes.run)
+                await nursery.start(member.stage.run)
+                task_status.started()
+                async for event in events:
+                    if not event.connected:
+                        member.stage.peer_gone(event.peer, event.reason)
+                        member.generation.peer_gone(event.peer, event.reason)
+
+    def _route(
+        self, origin: Member, target: Target, seed: int, avoid: frozenset[PeerId]
+    ) -> tuple[Hop, ...] | NoRoute:
+        view = {
+            member.peer: advert_of(
+                member.number,
+                incarnation=1,
+                serving=Serving(
+                    state=SERVING,
+                    span=span,
+                    target=None,
+                    epoch=1,
+                    decode_us=10 if member.peer == self.prefer else 1_000_000,
+                ),
+            )
+            for member in self.members
+            if (span := member.span) is not None
+        }
+        return plan_route(
+            view,
+            target.manifest,
+            target.variant,
+            target.layers,
+            origin.peer,
+            seed,
+            origin.generation.in_flight(),
+            avoid,
+        )
+
+    async def chain(self, *cuts: int) -> Member:
+        """A node for each span between the cuts, and one that serves nothing and asks."""
+        for first, last in zip((0, *cuts), (*cuts, LAYERS), strict=True):
+            await self.start(first, last)
+        return await self.start()
+
+    async def change(self) -> None:
+        """Wait until some engine has freed a session."""
+        await self._change.wait()
+
+    async def freed(self) -> None:
+        """Wait until no running member knows of any session any more; an engine is the last that hears of the end."""
+        with trio.fail_after(30):
+            while any(
+                member.stage.sessions
+                or member.generation.running
+                or (member.served is not None and (member.served.sessions or member.engine.open_sessions))
+                for member in self.members
+                if member.peer in self.network.hosts
+            ):
+                await self._change.wait()
+
+    def _changed(self) -> None:
+        self._change.set()
+        self._change = trio.Event()
+
+
+@asynccontextmanager
+async def open_mesh() -> AsyncIterator[Mesh]:
+    async with trio.open_nursery() as nursery:
+        yield Mesh(nursery)
+        nursery.cancel_scope.cancel()
+
+
+def alone(prompt: Sequence[int] = PROMPT, *, most: int = 12, sampling: Sampling = GREEDY) -> list[int]:
+    """The answer of one process that holds the whole model."""
+    engine = LocalEngine(0, LAYERS)
+    sessions = engine._sessions
+    text = np.asarray(prompt, np.int32)
+    sessions.open(b"s", first=0, last=LAYERS, capacity=SHAPE.context, sampling=sampling, prompt=text)
+    out: list[int] = []
+    rows, position = text, 0
+    while len(out) < most and (not out or out[-1] not in SHAPE.eos_ids):
+        _, token = sessions.step(
+            b"s", position=position, rows=len(rows), body=rows.tobytes(), sample_after=True, prefill=not out
+        )
+        assert token is not None
+        position += len(rows)
+        out.append(token)
+        rows = np.asarray([token], np.int32)
+    return out
