@@ -229,7 +229,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def lock_facts(folder: Path, *, answers: bool) -> LockFacts:
+def lock_facts(folder: Path) -> LockFacts:
+    """All but whether a node answers."""
     paths = Paths(folder)
     try:
         held = is_locked(paths.lock)
@@ -239,7 +240,6 @@ def lock_facts(folder: Path, *, answers: bool) -> LockFacts:
         lock=str(paths.lock),
         held=held,
         holder=_holder(paths.lock) if held else None,
-        answers=answers,
         socket_left=paths.control_socket.exists(),
         orphans=tuple(_orphans()),
     )

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
@@ -21,6 +22,7 @@ from meshnode.core.errors import ConfigError
 from meshnode.core.paths import Paths
 
 if TYPE_CHECKING:
+    from meshnode.policy.device_checks import LockFacts
     from meshnode.policy.finding import Finding
 
 JSON_VERSION: Final = 1
@@ -77,21 +79,25 @@ def _counts(findings: Sequence[Finding]) -> dict[str, int]:
 
 def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
     """Every check, in the order in which things have to be right; each is given out as soon as it is done."""
+    from meshnode.cli import device_facts as facts
     from meshnode.core.clock import wall_ms
     from meshnode.policy import device_checks as device
+    from meshnode.policy.finding import Level
 
     folder = folder_of(arguments)
     yield device.check_python(sys.version_info[:3])
     config, problem = _config(arguments, folder)
     yield device.check_config(str(config.paths.config), exists=config.paths.config.exists(), problem=problem)
-    status, answers, node = _node(folder)
-    yield from _data_folder(config, folder, answers=answers, now_ms=wall_ms())
-    yield from _machine(config, answers=answers, status=status)
+    lock = facts.lock_facts(folder)
+    status, node = _node(folder, lock.holder)
+    lock = replace(lock, answers=node.level is not Level.OK or status is not None)
+    yield from _data_folder(config, folder, lock, wall_ms())
+    yield from _machine(config, lock, status)
     yield from _engine()
     yield node
     if status is not None:
         yield from _running(status, wall_ms())
-    elif not answers:
+    elif not lock.answers:
         yield from _reach(config, folder)
 
 
@@ -102,21 +108,21 @@ def _config(arguments: argparse.Namespace, folder: Path) -> tuple[Config, str]:
         return Config(paths=Paths(folder)), str(error)
 
 
-def _node(folder: Path) -> tuple[dict[str, Any] | None, bool, Finding]:
-    """The status of the running node, whether somebody answers at all, and what that means."""
+def _node(folder: Path, holder: int | None) -> tuple[dict[str, Any] | None, Finding]:
+    """The status of the running node, and what that means: not OK if somebody listens but gives none."""
     from meshnode.policy.node_checks import check_control
 
     began = perf_counter()
     try:
         status = client.ask_one(folder, {"do": "status"}, seconds=STATUS_SECONDS)
     except client.NotRunning:
-        return None, False, check_control(str(folder), running=False)
+        return None, check_control(str(folder), running=False)
     except (client.NodeError, OSError, ValueError) as error:
-        return None, True, check_control(str(folder), running=True, problem=str(error))
-    return status, True, check_control(str(folder), running=True, took_ms=(perf_counter() - began) * 1000)
+        return None, check_control(str(folder), running=True, problem=str(error), pid=holder)
+    return status, check_control(str(folder), running=True, took_ms=(perf_counter() - began) * 1000)
 
 
-def _data_folder(config: Config, folder: Path, *, answers: bool, now_ms: int) -> Iterator[Finding]:
+def _data_folder(config: Config, folder: Path, lock: LockFacts, now_ms: int) -> Iterator[Finding]:
     from meshnode.cli import device_facts as facts
     from meshnode.content.blob_store import RESERVE_BYTES
     from meshnode.policy import device_checks as device
@@ -138,17 +144,17 @@ def _data_folder(config: Config, folder: Path, *, answers: bool, now_ms: int) ->
     if paths.state.exists():
         yield device.check_state(str(paths.state), problem)
     yield device.check_clock(now_ms, {**facts.file_times(folder), **seen})
-    yield from device.check_lock(facts.lock_facts(folder, answers=answers))
+    yield from device.check_lock(lock)
 
 
-def _machine(config: Config, *, answers: bool, status: dict[str, Any] | None) -> Iterator[Finding]:
+def _machine(config: Config, lock: LockFacts, status: dict[str, Any] | None) -> Iterator[Finding]:
     from meshnode.cli import device_facts as facts
     from meshnode.policy import device_checks as device
 
-    for port in facts.port_facts(config, None if status is None else status.get("pid")):
+    for port in facts.port_facts(config, lock.holder if status is None else status.get("pid")):
         yield device.check_port(port)
     yield device.check_addresses(facts.hosts(config), config.network.announce)
-    yield device.check_memory(facts.memory_facts(config, running=answers))
+    yield device.check_memory(facts.memory_facts(config, running=lock.answers))
     yield device.check_cores(facts.cores(), config.serve.threads)
     yield device.check_open_files(*facts.open_file_limits())
 

@@ -25,12 +25,15 @@ _REFUSALS: Final = {
 }
 
 
-def check_control(folder: str, *, running: bool, took_ms: float = 0.0, problem: str = "") -> Finding:
+def check_control(
+    folder: str, *, running: bool, took_ms: float = 0.0, problem: str = "", pid: int | None = None
+) -> Finding:
+    """`pid`: the process that holds the data folder's lock, where the system tells."""
     if problem:
         return wrong(
             "node",
             f"The running node gives no status: {problem}",
-            "Stop it with `meshnode stop`, or kill it, and start it again.",
+            f"It hangs or is overloaded. End it ({f'kill -9 {pid}' if pid else 'kill -9'}) and start it again.",
         )
     if not running:
         return ok("node", f"none is running; start it with: meshnode start --data {folder}")

@@ -209,9 +209,9 @@ CASES: dict[str, tuple[Check, Level, str]] = {
     "node": (lambda: node.check_control("/data", running=True, took_ms=3), OK, "3 ms"),
     "node: none": (lambda: node.check_control("/data", running=False), OK, "meshnode start --data /data"),
     "node: hung": (
-        lambda: node.check_control("/data", running=True, problem="It did not answer within 5 s."),
+        lambda: node.check_control("/data", running=True, problem="It did not answer within 5 s.", pid=79),
         WRONG,
-        "meshnode stop",
+        "kill -9 79",
     ),
     "version": (lambda: node.check_version({"software": "0.1.0"}, "0.1.0"), OK, "0.1.0"),
     "version: another": (lambda: node.check_version({"software": "0.0.9"}, "0.1.0"), WARNING, "Restart"),
@@ -374,14 +374,14 @@ def test_the_direct_port_is_looked_at_on_every_interface_once(tmp_path: Path) ->
 
 def test_a_lock_and_its_holder(tmp_path: Path) -> None:
     Paths(tmp_path).create()
-    assert not device_facts.lock_facts(tmp_path, answers=False).held
+    assert not device_facts.lock_facts(tmp_path).held
     with Paths(tmp_path).lock.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        facts = device_facts.lock_facts(tmp_path, answers=False)
+        facts = device_facts.lock_facts(tmp_path)
         assert facts.held
         if sys.platform == "linux":
             assert facts.holder in (os.getpid(), None)  # a sandbox may hide /proc/locks
-    assert not device_facts.lock_facts(tmp_path, answers=False).held
+    assert not device_facts.lock_facts(tmp_path).held
 
 
 def test_used_bytes_counts_what_lies_on_the_disk(tmp_path: Path) -> None:
