@@ -1,0 +1,112 @@
+"""Meshes of real nodes with the demonstration model, and the same model in this very process to compare with."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from meshnode.bench.single import stage_spec
+from meshnode.cli import client
+from meshnode.engine.onnx_stage import OnnxStage
+from meshnode.engine.process import load_request
+from meshnode.engine.sessions import Sessions
+from meshnode.harness.member import Member
+from meshnode.harness.mesh import Mesh, Plan
+from meshnode.harness.published import published
+from meshnode.policy.chunking import chunks
+from protocols.pipe.messages import Sampling
+
+Json = dict[str, Any]
+LAYERS = 30
+PAGES_MB = 60  # shared libraries that resident memory counts in both processes of a node
+_CACHE = Path(__file__).parents[2] / "build" / "cache"
+_NAME = bytes(16)
+
+
+def model_folder(variant: str) -> Path:
+    """The demonstration model as the publisher writes it, kept between runs."""
+    return published("example:smollm2", variant, _CACHE)
+
+
+@contextmanager
+def real_mesh(variant: str, nodes: int) -> Iterator[Mesh]:
+    """A ready mesh whose nodes give just so much memory that all of them are needed; stopped at the end."""
+    source = model_folder(variant)
+    with tempfile.TemporaryDirectory(prefix="mesh-") as folder:
+        mesh = Mesh.make(Path(folder), Plan(nodes=nodes, published=source, variant=variant))
+        try:
+            mesh.up()
+            mesh.wait_ready()
+            yield mesh
+        finally:
+            mesh.down()
+
+
+def ask(member: Member, seconds: float = 300, **request: Any) -> Json:
+    """The receipt of one question; greedy unless the request says otherwise."""
+    done: Json = client.ask_one(member.folder, {"do": "generate", "temperature": 0, "seed": 0, **request}, seconds)
+    return done
+
+
+def wait_until(holds: Callable[[], bool], what: str, seconds: float = 30) -> None:
+    """Look at the nodes again and again, as nothing tells us from outside; fails with `what` in the end."""
+    ends = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < ends, f"not within {seconds:.0f} s: {what}"
+        time.sleep(0.05)
+
+
+class Alone:
+    """One variant, all layers in one engine, without a mesh: the same steps, the same sampling."""
+
+    def __init__(self, variant: str) -> None:
+        folder = model_folder(variant)
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        self.eos = frozenset(index["architecture"]["eos_ids"])
+        self.stage = OnnxStage(load_request(stage_spec(folder, variant)))
+        self._sessions = Sessions(self.stage, load_request(stage_spec(folder, variant)))
+
+    def answer(self, prompt: Sequence[int], tokens: int, sampling: Sampling) -> list[int]:
+        """At most `tokens` tokens; an end-of-text token is the last one."""
+        prompt = list(prompt)
+        capacity = len(prompt) + tokens
+        self._sessions.open(
+            _NAME, first=0, last=LAYERS, capacity=capacity, sampling=sampling, prompt=np.asarray(prompt, np.int32)
+        )
+        position = 0
+        for rows in chunks(len(prompt)):
+            token = self._step(position, prompt[position : position + rows], len(prompt), prefill=True)
+            position += rows
+        out = []
+        while token is not None:
+            out.append(token)
+            if token in self.eos or len(out) == tokens:
+                break
+            token = self._step(position, [token], position + 1, prefill=False)
+            position += 1
+        self._sessions.close(_NAME)
+        return out
+
+    def _step(self, position: int, ids: list[int], sample_at: int, *, prefill: bool) -> int | None:
+        _, token = self._sessions.step(
+            _NAME,
+            position=position,
+            rows=len(ids),
+            body=np.asarray(ids, "<i4").tobytes(),
+            sample_after=position + len(ids) == sample_at,
+            prefill=prefill,
+        )
+        return token
+
+
+@cache
+def alone(variant: str) -> Alone:
+    return Alone(variant)
