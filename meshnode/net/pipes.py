@@ -133,9 +133,13 @@ class Pipes:
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + SEND_SECONDS) as scope:
                     await stream.send_all(piece)
                 if scope.cancelled_caught:
-                    why = f"{peer} took no data for {SEND_SECONDS:.0f} s; its pipe is closed"
-                    raise PeerUnreachable(why, peer=peer)
+                    raise PeerUnreachable(
+                        f"{peer} took no data for {SEND_SECONDS:.0f} s; its pipe is closed", peer=peer
+                    )
                 sent += len(piece)
+        except PeerUnreachable as error:
+            why = str(error)
+            raise
         finally:
             if sent < len(data):
                 await self._drop(peer, stream, why)
