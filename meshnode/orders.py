@@ -21,7 +21,7 @@ from meshnode.services.control import Command, Json
 from meshnode.services.generation import Receipt
 from protocols.advert.messages import Advert
 from protocols.errors import LocalProtocolError
-from protocols.ids import Cid, PeerId
+from protocols.ids import Cid, PeerId, short
 from protocols.pipe.messages import Sampling
 
 PATIENCE_SECONDS: Final = 10.0  # a mesh that is just starting gets this long before a question is refused
@@ -42,6 +42,13 @@ class Orders:
             "announce": self._announce,
             "stop": self._stop,
         }
+
+    def wording(self, sentence: str) -> str:
+        """The sentence with the names of nodes beside their peer ids, which nobody can tell apart."""
+        for peer, advert in self._node.directory.live().items():
+            if advert.name:
+                sentence = sentence.replace(peer, f"{advert.name} ({short(peer)})")
+        return sentence
 
     async def _stop(self, _request: Json) -> AsyncGenerator[Json, None]:
         self._node.stopping.set()

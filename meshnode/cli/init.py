@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from meshnode.cli.invite import print_ticket
+from meshnode.cli.invite import knows_addresses, print_ticket
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import add_settings, folder_of, new_passphrase, settings
 from meshnode.core.errors import DiskError
@@ -33,8 +33,12 @@ def run(arguments: argparse.Namespace) -> int:
     print(
         f"The network {membership.network.name!r} ({membership.network_id}) is made; this node is its first member."
     )
-    print_ticket(config, folder, uses=1, hours=24.0)
-    print(f"Start this node with:\n\n    meshnode start --data {folder}\n")
+    if knows_addresses(config):
+        print_ticket(config, folder, uses=1, hours=24.0)
+        print(f"Start this node with:\n\n    meshnode start --data {folder}\n")
+    else:
+        print("It listens on any free port, so a ticket can be made only while it runs:\n")
+        print(f"    meshnode start --data {folder}\n    meshnode invite --data {folder}\n")
     return 0
 
 

@@ -36,6 +36,11 @@ def print_ticket(config: Config, folder: Path, *, uses: int, hours: float) -> No
     print(f"    meshnode join {ticket}\n")
 
 
+def knows_addresses(config: Config) -> bool:
+    """Whether a ticket can be made without asking the running node for its ports."""
+    return bool(config.network.announce) or not any(text.endswith("/tcp/0") for text in config.network.listen)
+
+
 def addresses(config: Config, folder: Path) -> list[str]:
     """Where this node can be dialled: what the running node says, else what it is configured to announce or to
     listen on."""

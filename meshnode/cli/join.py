@@ -23,6 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     import trio
 
     from meshnode import __version__
+    from meshnode.core import log
     from meshnode.net.libp2p_host import Libp2pHost
     from meshnode.state.database import Database
     from meshnode.state.enrolment import describe_ticket, open_identity, open_ticket
@@ -32,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     folder = folder_of(arguments)
     config = settings(arguments)
+    log.set_up(level=arguments.log_level or "error", format=config.log.format)
     ticket = open_ticket(arguments.ticket)
     print(describe_ticket(arguments.ticket))
     paths = Paths(folder)

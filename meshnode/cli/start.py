@@ -42,7 +42,8 @@ def run_node(config: Config) -> int:
     async def serve() -> None:
         with ExitStack() as stack:
             node = Node(config, identity, stack)
-            control = ControlService(paths.control_socket, Orders(node).commands())
+            orders = Orders(node)
+            control = ControlService(paths.control_socket, orders.commands(), orders.wording)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_obey_signals, node.stopping, nursery.cancel_scope)
                 await nursery.start(node.run, control)

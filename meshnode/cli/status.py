@@ -58,7 +58,8 @@ def _line(kind: str, row: dict[str, Any]) -> str:
 def _does(row: dict[str, Any]) -> str:
     layers = "" if row["first"] is None else f"layers {row['first']}-{row['last'] - 1}"
     target = "" if row["target"] is None else f"layers {row['target'][0]}-{row['target'][1] - 1}"
-    sessions = f", {row['sessions']} sessions" if row["sessions"] else ""
+    count = row["sessions"]
+    sessions = f", {count} session{'s' if count > 1 else ''}" if count else ""
     state = row["state"]
     if state == "serving":
         return f"serving {layers}{sessions}"

@@ -34,8 +34,15 @@ class ControlService:
 
     name = "control"
 
-    def __init__(self, path: Path, commands: Mapping[str, Command]) -> None:
-        """`commands`: what can be asked; each yields its answers, errors are MeshError."""
+    def __init__(
+        self, path: Path, commands: Mapping[str, Command], wording: Callable[[str], str] = lambda text: text
+    ) -> None:
+        """
+        Args:
+          commands: what can be asked; each yields its answers, errors are MeshError.
+          wording: makes the sentence of an error readable for a person (names instead of peer ids).
+        """
+        self._wording = wording
         self._path = path
         self._commands = dict(commands)
         self._clients = trio.Semaphore(MAX_CLIENTS)
@@ -111,10 +118,10 @@ class ControlService:
                     await self._send(stream, answer)
         except (Declined, TransientError, FatalError) as error:
             code = error.code if isinstance(error, Declined) else type(error).__name__
-            await self._send(stream, _error(code, str(error)))
+            await self._send(stream, _error(code, self._wording(str(error))))
         except MeshError as error:
             log.error("command.failed", command=request["do"], reason=str(error))
-            await self._send(stream, _error(type(error).__name__, str(error)))
+            await self._send(stream, _error(type(error).__name__, self._wording(str(error))))
 
     async def _send(self, stream: trio.SocketStream, answer: Json) -> None:
         await stream.send_all(json.dumps(answer, separators=(",", ":")).encode() + b"\n")
