@@ -61,16 +61,34 @@ def check(question: Question) -> None:
         raise Declined("bad-request", f"at most {MAX_STOPS} stop strings of 1 to 256 characters are possible")
     if question.text is not None and not question.text:
         raise Declined("bad-request", "the prompt is empty")
+    if question.tokens is not None and not question.tokens:
+        raise Declined("bad-request", "the prompt is empty")
     if question.text is not None and len(question.text) > MAX_TEXT:
         raise Declined("too-long", f"the prompt has {len(question.text)} characters; {MAX_TEXT} are possible")
     if question.turns is not None:
         if not question.turns or len(question.turns) > MAX_TURNS:
             raise Declined("bad-request", f"a conversation has 1 to {MAX_TURNS} turns, not {len(question.turns)}")
         for turn in question.turns:
-            if turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
+            role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
+            if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
                 raise Declined("bad-request", f"a turn has a role ({', '.join(sorted(ROLES))}) and a content in text")
         if sum(len(turn["content"]) for turn in question.turns) > MAX_TEXT:
             raise Declined("too-long", f"the conversation has more than {MAX_TEXT} characters")
+    for text in (question.text or "", *(turn["content"] for turn in question.turns or ())):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+            raise Declined(
+                "bad-request", f"character {error.start} of a text is half a surrogate pair, which is no text"
+            ) from error
+
+
+def _prompt(tokenizer: Tokenizer, question: Question) -> tuple[int, ...]:
+    if question.tokens is not None:
+        return question.tokens
+    if question.text is not None:
+        return tokenizer.encode(question.text)
+    return tokenizer.chat(question.turns or ())
 
 
 Generate = Callable[[tuple[int, ...], int, Sampling], AsyncGenerator[int | str, None]]  # tokens, at last the reason
@@ -86,11 +104,9 @@ class AnsweringService:
         *,
         manifest: Callable[[], tuple[Cid, Manifest] | None],
         fetch: Callable[[Cid, int], Awaitable[Path]],
-        generate: Generate,
     ) -> None:
         self._manifest = manifest
         self._fetch = fetch
-        self._generate = generate
         self._loaded: tuple[Cid, Tokenizer] | None = None
         self._loading = trio.Lock()
 
@@ -121,22 +137,20 @@ class AnsweringService:
             lambda: Tokenizer(path, template, bos_ids=shape.bos_ids, eos_ids=shape.eos_ids)
         )
 
-    async def answer(self, question: Question) -> AsyncGenerator[Text | Answer, None]:
+    async def answer(self, question: Question, generate: Generate) -> AsyncGenerator[Text | Answer, None]:
         """The answer piece by piece, at last its end. Use it in `contextlib.aclosing`.
+
+        `generate` is closed before its end when a stop string is met.
 
         Raises what `generate` raises, and Declined `bad-request`.
         """
         check(question)
         tokenizer = await self.tokenizer()
-        if question.tokens is not None:
-            prompt = question.tokens
-        elif question.text is not None:
-            prompt = tokenizer.encode(question.text)
-        else:
-            prompt = tokenizer.chat(question.turns or ())
+        # In a thread: a long text takes a second, and the template came with the model.
+        prompt = await trio.to_thread.run_sync(_prompt, tokenizer, question, abandon_on_cancel=True)
         words, stops = tokenizer.stream(prompt), StopStrings(question.stop)
         reason = ""
-        async with aclosing(self._generate(prompt, question.max_tokens, question.sampling)) as pieces:
+        async with aclosing(generate(prompt, question.max_tokens, question.sampling)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, str):
                     reason = piece

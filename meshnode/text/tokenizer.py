@@ -62,6 +62,10 @@ class Tokenizer:
             text = self._template.render(add_generation_prompt=True, **variables)
         except jinja2.TemplateError as error:
             raise Declined("bad-request", f"the model's chat template refuses these turns: {error}") from error
+        except Exception as error:  # the border: a template is a program of the model's publisher
+            raise Declined(
+                "bad-request", f"the model's chat template failed on these turns: {type(error).__name__}: {error}"
+            ) from error
         return tuple(self._fast.encode(text, add_special_tokens=False).ids)
 
     def stream(self, prompt: Sequence[int]) -> TextStream:
