@@ -34,7 +34,7 @@ from meshnode.net.libp2p_host import Libp2pHost
 from meshnode.net.pipes import Pipes
 from meshnode.net.port import PeerEvent
 from meshnode.policy.route import NoRoute, plan_route
-from meshnode.services.answering import AnsweringService
+from meshnode.services.answering import AnsweringService, Question, Text
 from meshnode.services.content import ContentService
 from meshnode.services.directory import DirectoryService, next_incarnation
 from meshnode.services.discovery import DiscoveryService
@@ -161,11 +161,10 @@ class Node:
         )
         self.pipes.deliver_to(self._deliver)
         self.pipes.report_to(self._lose)
-        self.answering = AnsweringService(manifest=self._manifest, fetch=self.content.fetch, generate=self._generate)
+        self.answering = AnsweringService(manifest=self._manifest, fetch=self.content.fetch)
         self.readiness = ReadinessService(
             chain=self._chain, changed=self.directory.changed, probe=self._probe, health=self.health
         )
-        self.last_receipt: Receipt | None = None
         self._releases: dict[Cid, dict[Cid, bytes]] = {}
         self.stopping = trio.Event()
         self.ended = trio.Event()
@@ -335,16 +334,32 @@ class Node:
             async for _ in pieces:
                 pass
 
-    async def _generate(
-        self, prompt: tuple[int, ...], max_tokens: int, sampling: Sampling
-    ) -> AsyncGenerator[int | str, None]:
-        async with aclosing(self.generation.generate(Request(prompt, max_tokens, sampling))) as pieces:
-            async for piece in pieces:
-                if isinstance(piece, Receipt):
-                    self.last_receipt = piece
-                    yield piece.reason
-                else:
-                    yield piece.token
+    async def answer(self, question: Question) -> AsyncGenerator[Text | Receipt, None]:
+        """The answer in words piece by piece, at last its receipt. Use it in `contextlib.aclosing`.
+
+        Raises what `AnsweringService.answer` and `GenerationService.generate` raise.
+        """
+        receipt: Receipt | None = None
+
+        async def tokens(
+            prompt: tuple[int, ...], max_tokens: int, sampling: Sampling
+        ) -> AsyncGenerator[int | str, None]:
+            nonlocal receipt
+            async with aclosing(self.generation.generate(Request(prompt, max_tokens, sampling))) as pieces:
+                async for piece in pieces:
+                    if isinstance(piece, Receipt):
+                        yield piece.reason
+                    else:
+                        receipt = piece.receipt
+                        yield piece.token
+
+        async with aclosing(self.answering.answer(question, tokens)) as words:
+            async for word in words:
+                if isinstance(word, Text):
+                    yield word
+                elif receipt is not None:  # an answer has one token or more
+                    receipt.reason = word.reason
+                    yield receipt
 
     def _announce_waiting(self) -> None:
         """What was added while no node ran on this folder."""

@@ -75,10 +75,9 @@ class Orders:
             yield {"waiting": ready.now.sentence}
             with trio.move_on_after(PATIENCE_SECONDS):  # whatever is wrong then is said by the attempt itself
                 await ready.wait_ready()
-        self._node.last_receipt = None
         tokens: list[int] = []
         texts: list[str] = []
-        async with aclosing(self._node.answering.answer(question)) as pieces:
+        async with aclosing(self._node.answer(question)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Text):
                     texts.append(piece.text)
@@ -92,13 +91,9 @@ class Orders:
                             "token_ids": tokens,
                             "prompt_token_ids": list(piece.prompt),
                             "reason": piece.reason,
-                            **self._figures(),
+                            **figures(piece),
                         }
                     }
-
-    def _figures(self) -> Json:
-        receipt = self._node.last_receipt
-        return {} if receipt is None else figures(receipt)
 
     async def _status(self, _request: Json) -> AsyncGenerator[Json, None]:
         yield {"done": self.status()}

@@ -72,13 +72,6 @@ class Request:
     chunk_rows: int = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One token of the answer, as it comes."""
-
-    token: int
-
-
 @dataclass(slots=True)
 class Receipt:
     """What was run, with figures. Times in seconds (monotonic), hop times in microseconds."""
@@ -124,6 +117,14 @@ class Receipt:
     def return_ms(self) -> float:
         """Median time from the last stage back to us."""
         return _median_ms(self.return_us[1:] or self.return_us)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One token of the answer, as it comes. `receipt`: of this answer, up to this token; it goes on growing."""
+
+    token: int
+    receipt: Receipt
 
 
 def _median_ms(values: Sequence[int]) -> float:
@@ -307,7 +308,7 @@ class GenerationService:
                         receipt.arrivals.append(trio.current_time())
                         receipt.hop_times.append(effect.times)
                         receipt.return_us.append(effect.return_us)
-                        yield Piece(effect.token)
+                        yield Piece(effect.token, receipt)
                     case Finished(reason):
                         receipt.reason = reason
                         return

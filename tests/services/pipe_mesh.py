@@ -232,7 +232,7 @@ class Mesh:
             us=member.peer,
             send=member.pipes.send,
             target=lambda: self.target,
-            route=lambda target, seed, avoid: self._route(member, target, seed, avoid),
+            route=lambda target, seed, avoid: self.route(member, target, seed, avoid),
             rng=random.Random(number),
         )
 
@@ -272,9 +272,7 @@ class Mesh:
                         member.stage.peer_gone(event.peer, event.reason)
                         member.generation.peer_gone(event.peer, event.reason)
 
-    def _route(
-        self, origin: Member, target: Target, seed: int, avoid: frozenset[PeerId]
-    ) -> tuple[Hop, ...] | NoRoute:
+    def route(self, origin: Member, target: Target, seed: int, avoid: frozenset[PeerId]) -> tuple[Hop, ...] | NoRoute:
         view = {
             member.peer: advert_of(
                 member.number,
