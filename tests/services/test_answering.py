@@ -71,7 +71,6 @@ class Desk:
         self.service = AnsweringService(
             manifest=lambda: None if self.manifest is None else (self.cid, self.manifest),
             fetch=self.fetch,
-            generate=self.generate,
         )
 
     files = ("tokenizer.json", "chat_template.jinja")
@@ -103,7 +102,7 @@ class Desk:
         """The pieces of text and the end of one answer."""
         texts = []
         settings: dict[str, Any] = {"sampling": GREEDY, **question}
-        async with aclosing(self.service.answer(Question(**settings))) as pieces:
+        async with aclosing(self.service.answer(Question(**settings), self.generate)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Answer):
                     return texts, piece
@@ -174,7 +173,7 @@ async def test_the_length_ends_the_answer(desk: Desk) -> None:
 
 
 async def test_who_goes_away_ends_the_generation(desk: Desk) -> None:
-    async with aclosing(desk.service.answer(Question(text="x", sampling=GREEDY))) as pieces:
+    async with aclosing(desk.service.answer(Question(text="x", sampling=GREEDY), desk.generate)) as pieces:
         await anext(pieces)
     assert desk.closed == 1
 
