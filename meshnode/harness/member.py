@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +107,18 @@ class Member:
     def status(self) -> dict[str, Any]:
         """What `meshnode status --json` shows."""
         status: dict[str, Any] = client.ask_one(self.folder, {"do": "status"})
+        return status
+
+    def wait_for(self, wanted: Callable[[dict[str, Any]], bool], seconds: float, what: str) -> dict[str, Any]:
+        """Until the node's status is as `wanted`; gives that status.
+
+        Raises HarnessError after `seconds`, with `what` was waited for. NotRunning, NodeError: it went away.
+        """
+        ends = time.monotonic() + seconds
+        while not wanted(status := self.status()):
+            if time.monotonic() > ends:
+                raise HarnessError(f"{self.name}: {what} did not happen within {seconds:.0f} s: {self.last_words()}")
+            time.sleep(_LOOK_SECONDS)
         return status
 
     def stop(self) -> None:

@@ -6,15 +6,18 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from meshnode.core.errors import Declined
-from meshnode.text.tokenizer import StopStrings, Tokenizer
+from meshnode.text.stops import StopStrings
 from protocols.ids import Cid
 from protocols.manifest.messages import Manifest
 from protocols.pipe.messages import Sampling
+
+if TYPE_CHECKING:
+    from meshnode.text.tokenizer import Tokenizer
 
 MAX_TEXT: Final = 1 << 20  # characters of a question: far above any context
 MAX_TURNS: Final = 1024
@@ -133,9 +136,13 @@ class AnsweringService:
             template_path = await self._fetch(ref.cid, ref.size)
             template = await trio.to_thread.run_sync(lambda: template_path.read_text(encoding="utf-8"))
         shape = manifest.architecture
-        return await trio.to_thread.run_sync(
-            lambda: Tokenizer(path, template, bos_ids=shape.bos_ids, eos_ids=shape.eos_ids)
-        )
+
+        def load() -> Tokenizer:
+            from meshnode.text.tokenizer import Tokenizer  # 10 MB that a node which is never asked does without
+
+            return Tokenizer(path, template, bos_ids=shape.bos_ids, eos_ids=shape.eos_ids)
+
+        return await trio.to_thread.run_sync(load)
 
     async def answer(self, question: Question, generate: Generate) -> AsyncGenerator[Text | Answer, None]:
         """The answer piece by piece, at last its end. Use it in `contextlib.aclosing`.
