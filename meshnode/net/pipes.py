@@ -101,6 +101,7 @@ class Pipes:
         """
         if peer == self._host.peer_id:
             await self._hand_on(peer, message, body, 0)
+            await trio.lowlevel.checkpoint()  # our stage starts to compute before the sender goes on
             return
         lock = self._locks.setdefault(peer, trio.Lock())
         try:

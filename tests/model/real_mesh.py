@@ -46,6 +46,11 @@ def real_mesh(variant: str, nodes: int) -> Iterator[Mesh]:
             mesh.up()
             mesh.wait_ready()
             yield mesh
+        except BaseException:
+            for member in mesh.members:
+                print(f"--- {member.name} {member.folder}")
+                print(*member.log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:], sep="\n")
+            raise
         finally:
             mesh.down()
 
