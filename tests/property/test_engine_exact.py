@@ -18,6 +18,7 @@ from meshnode.engine.onnx_stage import OnnxStage
 from meshnode.engine.process import load_request
 from meshnode.engine.stage import Array, Stage
 from tests.conformance.tiny_model import VARIANTS, tiny_models
+from tests.property.step_scripts import Script, scripts, segmentations
 
 LAYERS, VOCAB = 4, 96
 PROMPT = np.random.default_rng(3).integers(0, VOCAB, 300).astype(np.int32)
@@ -121,6 +122,15 @@ def test_several_rows_after_a_decode_are_the_kernel_of_prompts(kind: str, window
     other = uncut(kind).open(0, LAYERS, 64)
     whole = np.concatenate([PROMPT[:length], ANSWER[:window]])
     np.testing.assert_array_equal(seen, other.run(0, whole, prefill=True, wanted=True))
+
+
+@settings(max_examples=15)
+@given(script=scripts(200), kind=st.sampled_from(KINDS), cuts=segmentations(LAYERS))
+def test_only_the_class_of_a_row_decides(script: Script, kind: str, cuts: list[int]) -> None:
+    tokens = np.concatenate([PROMPT[: script.length], PROMPT[:1]])
+    whole = [uncut(kind).open(0, LAYERS, script.length + 1)]
+    chain = [cut_on_demand(kind).open(a, b, script.length + 1) for a, b in pairwise(cuts)]
+    script.check(whole, chain, tokens)
 
 
 def test_null_depends_on_everything() -> None:
