@@ -1,0 +1,153 @@
+"""Real nodes over real sockets for the tests: a small model for the null engine, questions, command lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from meshnode.cli import client
+from meshnode.harness.member import Member, clean_environment
+from meshnode.harness.mesh import Mesh, Plan
+
+Json = dict[str, Any]
+
+MARK = "TEST_OF_MESH"  # in the environment of every process of a test's mesh
+LAYERS = 24
+CONTEXT = 4096
+WORDS = 256
+QUESTION: Json = {"do": "generate", "token_ids": [5, 6, 7], "max_tokens": 12, "temperature": 0.0}
+ENDLESS: Json = {**QUESTION, "max_tokens": CONTEXT}  # takes long enough to be interrupted
+READY_SECONDS = 60.0  # generous: the machine may be busy with other things
+
+
+def small_model(folder: Path, *, layers: int = LAYERS, layer_bytes: int = 1 << 16) -> Path:
+    """A folder as the publisher writes it. The weights are noise: the null engine never opens them."""
+    noise = random.Random(7)
+    folder.mkdir(parents=True)
+
+    def write(name: str, data: bytes) -> Json:
+        (folder / name).write_bytes(data)
+        return {"path": name, "size": len(data)}
+
+    vocabulary = {f"w{i}": i for i in range(WORDS)}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"},
+    }
+    variant = {
+        "kernel_class": "null/1",
+        "graph": write("graph", noise.randbytes(5_000)),
+        "embed": write("embed", noise.randbytes(20_000)),
+        "layers": [write(f"layer.{i}", noise.randbytes(layer_bytes)) for i in range(layers)],
+        "head": write("head", noise.randbytes(20_000)),
+    }
+    index = {
+        "name": "small-noise",
+        "architecture": {
+            "family": "llama",
+            "layers": layers,
+            "hidden": 32,
+            "heads": 1,
+            "kv_heads": 1,
+            "head_dim": 4,
+            "vocab": WORDS,
+            "context": CONTEXT,
+            "bos_ids": [],
+            "eos_ids": [],
+        },
+        "files": {"tokenizer.json": write("tokenizer.json", json.dumps(tokenizer).encode())},
+        "variants": {"int4": variant},
+    }
+    (folder / "index.json").write_text(json.dumps(index))
+    return folder
+
+
+@contextmanager
+def mesh_of(folder: Path, nodes: int, *, published: Path | None = None, **plan: Any) -> Iterator[Mesh]:
+    """A running mesh that is stopped whatever happens; afterwards no process of it is left."""
+    settings = (("serve.engine", "null"), *plan.pop("settings", ()))
+    before = os.environ.get(MARK, "")
+    os.environ[MARK] = str(folder)
+    mesh = Mesh.make(folder / "mesh", Plan(nodes=nodes, published=published, settings=settings, **plan))
+    try:
+        mesh.up()
+        if published is not None:
+            mesh.wait_ready(READY_SECONDS)
+        yield mesh
+    finally:
+        mesh.down()
+        os.environ[MARK] = before
+        left = processes_in(folder)
+        for process in left:
+            process.kill()
+        assert not left, f"still running: {[process.cmdline() for process in left]}"
+
+
+def processes_in(folder: Path) -> list[psutil.Process]:
+    """Processes that were started for this mesh, and what they started: they inherited its mark."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == str(folder):
+                found.append(process)
+    return found
+
+
+def tokens_of(member: Member, request: Json = QUESTION) -> list[int]:
+    """The whole answer of one node. Raises NodeError with its words."""
+    tokens: list[int] = client.ask_one(member.folder, request, 120.0)["token_ids"]
+    return tokens
+
+
+def serving(status: Json) -> dict[str, tuple[int, int]]:
+    """Who serves which layers, as one node sees it."""
+    rows = [status["me"], *status["peers"]]
+    return {row["peer"]: (row["first"], row["last"]) for row in rows if row["first"] is not None}
+
+
+def meshnode(*arguments: object, seconds: float = 60.0, folder: Path | None = None, **env: str) -> Ran:
+    """Run one command line; `folder` is its data folder."""
+    words = [str(argument) for argument in arguments]
+    if folder is not None:
+        words += ["--data", str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-m", "meshnode", *words],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=seconds,
+        env={**clean_environment(), **env},
+    )
+    return Ran(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+class Ran:
+    """What one command line did."""
+
+    def __init__(self, code: int, out: str, errors: str) -> None:
+        self.code = code
+        self.out = out
+        self.errors = errors
+
+    def sentence(self) -> str:
+        """Its one line of complaint; anything else is a failure of the test."""
+        assert self.code not in (0, None), f"it went through: {self.out}"
+        assert "Traceback" not in self.errors, self.errors
+        lines = [line for line in self.errors.splitlines() if line.startswith("meshnode")]
+        assert len(lines) == 1, self.errors
+        return lines[0]
