@@ -62,21 +62,24 @@ class ReadinessService:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Probe until cancelled."""
         task_status.started()
-        pause = RETRY_SECONDS
+        retry = RETRY_SECONDS  # the pause after the next failure
         while True:
+            pause = AGAIN_SECONDS
             chain, why = self._chain()
             if chain is None:
                 self._say(Readiness(False, why))
                 self._health.clear("probe-failed")
-                pause = AGAIN_SECONDS
+                retry = RETRY_SECONDS
+            elif await self._try():
+                retry = RETRY_SECONDS
             else:
-                pause = min(AGAIN_SECONDS, await self._try(pause))
+                pause, retry = retry, min(AGAIN_SECONDS, 2 * retry)
             with trio.move_on_after(pause):
                 while self._chain()[0] == chain:
                     await self._changed()
 
-    async def _try(self, pause: float) -> float:
-        """One probe; gives the seconds until the next one."""
+    async def _try(self) -> bool:
+        """One probe; whether it came back."""
         began = trio.current_time()
         reason = f"no probe token came back within {PROBE_SECONDS:.0f} s"
         try:
@@ -87,11 +90,11 @@ class ReadinessService:
                 reason = str(error)
             self._say(Readiness(False, f"the probe failed: {reason}"))
             self._health.set("probe-failed", reason=reason)
-            return pause * 2 if pause < AGAIN_SECONDS else RETRY_SECONDS
+            return False
         took_ms = (trio.current_time() - began) * 1000
         self._health.clear("probe-failed")
         self._say(Readiness(True, f"a probe token passed through the chain in {took_ms:.0f} ms", took_ms))
-        return AGAIN_SECONDS
+        return True
 
     def _say(self, readiness: Readiness) -> None:
         if readiness.ready != self.now.ready:
