@@ -91,25 +91,30 @@ def span_bytes(index: Json, variant: str, first: int, last: int) -> int:
     return sum(files.values())
 
 
-def check_costs(mesh: Mesh, variant: str) -> None:
-    """What each node fetched, and what it takes of memory, before any question was asked of the others."""
+def check_fetched(mesh: Mesh, variant: str) -> None:
+    """What each node fetched before it was asked anything, which takes a tokenizer."""
     index = json.loads((model_folder(variant) / "index.json").read_text(encoding="utf-8"))
     lines = [node_line(member) for member in mesh.serving]
     for line in lines:
         first, last = line["layers"]
         wanted = span_bytes(index, variant, first, last)
         assert line["weights_mb"] == pytest.approx(wanted / 1e6, rel=0.02)
-        assert not line["torch_imported"]
-        beyond = line["rss_mb"] - line["weights_mb"]
-        print(
-            f"{variant} {line['name']} layers {first}-{last - 1}: fetched {line['bytes_fetched']} of {wanted} bytes, "
-            f"{line['rss_mb']} MB = weights {line['weights_mb']} + {beyond:.0f} (node {line['node_rss_mb']})"
-        )
-        assert beyond <= BEYOND_WEIGHTS_MB + PAGES_MB
+        print(f"{line['name']} layers {first}-{last - 1}: fetched {line['bytes_fetched']} of {wanted} bytes")
     assert sorted(k for line in lines for k in range(*line["layers"])) == list(range(LAYERS))
     assert lines[0]["bytes_fetched"] == 0  # the publisher has everything
     for line in lines[1:]:
         assert line["bytes_fetched"] == pytest.approx(span_bytes(index, variant, *line["layers"]), rel=0.02)
+
+
+def check_memory(mesh: Mesh, when: str) -> None:
+    for line in (node_line(member) for member in mesh.serving):
+        beyond = line["rss_mb"] - line["weights_mb"]
+        print(
+            f"{line['name']} {when}: {line['rss_mb']} MB = weights {line['weights_mb']} + {beyond:.0f} "
+            f"(node {line['node_rss_mb']}, engine {line['engine_rss_mb']})"
+        )
+        assert beyond <= BEYOND_WEIGHTS_MB + PAGES_MB
+        assert not line["torch_imported"]
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3, 5])
@@ -120,13 +125,15 @@ def test_the_tokens_are_those_of_one_process(variant: str, nodes: int) -> None:
     with real_mesh(variant, nodes) as mesh:
         ready = monotonic() - began
         print(f"\n{variant} over {nodes}: ready after {ready:.1f} s")
-        check_costs(mesh, variant)
+        check_fetched(mesh, variant)
+        check_memory(mesh, "before")
         for number, (case, tokens) in enumerate(zip(CASES, wanted, strict=True)):
             asker = mesh.serving[number % nodes]
             receipt = complete(mesh, asker, client.ask_one(asker.folder, case.request, 120))
             assert receipt["token_ids"] == tokens, case
             assert len({hop["peer"] for hop in receipt["route"]}) == nodes
             assert [receipt["route"][0]["first"], receipt["route"][-1]["last"]] == [0, LAYERS]
+        check_memory(mesh, "after")
         assert sum(len(set(tokens)) > 3 for tokens in wanted) == len(CASES)
     print(f"{variant} over {nodes}: {len(CASES)} answers equal, {monotonic() - began:.1f} s in all")
 
