@@ -22,6 +22,10 @@ from protocols.errors import MeshError
 
 MAX_REQUEST_BYTES: Final = 8 << 20  # a conversation; questions themselves are limited further inside
 MAX_CLIENTS: Final = 64
+BACKLOG: Final = 128  # clients that wait to be served; a further one would take us for stopped
+READ_BYTES: Final = 1 << 16
+REQUEST_SECONDS: Final = 10.0  # for the whole line: a program sends it at once
+LINGER_SECONDS: Final = 1.0  # for the rest of a request that was refused
 
 log = structlog.get_logger()
 
@@ -66,7 +70,7 @@ class ControlService:
                 raw.bind(os.fspath(self._path))
             finally:
                 os.umask(before)
-            raw.listen(16)
+            raw.listen(BACKLOG)
         except OSError as error:
             raw.close()
             raise ConfigError(f"the control socket {self._path} can't be made: {error.strerror or error}") from error
@@ -75,11 +79,16 @@ class ControlService:
     async def _serve(self, stream: trio.SocketStream) -> None:
         async with self._clients, stream:
             try:
-                async with trio.open_nursery() as nursery:
+                try:
                     request = await self._request(stream)
-                    if request is not None:
-                        nursery.start_soon(self._watch, stream, nursery.cancel_scope)
-                        await self._answer(stream, request)
+                except Declined as error:
+                    await self._refuse(stream, error)
+                    return
+                if request is None:
+                    return
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._watch, stream, nursery.cancel_scope)
+                    await self._answer(stream, request)
                     nursery.cancel_scope.cancel()
             except* trio.BrokenResourceError:
                 log.debug("client.left")
@@ -91,25 +100,40 @@ class ControlService:
         scope.cancel()
 
     async def _request(self, stream: trio.SocketStream) -> Json | None:
+        """The first line as a command that we know; what follows it is ignored. None: the client has left.
+
+        Raises Declined `bad-request`.
+        """
         data = bytearray()
-        while not data.endswith(b"\n"):
-            piece = await stream.receive_some(65536)
-            if not piece:
-                return None
-            data += piece
-            if len(data) > MAX_REQUEST_BYTES:
-                await self._send(stream, _error("bad-request", f"a request has more than {MAX_REQUEST_BYTES} bytes"))
-                return None
+        with trio.move_on_after(REQUEST_SECONDS) as silence:
+            while b"\n" not in data[-READ_BYTES:]:
+                piece = await stream.receive_some(READ_BYTES)
+                if not piece:
+                    return None
+                data += piece
+                if len(data) > MAX_REQUEST_BYTES:
+                    raise Declined("bad-request", f"a request has more than {MAX_REQUEST_BYTES} bytes")
+        if silence.cancelled_caught:
+            raise Declined("bad-request", f"no whole line came within {REQUEST_SECONDS:.0f} s")
         try:
-            request = json.loads(data)
+            request = json.loads(data[: data.index(b"\n")])
         except ValueError as error:
-            await self._send(stream, _error("bad-request", f"a request is one line of JSON: {error}"))
-            return None
-        if not isinstance(request, dict) or request.get("do") not in self._commands:
+            raise Declined("bad-request", f"a request is one line of JSON: {error}") from error
+        except RecursionError as error:
+            raise Declined("bad-request", "a request is one line of JSON, but it is nested too deeply") from error
+        name = request.get("do") if isinstance(request, dict) else None
+        if not isinstance(name, str) or name not in self._commands:
             known = ", ".join(sorted(self._commands))
-            await self._send(stream, _error("bad-request", f'a request is {{"do": NAME, ...}}; names are {known}'))
-            return None
-        return request
+            raise Declined("bad-request", f'a request is {{"do": NAME, ...}}; names are {known}')
+        return dict(request)
+
+    async def _refuse(self, stream: trio.SocketStream, error: Declined) -> None:
+        """Say what is wrong, and let the client finish: what it still sends would break its reading of the answer."""
+        await self._send(stream, _error(error.code, str(error)))
+        await stream.send_eof()
+        with trio.move_on_after(LINGER_SECONDS):
+            while await stream.receive_some(READ_BYTES):
+                pass
 
     async def _answer(self, stream: trio.SocketStream, request: Json) -> None:
         try:
@@ -122,6 +146,12 @@ class ControlService:
         except MeshError as error:
             log.error("command.failed", command=request["do"], reason=str(error))
             await self._send(stream, _error(type(error).__name__, self._wording(str(error))))
+        except trio.BrokenResourceError:
+            raise
+        except Exception:  # the border: a bug in a command costs its client, not the node's sessions
+            log.exception("command.failed", command=request["do"])
+            text = f"the command {request['do']} failed because of a bug; the log of the node shows where"
+            await self._send(stream, _error("internal", text))
 
     async def _send(self, stream: trio.SocketStream, answer: Json) -> None:
         await stream.send_all(json.dumps(answer, separators=(",", ":")).encode() + b"\n")
