@@ -764,14 +764,16 @@ class PlacementService:
         """Whether a draining node can go: its sessions have ended, and others serve its layers or never can."""
         if self._stage is None:
             return not any(stage.sessions for stage in self._retiring)
-        if self._stage.sessions or self._keeper.promised(0, 1 << 30, trio.current_time()):
+        if self._stage.sessions:
             return False
         span = self._range(self._stage.span)
         if span is None or self._release is None:
             return True
         others = [n for n in self._nodes() if n.peer != self._peer and not n.draining]
         if wanted_plan(self._release.facts, others).holes if others else True:
-            return True
+            return True  # whoever got a promise of us relied on a mesh that ends anyway
+        if self._keeper.promised(0, 1 << 30, trio.current_time()):
+            return False
         covered = {layer for n in others if n.span for layer in range(*n.span)}
         return all(layer in covered for layer in range(*span))
 

@@ -14,6 +14,7 @@ from trio.testing import MockClock
 
 from meshnode.policy.model_facts import tight_memory
 from protocols.advert.messages import DRAINING, IDLE, SERVING
+from protocols.intent.messages import HOLD_MS, Held, Hold
 from tests.services.placement_world import MB, World, make_manifest
 
 
@@ -117,6 +118,24 @@ async def test_a_node_that_nobody_can_replace_leaves_when_its_sessions_have_ende
         assert trio.current_time() - began < 2
         assert a.directory.advert.serving is not None
         assert a.directory.advert.serving.state == IDLE
+
+
+async def test_a_promise_does_not_hold_back_a_node_when_everybody_leaves(autojump_clock: MockClock) -> None:
+    async with world() as w:
+        share = tight_memory(w.facts, 2)
+        a, b = await w.join("a", share), await w.join("b", share)
+        await w.covered(10)
+        assert a.span is not None and w.head is not None
+        first, last = a.span
+        hold = Hold(
+            manifest=w.head.manifest, variant=w.head.variant, first=first, last=last, epoch=1, hold_ms=HOLD_MS
+        )
+        assert isinstance(a.service.answer_hold(b.peer, hold), Held)
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(a.service.drain)
+            nursery.start_soon(b.service.drain)
+        assert trio.current_time() - began < 2
 
 
 async def test_a_lost_engine_leaves_the_advert_and_comes_back(autojump_clock: MockClock) -> None:
