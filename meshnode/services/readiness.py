@@ -65,7 +65,7 @@ class ReadinessService:
         retry = RETRY_SECONDS  # the pause after the next failure
         while True:
             pause = AGAIN_SECONDS
-            chain, why = self._chain()
+            found = chain, why = self._chain()
             if chain is None:
                 self._say(Readiness(False, why))
                 self._health.clear("probe-failed")
@@ -75,7 +75,7 @@ class ReadinessService:
             else:
                 pause, retry = retry, min(AGAIN_SECONDS, 2 * retry)
             with trio.move_on_after(pause):
-                while self._chain()[0] == chain:
+                while self._chain() == found:
                     await self._changed()
 
     async def _try(self) -> bool:

@@ -106,6 +106,14 @@ async def test_without_a_chain_the_reason_is_said_and_nothing_probed(autojump_cl
         await chain.says(True, within=1)
 
 
+async def test_the_reason_follows_what_is_missing_now(autojump_clock: MockClock) -> None:
+    async with running(Chain(why="the network serves no model yet")) as chain:
+        assert chain.service.now.sentence == "the network serves no model yet"
+        chain.why = "layers 3 to 5 are held by nobody"
+        await chain.touch()
+        assert chain.service.now.sentence == "layers 3 to 5 are held by nobody"
+
+
 async def test_ready_is_taken_back_when_the_chain_breaks(autojump_clock: MockClock) -> None:
     async with running(Chain(route="one")) as chain:
         await chain.says(True)
