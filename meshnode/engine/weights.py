@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import mmap
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
 from meshnode.core.errors import ModelError
 from meshnode.engine.cut import View
 from meshnode.engine.stage import Array
+
+# Norms and biases. Kernels read them in every step, and with one touched page Linux 6.18 maps all the pages that it
+# keeps together in its cache: megabytes of weights that the kernels have packed copies of.
+COPIED_BYTES: Final = 1 << 16
 
 
 class Weights:
@@ -34,7 +39,7 @@ class Weights:
         return sum(len(mapped) for mapped in self._maps.values())
 
     def array(self, name: str, view: View) -> Array:
-        """One tensor, without a copy. Raises ModelError when the file is missing or too short."""
+        """One tensor; a copy only if it is small. Raises ModelError when the file is missing or too short."""
         path = self._groups.get(view.group)
         if path is None:
             raise ModelError(f"The tensor {name} is in the weights {view.group}, which this span was not given.")
@@ -45,6 +50,8 @@ class Weights:
                 f"the file at {len(mapped)}. Run `meshnode model verify`."
             )
         raw = np.frombuffer(mapped, np.uint8, view.length, view.offset)
+        if view.length <= COPIED_BYTES:
+            raw = raw.copy()
         return raw.view(view.dtype).reshape(view.shape)
 
     def release(self) -> None:
