@@ -50,7 +50,7 @@ from meshnode.state.network import load_network
 from meshnode.state.port import Membership
 from meshnode.state.releases import take_waiting
 from protocols.advert.messages import Advert, Holding, RoundTrip
-from protocols.ids import Cid, PeerId, cid_to_bytes
+from protocols.ids import Cid, PeerId, cid_to_bytes, short
 from protocols.manifest.codec import open_manifest
 from protocols.manifest.messages import Manifest
 from protocols.pipe.messages import Close, Hop, Message, Open, Opened, Refused, Sampling, Step, Token
@@ -218,12 +218,17 @@ class Node:
 
     async def _follow_peers(self, events: trio.MemoryReceiveChannel[PeerEvent]) -> None:
         async for event in events:
-            if not event.connected:
+            if event.connected:
+                self.readiness.look_again()
+            else:
                 self._lose(event.peer, event.reason)
 
     def _lose(self, peer: PeerId, reason: str) -> None:
         self.stage.peer_gone(peer, reason)
         self.generation.peer_gone(peer, reason)
+        chain, _ = self._chain()
+        if isinstance(chain, tuple) and any(hop.peer == peer for hop in chain):
+            self.readiness.doubt(f"{short(peer)} went away: {reason}")
 
     async def _deliver(self, peer: PeerId, message: Message, body: bytes, network_us: int) -> None:
         match message:

@@ -53,6 +53,18 @@ class ReadinessService:
         self._health = health
         self.now = Readiness(False, "this node has just started")
         self._turned = trio.Event()
+        self._pause = trio.CancelScope()
+
+    def doubt(self, reason: str) -> None:
+        """Something that the chain needs has just failed: not ready, until another probe token came back."""
+        if self.now.ready:
+            self._say(Readiness(False, f"the chain has just broken: {reason}"))
+        self._pause.cancel()
+
+    def look_again(self) -> None:
+        """Something came back that a failed probe may have missed: do not wait for the next one."""
+        if not self.now.ready:
+            self._pause.cancel()
 
     async def wait_ready(self) -> None:
         """Until the chain answers. If cancelled: nothing happened."""
@@ -74,7 +86,7 @@ class ReadinessService:
                 retry = RETRY_SECONDS
             else:
                 pause, retry = retry, min(AGAIN_SECONDS, 2 * retry)
-            with trio.move_on_after(pause):
+            with trio.move_on_after(pause) as self._pause:
                 while self._chain() == found:
                     await self._changed()
 

@@ -265,3 +265,24 @@ async def test_a_lying_stage_costs_readiness_and_not_the_service(autojump_clock:
             assert not service.now.ready
             assert "broke the rules of the pipe" in service.now.sentence
             nursery.cancel_scope.cancel()
+
+
+async def test_a_broken_chain_is_not_ready_until_another_token_has_passed(autojump_clock: MockClock) -> None:
+    """The view may go on naming a peer that hangs: its lease lasts longer than its connection."""
+    async with running(Chain(route="one")) as chain:
+        await chain.says(True)
+        chain.failure = PeerUnreachable("no heartbeat")
+        chain.service.doubt("node2 went away")
+        assert chain.service.now == Readiness(False, "the chain has just broken: node2 went away")
+        await until(3)
+        assert chain.service.now == Readiness(False, "the probe failed: no heartbeat")
+        failed = len(chain.probes)
+        await until(20)
+        chain.failure = None
+        chain.service.look_again()
+        await chain.says(True, within=0.5)
+        assert failed < len(chain.probes) < failed + 6
+        probes = len(chain.probes)
+        chain.service.look_again()
+        await until(10)
+        assert len(chain.probes) == probes, "what is ready needs no further look"
