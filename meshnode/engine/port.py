@@ -69,7 +69,8 @@ class Engine(Protocol):
         """Reserve KV for `capacity` tokens of one session that runs layers [first, last) of this span.
 
         `sampling` and `prompt` (for the repetition penalty) only on the last stage.
-        Raises Declined `busy` (no slot or no KV memory), `too-long` (above the context), `fenced` (not our span).
+        Raises Declined `busy` (no slot or no KV memory), `too-long` (above the context, or all of
+        that memory), `fenced` (not our span).
         """
 
     async def step(

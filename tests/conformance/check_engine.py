@@ -184,6 +184,11 @@ async def _check_memory_limit(make: Make) -> None:
             await engine.open(name(2), first=0, last=4, capacity=6, sampling=None, prompt=())
         assert caught.value.code == "busy"
         await engine.open(name(2), first=0, last=4, capacity=5, sampling=None, prompt=())
+        await engine.close(name(1))
+        await engine.close(name(2))
+        with pytest.raises(Declined, match="room for 20 tokens") as caught:
+            await engine.open(name(3), first=0, last=4, capacity=21, sampling=None, prompt=())
+        assert caught.value.code == "too-long"
 
 
 async def _check_bad_tokens(make: Make) -> None:

@@ -25,7 +25,7 @@ LAYERS = 24
 CONTEXT = 4096
 WORDS = 256
 QUESTION: Json = {"do": "generate", "token_ids": [5, 6, 7], "max_tokens": 12, "temperature": 0.0}
-ENDLESS: Json = {**QUESTION, "max_tokens": CONTEXT}  # takes long enough to be interrupted
+ENDLESS: Json = {**QUESTION, "max_tokens": 2000}  # takes long enough to be interrupted
 READY_SECONDS = 60.0  # generous: the machine may be busy with other things
 
 

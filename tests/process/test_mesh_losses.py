@@ -1,0 +1,121 @@
+"""Nodes that die or hang in the middle of an answer: a clear error in time, and the mesh answers again."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from meshnode.cli import client
+from meshnode.cli.client import NodeError
+from meshnode.harness.member import Member
+from meshnode.harness.mesh import Mesh
+from protocols.ids import PeerId, short
+from tests.process.mesh_rig import ENDLESS, LAYERS, READY_SECONDS, mesh_of, serving, small_model, tokens_of
+
+pytestmark = [pytest.mark.net, pytest.mark.process]
+
+BEGUN = 20  # tokens of an answer that is interrupted
+KILLED_SECONDS = 10.0  # 5 are promised; the rest is for a busy machine
+PAUSED_SECONDS = 12.0
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    folder = tmp_path_factory.mktemp("losses")
+    with mesh_of(folder, 3, published=small_model(folder / "model")) as mesh:
+        yield mesh
+
+
+@pytest.fixture
+def usual(mesh: Mesh) -> list[int]:
+    mesh.wait_ready(READY_SECONDS)
+    return tokens_of(mesh.members[0])
+
+
+def strike(asker: Member, victim: Member, number: signal.Signals) -> tuple[str, float]:
+    """Send a signal to a node while an answer passes through it; the asker's error, and after how many seconds."""
+    answers = client.ask(asker.folder, ENDLESS, 60)
+    for _ in range(BEGUN):
+        next(answers)
+    victim.signal(number)
+    began = time.monotonic()
+    with pytest.raises(NodeError) as caught:
+        for _ in answers:
+            pass
+    return str(caught.value), time.monotonic() - began
+
+
+def answers_again(mesh: Mesh, usual: list[int]) -> None:
+    began = time.monotonic()
+    for member in mesh.members:
+        member.wait_for(lambda s: sorted(serving(s).values()) == [(0, 8), (8, 16), (16, LAYERS)], READY_SECONDS, "all")
+    mesh.wait_ready(READY_SECONDS)
+    assert [tokens_of(member) for member in mesh.members] == [usual] * len(mesh.members)
+    print(f"answers again after {time.monotonic() - began:.1f} s")
+
+
+def names(error: str, victim: Member, layers: tuple[int, int]) -> bool:
+    return short(PeerId(victim.peer_id)) in error and f"{layers[0]} to {layers[1] - 1}" in error
+
+
+@pytest.mark.parametrize("name", ["node2", "node3"])
+def test_a_killed_node(mesh: Mesh, usual: list[int], name: str) -> None:
+    asker, victim = mesh.members[0], mesh.member(name)
+    layers = serving(asker.status())[victim.peer_id]
+    error, seconds = strike(asker, victim, signal.SIGKILL)
+    print(f"\nkilled: {seconds:.2f} s: {error}")
+    assert names(error, victim, layers)
+    assert seconds < KILLED_SECONDS
+    victim.wait_stopped()
+    mesh.up()
+    answers_again(mesh, usual)
+
+
+def test_a_node_that_hangs(mesh: Mesh, usual: list[int]) -> None:
+    asker, victim = mesh.members[0], mesh.members[1]
+    layers = serving(asker.status())[victim.peer_id]
+    error, seconds = strike(asker, victim, signal.SIGSTOP)
+    print(f"\npaused: {seconds:.2f} s: {error}")
+    assert names(error, victim, layers)
+    assert seconds < PAUSED_SECONDS
+    victim.signal(signal.SIGCONT)
+    answers_again(mesh, usual)
+
+
+@pytest.mark.parametrize("name", ["node1", "node2"])
+def test_a_killed_engine(mesh: Mesh, usual: list[int], name: str) -> None:
+    asker, victim = mesh.members[0], mesh.member(name)
+    layers = serving(asker.status())[victim.peer_id]
+    before = victim.status()["engine"]["pid"]
+    answers = client.ask(asker.folder, ENDLESS, 60)
+    for _ in range(BEGUN):
+        next(answers)
+    for process in victim.processes():
+        if process.pid == before:
+            process.kill()
+    began = time.monotonic()
+    with pytest.raises(NodeError) as caught:
+        for _ in answers:
+            pass
+    print(f"\nengine killed: {time.monotonic() - began:.2f} s: {caught.value}")
+    assert names(str(caught.value), victim, layers)
+    assert "engine" in str(caught.value)
+    victim.wait_for(lambda s: s["engine"] is not None and s["engine"]["pid"] != before, READY_SECONDS, "a new engine")
+    answers_again(mesh, usual)
+
+
+def test_an_asker_that_goes_away(mesh: Mesh, usual: list[int]) -> None:
+    """Ctrl-C in the middle of an answer frees the sessions of every stage."""
+    asker = mesh.members[0]
+    answers = client.ask(asker.folder, ENDLESS, 60)
+    for _ in range(BEGUN):
+        next(answers)
+    assert asker.status()["sessions"] == 1
+    answers.close()
+    asker.wait_for(lambda s: s["sessions"] == 0, READY_SECONDS, "the end of the session")
+    for member in mesh.members:
+        member.wait_for(lambda s: s["me"]["sessions"] == 0, READY_SECONDS, "the end of the session on every stage")
+    assert tokens_of(asker) == usual
