@@ -1,8 +1,4 @@
-"""A model's tokenizer and chat template, without transformers.
-
-The chat template is Jinja from a manifest that a stranger may have written, so it runs in the immutable
-sandbox that transformers uses for the same purpose.
-"""
+"""A model's tokenizer and chat template, without transformers."""
 
 from __future__ import annotations
 
@@ -11,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
 
 from meshnode.core.errors import Declined, ModelError
+from meshnode.text.template import compile_template
 
 
 class Tokenizer:
@@ -39,10 +35,8 @@ class Tokenizer:
         }
         self._template: jinja2.Template | None = None
         if chat_template is not None:
-            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-            environment.globals["raise_exception"] = _refuse
             try:
-                self._template = environment.from_string(chat_template)
+                self._template = compile_template(chat_template)
             except jinja2.TemplateError as error:
                 raise ModelError(f"the model's chat template can't be read: {error}") from error
 
@@ -58,6 +52,7 @@ class Tokenizer:
         if self._template is None:
             raise ModelError("this model has no chat template; ask with plain text (--raw)")
         variables: dict[str, Any] = {**self._special, "messages": [dict(turn) for turn in turns]}
+        variables |= {"tools": None, "documents": None}  # defined, as transformers has them
         try:
             text = self._template.render(add_generation_prompt=True, **variables)
         except jinja2.TemplateError as error:
@@ -84,7 +79,3 @@ class TextStream:
     def feed(self, token: int) -> str:
         """Text that this token completes; often empty for non-Latin scripts."""
         return self._stream.step(self._fast, token) or ""
-
-
-def _refuse(reason: str) -> None:
-    raise jinja2.TemplateError(reason)
