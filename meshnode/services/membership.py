@@ -58,6 +58,7 @@ from protocols.membership.trust import ordered_roles
 
 ASK_ANYWAY_SECONDS: Final = 1.5  # the larger id waits this long for the smaller one's hello
 RETRY_SECONDS: Final = 0.5  # between hellos that broke off
+REDEEMED: Final = "the ticket was redeemed; a member comes back on a new connection"
 FAREWELL_SECONDS: Final = 1.0  # a refused peer has this long to read why
 SETTLE_SECONDS: Final = HELLO_SECONDS + FAREWELL_SECONDS + 0.5  # a hello that ran out of time says so first
 REVIEW_SECONDS: Final = 5.0  # expiry, and withdrawals that a command has put into the state file
@@ -222,7 +223,9 @@ class MembershipService:
                 reason = f"it did not prove its membership within {HELLO_SECONDS:.0f} s; ask a member for a ticket"
                 if broken:
                     reason += f" ({broken})"
-                await self._turn_away(peer, Turned(code=STRANGER, reason=refusal_of(peer, reason), by_us=True))
+                turned = Turned(code=STRANGER, reason=refusal_of(peer, reason), by_us=True)
+                self._note_refusal(peer, turned)
+                await self._turn_away(peer, turned)
         if self._settling.get(peer) is scope:
             del self._settling[peer]
 
@@ -289,8 +292,11 @@ class MembershipService:
             raise
         except RemoteProtocolError as error:
             await stream.reset()
-            reason = refusal_of(peer, f"it broke the rules of {PROTOCOL}: {error}")
-            return turned or Turned(code=STRANGER, reason=reason, by_us=True)
+            if turned is None:
+                reason = refusal_of(peer, f"it broke the rules of {PROTOCOL}: {error}")
+                turned = Turned(code=STRANGER, reason=reason, by_us=True)
+                self._note_refusal(peer, turned)
+            return turned
 
     def _session(self, peer: PeerId) -> HelloSession:
         machine = HelloMachine(
@@ -327,6 +333,7 @@ class MembershipService:
                     await self._learn(fact.roster, pass_on=True)
                 case Turned():
                     turned = fact
+                    self._note_refusal(peer, fact)
                 case Joined() | Send():
                     raise LocalProtocolError(
                         f"{type(fact).__name__} on a stream that neither joined nor sends itself"
@@ -365,13 +372,9 @@ class MembershipService:
         self._changed = trio.Event()
 
     async def _turn_away(self, peer: PeerId, turned: Turned) -> None:
-        if peer in self._granted and turned.by_us:
-            reason = "the ticket was redeemed; a member comes back on a new connection"
-        else:
-            reason = turned.reason
-            self._note_refusal(peer, turned)
+        redeemed = peer in self._granted and turned.by_us
         self._drop(peer)
-        await self._host.disconnect(peer, reason)
+        await self._host.disconnect(peer, REDEEMED if redeemed else turned.reason)
 
     def _drop(self, peer: PeerId) -> None:
         if self._members.pop(peer, None) is not None:
@@ -380,6 +383,9 @@ class MembershipService:
             self._host.admit(peer, False)
 
     def _note_refusal(self, peer: PeerId, turned: Turned) -> None:
+        """Keep it for people. A peer whose ticket was redeemed a moment ago is no stranger, only early."""
+        if peer in self._granted and turned.by_us:
+            return
         new = Refusal(at_ms=self._clock(), peer=peer, code=turned.code, sentence=turned.reason, by_us=turned.by_us)
         for old in self._refusals:
             if (old.peer, old.code, old.by_us) == (peer, turned.code, turned.by_us):

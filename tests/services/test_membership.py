@@ -153,6 +153,8 @@ async def test_a_replayed_one_use_ticket(autojump_clock: MockClock, tmp_path: Pa
         with pytest.raises(Declined, match="was used once") as caught:
             await mesh.enrol("eve", ticket)
         assert caught.value.code == "invite-used"
+        codes = [refusal.code for refusal in ann.membership.refusals]
+        assert codes == ["invite-used"], "it stands before the refused peer knows, and may hang up"
         assert not (mesh.folder / "eve" / "network" / "network.cbor").exists()
         refusal = await refused(ann, mesh_peer(mesh, "eve"))
         assert (refusal.code, refusal.sentence) == ("invite-used", str(caught.value))
