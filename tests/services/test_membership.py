@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -15,14 +17,14 @@ from meshnode.core.paths import Paths
 from meshnode.net.port import Stream
 from meshnode.services.membership import REVIEW_SECONDS, Refusal
 from meshnode.state.database import Database
-from meshnode.state.enrolment import withdraw_member
+from meshnode.state.enrolment import open_ticket, withdraw_member
 from meshnode.state.identity import Identity
 from meshnode.state.joining import join
 from meshnode.state.network import load_network, save_network
 from protocols.frame import FrameReader
 from protocols.ids import PeerId, short
 from protocols.membership import HELLO, PROTOCOL, ROLES
-from protocols.membership.messages import MAX_CLOCK_MS, Hello, Message, Refused
+from protocols.membership.messages import MAX_CLOCK_MS, Hello, Join, Message, Refused
 from protocols.membership.session import pack_message
 from tests.services.membership_mesh import ECHO, Mesh, Node, open_mesh
 
@@ -153,12 +155,39 @@ async def test_a_replayed_one_use_ticket(autojump_clock: MockClock, tmp_path: Pa
         with pytest.raises(Declined, match="was used once") as caught:
             await mesh.enrol("eve", ticket)
         assert caught.value.code == "invite-used"
-        codes = [refusal.code for refusal in ann.membership.refusals]
-        assert codes == ["invite-used"], "it stands before the refused peer knows, and may hang up"
         assert not (mesh.folder / "eve" / "network" / "network.cbor").exists()
         refusal = await refused(ann, mesh_peer(mesh, "eve"))
         assert (refusal.code, refusal.sentence) == ("invite-used", str(caught.value))
         await mesh_goes_on(ann, bob)
+
+
+async def test_a_refusal_is_on_record_before_it_is_sent(autojump_clock: MockClock, tmp_path: Path) -> None:
+    """The refused peer may hang up as soon as it has read why, and its stream ends with its connection."""
+    async with open_mesh(tmp_path) as mesh:
+        ann = await mesh.found("ann")
+        ticket = open_ticket(mesh.ticket(ann))
+        order = Join(
+            network=ticket.network, invite=bytes(16), secret=ticket.secret, name="eve", software="", wall_ms=1
+        )
+        on_record: list[list[str]] = []
+
+        class Eve:
+            peer = PeerId("12D3KooWEve")
+
+            async def receive_some(self, max_bytes: int = 65536) -> bytes:
+                return pack_message(order)
+
+            async def send_all(self, data: bytes) -> None:
+                on_record.append([refusal.peer for refusal in ann.membership.refusals])
+                raise PeerUnreachable("eve hung up", peer=self.peer)
+
+            async def reset(self) -> None:
+                pass
+
+        eve: Any = Eve()
+        with suppress(PeerUnreachable):
+            await ann.membership._answer(eve)
+        assert on_record == [[Eve.peer]]
 
 
 async def test_one_use_survives_a_restart_of_the_issuer(autojump_clock: MockClock, tmp_path: Path) -> None:
