@@ -47,7 +47,7 @@ class Sessions:
           prompt: int32 (tokens,).
 
         Raises:
-          Declined: `fenced` (layers outside the span), `too-long` (above the context, or our memory), `busy` (limits).
+          Declined: `fenced` (layers outside the span), `too-long` (above the context or our memory), `busy`.
         """
         load = self._load
         if not load.first <= first < last <= load.last:
@@ -74,8 +74,8 @@ class Sessions:
             fits = load.max_kv_bytes // kv_bytes(load, first, last, 1)
             raise Declined(
                 TOO_LONG,
-                f"A session of {capacity} tokens needs {wanted / 1e6:.1f} MB for its keys and values; this node has room "
-                f"for {fits} tokens ({load.max_kv_bytes / 1e6:.1f} MB). Ask for fewer tokens, or give it more memory.",
+                f"A session of {capacity} tokens needs {wanted / 1e6:.1f} MB for its keys and values; this node has "
+                f"room for {fits} tokens ({load.max_kv_bytes / 1e6:.1f} MB). Ask for fewer, or give it more memory.",
             )
         used = sum(s.kv_bytes for s in others)
         if used + wanted > load.max_kv_bytes:

@@ -33,7 +33,8 @@ def published(source: str, variant: str, cache: Path, progress: Progress | None 
 
     Raises ModelError, DiskError (see `run_publisher`).
     """
-    folder = cache / "published" / f"{variant}-{_digest(source)}"
+    kept, code = f"{variant}-{_of_source(source)}", _of_code()
+    folder = cache / "published" / f"{kept}-{code}"
     if folder.is_dir():
         return folder
     try:
@@ -44,18 +45,16 @@ def published(source: str, variant: str, cache: Path, progress: Progress | None 
             run_publisher(source, out, (variant,), progress)
             if not folder.is_dir():  # another run may have been faster
                 out.rename(folder)
+        for old in folder.parent.glob(f"{kept}-*"):
+            if old != folder:
+                shutil.rmtree(old, ignore_errors=True)  # an earlier version of this program made it
     except OSError as error:
         raise DiskError(f"the cache {folder.parent} can't be written: {error.strerror or error}") from error
     return folder
 
 
-def clear(cache: Path) -> None:
-    """Remove everything that was kept."""
-    shutil.rmtree(cache / "published", ignore_errors=True)
-
-
-def _digest(source: str) -> str:
-    """Changes with the checkpoint and with the code that publishes it."""
+def _of_source(source: str) -> str:
+    """Changes with the checkpoint."""
     digest = hashlib.sha256(source.encode())
     if source in _EXAMPLES:
         digest.update(importlib.metadata.version(_EXAMPLES[source]).encode())
@@ -64,7 +63,13 @@ def _digest(source: str) -> str:
         for file in [path] if path.is_file() else sorted(path.rglob("*")):
             status = file.stat()
             digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    return digest.hexdigest()[:12]
+
+
+def _of_code() -> str:
+    """Changes with the code that publishes."""
+    digest = hashlib.sha256()
     for package in (meshnode.models, meshnode.engine):
         for module in sorted(Path(os.fspath(package.__path__[0])).glob("*.py")):
             digest.update(module.read_bytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:12]
