@@ -161,6 +161,8 @@ class Health:
         missing = {name for _, name, _, _ in string.Formatter().parse(warning.sentence) if name} - facts.keys()
         if missing:
             raise ValueError(f"the health code {code} needs {', '.join(sorted(missing))}")
+        if isinstance(reason := facts.get("reason"), str) and not reason.endswith((".", "!", "?")):
+            facts["reason"] = f"{reason}."  # the words of an error; here another sentence may follow them
         now = self._now()
         key = (code, facts[warning.per] if warning.per else None)
         known = self._entries.get(key)

@@ -69,3 +69,11 @@ def test_every_sentence_is_one(code: str) -> None:
     )
     assert text[0].isupper()
     assert text.endswith(".")
+
+
+def test_a_reason_ends_before_the_next_sentence_begins() -> None:
+    health = Health(lambda: 0.0)
+    for reason in ("the disk is full", "the disk is full."):
+        health.set("engine-restarting", failures=1, reason=reason)
+        (warning,) = health.current()
+        assert "the disk is full. It is started again" in warning.text
