@@ -44,7 +44,7 @@ EVENTS: Final = 256  # messages of one session that wait for us: stages answer o
 GOODBYE_SECONDS: Final = 2.0  # for telling the stages that a session is over
 MAX_TOKEN_ID: Final = 1 << 24  # as in a Token
 OPEN_ATTEMPTS: Final = 3  # routes that are tried when a stage refuses before the first token
-RETRY_CODES: Final = frozenset({"fenced", "busy", "not-ready", "engine-lost", "bad-input", LOST})
+RETRY_CODES: Final = frozenset({"fenced", "busy", "not-ready", "engine-lost", "bad-input", "too-long", LOST})
 
 log = structlog.get_logger()
 
