@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from meshnode.cli import client
 from meshnode.cli.generate import add_sampling, request_of, stream
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import folder_of
@@ -19,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.raw:
         raise ConfigError("chat speaks in turns; for raw text use: meshnode generate --raw")
+    if not client.is_running(folder_of(arguments)):
+        raise client.not_running(folder_of(arguments))
     turns = [{"role": "system", "content": arguments.system}] if arguments.system else []
     interactive = sys.stdin.isatty()
     if interactive:

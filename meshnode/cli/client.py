@@ -30,6 +30,11 @@ class NotRunning(FatalError):
     exit_code = 7
 
 
+def not_running(folder: Path) -> NotRunning:
+    """The sentence, with what to do."""
+    return NotRunning(f"No node runs in {folder}. Start it with: meshnode start --data {folder}")
+
+
 def is_running(folder: Path) -> bool:
     """Whether a node answers in this data folder."""
     try:
@@ -81,5 +86,5 @@ def _connect(folder: Path, seconds: float | None) -> socket.socket:
         connection.connect(str(Paths(folder).control_socket))
     except OSError:
         connection.close()
-        raise NotRunning(f"No node runs in {folder}. Start it with: meshnode start --data {folder}") from None
+        raise not_running(folder) from None
     return connection

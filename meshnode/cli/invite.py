@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Final
 
 from meshnode.cli import client
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import folder_of, settings
 from meshnode.core.config import Config
 from meshnode.core.errors import ConfigError
+
+MAX_USES: Final = 1_000_000
+MAX_HOURS: Final = 24 * 3660  # ten years
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.uses < 0 or not arguments.hours > 0:
-        raise ConfigError("--uses takes 0 or more, --hours more than 0")
+    if not 0 <= arguments.uses <= MAX_USES or not 0 < arguments.hours <= MAX_HOURS:
+        raise ConfigError(f"--uses takes 0 to {MAX_USES}, --hours more than 0 and at most {MAX_HOURS}")
     print_ticket(settings(arguments), folder_of(arguments), uses=arguments.uses, hours=arguments.hours)
     return 0
 

@@ -17,6 +17,7 @@ from typing import Final
 from meshnode.cli.init import keep_flags
 from meshnode.content.blob_store import BlobStore
 from meshnode.core.clock import wall_ms
+from meshnode.core.config import parse_amount
 from meshnode.core.errors import ConfigError, DiskError
 from meshnode.core.paths import Paths
 from meshnode.harness.member import HarnessError, Member, clean_environment
@@ -77,6 +78,11 @@ class Mesh:
             raise ConfigError(f"--nodes takes 1 to {MAX_NODES}")
         if len(plan.memory) not in (0, 1, plan.nodes):
             raise ConfigError(f"--memory takes one size for all, or {plan.nodes}, one for each node")
+        for size in plan.memory:
+            try:
+                parse_amount(size)
+            except ValueError as error:
+                raise ConfigError(f"--memory: {error}") from error
         if (folder / FILE).exists():
             raise HarnessError(f"{folder} holds a mesh already; start it without --nodes, or remove the folder")
         names = (["bootstrap"] if plan.bootstrap else []) + [f"node{k}" for k in range(1, plan.nodes + 1)]

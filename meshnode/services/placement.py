@@ -43,6 +43,7 @@ PINS: Final = (
     "span-2",
     "span-3",
 )  # names of our pins; known ones, so that a restart can drop them
+QUEUE_STEP_US: Final = 3_000  # a change of the wait for the engine that is worth an advert: a token takes as long
 GOODBYE_S: Final = 5.0  # for ending the engines when the node stops
 
 _log = get_logger("placement")
@@ -232,8 +233,13 @@ class PlacementService:
         return (self._release.head, self._release.manifest) if self._release else None
 
     def report_load(self, sessions: int, queue_us: int) -> None:
-        """Open sessions and the moving average of the wait for the engine, for the advert (within a second)."""
-        self._sessions, self._queue_us = sessions, queue_us
+        """Open sessions and the moving average of the wait for the engine, for the advert (within a second).
+
+        A wait that changed by little is not told: every advert costs every node, in the middle of its tokens.
+        """
+        self._sessions = sessions
+        if abs(queue_us - self._queue_us) > max(QUEUE_STEP_US, self._queue_us // 2):
+            self._queue_us = queue_us
 
     def engine_lost(self, engine: Engine, reason: str) -> None:
         """A step found the engine dead. The span leaves our advert at once and is started again."""

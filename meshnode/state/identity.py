@@ -45,6 +45,11 @@ class Identity:
 
         Raises IdentityError: missing, open to other users, damaged, no passphrase or a wrong one.
         """
+        if not cls.exists(folder):
+            raise IdentityError(
+                f"there is no node in {folder} yet: {Paths(folder).key} does not exist. Make a network with "
+                "`meshnode init`, or enter one with `meshnode join TICKET`."
+            )
         return cls(load_key(Paths(folder).key, what="the node's key", passphrase=passphrase))
 
     @classmethod

@@ -51,7 +51,9 @@ def strike(asker: Member, victim: Member, number: signal.Signals) -> tuple[str, 
 def answers_again(mesh: Mesh, usual: list[int]) -> None:
     began = time.monotonic()
     for member in mesh.members:
-        member.wait_for(lambda s: sorted(serving(s).values()) == [(0, 8), (8, 16), (16, LAYERS)], READY_SECONDS, "all")
+        member.wait_for(
+            lambda s: sorted(serving(s).values()) == [(0, 8), (8, 16), (16, LAYERS)], READY_SECONDS, "all"
+        )
     mesh.wait_ready(READY_SECONDS)
     assert [tokens_of(member) for member in mesh.members] == [usual] * len(mesh.members)
     print(f"answers again after {time.monotonic() - began:.1f} s")
