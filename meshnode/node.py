@@ -50,6 +50,7 @@ from meshnode.state.network import load_network
 from meshnode.state.port import Membership
 from meshnode.state.releases import take_waiting
 from protocols.advert.messages import Advert, Holding, RoundTrip
+from protocols.errors import RemoteProtocolError
 from protocols.ids import Cid, PeerId, cid_to_bytes, short
 from protocols.manifest.codec import open_manifest
 from protocols.manifest.messages import Manifest
@@ -384,7 +385,10 @@ class Node:
         block = self.store.block(manifest)
         if block is None:
             raise Declined("no-model", f"the manifest {manifest} is not in this node's store")
-        release = open_manifest(block)
+        try:
+            release = open_manifest(block)
+        except RemoteProtocolError as error:
+            raise Declined("no-model", f"the manifest {manifest} does not hold: {error}") from error
         if variant not in release.variants:
             raise Declined(
                 "no-model", f"{release.name} has no variant {variant}; it has {', '.join(release.variants)}"

@@ -68,8 +68,10 @@ def question_of(arguments: argparse.Namespace) -> dict[str, Any]:
 def _read(path: Path) -> str:
     try:
         return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the prompt file {path} can't be read: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"the prompt file {path} can't be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the prompt file {path} is no UTF-8 text (byte {error.start})") from error
 
 
 def run(arguments: argparse.Namespace) -> int:

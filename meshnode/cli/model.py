@@ -136,20 +136,33 @@ def _store(arguments: argparse.Namespace) -> Iterator[BlobStore]:
         store.close()
 
 
-def _releases(folder: Path, store: BlobStore) -> dict[Cid, tuple[Manifest, str]]:
-    """Releases added here or served by this node: manifest CID -> (manifest, variant)."""
+def _releases(folder: Path, store: BlobStore) -> tuple[dict[Cid, tuple[Manifest, str]], dict[str, str]]:
+    """Releases added here or served by this node: manifest CID -> (manifest, variant); and what is wrong with those
+    whose manifest does not hold."""
     from meshnode.state import releases
     from meshnode.state.database import Database
+    from protocols.errors import RemoteProtocolError
     from protocols.manifest.codec import open_manifest
 
     with Database(Paths(folder).state) as database:
         known = releases.known(database)
-    blocks = {cid: store.block(cid) for cid in known}
-    return {cid: (open_manifest(block), known[cid]) for cid, block in blocks.items() if block is not None}
+    good: dict[Cid, tuple[Manifest, str]] = {}
+    bad: dict[str, str] = {}
+    for cid, variant in known.items():
+        block = store.block(cid)
+        if block is None:
+            continue
+        try:
+            good[cid] = (open_manifest(block), variant)
+        except RemoteProtocolError as error:
+            bad[cid] = str(error)
+    return good, bad
 
 
 def _find(folder: Path, store: BlobStore, wanted: str) -> tuple[Cid, Manifest, str]:
-    known = _releases(folder, store)
+    known, bad = _releases(folder, store)
+    if wanted in bad:
+        raise ModelError(f"The manifest {wanted} does not hold: {bad[wanted]}. Add the model again.")
     found = [
         (cid, manifest, variant)
         for cid, (manifest, variant) in known.items()
@@ -163,11 +176,13 @@ def _find(folder: Path, store: BlobStore, wanted: str) -> tuple[Cid, Manifest, s
 
 def _list(arguments: argparse.Namespace) -> int:
     with _store(arguments) as store:
-        known = _releases(folder_of(arguments), store)
+        known, bad = _releases(folder_of(arguments), store)
     if not known:
         print("No models. Add one with: meshnode model add PATH (or example:smollm2)")
     for cid, (manifest, _variant) in sorted(known.items(), key=lambda item: item[1][0].created_ms):
         print(f"{manifest.name:<28} {manifest.version:<12} {', '.join(manifest.variants):<18} {cid}")
+    for broken, why in bad.items():
+        print(f"The manifest {broken} does not hold: {why}. Add the model again.", file=sys.stderr)
     return 0
 
 
@@ -212,7 +227,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         for file in dict.fromkeys(files):
             path = store.path(file)
             if path is None:
-                wrong.append(f"{file} is missing")
+                wrong.append(f"{file} is missing, or its file was changed or moved")
                 continue
             builder = Builder()
             with path.open("rb") as data:

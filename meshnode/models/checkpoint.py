@@ -127,8 +127,6 @@ class FolderCheckpoint(Checkpoint):
         from safetensors import SafetensorError, safe_open
 
         self._folder = folder
-        if not folder.exists():
-            raise ModelError(f"{folder} does not exist. Give a Hugging Face folder or a .gguf file.")
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder} has no config.json, so it is no Hugging Face model folder.")
         self.config = _read_json(folder / "config.json")

@@ -1,0 +1,122 @@
+"""Questions that can't be answered, and damage in the store, at a node that runs: one sentence, and it goes on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from meshnode.content.blob_store import BlobStore
+from meshnode.core.paths import Paths
+from meshnode.harness.member import Member
+from meshnode.harness.mesh import QUOTA_BYTES, Mesh
+from meshnode.state import releases
+from meshnode.state.database import Database
+from protocols.ids import DAG_CBOR, Cid
+from tests.process.mesh_rig import CONTEXT, READY_SECONDS, mesh_of, meshnode, small_model, tokens_of
+
+pytestmark = [pytest.mark.net, pytest.mark.process]
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    folder = tmp_path_factory.mktemp("questions")
+    with mesh_of(folder, 1, published=small_model(folder / "model"), memory=("1GB",)) as mesh:
+        yield mesh
+
+
+@pytest.fixture
+def node(mesh: Mesh) -> Member:
+    return mesh.members[0]
+
+
+LONG = " ".join(["w1"] * (CONTEXT + 1))
+QUESTIONS = {
+    "an empty prompt": (["", "--raw"], "empty"),
+    "a prompt longer than the context": ([LONG, "--raw"], str(CONTEXT)),
+    "no tokens": (["w1", "--raw", "--max-tokens", "0"], "max_tokens"),
+    "a negative number of tokens": (["w1", "--raw", "--max-tokens=-5"], "max_tokens"),
+    "a negative temperature": (["w1", "--raw", "--temperature=-1"], "temperature"),
+    "a temperature that is no number": (["w1", "--raw", "--temperature", "nan"], "temperature"),
+    "an infinite temperature": (["w1", "--raw", "--temperature", "inf"], "temperature"),
+    "nothing to choose from": (["w1", "--raw", "--top-p", "0"], "top_p"),
+    "a negative top-k": (["w1", "--raw", "--top-k=-1"], "top_k"),
+    "a penalty of zero": (["w1", "--raw", "--repetition-penalty", "0"], "repetition_penalty"),
+    "a negative seed": (["w1", "--raw", "--seed=-1"], "seed"),
+    "an enormous seed": (["w1", "--raw", "--seed", str(1 << 80)], "seed"),
+    "an empty stop text": (["w1", "--raw", "--stop", ""], "stop"),
+    "a chat with a model that has no template": (["w1"], "--raw"),
+    "an answer that nobody can keep": (
+        ["w1", "--raw", "--max-tokens", "1", "--json", "/proc/answer"],
+        "/proc/answer",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", QUESTIONS)
+def test_a_bad_question(what: str, node: Member) -> None:
+    words, named = QUESTIONS[what]
+    sentence = meshnode("generate", *words, folder=node.folder).sentence()
+    assert named in sentence
+
+
+def test_the_node_goes_on(node: Member) -> None:
+    assert len(tokens_of(node)) == 12
+
+
+def test_a_harness_without_that_node(mesh: Mesh) -> None:
+    sentence = meshnode("harness", "kill", "nosuch", "--dir", mesh.folder).sentence()
+    assert "nosuch" in sentence
+    assert "node1" in sentence
+
+
+def test_a_mesh_twice(mesh: Mesh) -> None:
+    sentence = meshnode("harness", "up", "--nodes", 2, "--dir", mesh.folder).sentence()
+    assert "already" in sentence
+
+
+def test_a_damaged_file(node: Member) -> None:
+    """A bit that flips on the disk changes no time stamp; an editor does."""
+    assert meshnode("model", "verify", "small-noise", folder=node.folder).code == 0
+    files = sorted((Paths(node.folder).content / "files").iterdir(), key=lambda file: file.stat().st_size)
+    silent, edited = files[-1], files[-2]
+    before = silent.stat()
+    for path in (silent, edited):
+        path.chmod(0o600)
+        data = bytearray(path.read_bytes())
+        data[1000] ^= 1
+        path.write_bytes(data)
+    os.utime(silent, ns=(before.st_atime_ns, before.st_mtime_ns))
+    sentence = meshnode("model", "verify", "small-noise", folder=node.folder).sentence()
+    assert f"{silent} is damaged" in sentence
+    assert f"{edited.name} is missing, or its file was changed" in sentence
+
+
+def test_a_manifest_with_a_bad_signature(mesh: Mesh, node: Member) -> None:
+    manifest = Cid(node.status()["model"]["manifest"])
+    store = BlobStore(Paths(node.folder).content, QUOTA_BYTES)
+    try:
+        block = store.block(manifest)
+        assert block is not None
+        forged = bytearray(block)
+        forged[block.index(b"small-noise")] ^= 1
+        cid = store.put_block(bytes(forged), DAG_CBOR)
+    finally:
+        store.close()
+    with Database(Paths(node.folder).state) as database:
+        releases.remember(database, cid, "int4")
+    for action in ("show", "verify", "serve"):
+        assert "signature" in meshnode("model", action, cid, folder=node.folder).sentence()
+    listed = meshnode("model", "list", folder=node.folder)
+    assert listed.code == 0
+    assert "small-noise" in listed.out
+    assert cid in listed.errors
+
+    node.stop()
+    node.wait_stopped()
+    with Database(Paths(node.folder).state) as database:
+        releases.serve_later(database, cid, "int4")
+    mesh.up()
+    status = node.wait_for(lambda s: s["model"] is not None, READY_SECONDS, "finding the model again")
+    assert status["model"]["manifest"] == manifest, "the forged one is not served, and hinders nothing"
