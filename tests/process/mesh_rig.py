@@ -79,15 +79,20 @@ def small_model(folder: Path, *, layers: int = LAYERS, layer_bytes: int = 1 << 1
 
 
 @contextmanager
-def mesh_of(folder: Path, nodes: int, *, published: Path | None = None, **plan: Any) -> Iterator[Mesh]:
-    """A running mesh that is stopped whatever happens; afterwards no process of it is left."""
+def mesh_of(
+    folder: Path, nodes: int, *, published: Path | None = None, wait: bool = True, **plan: Any
+) -> Iterator[Mesh]:
+    """A running mesh that is stopped whatever happens; afterwards no process of it is left.
+
+    `wait`: until it answers, if there is a model.
+    """
     settings = (("serve.engine", "null"), *plan.pop("settings", ()))
     before = os.environ.get(MARK, "")
     os.environ[MARK] = str(folder)
     mesh = Mesh.make(folder / "mesh", Plan(nodes=nodes, published=published, settings=settings, **plan))
     try:
         mesh.up()
-        if published is not None:
+        if wait and published is not None:
             mesh.wait_ready(READY_SECONDS)
         yield mesh
     finally:
