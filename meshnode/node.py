@@ -48,7 +48,7 @@ from meshnode.state.database import Database
 from meshnode.state.identity import Identity
 from meshnode.state.network import load_network
 from meshnode.state.port import Membership
-from meshnode.state.releases import take_waiting
+from meshnode.state.releases import remember, take_waiting
 from protocols.advert.messages import Advert, Holding, RoundTrip
 from protocols.errors import RemoteProtocolError
 from protocols.ids import Cid, PeerId, cid_to_bytes, short
@@ -166,6 +166,7 @@ class Node:
         self.readiness = ReadinessService(
             chain=self._chain, changed=self.directory.changed, probe=self._probe, health=self.health
         )
+        self._remembered: tuple[str, str] | None = None
         self._releases: dict[Cid, dict[Cid, bytes]] = {}
         self.stopping = trio.Event()
         self.ended = trio.Event()
@@ -296,7 +297,13 @@ class Node:
     def served(self) -> Served | None:
         """The release that the network serves, once its manifest is here."""
         release = self.placement.release()
-        return None if release is None else Served(Cid(release[0].manifest), release[0].variant, release[1])
+        if release is None:
+            return None
+        head, manifest = release
+        if self._remembered != (head.manifest, head.variant):
+            self._remembered = (head.manifest, head.variant)
+            remember(self.database, Cid(head.manifest), head.variant)  # for `meshnode model list`
+        return Served(Cid(head.manifest), head.variant, manifest)
 
     def _manifest(self) -> tuple[Cid, Manifest] | None:
         served = self.served()

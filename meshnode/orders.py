@@ -197,13 +197,19 @@ def figures(receipt: Receipt) -> Json:
     }
 
 
+def _plain(number: float) -> str:
+    return str(int(number)) if number == int(number) else f"{number:g}"
+
+
 def question_of(request: Json) -> Question:
     """Read a question out of a request. Raises Declined `bad-request`."""
 
     def number(key: str, default: float, low: float, high: float) -> float:
         value = request.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise Declined("bad-request", f"{key} is {value!r}; it takes a number from {low:g} to {high:g}")
+            raise Declined(
+                "bad-request", f"{key} is {value!r}; it takes a number from {_plain(low)} to {_plain(high)}"
+            )
         return value
 
     turns, text, tokens = request.get("messages"), request.get("prompt"), request.get("token_ids")

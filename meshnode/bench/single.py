@@ -34,7 +34,7 @@ class Single:
 
     def __init__(self, folder: Path, variant: str) -> None:
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "meshnode.bench.single", str(folder), variant],
+            [sys.executable, "-P", "-m", "meshnode.bench.single", str(folder), variant],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",

@@ -37,6 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.action == "content":
         from meshnode.bench import content
 
+        if arguments.size_mb < 1 or arguments.rounds < 1:
+            raise ConfigError("--size-mb and --rounds take 1 or more")
         words = ["--size-mb", str(arguments.size_mb), "--rounds", str(arguments.rounds)]
         return content.main(words + (["--json", str(arguments.json)] if arguments.json else []))
     from meshnode.bench import placement

@@ -32,6 +32,11 @@ class NotRunning(FatalError):
 
 def not_running(folder: Path) -> NotRunning:
     """The sentence, with what to do."""
+    if not any(Paths(folder).network.glob("*")):
+        return NotRunning(
+            f"There is no node in {folder} yet. Make a network with `meshnode init`, or enter one with "
+            "`meshnode join TICKET`; --data names another folder."
+        )
     return NotRunning(f"No node runs in {folder}. Start it with: meshnode start --data {folder}")
 
 

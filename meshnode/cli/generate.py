@@ -16,7 +16,7 @@ from meshnode.core.errors import ConfigError, DiskError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser)
-    parser.add_argument("prompt", nargs="?", help="what to answer (or --prompt-file)")
+    parser.add_argument("prompt", nargs="*", help="what to answer (or --prompt-file)")
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file; - for stdin")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write a receipt with tokens, route and times")
     add_sampling(parser)
@@ -26,14 +26,16 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     """How to answer; shared with `chat` and the harness."""
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     parser.add_argument("--system", metavar="TEXT", help="the system turn of the conversation")
-    parser.add_argument("--max-tokens", type=int, default=512, metavar="N")
+    parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="longest answer (default 512)")
     parser.add_argument("--greedy", action="store_true", help="always the most likely token")
-    parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--top-p", type=float, default=0.9)
+    parser.add_argument("--temperature", type=float, default=0.7, metavar="X", help="default 0.7; 0 is greedy")
+    parser.add_argument("--top-p", type=float, default=0.9, metavar="X", help="default 0.9; 1: off")
     parser.add_argument("--top-k", type=int, default=0, metavar="N", help="0: off")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1: off")
     parser.add_argument("--seed", type=int, default=None, help="the same seed gives the same answer")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
+    )
 
 
 def request_of(arguments: argparse.Namespace, **question: Any) -> dict[str, Any]:
@@ -56,9 +58,12 @@ def request_of(arguments: argparse.Namespace, **question: Any) -> dict[str, Any]
 
 def question_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The prompt of the command line or file, as chat turns or raw text. Raises ConfigError."""
-    if (arguments.prompt is None) == (arguments.prompt_file is None):
-        raise ConfigError('give a prompt, as in: meshnode generate "Why is the sky blue?", or --prompt-file FILE')
-    text = arguments.prompt if arguments.prompt is not None else _read(arguments.prompt_file)
+    words = arguments.prompt if isinstance(arguments.prompt, str) else " ".join(arguments.prompt)
+    if words and arguments.prompt_file is not None:
+        raise ConfigError("give a prompt or --prompt-file, not both")
+    text = words if arguments.prompt_file is None else _read(arguments.prompt_file)
+    if not text.strip():
+        raise ConfigError('the prompt is empty; ask something, as in: meshnode generate "Why is the sky blue?"')
     if arguments.raw:
         return {"prompt": text}
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []

@@ -27,7 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     up = actions.add_parser("up", help="make a mesh, or start the one in the folder again")
     _add_dir(up)
     _add_mesh(up, nodes=None)
-    up.add_argument("--wait", type=float, default=120.0, metavar="SECONDS", help="for a probe token (with --model)")
+    up.add_argument(
+        "--wait",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="for a probe token, when there is a model (default 120)",
+    )
     _add_dir(actions.add_parser("down", help="stop every node in good order"))
     for name, text in (
         ("kill", "end a node and its engine at once, as a power cut does"),
@@ -46,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_dir(logs)
     _add_dir(actions.add_parser("status", help="one line per node"))
     generate = actions.add_parser("generate", help="start a mesh, answer one prompt, stop it, write a receipt")
-    generate.add_argument("prompt", nargs="?", help="what to answer (or --prompt-file)")
+    generate.add_argument("prompt", nargs="*", help="what to answer (or --prompt-file)")
     generate.add_argument("--prompt-file", type=Path, metavar="FILE")
     generate.add_argument("--json", type=Path, metavar="OUT", help="write the receipt here")
     generate.add_argument("--dir", type=Path, metavar="FOLDER", help="keep the data folders here (default: removed)")
@@ -118,19 +124,20 @@ def _up(arguments: argparse.Namespace) -> int:
     folder = arguments.dir.absolute()
     if (folder / FILE).exists():
         if arguments.nodes is not None or arguments.model is not None:
-            raise ConfigError(f"{folder} holds a mesh already; start it again without --nodes and --model")
+            raise ConfigError(
+                f"{folder} holds a mesh already: start it without --nodes and --model, or remove the folder"
+            )
         mesh = Mesh.open(folder)
     elif arguments.nodes is None:
         raise ConfigError(f"there is no mesh in {folder} yet; say how many nodes to make with --nodes N")
     else:
         mesh = make(arguments, folder)
     mesh.up()
-    if arguments.model is not None:
+    if mesh.has_model():
         mesh.wait_ready(arguments.wait)
         mesh.save()
-    print(
-        f"{len(mesh.members)} nodes run; {folder / FILE} says where. Stop them: meshnode harness down --dir {folder}"
-    )
+    print(f"{len(mesh.members)} nodes run; {folder / FILE} says where. Stop them with:\n")
+    print(f"    meshnode harness down --dir {folder}")
     return 0
 
 
@@ -204,6 +211,7 @@ def _log_lines(name: str, path: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _status(arguments: argparse.Namespace) -> int:
+    from meshnode.cli.client import NodeError
     from meshnode.harness.mesh import Mesh
     from meshnode.harness.receipt import node_line
 
@@ -211,8 +219,13 @@ def _status(arguments: argparse.Namespace) -> int:
         if member.process() is None:
             print(f"{member.name:<10} does not run")
             continue
-        line = node_line(member)
-        held = "no layers" if line["layers"] is None else "layers {} to {}".format(*line["layers"])
+        try:
+            line = node_line(member)
+        except NodeError as error:
+            print(f"{member.name:<10} {error}")
+            continue
+        span = line["layers"]
+        held = "no layers" if span is None else f"layers {span[0]} to {span[1] - 1}"
         print(f"{member.name:<10} {held:<16} {line['rss_mb']:6.0f} MB  process {line['pid']}  {member.folder}")
     return 0
 
@@ -237,18 +250,12 @@ def _generate(arguments: argparse.Namespace) -> int:
 @contextmanager
 def running(arguments: argparse.Namespace) -> Iterator[Mesh]:
     """A mesh as the flags say, started, and stopped again whatever happens."""
-
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupted)
     with tempfile.TemporaryDirectory(prefix="meshnode-") as temporary:
         mesh = make(arguments, arguments.dir or Path(temporary))
         try:
             mesh.up()
             yield mesh
         finally:
-            signal.signal(signal.SIGTERM, before)
             mesh.down()
 
 
@@ -270,7 +277,7 @@ def summary(receipt: dict[str, Any]) -> str:
     )
     lines = [head]
     lines += [
-        f"  {hop['name']:<10} layers {hop['first']:>2} to {hop['last']:>2}  network {hop['network_ms']:.2f} ms  "
+        f"  {hop['name']:<10} layers {hop['first']:>2} to {hop['last'] - 1:>2}  network {hop['network_ms']:.2f} ms  "
         f"compute {hop['compute_ms']:.2f} ms"
         for hop in receipt["hops"]
     ]

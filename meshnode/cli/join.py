@@ -34,8 +34,9 @@ def run(arguments: argparse.Namespace) -> int:
     folder = folder_of(arguments)
     config = settings(arguments)
     log.set_up(level=arguments.log_level or "error", format=config.log.format)
-    ticket = open_ticket(arguments.ticket)
-    print(describe_ticket(arguments.ticket))
+    text = arguments.ticket.split()[-1] if arguments.ticket.split() else ""  # the whole line may have been pasted
+    ticket = open_ticket(text)
+    print(describe_ticket(text))
     paths = Paths(folder)
     paths.create()
     if Identity.exists(folder):
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         host = Libp2pHost(identity.seed, ["/ip4/127.0.0.1/tcp/0"])
         async with trio.open_nursery() as nursery:
             await nursery.start(host.run)
-            membership = await join(host, arguments.ticket, folder=folder, name=name, software=__version__)
+            membership = await join(host, text, folder=folder, name=name, software=__version__)
             nursery.cancel_scope.cancel()
         return membership
 

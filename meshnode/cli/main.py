@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.command is None:
         parser.print_help()
         return 2
+    if arguments is None:
+        signal.signal(signal.SIGTERM, _end)  # `with` blocks clean up; a node has a handler of its own
     try:
         chosen.folder = data_folder(getattr(chosen, "data", None), os.environ)
         return int(chosen.run(chosen))
@@ -61,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(error)
 
 
+def _end(*_: object) -> None:
+    sys.exit(128 + signal.SIGTERM)
+
+
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     """Only the command that is named is imported: `status` must answer at once."""
     parser = argparse.ArgumentParser(
@@ -69,6 +77,9 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"meshnode {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     named = next((word for word in words if not word.startswith("-")), None)
+    near = difflib.get_close_matches(named or "", [name for name, _, _ in COMMANDS], n=1)
+    if near and near[0] != named:
+        parser.error(f"there is no command {named!r}; did you mean {near[0]}?")
     for name, module, line in COMMANDS:
         sub = commands.add_parser(name, help=line, description=line)
         if name == named:

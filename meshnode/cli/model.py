@@ -63,11 +63,17 @@ def _add(arguments: argparse.Namespace) -> int:
     from meshnode.core.clock import wall_ms
     from meshnode.models.release import release, run_publisher
     from meshnode.state.identity import Identity
+    from protocols.errors import LocalProtocolError
+    from protocols.manifest.codec import check_release
 
     variants = tuple(dict.fromkeys(arguments.variant or ["int4"]))
     folder = folder_of(arguments)
     paths = Paths(folder)
     identity = Identity.load(folder, ask_passphrase)
+    try:
+        check_release(arguments.name, arguments.release_version)  # not after half a minute of publishing
+    except LocalProtocolError as error:
+        raise ConfigError(str(error)) from error
     with _store(arguments) as store, tempfile.TemporaryDirectory(dir=paths.cache, prefix="publish-") as out:
         run_publisher(arguments.source, Path(out), variants, StepProgress())
         cid, manifest = release(
@@ -169,6 +175,10 @@ def _find(folder: Path, store: BlobStore, wanted: str) -> tuple[Cid, Manifest, s
         if wanted in (cid, manifest.name, f"{manifest.name}@{manifest.version}")
     ]
     if not found:
+        begins = [entry for entry in known if known[entry][0].name.startswith(wanted) or entry.startswith(wanted)]
+        if wanted and len({known[entry][0].name for entry in begins}) == 1:
+            found = [(entry, *known[entry]) for entry in begins]
+    if not found:
         names = ", ".join(sorted({m.name for m, _ in known.values()})) or "none"
         raise ModelError(f"This node has no model {wanted!r}; it has: {names}. Add one with: meshnode model add PATH")
     return max(found, key=lambda entry: entry[1].created_ms)
@@ -221,14 +231,18 @@ def _verify(arguments: argparse.Namespace) -> int:
     from protocols.unixfs.builder import Builder
 
     with _store(arguments) as store:
-        _cid, manifest, _ = _find(folder_of(arguments), store, arguments.model)
-        wrong = []
-        files = manifest.all_files()
-        for file in dict.fromkeys(files):
+        cid, manifest, _ = _find(folder_of(arguments), store, arguments.model)
+        wrong, good, elsewhere = [], 0, 0
+        promised = store.pins().get(cid, frozenset())  # all files where it was published, none elsewhere
+        for file in manifest.all_files():
             path = store.path(file)
+            if path is None and file not in promised:
+                elsewhere += 1
+                continue
             if path is None:
                 wrong.append(f"{file} is missing, or its file was changed or moved")
                 continue
+            good += 1
             builder = Builder()
             with path.open("rb") as data:
                 while piece := data.read(1 << 20):
@@ -239,7 +253,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         raise ModelError(
             f"{manifest.name}: {'; '.join(wrong)}. Remove the model and add it again, or let a peer send it."
         )
-    print(f"{manifest.name} {manifest.version}: {len(dict.fromkeys(files))} files are as they were published.")
+    others = f"; {elsewhere} more are not on this node" if elsewhere else ""
+    print(f"{manifest.name} {manifest.version}: {good} files are as they were published{others}.")
     return 0
 
 

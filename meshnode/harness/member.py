@@ -20,6 +20,7 @@ from meshnode.core.errors import FatalError
 
 START_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 20.0  # a node hands its layers over before it goes
+STATUS_SECONDS: Final = 5.0  # a node that takes longer hangs
 _LOOK_SECONDS: Final = 0.02
 
 
@@ -75,7 +76,7 @@ class Member:
         """Start the process; it outlives us. Raises HarnessError when it runs already."""
         if self.process() is not None:
             raise HarnessError(f"{self.name} runs already (process {self.pid})")
-        command = [sys.executable, "-m", "meshnode", "start" if self.serves else "bootstrap"]
+        command = [sys.executable, "-P", "-m", "meshnode", "start" if self.serves else "bootstrap"]
         with self.log.open("ab") as log:
             child = subprocess.Popen(
                 [*command, "--data", str(self.folder)],
@@ -106,7 +107,7 @@ class Member:
 
     def status(self) -> dict[str, Any]:
         """What `meshnode status --json` shows."""
-        status: dict[str, Any] = client.ask_one(self.folder, {"do": "status"})
+        status: dict[str, Any] = client.ask_one(self.folder, {"do": "status"}, STATUS_SECONDS)
         return status
 
     def wait_for(self, wanted: Callable[[dict[str, Any]], bool], seconds: float, what: str) -> dict[str, Any]:

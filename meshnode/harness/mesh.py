@@ -28,7 +28,7 @@ from meshnode.state.database import Database
 from meshnode.state.enrolment import create_invite, init_network, open_identity
 from meshnode.state.identity import Identity
 from meshnode.state.network import has_network
-from protocols.ids import Cid
+from protocols.ids import Cid, PeerId, short
 from protocols.manifest.messages import Manifest
 
 FILE: Final = "mesh.json"
@@ -164,11 +164,19 @@ class Mesh:
             raise DiskError(f"{path} can't be written: {error.strerror or error}") from error
 
     def member(self, name: str) -> Member:
-        """By name or peer id. Raises HarnessError for an unknown one."""
+        """By name or peer id, in full or as `status` shows it. Raises HarnessError for an unknown one."""
         for member in self.members:
-            if name in (member.name, member.peer_id):
+            if name in (member.name, member.peer_id, short(PeerId(member.peer_id))):
                 return member
         raise HarnessError(f"there is no node {name}; there are {', '.join(m.name for m in self.members)}")
+
+    def has_model(self) -> bool:
+        """Whether a node of this mesh has published or served a model."""
+        for member in self.serving:
+            with Database(Paths(member.folder).state) as database:
+                if releases.known(database):
+                    return True
+        return False
 
     @property
     def serving(self) -> list[Member]:
@@ -276,7 +284,7 @@ class Mesh:
     def _join(self, founder: Member, members: Sequence[Member]) -> None:
         """Redeem a ticket of the founder for each, with the real command."""
         ticket = create_invite(founder.folder, uses=0, ttl_s=600, addresses=[founder.address])
-        command = [sys.executable, "-m", "meshnode", "join", ticket, "--data"]
+        command = [sys.executable, "-P", "-m", "meshnode", "join", ticket, "--data"]
         running = [
             subprocess.Popen(
                 [*command, str(member.folder)],

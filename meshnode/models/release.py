@@ -47,7 +47,7 @@ def run_publisher(source: str, out: Path, variants: Sequence[str], progress: Pro
       DiskError: no room or no permission.
       ConfigError: an unknown variant.
     """
-    command = [sys.executable, "-m", "meshnode.models.publish", "--source", source, "--out", str(out)]
+    command = [sys.executable, "-P", "-m", "meshnode.models.publish", "--source", source, "--out", str(out)]
     for variant in variants:
         command += ["--variant", variant]
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]

@@ -106,6 +106,16 @@ def _map(value: Any, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
     return value
 
 
+def check_release(name: str | None, version: str) -> None:
+    """Raise LocalProtocolError, with an example, unless a manifest can carry this name and version."""
+    if name is not None and _NAME.fullmatch(name) is None:
+        raise LocalProtocolError(
+            f"{name!r} is no name for a model: lower-case letters, digits, dots and dashes, as in tiny-1.1b"
+        )
+    if _VERSION.fullmatch(version) is None:
+        raise LocalProtocolError(f"{version!r} is no version of a release; write it like v1.0.0-0")
+
+
 def _int(value: Any, what: str, low: int, high: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise _Wrong(f"{what} is {str(value)[:40]}, allowed are {low} to {high}")
