@@ -24,6 +24,7 @@ from protocols.pipe.messages import PIPE, Message, Ping, Pong, Step, Token
 
 PROTOCOL: Final = "/meshnode/pipe/1"
 PING_SECONDS: Final = 1.0
+FIRST_PINGS: Final = (0.02, 0.05, 0.1, 0.2)  # pauses on a new pipe: the very first ping pays for opening the way back
 SEND_SECONDS: Final = 10.0  # a piece that can't be handed to the socket for so long breaks the pipe
 PIECE_BYTES: Final = 1 << 16  # a link that takes less than 6.5 KB/s is none
 OFFSET_SAMPLES: Final = 16
@@ -56,6 +57,11 @@ class ClockOffset:
         offset = ((pong.received_us - pong.ping_sent_us) + (pong.sent_us - received_us)) // 2
         self._samples.append((round_trip, offset))
 
+    @property
+    def compared(self) -> int:
+        """How many comparisons it rests on."""
+        return len(self._samples)
+
     def under_way_us(self, sent_us: int, received_us: int) -> int:
         """How long a message was under way. 0 while the clocks are not compared yet."""
         if not self._samples:
@@ -80,6 +86,10 @@ class Pipes:
         self._pinging: set[PeerId] = set()
         self._ping_number = 0
         host.handle(PROTOCOL, self._serve)
+
+    def clock_of(self, peer: PeerId) -> ClockOffset:
+        """What is known of a peer's clock."""
+        return self._offsets.setdefault(peer, ClockOffset())
 
     def deliver_to(self, receiver: Receiver) -> None:
         """Set who takes the messages. Called in the order of arrival per peer; must return quickly."""
@@ -121,7 +131,17 @@ class Pipes:
         self._streams[peer] = stream
         self._ping_number += 1
         await self._write(peer, stream, Ping(number=self._ping_number, sent_us=now_us()), b"")
+        if self._nursery is not None:
+            self._nursery.start_soon(self._compare_clocks, peer, stream)
         return stream
+
+    async def _compare_clocks(self, peer: PeerId, stream: Stream) -> None:
+        """A few pings soon after a pipe was opened, so that the first receipts tell its delay."""
+        for pause in FIRST_PINGS:
+            await trio.sleep(pause)
+            if self._streams.get(peer) is not stream:
+                return
+            await self._ping(peer)
 
     async def _write(self, peer: PeerId, stream: Stream, message: Message, body: bytes) -> None:
         if isinstance(message, Step | Token):
@@ -161,7 +181,7 @@ class Pipes:
     async def _serve(self, stream: Stream) -> None:
         """Read one neighbour's pipe until it ends."""
         peer = stream.peer
-        offset = self._offsets.setdefault(peer, ClockOffset())
+        offset = self.clock_of(peer)
         reader = FrameReader()
         while data := await stream.receive_some(READ_BYTES):
             received_us = now_us()

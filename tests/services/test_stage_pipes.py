@@ -172,6 +172,15 @@ async def test_a_pipe_that_breaks_is_reported_within_two_pings(autojump_clock: M
         assert [peer for peer, _ in one.lost] == [other.peer]
 
 
+async def test_clocks_are_compared_soon_after_a_pipe_was_opened(autojump_clock: MockClock) -> None:
+    async with pair() as (one, other, _):
+        await one.pipes.send(other.peer, CLOSE)
+        with trio.move_on_after(0.8):
+            await trio.sleep_forever()
+        assert one.pipes.clock_of(other.peer).compared >= 4
+        assert other.pipes.clock_of(one.peer).compared >= 4
+
+
 async def test_the_time_under_way_is_measured_against_the_clock_of_the_peer(autojump_clock: MockClock) -> None:
     offset = ClockOffset()
     assert offset.under_way_us(5, 10) == 0, "not compared yet"
