@@ -86,7 +86,7 @@ class Provider:
     """A process that serves a content folder to one peer. It ends when we do: its input closes."""
 
     def __init__(self, host: str, folder: Path, fetcher: PeerId) -> None:
-        module = (sys.executable, "-P", "-m", "meshnode.bench.content")
+        module = (sys.executable, "-m", "meshnode.bench.content")  # no -P: --host may name a module of this folder
         command = (*module, "--serve", str(folder), "--to", fetcher, "--host", host)
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         hello = json.loads(self.process.stdout.readline() if self.process.stdout else "")
