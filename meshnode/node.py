@@ -2,7 +2,7 @@
 
 Nesting is the shutdown order: what is opened last is cancelled first.
 
-    ground    network host, content, membership, discovery, directory, pipes
+    ground    network host, content, membership, discovery, guests, directory, pipes
     work      placement, stage, readiness, upkeep of the advert, control socket
 """
 
@@ -39,6 +39,7 @@ from meshnode.services.content import ContentService
 from meshnode.services.directory import DirectoryService, next_incarnation
 from meshnode.services.discovery import DiscoveryService
 from meshnode.services.generation import GenerationService, Receipt, Request, Target
+from meshnode.services.guests import GuestService
 from meshnode.services.holds import HoldStreams
 from meshnode.services.membership import MembershipService
 from meshnode.services.placement import PlacementConfig, PlacementService
@@ -50,6 +51,7 @@ from meshnode.state.network import load_network
 from meshnode.state.port import Membership
 from meshnode.state.releases import remember, take_waiting
 from protocols.advert.messages import Advert, Holding, RoundTrip
+from protocols.bitswap import messages as bitswap
 from protocols.errors import RemoteProtocolError
 from protocols.ids import Cid, PeerId, cid_to_bytes, short
 from protocols.manifest.codec import open_manifest
@@ -126,7 +128,14 @@ class Node:
         self.discovery = DiscoveryService(
             self.host, self.database, config.network.bootstrap, self.directory.addresses, rng, wall_ms
         )
-        self.content = ContentService(self.host, self.store, self.directory.providers)
+        self.guests = GuestService(self.host, config.content.ipfs_peers, (bitswap.PROTOCOL,), rng)
+        self.content = ContentService(
+            self.host,
+            self.store,
+            self.directory.providers,
+            guests=self.guests.peers,
+            share_with_guests=config.content.share == "guests",
+        )
         self.pipes = Pipes(self.host)
         holds = HoldStreams(self.host)
         self.placement = PlacementService(
@@ -199,7 +208,14 @@ class Node:
         events = self.host.events()
         async with trio.open_nursery() as ground:
             await ground.start(self.host.run)
-            for below in (self.content, self.directory, self.membership, self.discovery, self.pipes):
+            for below in (
+                self.content,
+                self.directory,
+                self.membership,
+                self.discovery,
+                self.guests,
+                self.pipes,
+            ):
                 await ground.start(supervise, below)
             async with trio.open_nursery() as work:
                 work.start_soon(self._follow_peers, events)

@@ -157,7 +157,9 @@ class Orders:
                 {"at_ms": r.at_ms, "peer": r.peer, "code": r.code, "text": r.sentence, "by_us": r.by_us}
                 for r in node.membership.refusals
             ],
-            "unreachable": {str(who): why for who, why in node.discovery.failures().items()},
+            "unreachable": {
+                str(who): why for who, why in (node.discovery.failures() | node.guests.failures()).items()
+            },
         }
 
     def _line(self, advert: Advert, members: Mapping[PeerId, Any]) -> Json:

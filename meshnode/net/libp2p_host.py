@@ -1,7 +1,8 @@
 """A node's place on the real network: TCP, Noise and Yamux by py-libp2p, with its guards; gossip by GossipSub.
 
 Who may do what: before `admit`, a peer can agree on identify, ping and protocols that are open to strangers, and
-on nothing else; it gets no gossip and brings none. Handlers run in our nursery, the library only waits for them.
+on nothing else; it gets no gossip and brings none. A guest stays like that, with the protocols it was granted.
+Handlers run in our nursery, the library only waits for them.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ LAST_WORDS_SECONDS: Final = 0.05  # readers finish what had arrived before they 
 STRANGER_SECONDS: Final = 60.0  # a peer that is not admitted by then is disconnected
 MAX_STRANGERS: Final = 64
 STRANGER_STREAMS: Final = 16
+GUEST_STREAMS: Final = 64  # go-bitswap opens one for every answer
 ACCEPT_PAUSE_SECONDS: Final = 0.1
 BACKLOG: Final = 1024
 
@@ -99,6 +101,10 @@ class Libp2pHost(ConnectionWatcher):
     @property
     def peers(self) -> tuple[PeerId, ...]:
         return self._roster.connected
+
+    @property
+    def guests(self) -> tuple[PeerId, ...]:
+        return self._roster.connected_guests
 
     # Running
 
@@ -201,10 +207,10 @@ class Libp2pHost(ConnectionWatcher):
         """A connection has authenticated its peer. Called by the library's side."""
         peer = connection.peer
         if peer not in self._roster.admitted:
-            connection.session.max_streams = STRANGER_STREAMS
+            connection.session.max_streams = GUEST_STREAMS if peer in self._roster.guests else STRANGER_STREAMS
         self._connections.setdefault(peer, []).append(connection)
         self._roster.up(peer)
-        if self._nursery is not None:
+        if self._nursery is not None and peer not in self._roster.guests:
             self._nursery.start_soon(self._limit_stranger, connection)
         self._start_heartbeat(peer)
 
@@ -240,7 +246,10 @@ class Libp2pHost(ConnectionWatcher):
             other
             for peer, connections in self._connections.items()
             for other in connections
-            if peer not in self._roster.admitted and not other.initiator and not other.session.ended
+            if peer not in self._roster.admitted
+            and peer not in self._roster.guests
+            and not other.initiator
+            and not other.session.ended
         ]
         if len(strangers) > MAX_STRANGERS:
             await strangers[0].session.kill("newer peers that are no members either took its place")
@@ -264,6 +273,9 @@ class Libp2pHost(ConnectionWatcher):
         for connection in self._connections.get(peer, ()):
             connection.session.max_streams = MAX_STREAMS
         self._start_heartbeat(peer)
+
+    def welcome(self, peer: PeerId, protocols: Sequence[str]) -> None:
+        self._roster.guests[peer] = frozenset(protocols)
 
     async def disconnect(self, peer: PeerId, reason: str) -> None:
         connections = self._connections.get(peer, [])
@@ -380,6 +392,8 @@ class Libp2pHost(ConnectionWatcher):
     def _serves(self, protocol: str, peer: PeerId) -> bool:
         if protocol == ADMITTED:
             return peer in self._roster.admitted
+        if peer in self._roster.guests:
+            return protocol in (IDENTIFY, PING) or (protocol in self._roster.guests[peer] and protocol in self._table)
         if self._stack.serves(protocol):
             return protocol in (IDENTIFY, PING) or peer in self._roster.admitted
         return self._table.serves(protocol, peer, self._roster.admitted)
@@ -440,6 +454,9 @@ class Libp2pHost(ConnectionWatcher):
 
     def events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
         return self._roster.events()
+
+    def guest_events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
+        return self._roster.guest_events()
 
 
 def open_host(seed: bytes) -> Libp2pHost:

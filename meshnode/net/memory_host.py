@@ -275,6 +275,10 @@ class MemoryHost:
     def peers(self) -> tuple[PeerId, ...]:
         return self.roster.connected
 
+    @property
+    def guests(self) -> tuple[PeerId, ...]:
+        return self.roster.connected_guests
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         self._network.kill(self._peer)  # a node that is started again takes the place of its former self
         self._network.hosts[self._peer] = self
@@ -308,6 +312,14 @@ class MemoryHost:
         else:
             self.roster.admitted.discard(peer)
             self._network._break(self, peer, "its membership was withdrawn", linger=LAST_WORDS_SECONDS)
+
+    def welcome(self, peer: PeerId, protocols: Sequence[str]) -> None:
+        self.roster.guests[peer] = frozenset(protocols)
+
+    def _serves(self, protocol: str, peer: PeerId) -> bool:
+        if peer in self.roster.guests:
+            return protocol in self.roster.guests[peer] and protocol in self._table
+        return self._table.serves(protocol, peer, self.roster.admitted)
 
     async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
         if peer == self._peer:
@@ -366,7 +378,7 @@ class MemoryHost:
         if self.connections.get(peer) is not connection:
             raise PeerUnreachable(f"{peer}: the connection is gone", peer=peer)
         far = connection.far_end(self)
-        if not far._table.serves(protocol, self._peer, far.roster.admitted):
+        if not far._serves(protocol, self._peer):
             raise refusal(peer, protocol, NOT_SERVED if self._peer in far.roster.admitted else STRANGER)
         out, into = _Pipe(there), _Pipe(back)
         ours = MemoryStream(peer, connection, into, out)
@@ -427,6 +439,9 @@ class MemoryHost:
 
     def events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
         return self.roster.events()
+
+    def guest_events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
+        return self.roster.guest_events()
 
     def round_trip_us(self, peer: PeerId) -> int | None:
         if peer not in self.connections:

@@ -82,7 +82,11 @@ class Host(Protocol):
 
     @property
     def peers(self) -> tuple[PeerId, ...]:
-        """Connected peers, sorted."""
+        """Connected peers, sorted; guests are not among them."""
+
+    @property
+    def guests(self) -> tuple[PeerId, ...]:
+        """Connected guests (see `welcome`), sorted."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen and serve until cancelled.
@@ -101,6 +105,13 @@ class Host(Protocol):
 
     def admit(self, peer: PeerId, admitted: bool) -> None:
         """Membership of a peer was proven (or withdrawn: its connections are closed)."""
+
+    def welcome(self, peer: PeerId, protocols: Sequence[str]) -> None:
+        """Make a peer a guest: no member of our network, but it may use these protocols. Call before `run`.
+
+        Everything else is refused to it, it gets and brings no gossip, and nobody hears of it in `peers` and
+        `events`. Unlike a stranger it stays connected.
+        """
 
     async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Make sure that there is a connection. Raises PeerUnreachable (10 s at most)."""
@@ -123,6 +134,9 @@ class Host(Protocol):
 
     def events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
         """A new subscription to connection events, beginning with one event per peer connected now."""
+
+    def guest_events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
+        """The same about guests, which `events` leaves out."""
 
     def round_trip_us(self, peer: PeerId) -> int | None:
         """The heartbeat's median round trip of the last minute, in microseconds; None when unknown."""

@@ -1,8 +1,8 @@
-"""Who is connected, who is admitted, and who wants to be told of changes."""
+"""Who is connected, who is admitted, who is a guest, and who wants to be told of changes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import trio
@@ -19,8 +19,10 @@ class Roster:
 
     def __init__(self) -> None:
         self.admitted: set[PeerId] = set()
+        self.guests: dict[PeerId, frozenset[str]] = {}  # and the protocols that each may use
         self._connected: set[PeerId] = set()
         self._readers: list[Inbox[PeerEvent]] = []
+        self._guest_readers: list[Inbox[PeerEvent]] = []
         self._watchers: list[Callable[[PeerEvent], None]] = []
 
     def __contains__(self, peer: PeerId) -> bool:
@@ -28,15 +30,20 @@ class Roster:
 
     @property
     def connected(self) -> tuple[PeerId, ...]:
-        return tuple(sorted(self._connected))
+        """All but the guests."""
+        return tuple(sorted(self._connected - self.guests.keys()))
+
+    @property
+    def connected_guests(self) -> tuple[PeerId, ...]:
+        return tuple(sorted(self._connected & self.guests.keys()))
 
     def events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
-        """A new reader of events, beginning with one per peer connected now."""
-        reader = Inbox[PeerEvent](EVENT_ITEMS)
-        self._readers.append(reader)
-        for peer in self.connected:
-            reader.put(PeerEvent(peer, connected=True))
-        return reader.receive
+        """A new reader of events, beginning with one per peer connected now; none is about a guest."""
+        return _open_reader(self._readers, self.connected)
+
+    def guest_events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
+        """The same about guests alone."""
+        return _open_reader(self._guest_readers, self.connected_guests)
 
     def watch(self, watcher: Callable[[PeerEvent], None]) -> None:
         """Call `watcher` with every event, before any reader sees it. It must not block or raise."""
@@ -55,8 +62,17 @@ class Roster:
             self._tell(PeerEvent(peer, connected=False, reason=reason))
 
     def _tell(self, event: PeerEvent) -> None:
-        self._readers = [reader for reader in self._readers if not reader.abandoned]
         for watcher in self._watchers:
             watcher(event)
-        for reader in self._readers:
+        readers = self._guest_readers if event.peer in self.guests else self._readers
+        readers[:] = [reader for reader in readers if not reader.abandoned]
+        for reader in readers:
             reader.put(event)
+
+
+def _open_reader(readers: list[Inbox[PeerEvent]], peers: Iterable[PeerId]) -> trio.MemoryReceiveChannel[PeerEvent]:
+    reader = Inbox[PeerEvent](EVENT_ITEMS)
+    readers.append(reader)
+    for peer in peers:
+        reader.put(PeerEvent(peer, connected=True))
+    return reader.receive

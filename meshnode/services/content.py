@@ -20,7 +20,7 @@ from meshnode.content.outbox import Outbox
 from meshnode.content.port import Partial, Store
 from meshnode.core.errors import ContentUnavailable, Declined, DiskError, PeerUnreachable
 from meshnode.core.log import get_logger
-from meshnode.net.port import Host, Lane, Stream
+from meshnode.net.port import Host, Lane, PeerEvent, Stream
 from protocols.bitswap import client as asking
 from protocols.bitswap.messages import PROTOCOL, Block, Buffer, Message, MessageReader, Presence, PresenceType, decode
 from protocols.bitswap.server import Answer, Server
@@ -29,6 +29,7 @@ from protocols.ids import Cid, PeerId, cid_codec, cid_to_bytes, short
 
 PATIENCE_SECONDS: Final = 30.0  # without one verified block, until a fetch gives up
 OFFER_SECONDS: Final = 0.5  # how often a fetch looks for new providers
+GUEST_SECONDS: Final = 1.5  # a fetch that got no block from members for so long asks guests
 OPEN_SECONDS: Final = 15.0  # a stream to a connected peer; its own connection for bulk may have to be made
 FIRST_PAUSE_SECONDS: Final = 0.2  # between attempts to open a stream; doubles
 LAST_PAUSE_SECONDS: Final = 10.0
@@ -74,10 +75,14 @@ class ContentService:
         providers: Callable[[Cid], Sequence[PeerId]],
         *,
         patience: float = PATIENCE_SECONDS,
+        guests: Sequence[PeerId] = (),
+        share_with_guests: bool = False,
     ) -> None:
         """
         Args:
           providers: who is believed to hold this root, best first; asked again while a fetch runs.
+          guests: IPFS nodes outside the network; asked whether they have a block when members do not give it.
+          share_with_guests: whether guests get our blocks; else it looks to them as if we held none.
           patience: seconds without a verified block until a fetch gives up.
         """
         self._host = host
@@ -85,7 +90,8 @@ class ContentService:
         self._providers = providers
         self._patience = patience
         self._client = asking.Client()
-        self._server = Server(store.block_size)
+        self._guests = frozenset(guests)
+        self._server = Server(store.block_size, lambda peer: share_with_guests or peer not in self._guests)
         self._outboxes: dict[PeerId, Outbox] = {}
         self._fetches: dict[Cid, _Fetch] = {}
         self._inboxes: dict[int, trio.MemorySendChannel[tuple[bytes, Buffer]]] = {}
@@ -93,6 +99,7 @@ class ContentService:
         self._threads = trio.CapacityLimiter(6)
         self._answers = trio.CapacityLimiter(ANSWERS)
         self._last_block = float("-inf")  # when the last verified block came, for any fetch
+        self._fed: dict[int, float] = {}  # session -> when its last verified block came, or when it began
         self._sleeping_until: float | None = None
         self._poke = trio.Event()
         self._turn = trio.Event()
@@ -124,7 +131,9 @@ class ContentService:
             self._nursery = nursery
             nursery.start_soon(self._tick)
             nursery.start_soon(self._answer)
-            nursery.start_soon(self._follow)
+            nursery.start_soon(self._follow, self._host.events())
+            if self._guests:
+                nursery.start_soon(self._follow, self._host.guest_events())
             for _ in range(VERIFIERS):
                 nursery.start_soon(self._verify)
             self._running.set()
@@ -250,11 +259,13 @@ class ContentService:
     def _open_session(self, cid: Cid) -> tuple[int, trio.MemoryReceiveChannel[tuple[bytes, Buffer]]]:
         session = next(self._numbers)
         self._inboxes[session], inbox = trio.open_memory_channel[tuple[bytes, Buffer]](INBOX_BLOCKS)
+        self._fed[session] = trio.current_time()
         self._spawn(self._offer, session, cid)
         return session, inbox
 
     def _close_session(self, session: int) -> None:
         self._inboxes.pop(session).close()
+        del self._fed[session]
         for outbox in self._outboxes.values():
             outbox.sessions.discard(session)
         self._perform_sends(self._client.handle(asking.Close(session), trio.current_time()))
@@ -271,7 +282,17 @@ class ContentService:
                 outbox = self._outbox(peer)
                 outbox.sessions.add(session)
             await self._handle(asking.Offer(session, tuple(peers)))
+            if session in self._fed and (not peers or trio.current_time() - self._fed[session] >= GUEST_SECONDS):
+                await self._offer_guests(session)
             await trio.sleep(OFFER_SECONDS)
+
+    async def _offer_guests(self, session: int) -> None:
+        """The last resort: nobody knows what they hold, so they are asked before they are relied on."""
+        guests = tuple(sorted(self._guests - self._client.banned.keys()))
+        for guest in guests:
+            self._outbox(guest).sessions.add(session)
+        if guests:
+            await self._handle(asking.Offer(session, guests, certain=False))
 
     def _hopeful(self, session: int) -> bool:
         """Whether a provider owes us something and is busy with blocks for other fetches."""
@@ -300,6 +321,8 @@ class ContentService:
             if isinstance(effect, asking.Got):
                 self._last_block = trio.current_time()
                 for session in effect.sessions:
+                    if session in self._fed:
+                        self._fed[session] = self._last_block
                     await self._deliver(session, effect.cid, effect.data)
 
     async def _deliver(self, session: int, cid: bytes, data: Buffer) -> None:
@@ -341,9 +364,9 @@ class ContentService:
             if limit.cancelled_caught:
                 await self._handle(asking.Tick())
 
-    async def _follow(self) -> None:
+    async def _follow(self, events: trio.MemoryReceiveChannel[PeerEvent]) -> None:
         """Connections that come and go."""
-        async for event in self._host.events():
+        async for event in events:
             outbox = self._outboxes.get(event.peer)
             if event.connected:
                 if outbox is not None:
@@ -439,17 +462,20 @@ class ContentService:
         """Read one peer's wishes and answers. Raises RemoteProtocolError, which ends the stream."""
         peer = stream.peer
         reader = MessageReader()
+        whole = False
         try:
             while data := await stream.receive_some(RECEIVE_BYTES):
                 self._client.handle(asking.Progress(peer), trio.current_time())
                 for raw in reader.feed(data):
                     await self._take(peer, decode(raw))
+            whole = not reader.pending
         except RemoteProtocolError as error:
             await self._handle(asking.Misbehaved(peer, f"broke the protocol: {error}"))
             raise
         finally:
             # Its answers came over this stream. If it still owes some, ask anew over a fresh pair of streams.
-            if self._client.owed(peer) and peer in self._outboxes:
+            # A guest opens a stream for every answer (go-bitswap does), so that the end of one says nothing.
+            if self._client.owed(peer) and peer in self._outboxes and not (whole and peer in self._guests):
                 self._outboxes[peer].drop()
 
     async def _take(self, peer: PeerId, message: Message) -> None:

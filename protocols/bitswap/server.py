@@ -64,9 +64,16 @@ class _Peer:
 class Server:
     """Wantlists of all peers and the order of our answers."""
 
-    def __init__(self, size_of: Callable[[bytes], int | None]) -> None:
-        """`size_of(binary CID)`: bytes of a block that we hold, None for one that we do not."""
+    def __init__(
+        self, size_of: Callable[[bytes], int | None], allows: Callable[[PeerId], bool] = lambda peer: True
+    ) -> None:
+        """
+        Args:
+          size_of: (binary CID) -> bytes of a block that we hold, None for one that we do not.
+          allows: whether a peer may have blocks; to another one it looks as if we held none.
+        """
         self._size_of = size_of
+        self._allows = allows
         self._peers: dict[PeerId, _Peer] = {}
         self._order = 0
         self._turn = 0  # virtual bytes served
@@ -92,7 +99,7 @@ class Server:
             self._order += 1
             want = _Want(entry.priority, entry.want_type, entry.send_dont_have, self._order)
             state.wants[entry.cid] = want
-            self._answer(state, entry.cid, want, self._size_of(entry.cid))
+            self._answer(state, entry.cid, want, self._size_of(entry.cid) if self._allows(peer) else None)
         if not state.wants and not state.busy and not state.under_way:
             del self._peers[peer]
 
@@ -100,9 +107,9 @@ class Server:
         """Blocks that we hold from now on; answers the wishes that waited. Returns whether any did."""
         found = False
         for cid in cids:
-            for state in self._peers.values():
+            for peer, state in self._peers.items():
                 want = state.wants.get(cid)
-                if want is not None and want.size < 0:
+                if want is not None and want.size < 0 and self._allows(peer):
                     self._answer(state, cid, want, self._size_of(cid))
                     found = True
         return found

