@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
 
 from meshnode.core.errors import ConfigError
 from meshnode.core.paths import Paths
@@ -27,6 +28,7 @@ T = TypeVar("T")
 PREFIX: Final = "MESHNODE_"
 DEFAULT_PORT: Final = 4331  # unassigned by IANA; fixed, so that a firewall rule and a ticket stay valid
 DIRECT_PORT: Final = 4332
+MAX_GATEWAYS: Final = 16
 
 _UNITS: Final[dict[str, int]] = {
     "": 1,
@@ -36,6 +38,9 @@ _UNITS: Final[dict[str, int]] = {
 }
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", re.IGNORECASE)
 _PERCENT = re.compile(r"([0-9]{1,3})\s*%")
+_URL = re.compile(
+    r"https?://(?:[a-z0-9.\-]{1,253}|\[[0-9a-f:.]{2,45}\])(?::[0-9]{1,5})?(?:/[a-z0-9._~\-/]{0,200})?", re.I
+)
 
 
 def parse_size(text: str | int) -> int:
@@ -163,6 +168,29 @@ def _is_ip(text: str, version: int) -> bool:
         return False
 
 
+def _daemon(value: object) -> str:
+    items = _multiaddrs("", _IPFS_API, lowest_port=1)([value] if value else [])
+    return items[0] if items else ""
+
+
+def _gateways(value: object) -> tuple[str, ...]:
+    items = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)) or len(items) > MAX_GATEWAYS:
+        raise ValueError(f"{value!r} is not a list of at most {MAX_GATEWAYS} addresses like {_GATEWAY}")
+    for item in items:
+        if not isinstance(item, str) or not _URL.fullmatch(item) or not _has_port(item):
+            raise ValueError(f"{item!r} is not an address like {_GATEWAY}, without user, query or fragment")
+    return tuple(dict.fromkeys(item.rstrip("/") for item in items))
+
+
+def _has_port(url: str) -> bool:
+    """Whether the port of a URL, if it names one, is a possible port."""
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False
+
+
 def setting(default: T, read: Callable[[object], T], why: str) -> T:
     """A field of a section: its default, its reader (raises ValueError with a sentence), its reason."""
     result: T = field(default=default, metadata={"read": read, "why": why})
@@ -170,6 +198,8 @@ def setting(default: T, read: Callable[[object], T], why: str) -> T:
 
 
 _LISTEN = "/ip4/0.0.0.0/tcp/4331"
+_IPFS_API = "/ip4/127.0.0.1/tcp/5001"
+_GATEWAY = "https://gateway.example"
 _NAME = "/dns4/node.example/tcp/4331"
 _PEER = "/ip4/192.0.2.7/tcp/4331/p2p/12D3KooW..."
 
@@ -233,15 +263,15 @@ class ContentSection:
         parse_amount,
         "bytes, or share of the free disk, for model files; unpinned files go first",
     )
-    ipfs_peers: tuple[str, ...] = setting(
-        (),
-        _multiaddrs("/p2p/[1-9A-HJ-NP-Za-km-z]{40,64}", _PEER),
-        "IPFS nodes outside this network that are asked for what no member gives; they can do nothing else here",
+    ipfs_api: str = setting(
+        "",
+        _daemon,
+        f"the RPC of an IPFS daemon, like {_IPFS_API}, asked for what no peer gives; empty: none",
     )
-    share: str = setting(
-        "members",
-        _one_of("members", "guests"),
-        "who gets the files of this node; guests: the nodes of content.ipfs_peers, too",
+    gateways: tuple[str, ...] = setting(
+        (),
+        _gateways,
+        f"trustless gateways, like {_GATEWAY}, asked for what no peer gives; they learn what this node fetches",
     )
 
 

@@ -110,6 +110,19 @@ _REGISTRY: Final = (
         lasts_s=_EVENT_S,
     ),
     Warning(
+        "ipfs-daemon",
+        _M,
+        "The IPFS daemon at {address} is not used: {reason} Start or repair it (`ipfs id` must answer), or correct "
+        "content.ipfs_api; the mesh goes on without it.",
+    ),
+    Warning(
+        "gateway-lied",
+        _M,
+        "{gateway} sent something else than the block {cid}, so it is not asked again until the next start. It is "
+        "damaged or no trustless gateway; take it out of content.gateways.",
+        per="gateway",
+    ),
+    Warning(
         "two-writers",
         _H,
         "{peer} signed two different records with the same number, so its records are ignored. Two nodes may run "

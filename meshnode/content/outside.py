@@ -1,0 +1,113 @@
+"""Blocks from outside the mesh: an IPFS daemon, HTTP gateways. Asked only for what no peer gives.
+
+Nothing here is trusted: `Outside.block` hashes what a source gave before anybody sees it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+import trio
+
+from meshnode.core.errors import ContentUnavailable
+from meshnode.core.log import get_logger
+from meshnode.core.service import Service
+from protocols.bitswap.messages import MAX_BLOCK_BYTES
+from protocols.ids import Cid, cid_matches, short
+
+FIRST_REST_SECONDS: Final = 5.0  # for a source that failed; doubles with each further failure
+LAST_REST_SECONDS: Final = 300.0
+
+
+class SourceFailed(ContentUnavailable):
+    """A source can't be used now. The text is a clause that says what is wrong with it."""
+
+
+class WrongBlock(ContentUnavailable):
+    """A source gave bytes that are not the block it was asked for."""
+
+
+class Source(Service, Protocol):
+    """Somewhere outside the mesh that may have a block. `run` keeps it in order and closes its connections."""
+
+    async def block(self, cid: Cid) -> bytes:
+        """What it gives under this CID, at most MAX_BLOCK_BYTES, not verified.
+
+        Raises ContentUnavailable (it does not have the block), SourceFailed (it can't be used now).
+        If cancelled: the request is dropped.
+        """
+
+    def lied(self, cid: Cid) -> None:
+        """Told when what it gave was not the block; it says so in the health of the node."""
+
+
+def verified(name: str, cid: Cid, block: bytes) -> bytes:
+    """The block, if it is the one that `cid` names. Raises WrongBlock, which says who gave it."""
+    if len(block) > MAX_BLOCK_BYTES or not cid_matches(cid, block):
+        raise WrongBlock(f"{name} gave {len(block)} bytes that are not the block {cid}", cid=cid)
+    return block
+
+
+class Outside:
+    """Several sources as one: the one that gave a block last is asked first, a liar never again."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        """`sources`: in the order in which they are asked at first."""
+        self._sources = list(sources)
+        self._failures: Counter[str] = Counter()  # in a row
+        self._rests_until: dict[str, float] = {}
+        self._log = get_logger("outside")
+        self.bytes_from: Counter[str] = Counter()  # verified, by name of the source
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sources that may still be asked, in their present order."""
+        return tuple(source.name for source in self._sources)
+
+    async def block(self, cid: Cid) -> bytes:
+        """One verified block from the first source that has it.
+
+        Raises ContentUnavailable, which says what every source answered. If cancelled: nothing was kept.
+        """
+        words = []
+        for source in tuple(self._sources):
+            if trio.current_time() < self._rests_until.get(source.name, 0.0):
+                words.append(f"{source.name} failed a moment ago")
+                continue
+            try:
+                block = verified(source.name, cid, await source.block(cid))
+            except WrongBlock as error:
+                self._drop(source, cid)
+                words.append(str(error))
+            except SourceFailed as error:
+                self._rest(source, str(error))
+                words.append(f"{source.name}: {error}")
+            except ContentUnavailable:
+                words.append(f"{source.name} does not have it")
+            else:
+                self._prefer(source)
+                self.bytes_from[source.name] += len(block)
+                return block
+        said = "; ".join(words) or "no source is left to ask"
+        raise ContentUnavailable(f"no source outside the mesh gave {cid}: {said}", cid=cid)
+
+    def _prefer(self, source: Source) -> None:
+        self._failures.pop(source.name, None)
+        self._rests_until.pop(source.name, None)
+        if source in self._sources:  # it may have lied to another task meanwhile
+            self._sources.remove(source)
+            self._sources.insert(0, source)
+
+    def _rest(self, source: Source, reason: str) -> None:
+        self._failures[source.name] += 1
+        pause = min(LAST_REST_SECONDS, FIRST_REST_SECONDS * 2 ** (self._failures[source.name] - 1))
+        self._rests_until[source.name] = trio.current_time() + pause
+        self._log.info("source.failed", source=source.name, reason=reason, pause_s=pause)
+
+    def _drop(self, source: Source, cid: Cid) -> None:
+        if source in self._sources:
+            self._sources.remove(source)
+            self._log.warning("source.lied", source=source.name, cid=short(cid))
+            source.lied(cid)
