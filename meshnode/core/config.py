@@ -273,6 +273,16 @@ class ContentSection:
         _gateways,
         f"trustless gateways, like {_GATEWAY}, asked for what no peer gives; they learn what this node fetches",
     )
+    ipfs_peers: tuple[str, ...] = setting(
+        (),
+        _multiaddrs("/p2p/[1-9A-HJ-NP-Za-km-z]{40,64}", _PEER),
+        "IPFS nodes outside this network that are asked for what no member gives; they can do nothing else here",
+    )
+    share: str = setting(
+        "members",
+        _one_of("members", "guests"),
+        "who gets the files of this node; guests: the nodes of content.ipfs_peers, too",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
