@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from meshnode.cli import client
+from meshnode.cli import client, model_car
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import ask_passphrase, folder_of, settings
 from meshnode.core.config import format_size
@@ -48,10 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             action.add_argument("--json", action="store_true")
         add_data(action)
     add_data(actions.add_parser("list", help="models that this node knows"))
+    model_car.add_actions(actions)
 
 
 def run(arguments: argparse.Namespace) -> int:
     actions = {"add": _add, "list": _list, "show": _show, "verify": _verify, "remove": _remove, "serve": _serve}
+    actions |= model_car.ACTIONS
     return actions[arguments.action](arguments)
 
 
@@ -74,7 +76,7 @@ def _add(arguments: argparse.Namespace) -> int:
         check_release(arguments.name, arguments.release_version)  # not after half a minute of publishing
     except LocalProtocolError as error:
         raise ConfigError(str(error)) from error
-    with _store(arguments) as store, tempfile.TemporaryDirectory(dir=paths.cache, prefix="publish-") as out:
+    with open_store(arguments) as store, tempfile.TemporaryDirectory(dir=paths.cache, prefix="publish-") as out:
         run_publisher(arguments.source, Path(out), variants, StepProgress())
         cid, manifest = release(
             Path(out),
@@ -128,7 +130,8 @@ def adopt(folder: Path, cid: Cid, manifest: Manifest, variant: str) -> None:
 
 
 @contextmanager
-def _store(arguments: argparse.Namespace) -> Iterator[BlobStore]:
+def open_store(arguments: argparse.Namespace) -> Iterator[BlobStore]:
+    """The content folder of this node, which a running node may use at the same time."""
     import shutil
 
     from meshnode.content.blob_store import BlobStore
@@ -165,7 +168,11 @@ def _releases(folder: Path, store: BlobStore) -> tuple[dict[Cid, tuple[Manifest,
     return good, bad
 
 
-def _find(folder: Path, store: BlobStore, wanted: str) -> tuple[Cid, Manifest, str]:
+def find_release(folder: Path, store: BlobStore, wanted: str) -> tuple[Cid, Manifest, str]:
+    """(manifest CID, manifest, variant) of the newest release with this CID, name, or name@version.
+
+    Raises ModelError, with the names that there are.
+    """
     known, bad = _releases(folder, store)
     if wanted in bad:
         raise ModelError(f"The manifest {wanted} does not hold: {bad[wanted]}. Add the model again.")
@@ -185,7 +192,7 @@ def _find(folder: Path, store: BlobStore, wanted: str) -> tuple[Cid, Manifest, s
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    with _store(arguments) as store:
+    with open_store(arguments) as store:
         known, bad = _releases(folder_of(arguments), store)
     if not known:
         print("No models. Add one with: meshnode model add PATH (or example:smollm2)")
@@ -197,8 +204,8 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    with _store(arguments) as store:
-        cid, manifest, _ = _find(folder_of(arguments), store, arguments.model)
+    with open_store(arguments) as store:
+        cid, manifest, _ = find_release(folder_of(arguments), store, arguments.model)
     if arguments.json:
         import dataclasses
 
@@ -230,8 +237,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     """Hash every file anew; exit code 4 if one is damaged or missing."""
     from protocols.unixfs.builder import Builder
 
-    with _store(arguments) as store:
-        cid, manifest, _ = _find(folder_of(arguments), store, arguments.model)
+    with open_store(arguments) as store:
+        cid, manifest, _ = find_release(folder_of(arguments), store, arguments.model)
         wrong, good, elsewhere = [], 0, 0
         promised = store.pins().get(cid, frozenset())  # all files where it was published, none elsewhere
         for file in manifest.all_files():
@@ -271,8 +278,8 @@ def _remove(arguments: argparse.Namespace) -> int:
                 f"The network serves {served['name']} at the moment. Have it serve another model first "
                 "(meshnode model serve NAME), or stop this node."
             )
-    with _store(arguments) as store:
-        cid, manifest, _ = _find(folder, store, arguments.model)
+    with open_store(arguments) as store:
+        cid, manifest, _ = find_release(folder, store, arguments.model)
         store.unpin(cid)
         freed = store.remove_unpinned()
     with Database(Paths(folder).state) as database:
@@ -283,8 +290,8 @@ def _remove(arguments: argparse.Namespace) -> int:
 
 def _serve(arguments: argparse.Namespace) -> int:
     folder = folder_of(arguments)
-    with _store(arguments) as store:
-        cid, manifest, before = _find(folder, store, arguments.model)
+    with open_store(arguments) as store:
+        cid, manifest, before = find_release(folder, store, arguments.model)
     variant = arguments.variant or before
     if variant not in manifest.variants:
         raise ModelError(f"{manifest.name} has no variant {variant}; it has {', '.join(manifest.variants)}.")

@@ -1,0 +1,108 @@
+"""`meshnode model export` and `import`: a model as one CAR file, for devices that are never online together."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from meshnode.cli.main import add_data
+from meshnode.cli.settings import folder_of
+from meshnode.core.config import format_size
+from meshnode.core.errors import ModelError
+
+if TYPE_CHECKING:
+    from meshnode.content.blob_store import BlobStore
+    from protocols.ids import Cid
+    from protocols.manifest.messages import FileRef, Manifest
+
+
+def add_actions(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    export = actions.add_parser("export", help="write a model into one CAR file, for a device that is never online")
+    export.add_argument("model", metavar="NAME_OR_CID")
+    export.add_argument("--car", required=True, type=Path, metavar="FILE", help="where to write it")
+    export.add_argument("--variant", action="append", help="only this precision; repeatable (default: all)")
+    export.add_argument("--force", action="store_true", help="replace the file if it exists")
+    add_data(export)
+    bring_in = actions.add_parser("import", help="take a model out of a CAR file, every block verified")
+    bring_in.add_argument("car", type=Path, metavar="FILE.car")
+    add_data(bring_in)
+
+
+def export_model(arguments: argparse.Namespace) -> int:
+    """Write the CAR; exit code 4 if files of the model are not on this node."""
+    from meshnode.cli.model import StepProgress, find_release, open_store
+    from meshnode.content.car_export import export_car, files_of
+
+    with open_store(arguments) as store:
+        cid, manifest, _ = find_release(folder_of(arguments), store, arguments.model)
+        variants = tuple(dict.fromkeys(arguments.variant or manifest.variants))
+        for name in variants:
+            if name not in manifest.variants:
+                raise ModelError(f"{manifest.name} has no variant {name}; it has {', '.join(manifest.variants)}.")
+        files = files_of(manifest, variants)
+        missing = [ref for ref in files if store.path(ref.cid) is None]
+        if missing:
+            raise ModelError(_lacks(store, manifest, files, missing))
+        steps = StepProgress()
+        size = export_car(
+            store,
+            cid,
+            files,
+            arguments.car,
+            replace=arguments.force,
+            progress=lambda done, total: steps("export", "", done, total),
+        )
+    print(f"{manifest.name} {manifest.version} ({', '.join(variants)}) is in {arguments.car}, {format_size(size)}.")
+    print("On the other device: meshnode model import FILE.car")
+    print(f"Any IPFS node can import it, too; its root is {cid}")
+    return 0
+
+
+def _lacks(store: BlobStore, manifest: Manifest, files: list[FileRef], missing: list[FileRef]) -> str:
+    from meshnode.content.car_export import files_of
+
+    whole = [
+        name
+        for name in manifest.variants
+        if all(store.path(ref.cid) is not None for ref in files_of(manifest, (name,)))
+    ]
+    remedy = (
+        f"The variant {whole[0]} is here whole; export it with --variant {whole[0]}."
+        if whole
+        else "Fetch them first (a node that has room for every layer fetches them all), or export the model on the "
+        "device that added it."
+    )
+    size = format_size(sum(ref.size for ref in missing))
+    return f"{len(missing)} of {len(files)} files of {manifest.name} ({size}) are not on this node. {remedy}"
+
+
+def import_model(arguments: argparse.Namespace) -> int:
+    """Verify and keep what is in the CAR, and have the network serve its smallest variant, or the one it served."""
+    from meshnode.cli.model import StepProgress, adopt, open_store
+    from meshnode.content.car_import import import_car
+
+    steps = StepProgress()
+    with open_store(arguments) as store:
+        found = import_car(store, arguments.car, progress=lambda done, total: steps("import", "", done, total))
+    folder = folder_of(arguments)
+    print(f"{found.manifest.name} {found.manifest.version} ({', '.join(found.variants)}) is here and verified.")
+    others = [name for name in found.manifest.variants if name not in found.variants]
+    if others:
+        print(f"Not in the file, or not whole: {', '.join(others)}.")
+    adopt(folder, found.cid, found.manifest, _served(folder, found.cid, found.variants))
+    return 0
+
+
+def _served(folder: Path, cid: Cid, variants: tuple[str, ...]) -> str:
+    """The variant in which this node knows the release already, if it is whole now; else the smallest."""
+    from meshnode.core.paths import Paths
+    from meshnode.state import releases
+    from meshnode.state.database import Database
+
+    with Database(Paths(folder).state) as database:
+        before = releases.known(database).get(cid)
+    return before if before in variants else variants[0]
+
+
+ACTIONS: Final = {"export": export_model, "import": import_model}
