@@ -171,10 +171,16 @@ class _Import:
         for variant in self._manifest.variants.values():
             refs += [variant.graph, variant.embed, *variant.layers, variant.head]
         for ref in refs:
-            if self._store.path(ref.cid) is not None:
-                self._store.pin(ref.cid, self._pin)
-            else:
+            path = self._store.path(ref.cid)
+            if path is None:
                 self._roots[cid_to_bytes(ref.cid)] = ref
+                continue
+            if (size := path.stat().st_size) != ref.size:
+                raise ModelError(
+                    f"{self._source} can't be imported: its manifest states {ref.size} bytes for {ref.cid}, which has "
+                    f"{size}. Whoever published it gave a wrong size; publish it again"
+                )
+            self._store.pin(ref.cid, self._pin)
 
     def _open_file(self, ref: FileRef) -> bool:
         """Begin a file whose root comes by, before the root is written; whether that was possible."""

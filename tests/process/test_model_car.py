@@ -15,7 +15,7 @@ from meshnode.state import releases
 from meshnode.state.database import Database
 from protocols.ids import Cid, peer_id_of
 from protocols.manifest.messages import Manifest
-from tests.process.mesh_rig import meshnode, small_model
+from tests.process.mesh_rig import READY_SECONDS, mesh_of, meshnode, small_model, tokens_of
 
 pytestmark = [pytest.mark.process]
 
@@ -112,3 +112,14 @@ def test_a_damaged_and_a_cut_file_leave_nothing_behind(place: Place, tmp_path: P
     assert meshnode("model", "import", place.car, folder=tmp_path / "data").code == 0
     there = contents(place.folder, place.manifest, place.cid)
     assert contents(tmp_path / "data", place.manifest, place.cid) == there
+
+
+@pytest.mark.net
+def test_a_running_mesh_serves_what_was_carried_to_it(place: Place, tmp_path: Path) -> None:
+    with mesh_of(tmp_path, 2, memory=("1GB",)) as mesh:
+        ran = meshnode("model", "import", place.car, folder=mesh.members[0].folder)
+        assert ran.code == 0, ran.errors
+        assert "The network now serves small-noise" in ran.out
+        mesh.wait_ready(READY_SECONDS)
+        assert mesh.members[1].status()["model"]["manifest"] == place.cid
+        assert tokens_of(mesh.members[0]) == tokens_of(mesh.members[1])

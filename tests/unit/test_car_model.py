@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -23,7 +24,8 @@ from meshnode.core.errors import ConfigError, Declined, DiskError, ModelError
 from meshnode.models.release import release
 from protocols.car.machine import Reader
 from protocols.car.messages import Block, Header, encode_block, encode_header
-from protocols.ids import DAG_PB, RAW, Cid, cid_from_bytes, cid_of, cid_to_bytes, peer_id_of
+from protocols.ids import DAG_CBOR, DAG_PB, RAW, Cid, cid_from_bytes, cid_of, cid_to_bytes, peer_id_of
+from protocols.manifest.codec import sign_manifest
 from protocols.manifest.messages import Manifest
 from tests.process.mesh_rig import small_model
 
@@ -264,6 +266,35 @@ def test_a_stopped_import_goes_on(origin: Origin, store: BlobStore, tmp_path: Pa
     rest = [item for at, item in enumerate(items) if at == 0 or at >= half or item.cid in roots]
     assert len(rest) < len(items)
     check_whole(store, origin, import_car(store, write(tmp_path / "x.car", origin.cid, rest)))
+
+
+def test_what_a_killed_import_left_is_tidied_up(origin: Origin, store: BlobStore) -> None:
+    layer = origin.manifest.variants["int4"].layers[0]
+    partial = store.open_partial(layer.cid, layer.size)
+    assert not isinstance(partial, Path)
+    wanted = next(item for item in origin.items() if item.cid == cid_to_bytes(layer.cid))
+    partial.write([(wanted.cid, wanted.data)])
+    partial.close()
+    store.pin(layer.cid, f"import {origin.cid}")
+    check_whole(store, origin, import_car(store, origin.car))
+
+
+def test_a_release_that_lies_about_a_size(origin: Origin, store: BlobStore, tmp_path: Path) -> None:
+    variant = origin.manifest.variants["fp32"]
+    for ref in (variant.layers[1], variant.graph):
+        lie = dataclasses.replace(ref, size=ref.size + 1)
+        changed = dataclasses.replace(
+            variant,
+            graph=lie if ref is variant.graph else variant.graph,
+            layers=tuple(lie if layer is ref else layer for layer in variant.layers),
+        )
+        block = sign_manifest(KEY, dataclasses.replace(origin.manifest, variants={"fp32": changed}))
+        cid = cid_of(DAG_CBOR, block)
+        items = [Block(cid_to_bytes(cid), block), *origin.items()[1:]]
+        for _ in range(2):
+            with pytest.raises(ModelError, match="gave a wrong size"):
+                import_car(store, write(tmp_path / "x.car", cid, items))
+        assert store.block(cid) is None and store.pins() == {}
 
 
 def test_without_one_block_the_other_variant_is_taken(origin: Origin, store: BlobStore, tmp_path: Path) -> None:
