@@ -56,7 +56,10 @@ class Member:
             return None
         try:
             process = psutil.Process(self.pid)
-            if process.create_time() != self.started or process.status() == psutil.STATUS_ZOMBIE:
+            if process.create_time() != self.started:
+                return None
+            # A killed process whose first thread has ended may still have others in the middle of an fsync.
+            if process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1:
                 return None
         except psutil.NoSuchProcess:
             return None
