@@ -177,8 +177,8 @@ class _Import:
                 continue
             if (size := path.stat().st_size) != ref.size:
                 raise ModelError(
-                    f"{self._source} can't be imported: its manifest states {ref.size} bytes for {ref.cid}, which has "
-                    f"{size}. Whoever published it gave a wrong size; publish it again"
+                    f"{self._source} can't be imported: its manifest states {ref.size} bytes for {ref.cid}, which "
+                    f"has {size}. Whoever published it gave a wrong size; publish it again"
                 )
             self._store.pin(ref.cid, self._pin)
 
