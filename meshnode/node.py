@@ -24,6 +24,9 @@ import trio
 
 from meshnode import __version__
 from meshnode.content.blob_store import BlobStore
+from meshnode.content.gateway import Gateway
+from meshnode.content.ipfs_api import IpfsApi
+from meshnode.content.outside import Outside, Source
 from meshnode.core.clock import monotonic, wall_ms
 from meshnode.core.config import Config
 from meshnode.core.errors import ConfigError, Declined
@@ -129,12 +132,14 @@ class Node:
             self.host, self.database, config.network.bootstrap, self.directory.addresses, rng, wall_ms
         )
         self.guests = GuestService(self.host, config.content.ipfs_peers, (bitswap.PROTOCOL,), rng)
+        self.sources = _sources(config, self.health)
         self.content = ContentService(
             self.host,
             self.store,
             self.directory.providers,
             guests=self.guests.peers,
             share_with_guests=config.content.share == "guests",
+            outside=Outside(self.sources).block if self.sources else None,
         )
         self.pipes = Pipes(self.host)
         holds = HoldStreams(self.host)
@@ -215,6 +220,7 @@ class Node:
                 self.discovery,
                 self.guests,
                 self.pipes,
+                *self.sources,
             ):
                 await ground.start(supervise, below)
             async with trio.open_nursery() as work:
@@ -428,6 +434,12 @@ def _lock(path: Path, stack: ExitStack) -> None:
         raise ConfigError(
             f"a node already runs in the data folder {path.parent}; stop it, or choose another folder with --data"
         ) from error
+
+
+def _sources(config: Config, health: Health) -> tuple[Source, ...]:
+    """Where blocks may come from that no peer gives: the operator's own daemon first."""
+    daemon = [IpfsApi(config.content.ipfs_api, health)] if config.content.ipfs_api else []
+    return (*daemon, *(Gateway(url, health) for url in config.content.gateways))
 
 
 def _power() -> tuple[str, ...]:

@@ -101,6 +101,8 @@ class Outside:
             self._sources.insert(0, source)
 
     def _rest(self, source: Source, reason: str) -> None:
+        if trio.current_time() < self._rests_until.get(source.name, 0.0):
+            return  # several tasks asked it at once; that is one failure
         self._failures[source.name] += 1
         pause = min(LAST_REST_SECONDS, FIRST_REST_SECONDS * 2 ** (self._failures[source.name] - 1))
         self._rests_until[source.name] = trio.current_time() + pause

@@ -25,10 +25,12 @@ from protocols.bitswap import client as asking
 from protocols.bitswap.messages import PROTOCOL, Block, Buffer, Message, MessageReader, Presence, PresenceType, decode
 from protocols.bitswap.server import Answer, Server
 from protocols.errors import LocalProtocolError, MeshError, RemoteProtocolError
-from protocols.ids import Cid, PeerId, cid_codec, cid_to_bytes, short
+from protocols.ids import Cid, PeerId, cid_codec, cid_from_bytes, cid_to_bytes, short
 
 PATIENCE_SECONDS: Final = 30.0  # without one verified block, until a fetch gives up
 OFFER_SECONDS: Final = 0.5  # how often a fetch looks for new providers
+OUTSIDE_SECONDS: Final = 3.0  # without a block from a peer, until sources outside the mesh are asked
+OUTSIDE_BLOCKS: Final = 4  # asked from outside at once, per fetch
 GUEST_SECONDS: Final = 1.5  # a fetch that got no block from members for so long asks guests
 OPEN_SECONDS: Final = 15.0  # a stream to a connected peer; its own connection for bulk may have to be made
 FIRST_PAUSE_SECONDS: Final = 0.2  # between attempts to open a stream; doubles
@@ -47,6 +49,15 @@ BUSY_SECONDS: Final = 0.3  # between looks at a file that another process is fet
 Args = TypeVarTuple("Args")
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]  # (bytes verified and written, bytes in all)
+FromOutside = Callable[[Cid], Awaitable[bytes]]  # one verified block; raises ContentUnavailable
+
+
+class _Search:
+    """What one session looks for outside the mesh."""
+
+    def __init__(self) -> None:
+        self.scope = trio.CancelScope()
+        self.trouble = ""
 
 
 class _Fetch:
@@ -77,6 +88,7 @@ class ContentService:
         patience: float = PATIENCE_SECONDS,
         guests: Sequence[PeerId] = (),
         share_with_guests: bool = False,
+        outside: FromOutside | None = None,
     ) -> None:
         """
         Args:
@@ -84,6 +96,7 @@ class ContentService:
           guests: IPFS nodes outside the network; asked whether they have a block when members do not give it.
           share_with_guests: whether guests get our blocks; else it looks to them as if we held none.
           patience: seconds without a verified block until a fetch gives up.
+          outside: gives single blocks from outside the mesh; asked for what no peer gives.
         """
         self._host = host
         self._store = store
@@ -99,7 +112,9 @@ class ContentService:
         self._threads = trio.CapacityLimiter(6)
         self._answers = trio.CapacityLimiter(ANSWERS)
         self._last_block = float("-inf")  # when the last verified block came, for any fetch
-        self._fed: dict[int, float] = {}  # session -> when its last verified block came, or when it began
+        self._fed: dict[int, float] = {}  # session -> when a peer gave its last verified block, or when it began
+        self._outside = outside
+        self._searches: dict[int, _Search] = {}  # by session
         self._sleeping_until: float | None = None
         self._poke = trio.Event()
         self._turn = trio.Event()
@@ -261,11 +276,16 @@ class ContentService:
         self._inboxes[session], inbox = trio.open_memory_channel[tuple[bytes, Buffer]](INBOX_BLOCKS)
         self._fed[session] = trio.current_time()
         self._spawn(self._offer, session, cid)
+        if self._outside is not None:
+            search = self._searches[session] = _Search()
+            self._spawn(self._look_outside, session, search, self._outside)
         return session, inbox
 
     def _close_session(self, session: int) -> None:
         self._inboxes.pop(session).close()
         del self._fed[session]
+        if session in self._searches:
+            self._searches.pop(session).scope.cancel()
         for outbox in self._outboxes.values():
             outbox.sessions.discard(session)
         self._perform_sends(self._client.handle(asking.Close(session), trio.current_time()))
@@ -294,6 +314,30 @@ class ContentService:
         if guests:
             await self._handle(asking.Offer(session, guests, certain=False))
 
+    async def _look_outside(self, session: int, search: _Search, outside: FromOutside) -> None:
+        """As long as no peer gives a block: fetch what is asked from none, until the session is closed."""
+        with search.scope:
+            while session in self._fed:
+                quiet = trio.current_time() - self._fed[session]
+                wanted = self._client.unasked(session, OUTSIDE_BLOCKS) if quiet >= OUTSIDE_SECONDS else ()
+                found: list[Cid] = []
+                async with trio.open_nursery() as nursery:
+                    for name in wanted:
+                        nursery.start_soon(self._find_outside, cid_from_bytes(name), search, outside, found)
+                if not found:
+                    await trio.sleep(max(OFFER_SECONDS, OUTSIDE_SECONDS - quiet))
+
+    async def _find_outside(self, cid: Cid, search: _Search, outside: FromOutside, found: list[Cid]) -> None:
+        try:
+            block = await outside(cid)
+        except ContentUnavailable as error:
+            search.trouble = str(error)
+            return
+        found.append(cid)
+        # Other sessions may want it, too. This is short: a closed inbox takes nothing.
+        with trio.CancelScope(shield=True):
+            await self._handle(asking.Found(cid_to_bytes(cid), block))
+
     def _hopeful(self, session: int) -> bool:
         """Whether a provider owes us something and is busy with blocks for other fetches."""
         recent = trio.current_time() - self._last_block < self._patience
@@ -306,6 +350,9 @@ class ContentService:
             trouble = outbox.trouble if outbox is not None else ""
             words.append(f"{short(peer)} {word}" + (f" ({trouble})" if trouble and word == "not reachable" else ""))
         asked = "; asked were: " + ", ".join(words) if words else "; no peer is known to hold it"
+        search = self._searches.get(session)
+        if search is not None and search.trouble:
+            asked += f"; {search.trouble}"
         return ContentUnavailable(
             f"nobody gave {cid} for {self._patience:.0f} s{asked}. Start a node that holds it (`meshnode status` "
             "shows who holds what) and ask again; what has come so far is kept",
@@ -321,7 +368,7 @@ class ContentService:
             if isinstance(effect, asking.Got):
                 self._last_block = trio.current_time()
                 for session in effect.sessions:
-                    if session in self._fed:
+                    if session in self._fed and effect.peer is not None:
                         self._fed[session] = self._last_block
                     await self._deliver(session, effect.cid, effect.data)
 

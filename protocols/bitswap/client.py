@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final
 
 from protocols.bitswap.messages import Buffer, Entry, Message, PresenceType, WantType
@@ -92,6 +93,14 @@ class Arrived:
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """A block came from elsewhere than a peer; the driver has checked that its bytes have this CID."""
+
+    cid: bytes
+    data: Buffer
+
+
+@dataclass(frozen=True, slots=True)
 class Misbehaved:
     """The peer broke the encoding or a limit; the driver has read it."""
 
@@ -104,7 +113,7 @@ class Tick:
     """Nothing happened until `deadline`."""
 
 
-Event = PeerUp | PeerDown | Want | Offer | Close | Progress | Arrived | Misbehaved | Tick
+Event = PeerUp | PeerDown | Want | Offer | Close | Progress | Arrived | Found | Misbehaved | Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +124,13 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Got:
-    """A wanted block whose bytes have the right hash. `data` is a view of the received message."""
+    """A wanted block whose bytes have the right hash. `data` is a view of the received message; `peer` is None
+    for a block that was `Found`."""
 
     sessions: tuple[int, ...]
     cid: bytes
     data: Buffer
-    peer: PeerId
+    peer: PeerId | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +224,11 @@ class Client:
                 return out  # comes many times per block; a deadline that is too early does no harm
             case Arrived():
                 self._arrived(event, now, out, cancels)
+            case Found(cid, data):
+                want = self._wants.get(cid)
+                if want is not None:
+                    out.append(Got(tuple(want.sessions), cid, data, None))
+                    self._forget(cid, want, None, cancels)
             case Misbehaved(peer, reason):
                 self._ban(peer, reason, out)
             case Tick():
@@ -226,6 +241,11 @@ class Client:
         """What became of every provider of a session, in words, for the error when nobody delivers."""
         known = self._sessions.get(session)
         return {} if known is None else {peer: self._word(peer) for peer in known.peers}
+
+    def unasked(self, session: int, limit: int) -> tuple[bytes, ...]:
+        """At most `limit` blocks that the session wants and that are asked from nobody, the best liked first."""
+        known = self._sessions.get(session)
+        return () if known is None else tuple(islice(known.queue, limit))
 
     def owed(self, peer: PeerId) -> int:
         """Bytes that are asked from a peer and have not come."""

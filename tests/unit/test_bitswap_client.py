@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from protocols.bitswap import client as c
-from protocols.bitswap.client import Arrived, Banned, Client, Close, Got, Offer, PeerDown, PeerUp, Send, Tick, Want
+from protocols.bitswap.client import (
+    Arrived,
+    Banned,
+    Client,
+    Close,
+    Found,
+    Got,
+    Offer,
+    PeerDown,
+    PeerUp,
+    Send,
+    Tick,
+    Want,
+)
 from protocols.bitswap.messages import Entry, PresenceType, WantType
 from protocols.ids import PeerId
 
@@ -228,3 +241,19 @@ def test_a_new_session_starts_while_another_is_long() -> None:
         if 500 in owed:
             return
     raise AssertionError("the second session waits for the whole first one")
+
+
+def test_a_block_found_elsewhere_is_delivered_and_taken_back_from_peers() -> None:
+    client, _ = start(A, blocks=6)
+    assert client.unasked(1, 10) == (cid(4), cid(5))
+    assert client.unasked(1, 1) == (cid(4),)
+    assert client.unasked(2, 10) == ()
+    out = client.handle(Found(cid(0), b"data"), 1.0)
+    assert out[0] == Got((1,), cid(0), b"data", None)
+    assert cancelled(out, A) == [0]
+    assert [f for f in client.handle(Found(cid(0), b"data"), 1.0) if isinstance(f, Got)] == []
+    late = deliver(client, A, 0, 1.1)  # it was under way
+    assert not any(isinstance(f, Got | Banned) for f in late)
+    assert client.handle(Found(cid(5), b"data"), 1.2)[0] == Got((1,), cid(5), b"data", None)
+    assert finish(client, A, [1, 2, 3, 4], 2.0) == {1, 2, 3, 4}
+    assert client.deadline is None
