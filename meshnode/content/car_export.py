@@ -15,15 +15,16 @@ from meshnode.content.disk import sync_folder, write_all
 from meshnode.content.port import Content
 from meshnode.core.config import format_size
 from meshnode.core.errors import ConfigError, DiskError, ModelError
-from protocols.car.messages import Header, encode_header, section_head
-from protocols.errors import RemoteProtocolError
+from protocols.car.messages import OLD_CID_BYTES, Header, encode_header, section_head
 from protocols.ids import DAG_PB, Cid, cid_from_bytes, cid_to_bytes
 from protocols.manifest.messages import FileRef, Manifest
-from protocols.unixfs.node import decode
+from protocols.protobuf import as_bytes, fields
 
 Progress = Callable[[int, int], None]
 """(bytes of files done, bytes of files in all)."""
 
+_LINK: Final = 2  # of a dag-pb node, which was read strictly when it came into the store
+_HASH: Final = 1  # of a link
 _REMEDIES: Final = {
     errno.ENOSPC: "the disk is full; free some space, or choose another place",
     errno.EDQUOT: "the disk quota of this user is used up; free some space, or choose another place",
@@ -134,23 +135,31 @@ def _pieces(
     seen = {name}
     done = 0
     for ref in files:
-        waiting = [cid_to_bytes(ref.cid)]
+        waiting = [(cid_to_bytes(ref.cid), False)]
         while waiting:
-            cid = waiting.pop()
+            cid, old = waiting.pop()
             if cid in seen:
                 continue
             seen.add(cid)
             data = _block(store, cid)
-            yield section_head(cid, len(data))
+            yield section_head(cid, len(data), old=old)
             yield data
             if cid[1] == DAG_PB:
-                try:
-                    waiting += [link.cid for link in reversed(decode(data).links)]
-                except RemoteProtocolError as error:
-                    raise ModelError(f"{ref.cid} is not a file as meshnode keeps it: {error}") from error
+                waiting += reversed(_links(data))
         done += ref.size
         if progress is not None:
             progress(done, size)
+
+
+def _links(node: bytes) -> list[tuple[bytes, bool]]:
+    """(binary CIDv1, whether the node spells it as CIDv0) of every link of a dag-pb node of the store."""
+    found = []
+    for number, link in fields(memoryview(node)):
+        if number == _LINK:
+            name = next(bytes(as_bytes(at, value)) for at, value in fields(as_bytes(number, link)) if at == _HASH)
+            old = len(name) == OLD_CID_BYTES
+            found.append((bytes((1, DAG_PB)) + name if old else name, old))
+    return found
 
 
 def _block(store: Content, cid: bytes) -> bytes:

@@ -16,6 +16,7 @@ from protocols.ids import DAG_CBOR, DAG_PB, RAW
 from protocols.protobuf import put_varint
 
 CID_BYTES: Final = 36  # CIDv1, one-byte codec, sha2-256
+OLD_CID_BYTES: Final = 34  # CIDv0: the bare sha2-256 multihash of a dag-pb block
 MAX_HEADER_BYTES: Final = 1 << 16
 MAX_BLOCK_BYTES: Final = 2 << 20  # as in Bitswap
 MAX_SECTION_BYTES: Final = CID_BYTES + MAX_BLOCK_BYTES
@@ -25,6 +26,8 @@ _BEFORE_ROOTS: Final = b"\xa2\x65roots"  # a map of two; its first key
 _BEFORE_CID: Final = b"\xd8\x2a\x58\x25\x00"  # tag 42, 37 bytes, the zero that stands for the binary multibase
 _BEFORE_VERSION: Final = b"\x67version"
 _ONLY_VERSION: Final = b"\xa1" + _BEFORE_VERSION  # how CARv2 begins
+_OLD_HEAD: Final = b"\x12\x20"
+_NEW: Final = bytes((1, DAG_PB))  # before a CIDv0, it makes the CIDv1 of the same block
 _CODECS: Final = (RAW, DAG_PB, DAG_CBOR)
 
 
@@ -35,14 +38,13 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    cid: bytes  # binary CIDv1 with sha2-256, 36 bytes
+    cid: bytes  # binary CIDv1 with sha2-256, 36 bytes, however the file spells it
     data: bytes
+    old: bool = False  # the file names this dag-pb block by its CIDv0
 
 
 def check_cid(cid: bytes | bytearray) -> None:
-    """Raise RemoteProtocolError unless these 36 bytes are the CID of a block that we can verify."""
-    if cid[:2] == b"\x12\x20":
-        raise RemoteProtocolError("it names a block by a CIDv0; only CIDv1 is read")
+    """Raise RemoteProtocolError unless these 36 bytes are the CIDv1 of a block that we can verify."""
     if not cid or cid[0] != 1:
         raise RemoteProtocolError(f"it names a block by a CID of the unknown version {cid[0] if cid else 'none'}")
     if len(cid) < CID_BYTES or cid[1] not in _CODECS or cid[2:4] != b"\x12\x20":
@@ -113,18 +115,20 @@ def decode_header(data: bytes) -> Header:
     return Header(tuple(roots))
 
 
-def section_head(cid: bytes, size: int) -> bytes:
+def section_head(cid: bytes, size: int, *, old: bool = False) -> bytes:
     """What goes before the `size` bytes of a block. Raises LocalProtocolError: another CID, or too large."""
-    if len(cid) != CID_BYTES or not 0 <= size <= MAX_BLOCK_BYTES:
+    fits = len(cid) == CID_BYTES and (cid[1] == DAG_PB or not old)
+    if not fits or not 0 <= size <= MAX_BLOCK_BYTES:
         raise LocalProtocolError(
             f"A block of {size} bytes with a CID of {len(cid)} bytes does not go into a CAR file."
         )
-    return put_varint(CID_BYTES + size) + cid
+    name = cid[len(_NEW) :] if old else cid
+    return put_varint(len(name) + size) + name
 
 
 def encode_block(block: Block) -> bytes:
     """One section. Raises LocalProtocolError: another CID, or too large."""
-    return section_head(block.cid, len(block.data)) + block.data
+    return section_head(block.cid, len(block.data), old=block.old) + block.data
 
 
 def decode_section(section: memoryview) -> Block:
@@ -133,9 +137,13 @@ def decode_section(section: memoryview) -> Block:
     Raises:
       RemoteProtocolError: a CID that can't be verified, or the bytes are not those that it names.
     """
-    cid = bytes(section[:CID_BYTES])
+    old = bytes(section[: len(_OLD_HEAD)]) == _OLD_HEAD
+    start = OLD_CID_BYTES if old else CID_BYTES
+    cid = (_NEW if old else b"") + bytes(section[:start])
     check_cid(cid)
-    data = bytes(section[CID_BYTES:])
+    data = bytes(section[start:])
+    if len(data) > MAX_BLOCK_BYTES:
+        raise RemoteProtocolError(f"a block of {len(data)} bytes, the limit is {MAX_BLOCK_BYTES}")
     if hashlib.sha256(data).digest() != cid[4:]:
         raise RemoteProtocolError("a block is damaged: its bytes do not have the hash in its CID")
-    return Block(cid, data)
+    return Block(cid, data, old)

@@ -16,11 +16,11 @@ from tests.wire import damaged
 PIECE = 97  # the most that is fed at once below
 
 
-def _block(codec: int, data: bytes) -> Block:
-    return Block(bytes((1, codec, 0x12, 32)) + hashlib.sha256(data).digest(), data)
+def _block(codec: int, data: bytes, old: bool = False) -> Block:
+    return Block(bytes((1, codec, 0x12, 32)) + hashlib.sha256(data).digest(), data, old and codec == 0x70)
 
 
-blocks = st.builds(_block, st.sampled_from((0x55, 0x70, 0x71)), st.binary(max_size=300))
+blocks = st.builds(_block, st.sampled_from((0x55, 0x70, 0x71)), st.binary(max_size=300), st.booleans())
 headers = st.lists(blocks, min_size=1, max_size=3).map(lambda items: Header(tuple(item.cid for item in items)))
 
 

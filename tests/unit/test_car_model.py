@@ -26,7 +26,8 @@ from protocols.car.machine import Reader
 from protocols.car.messages import Block, Header, encode_block, encode_header
 from protocols.ids import DAG_CBOR, DAG_PB, RAW, Cid, cid_from_bytes, cid_of, cid_to_bytes, peer_id_of
 from protocols.manifest.codec import sign_manifest
-from protocols.manifest.messages import Manifest
+from protocols.manifest.messages import FileRef, Manifest
+from protocols.protobuf import put_field
 from tests.process.mesh_rig import small_model
 
 KEY = SigningKey(bytes(range(32)))
@@ -46,15 +47,19 @@ class Origin:
 
     def items(self) -> list[Block]:
         """The blocks of the CAR, as they stand in it."""
-        reader = Reader()
-        reader.feed(self.car.read_bytes())
-        assert reader.next() == Header((cid_to_bytes(self.cid),))
-        found = []
-        while (item := reader.next()) is not None:
-            assert isinstance(item, Block)
-            found.append(item)
-        reader.finish()
-        return found
+        return blocks_of(self.car, self.cid)
+
+
+def blocks_of(car: Path, root: Cid) -> list[Block]:
+    reader = Reader()
+    reader.feed(car.read_bytes())
+    assert reader.next() == Header((cid_to_bytes(root),))
+    found = []
+    while (item := reader.next()) is not None:
+        assert isinstance(item, Block)
+        found.append(item)
+    reader.finish()
+    return found
 
 
 def write(path: Path, root: Cid, items: list[Block]) -> Path:
@@ -136,6 +141,24 @@ def test_one_variant_alone(origin: Origin, store: BlobStore, tmp_path: Path) -> 
     assert store.pins() == {origin.cid: frozenset({origin.cid, *(ref.cid for ref in files)})}
     both = import_car(store, origin.car)  # the rest comes later
     check_whole(store, origin, both)
+
+
+def test_blocks_keep_the_names_that_their_parents_give_them(store: BlobStore, tmp_path: Path) -> None:
+    """A tree as Kubo makes it by default: leaves are dag-pb nodes, and links are CIDv0."""
+    leaves = [put_field(1, put_field(1, 2) + put_field(2, text) + put_field(3, 5)) for text in (b"first", b"other")]
+    names = [cid_to_bytes(store.put_block(leaf, DAG_PB)) for leaf in leaves]
+    links = [put_field(2, put_field(1, name[2:]) + put_field(2, b"") + put_field(3, 13)) for name in names]
+    sizes = put_field(1, 2) + put_field(3, 10) + put_field(4, 5) + put_field(4, 5)
+    root = store.put_block(b"".join(links) + put_field(1, sizes), DAG_PB)
+    manifest = store.put_block(b"\xa0", DAG_CBOR)
+    car = tmp_path / "x.car"
+    export_car(store, manifest, [FileRef(cid=root, size=10)], car)
+    items = blocks_of(car, manifest)
+    assert [(item.cid, item.old) for item in items[1:]] == [
+        (cid_to_bytes(root), False),
+        (names[0], True),
+        (names[1], True),
+    ]
 
 
 def test_an_existing_file_is_not_replaced(origin: Origin, tmp_path: Path) -> None:
