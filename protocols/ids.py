@@ -100,6 +100,19 @@ def cid_to_bytes(cid: str) -> bytes:
     return data
 
 
+def cid_of_old(text: str) -> Cid:
+    """The CIDv1 of a CIDv0 (`Qm…`, base58), which names the same dag-pb block; any other text is checked as CIDv1.
+
+    Raises RemoteProtocolError.
+    """
+    if not text.startswith("Qm"):
+        return cid_from_bytes(cid_to_bytes(text))
+    data = base58_decode(text)
+    if len(data) != 34 or data[:2] != b"\x12\x20":
+        raise RemoteProtocolError(f"{text[:80]!r} is no CIDv0 (46 characters, starts with Qm)")
+    return cid_from_bytes(bytes((1, DAG_PB)) + data)
+
+
 def cid_codec(cid: str) -> int:
     """RAW, DAG_PB or DAG_CBOR."""
     return cid_to_bytes(cid)[1]

@@ -26,16 +26,17 @@ from typing import Final
 
 from meshnode.content.disk import disk_errors, is_locked, open_locked, sync_folder, write_all
 from meshnode.content.index import Index
-from meshnode.content.partial import READ_ONLY, PartialFile
+from meshnode.content.partial import READ_ONLY, PartialFile, leaf_block
 from meshnode.content.port import StoreUsage
 from meshnode.core.clock import Wall, wall_ms
 from meshnode.core.config import format_size
 from meshnode.core.errors import Declined, DiskError, ModelError
 from protocols.errors import MeshError, RemoteProtocolError
-from protocols.ids import Cid, cid_from_bytes, cid_of, cid_to_bytes, short
+from protocols.ids import RAW, Cid, cid_from_bytes, cid_of, cid_to_bytes, short
 from protocols.unixfs.assembly import KNOWN_SHAPES
 from protocols.unixfs.builder import Builder, Tree
 from protocols.unixfs.layout import CHUNK_BYTES
+from protocols.unixfs.leaf import wrapped_bytes
 
 RESERVE_BYTES: Final = 64 << 20  # left free on the disk for the index, logs and everybody else
 _ANY_WRITE: Final = 0o222
@@ -94,7 +95,7 @@ class BlobStore:
         """Bytes of a block that we hold under this binary CID; None if we do not."""
         place = self._leaf(cid)
         if place is not None:
-            return place[2]
+            return place[2] if cid[1] == RAW else wrapped_bytes(place[2])
         row = self.index.row(
             "SELECT length(data) FROM nodes WHERE cid = ? UNION ALL SELECT length(data) FROM blocks WHERE cid = ?",
             (cid, cid),
@@ -256,7 +257,7 @@ class BlobStore:
         return int(row[0]) if row else 0
 
     def _leaf(self, cid: bytes) -> tuple[Path, int, int, bool, int, int] | None:
-        """(path, offset, length, complete, size and mtime of the file) of a raw block that is a range of a file."""
+        """(path, offset, length, complete, size and mtime of the file) of a leaf that is a range of a file."""
         row = self.index.row(
             "SELECT files.cid, files.size, files.chunk, files.complete, files.mtime_ns, leaves.position FROM leaves "
             "JOIN files ON files.id = leaves.file WHERE leaves.cid = ? ORDER BY files.complete DESC LIMIT 1",
@@ -294,7 +295,7 @@ class BlobStore:
             finally:
                 os.close(descriptor)
         self._use(name)
-        return data if len(data) == length else None
+        return leaf_block(cid, data) if len(data) == length else None
 
     def _lost(self, name: bytes) -> None:
         """A file was deleted or changed by somebody else: forget it, so that it is fetched again."""
@@ -457,8 +458,8 @@ class BlobStore:
 
     def _adopt(self, path: Path, name: bytes) -> None:
         """A whole file that the index does not know: killed before the commit, or the index was deleted."""
-        for chunk, width in KNOWN_SHAPES:
-            builder = Builder(chunk=chunk, width=width)
+        for shape in KNOWN_SHAPES:
+            builder = Builder(**shape._asdict())
             with path.open("rb", buffering=0) as reader:
                 tree = self._stream(path, reader.fileno(), None, builder)
             if cid_to_bytes(tree.root) == name:

@@ -16,12 +16,18 @@ from meshnode.content.disk import disk_errors, sync_folder, write_all
 from meshnode.content.index import Index
 from meshnode.core.errors import ModelError
 from protocols.errors import RemoteProtocolError
-from protocols.ids import Cid
+from protocols.ids import RAW, Cid
 from protocols.unixfs.assembly import Assembly
+from protocols.unixfs.leaf import wrap
 
 READ_ONLY: Final = 0o444
 
 Buffer = bytes | bytearray | memoryview
+
+
+def leaf_block(cid: bytes, data: bytes) -> bytes:
+    """The block of a leaf with this binary CID around its bytes in the file: they themselves, or a dag-pb node."""
+    return data if cid[1] == RAW else wrap(data)
 
 
 class PartialFile:
@@ -135,10 +141,11 @@ class PartialFile:
 
     def _put_leaf(self, descriptor: int, cid: bytes, data: Buffer) -> list[tuple[bytes, int]]:
         places = self._assembly.unfilled(cid)
+        content = self._assembly.content(cid, data)
         if len(data) == self._assembly.size_of(cid):  # else add_leaf refuses it, before a byte is written
             with disk_errors(self._part, "write"):
                 for _, offset in places:
-                    write_all(descriptor, data, offset)
+                    write_all(descriptor, content, offset)
         self._assembly.add_leaf(cid, len(data))
         return [(cid, position) for position, _ in places]
 
@@ -177,11 +184,7 @@ class PartialFile:
             claims.setdefault(cid, set()).add(position)
         for cid, size in self._assembly.wanted().items():
             places = self._assembly.unfilled(cid) if cid in claims else []
-            if (
-                places
-                and {index for index, _ in places} <= claims[cid]
-                and self._holds(descriptor, cid, places, size)
-            ):
+            if places and {index for index, _ in places} <= claims[cid] and self._holds(descriptor, cid, places):
                 self._assembly.add_leaf(cid, size)
                 del claims[cid]
         with self._index.transaction() as db:
@@ -190,6 +193,11 @@ class PartialFile:
             chunk = 0 if layout is None else layout.chunk
             db.execute("UPDATE files SET chunk = ? WHERE id = ?", (chunk, self._number))
 
-    def _holds(self, descriptor: int, cid: bytes, places: list[tuple[int, int]], size: int) -> bool:
-        with disk_errors(self._part, "read"):
-            return all(hashlib.sha256(os.pread(descriptor, size, offset)).digest() == cid[4:] for _, offset in places)
+    def _holds(self, descriptor: int, cid: bytes, places: list[tuple[int, int]]) -> bool:
+        layout = self._assembly.layout
+        for index, offset in places:
+            with disk_errors(self._part, "read"):
+                data = os.pread(descriptor, 0 if layout is None else layout.leaf_range(index)[1], offset)
+            if hashlib.sha256(leaf_block(cid, data)).digest() != cid[4:]:
+                return False
+        return True

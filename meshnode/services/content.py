@@ -22,7 +22,19 @@ from meshnode.core.errors import ContentUnavailable, Declined, DiskError, PeerUn
 from meshnode.core.log import get_logger
 from meshnode.net.port import Host, Lane, PeerEvent, Stream
 from protocols.bitswap import client as asking
-from protocols.bitswap.messages import PROTOCOL, Block, Buffer, Message, MessageReader, Presence, PresenceType, decode
+from protocols.bitswap.messages import (
+    PROTOCOL,
+    Block,
+    Buffer,
+    Message,
+    MessageReader,
+    Presence,
+    PresenceType,
+    decode,
+    modern,
+    prefix_of,
+    spellings,
+)
 from protocols.bitswap.server import Answer, Server
 from protocols.errors import LocalProtocolError, MeshError, RemoteProtocolError
 from protocols.ids import Cid, PeerId, cid_codec, cid_from_bytes, cid_to_bytes, short
@@ -104,7 +116,9 @@ class ContentService:
         self._patience = patience
         self._client = asking.Client()
         self._guests = frozenset(guests)
-        self._server = Server(store.block_size, lambda peer: share_with_guests or peer not in self._guests)
+        self._server = Server(
+            lambda cid: store.block_size(modern(cid)), lambda peer: share_with_guests or peer not in self._guests
+        )
         self._outboxes: dict[PeerId, Outbox] = {}
         self._fetches: dict[Cid, _Fetch] = {}
         self._inboxes: dict[int, trio.MemorySendChannel[tuple[bytes, Buffer]]] = {}
@@ -251,7 +265,7 @@ class ContentService:
                     except trio.WouldBlock:
                         break
                 wanted = await self._in_thread(partial.write, batch)
-                if self._server.added([cid for cid, _ in batch]):
+                if self._server.added([name for cid, _ in batch for name in spellings(cid)]):
                     self._turn.set()
                 await self._handle(asking.Want(session, wanted))
                 for watcher in fetch.watchers:
@@ -479,7 +493,7 @@ class ContentService:
 
     async def _load(self, answer: Answer, token: object) -> None:
         try:
-            blocks = await self._in_thread(self._store.read_blocks, answer.blocks)
+            blocks = await self._in_thread(self._store.read_blocks, [modern(cid) for cid in answer.blocks])
         except DiskError as error:
             self._log.error("block.unreadable", peer=short(answer.peer), reason=str(error))
             blocks = [None] * len(answer.blocks)
@@ -497,7 +511,7 @@ class ContentService:
             self._turn.set()
 
         message = Message(
-            blocks=tuple(Block(prefix=cid[:4], data=data) for cid, data in found),
+            blocks=tuple(Block(prefix=prefix_of(cid), data=data) for cid, data in found),
             presences=tuple(Presence(cid=cid, type=kind) for cid, kind in (*answer.presences, *gone)),
             pending_bytes=answer.pending_bytes,
         )

@@ -28,6 +28,24 @@ _INT32_HIGH: Final = (1 << 31) - 1
 Buffer = bytes | bytearray | memoryview
 
 
+_OLD_HEAD: Final = b"\x12\x20"  # a CIDv0 is a bare sha2-256 multihash, always of a dag-pb block
+
+
+def modern(cid: bytes) -> bytes:
+    """The CIDv1 of a binary CID of either version."""
+    return bytes((1, DAG_PB)) + cid if len(cid) == 34 and cid[:2] == _OLD_HEAD else cid
+
+
+def spellings(cid: bytes) -> tuple[bytes, ...]:
+    """All binary CIDs by which somebody may ask for the block of a CIDv1."""
+    return (cid, cid[2:]) if cid[:4] == bytes((1, DAG_PB, 0x12, 32)) else (cid,)
+
+
+def prefix_of(cid: bytes) -> bytes:
+    """What goes before a block that was asked by this binary CID with sha2-256, of either version."""
+    return b"\x00\x70\x12\x20" if len(cid) == 34 and cid[:2] == _OLD_HEAD else cid[:4]
+
+
 class WantType(IntEnum):
     BLOCK = 0
     HAVE = 1

@@ -12,11 +12,19 @@ from typing import Final
 
 from protocols.errors import RemoteProtocolError
 from protocols.ids import DAG_PB, RAW, cid_to_bytes
-from protocols.unixfs import node
-from protocols.unixfs.layout import CHUNK_BYTES, WIDTH, Layout, node_bytes
+from protocols.unixfs import leaf, node
+from protocols.unixfs.layout import CHUNK_BYTES, WIDTH, Layout, Shape
 
-# (chunk, width) that we read: ours, the default of Kubo, the default of Helia.
-KNOWN_SHAPES: Final = ((CHUNK_BYTES, WIDTH), (1 << 18, 174), (CHUNK_BYTES, 1024))
+KUBO_CHUNK_BYTES: Final = 1 << 18
+# What we read: ours; Kubo with --cid-version=1; Helia; Kubo's default, and between that and --cid-version=1.
+KNOWN_SHAPES: Final = (
+    Shape(CHUNK_BYTES, WIDTH),
+    Shape(KUBO_CHUNK_BYTES, 174),
+    Shape(CHUNK_BYTES, 1024),
+    Shape(KUBO_CHUNK_BYTES, 174, wrapped=True, old=True),
+    Shape(KUBO_CHUNK_BYTES, 174, wrapped=True),
+    Shape(KUBO_CHUNK_BYTES, 174, old=True),
+)
 
 
 @dataclass(slots=True)
@@ -53,6 +61,9 @@ class Assembly:
             self._known[self.root] = _Known(0, size, [0])
         elif self.root[1] == DAG_PB:
             Layout(size)  # the limits
+            if size <= KUBO_CHUNK_BYTES:  # a single leaf; an inner node has two chunks or more
+                self._layout = Layout(size, KUBO_CHUNK_BYTES, wrapped=True)
+                self._known[self.root] = _Known(0, self._layout.block_bytes(0, 0), [0])
         else:
             raise RemoteProtocolError(f"{root} is no UnixFS file (its codec is {self.root[1]:#x})")
 
@@ -81,7 +92,17 @@ class Assembly:
         return node.MAX_NODE_BYTES if known is None else known.size
 
     def is_leaf(self, cid: bytes) -> bool:
-        return cid[1] == RAW
+        known = self._known.get(cid)
+        return cid[1] == RAW if known is None else known.level == 0
+
+    def content(self, cid: bytes, block: bytes | bytearray | memoryview) -> bytes | bytearray | memoryview:
+        """The bytes of the file in the block of a wanted leaf.
+
+        Raises RemoteProtocolError when it can't be the block of its place.
+        """
+        if cid[1] == RAW or self._layout is None:
+            return block
+        return leaf.unwrap(block, self._layout.leaf_range(self._known[cid].places[0])[1])
 
     def unfilled(self, cid: bytes) -> list[tuple[int, int]]:
         """(index, file offset) of each place that a wanted leaf fills."""
@@ -91,14 +112,14 @@ class Assembly:
         return [(index, layout.leaf_range(index)[0]) for index in known.places[known.filled :]]
 
     def add_leaf(self, cid: bytes, length: int) -> None:
-        """A wanted leaf whose hash was checked is in its places.
+        """A wanted leaf whose hash was checked, a block of `length` bytes, is in its places.
 
         Raises RemoteProtocolError when its length is not that of its place: the tree lies about its sizes.
         """
-        known = self._known[cid]
-        if known.level or known.size != length:
+        known, layout = self._known[cid], self._layout
+        if layout is None or known.level or known.size != length:
             raise RemoteProtocolError(f"a leaf has {length} bytes, the tree states {known.size} for its place")
-        self.done_bytes += length * (len(known.places) - known.filled)
+        self.done_bytes += layout.leaf_range(known.places[0])[1] * (len(known.places) - known.filled)
         known.filled = len(known.places)
         del self._missing[cid]
 
@@ -110,13 +131,15 @@ class Assembly:
         """
         read = node.decode(block)
         stated = tuple((link.tsize, link.size) for link in read.links)
-        layout = self._layout or self._recognise(stated)
+        layout = self._layout or self._recognise(read, stated)
         known = self._known.get(cid) or _Known(layout.depth, len(block), [0])
         if known.level == 0:
             raise RemoteProtocolError("an inner node stands where the tree has a leaf")
-        codec = RAW if known.level == 1 else DAG_PB
+        codec = DAG_PB if known.level > 1 or layout.wrapped else RAW
         if any(link.cid[1] != codec for link in read.links):
             raise RemoteProtocolError("a tree has leaves and inner nodes on the same level")
+        if read.old != (layout.old and codec == DAG_PB):
+            raise RemoteProtocolError("a tree names some of its nodes by CIDv0 and some by CIDv1")
         for index in known.places[known.filled :]:
             if layout.links(known.level, index) != stated:
                 raise RemoteProtocolError("an inner node states sizes that do not belong to its place in the file")
@@ -126,7 +149,7 @@ class Assembly:
             size = link.size if known.level == 1 else -link.size  # inner nodes: equal file bytes, equal block
             if sizes.setdefault(link.cid, size) != size or (old is not None and old.level != known.level - 1):
                 raise RemoteProtocolError("one block stands in two places of a tree that differ in size or level")
-            if old is not None and old.level == 0 and old.size != link.size:
+            if old is not None and old.level == 0 and old.size != layout.leaf_bytes(link.size):
                 raise RemoteProtocolError("one leaf stands in two places of a tree that differ in size")
         for index in known.places[known.filled :]:
             for link, child in zip(read.links, layout.children(known.level, index), strict=True):
@@ -140,15 +163,15 @@ class Assembly:
     def _expect(self, layout: Layout, cid: bytes, level: int, index: int) -> None:
         known = self._known.get(cid)
         if known is None:
-            size = layout.leaf_range(index)[1] if level == 0 else node_bytes(layout.links(level, index))
-            known = self._known[cid] = _Known(level, size)
+            known = self._known[cid] = _Known(level, layout.block_bytes(level, index))
         known.places.append(index)
         self._missing[cid] = None
 
-    def _recognise(self, stated: tuple[tuple[int, int], ...]) -> Layout:
-        for chunk, width in KNOWN_SHAPES:
-            layout = Layout(self._size, chunk, width)
-            if layout.depth and layout.links(layout.depth, 0) == stated:
+    def _recognise(self, root: node.Node, stated: tuple[tuple[int, int], ...]) -> Layout:
+        for shape in KNOWN_SHAPES:
+            layout = Layout(self._size, *shape)
+            dag_pb = layout.depth > 1 or layout.wrapped
+            if layout.depth and root.old == (layout.old and dag_pb) and layout.links(layout.depth, 0) == stated:
                 return layout
         raise RemoteProtocolError(
             f"its root states {sum(size for _, size in stated)} bytes under {len(stated)} links; a file of "

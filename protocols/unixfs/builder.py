@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from protocols.ids import DAG_PB, RAW, Cid, cid_from_bytes
 from protocols.unixfs.layout import CHUNK_BYTES, WIDTH, Layout
+from protocols.unixfs.leaf import wrap
 from protocols.unixfs.node import Link, Node, encode
 
 _RAW_HEAD = bytes((1, RAW, 0x12, 32))
@@ -39,7 +40,7 @@ def tree_of(layout: Layout, leaves: tuple[bytes, ...]) -> Tree:
             sizes = layout.links(level, index)
             cids = (below[i] for i in layout.children(level, index))
             links = tuple(Link(cid, tsize, size) for cid, (tsize, size) in zip(cids, sizes, strict=True))
-            block = encode(Node(links))
+            block = encode(Node(links, layout.old and links[0].cid[1] == DAG_PB))
             above.append(_DAG_PB_HEAD + hashlib.sha256(block).digest())
             inner.append((above[-1], block))
         below = above
@@ -49,9 +50,14 @@ def tree_of(layout: Layout, leaves: tuple[bytes, ...]) -> Tree:
 class Builder:
     """Takes a file piece by piece, keeps one digest per chunk. Pieces that are whole chunks are not copied."""
 
-    def __init__(self, *, chunk: int = CHUNK_BYTES, width: int = WIDTH) -> None:
+    def __init__(
+        self, *, chunk: int = CHUNK_BYTES, width: int = WIDTH, wrapped: bool = False, old: bool = False
+    ) -> None:
+        """The arguments are those of `Shape`. Wrapped leaves are kept in memory, one at a time."""
         self._chunk = chunk
         self._width = width
+        self._old = old
+        self._leaf = bytearray() if wrapped else None
         self._size = 0
         self._leaves: list[bytes] = []
         self._hash = hashlib.sha256()
@@ -63,22 +69,30 @@ class Builder:
         self._size += len(view)
         while len(view):
             piece = view[: self._chunk - self._filled]
-            self._hash.update(piece)
+            if self._leaf is None:
+                self._hash.update(piece)
+            else:
+                self._leaf += piece
             self._filled += len(piece)
             view = view[len(piece) :]
             if self._filled == self._chunk:
                 self._close_leaf()
 
     def _close_leaf(self) -> None:
-        self._leaves.append(_RAW_HEAD + self._hash.digest())
-        self._hash = hashlib.sha256()
+        if self._leaf is None:
+            self._leaves.append(_RAW_HEAD + self._hash.digest())
+            self._hash = hashlib.sha256()
+        else:
+            self._leaves.append(_DAG_PB_HEAD + hashlib.sha256(wrap(self._leaf)).digest())
+            self._leaf.clear()
         self._filled = 0
 
     def finish(self) -> Tree:
         """The tree of everything that was added."""
         if self._filled or not self._leaves:
             self._close_leaf()
-        return tree_of(Layout(self._size, self._chunk, self._width), tuple(self._leaves))
+        layout = Layout(self._size, self._chunk, self._width, self._leaf is not None, self._old)
+        return tree_of(layout, tuple(self._leaves))
 
 
 def file_cid(data: bytes | memoryview) -> Cid:

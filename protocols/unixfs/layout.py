@@ -8,16 +8,27 @@ A file of one chunk is its own root.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from protocols.errors import RemoteProtocolError
+from protocols.unixfs.leaf import wrapped_bytes
 
 CHUNK_BYTES: Final = 1 << 20  # 1 MiB: few hashes per file, still within Bitswap's 2 MiB per block
 WIDTH: Final = 174  # links per inner node, the default of Kubo
 MAX_FILE_BYTES: Final = 1 << 44  # 16 TiB: 4 levels of 174 links and 1 MiB chunks reach 900 TiB
 MAX_LEAVES: Final = 1 << 24
 CID_BYTES: Final = 36  # CIDv1, sha2-256, one-byte codec
-_LINK_FIXED: Final = 2 + CID_BYTES + 2 + 1  # Hash field, empty Name field, key of Tsize
+OLD_CID_BYTES: Final = 34  # CIDv0: the bare multihash, always of a dag-pb block
+_LINK_FIXED: Final = 2 + 2 + 1  # key and length of Hash, the empty Name field, key of Tsize
+
+
+class Shape(NamedTuple):
+    """How a file is cut and named; with its size it decides everything but the hashes."""
+
+    chunk: int  # bytes per leaf; the last may be shorter
+    width: int  # links per inner node; the last of a level may have fewer
+    wrapped: bool = False  # leaves are dag-pb nodes around the bytes, not raw blocks
+    old: bool = False  # links to dag-pb blocks are CIDv0
 
 
 def _varint_bytes(number: int) -> int:
@@ -31,6 +42,8 @@ class Layout:
     size: int  # bytes
     chunk: int = CHUNK_BYTES  # bytes per leaf; the last may be shorter
     width: int = WIDTH  # links per inner node; the last of a level may have fewer
+    wrapped: bool = False  # leaves are dag-pb nodes around the bytes, not raw blocks
+    old: bool = False  # links to dag-pb blocks are CIDv0
 
     def __post_init__(self) -> None:
         if not 0 <= self.size <= MAX_FILE_BYTES:
@@ -63,6 +76,17 @@ class Layout:
         offset = index * self.chunk
         return offset, min(self.chunk, self.size - offset)
 
+    def leaf_bytes(self, length: int) -> int:
+        """Bytes of the block of a leaf that holds `length` bytes of the file."""
+        return wrapped_bytes(length) if self.wrapped else length
+
+    def block_bytes(self, level: int, index: int) -> int:
+        """Bytes of the block of a node."""
+        if level == 0:
+            return self.leaf_bytes(self.leaf_range(index)[1])
+        dag_pb = level > 1 or self.wrapped
+        return node_bytes(self.links(level, index), OLD_CID_BYTES if self.old and dag_pb else CID_BYTES)
+
     def leaf_at(self, offset: int) -> int:
         """Index of the leaf that holds byte `offset`."""
         return offset // self.chunk
@@ -87,17 +111,15 @@ class Layout:
         return (full,) * (len(children) - 1) + (last,)
 
     def _tsize(self, level: int, index: int) -> int:
-        if level == 0:
-            return self.leaf_range(index)[1]
-        links = self.links(level, index)
-        return node_bytes(links) + sum(tsize for tsize, _ in links)
+        below = sum(tsize for tsize, _ in self.links(level, index)) if level else 0
+        return self.block_bytes(level, index) + below
 
 
-def node_bytes(links: tuple[tuple[int, int], ...]) -> int:
+def node_bytes(links: tuple[tuple[int, int], ...], cid_bytes: int = CID_BYTES) -> int:
     """Length of the encoding of an inner node with these (Tsize, file bytes) links."""
     body = 0
     for tsize, _ in links:
-        link = _LINK_FIXED + _varint_bytes(tsize)
+        link = _LINK_FIXED + cid_bytes + _varint_bytes(tsize)
         body += 1 + _varint_bytes(link) + link
     data = 2 + 1 + _varint_bytes(sum(size for _, size in links)) + sum(1 + _varint_bytes(size) for _, size in links)
     return body + 1 + _varint_bytes(data) + data

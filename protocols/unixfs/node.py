@@ -13,17 +13,18 @@ from typing import Final
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import DAG_PB, RAW
 from protocols.protobuf import as_bytes, as_int, fields, put_field, put_varint
-from protocols.unixfs.layout import CID_BYTES, MAX_FILE_BYTES
+from protocols.unixfs.layout import CID_BYTES, MAX_FILE_BYTES, OLD_CID_BYTES
 
 MAX_NODE_BYTES: Final = 1 << 20  # 8192 links need 0.5 MB; ours with 174 links have 9 KB
 MAX_LINKS: Final = 1 << 13
 _FILE: Final = 2  # UnixFS DataType File
+_OLD_HEAD: Final = b"\x12\x20"
 _CID_HEADS: Final = (bytes((1, RAW, 0x12, 32)), bytes((1, DAG_PB, 0x12, 32)))
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    cid: bytes  # binary CIDv1 of a raw or dag-pb block, 36 bytes
+    cid: bytes  # binary CIDv1 of a raw or dag-pb block, 36 bytes, however the node spells it
     tsize: int  # bytes of all blocks from the child down, with their encodings
     size: int  # bytes of the file under the child
 
@@ -31,6 +32,7 @@ class Link:
 @dataclass(frozen=True, slots=True)
 class Node:
     links: tuple[Link, ...]  # in file order
+    old: bool = False  # its links to dag-pb blocks are spelled as CIDv0
 
     @property
     def size(self) -> int:
@@ -45,7 +47,8 @@ def encode(node: Node) -> bytes:
     out = []
     data = [put_field(1, _FILE), put_field(3, node.size)]
     for link in node.links:
-        body = put_field(1, link.cid) + b"\x12\x00" + put_field(3, link.tsize)
+        name = link.cid[2:] if node.old and link.cid[1] == DAG_PB else link.cid
+        body = put_field(1, name) + b"\x12\x00" + put_field(3, link.tsize)
         out.append(put_field(2, body))
         data.append(put_field(4, link.size))
     unixfs = b"".join(data)
@@ -53,7 +56,7 @@ def encode(node: Node) -> bytes:
     return b"".join(out)
 
 
-def _link(view: memoryview) -> tuple[bytes, int]:
+def _link(view: memoryview) -> tuple[bytes, int, bool]:
     cid, tsize = b"", -1
     for number, value in fields(view):
         if number == 1:
@@ -65,10 +68,12 @@ def _link(view: memoryview) -> tuple[bytes, int]:
             tsize = as_int(number, value)
         else:
             raise RemoteProtocolError(f"a dag-pb link has the unknown field {number}")
+    if len(cid) == OLD_CID_BYTES and cid[:2] == _OLD_HEAD:
+        return bytes((1, DAG_PB)) + cid, tsize, True
     if len(cid) != CID_BYTES or cid[:4] not in _CID_HEADS:
         name = cid[:40].hex() or "nothing"
-        raise RemoteProtocolError(f"a link names {name}, not a raw or dag-pb CIDv1 with sha2-256")
-    return cid, tsize
+        raise RemoteProtocolError(f"a link names {name}, not a raw or dag-pb CID with sha2-256")
+    return cid, tsize, False
 
 
 def _sizes(view: memoryview) -> tuple[int, list[int]]:
@@ -83,7 +88,7 @@ def _sizes(view: memoryview) -> tuple[int, list[int]]:
             if len(sizes) > MAX_LINKS:
                 raise RemoteProtocolError(f"an inner node states more than {MAX_LINKS} sizes")
         elif number == 2:
-            raise RemoteProtocolError("an inner node carries bytes of the file itself; only raw leaves are in use")
+            raise RemoteProtocolError("an inner node carries bytes of the file itself; only leaves do that")
         else:
             raise RemoteProtocolError(f"an inner node has the UnixFS field {number}, which files do not use")
     if kind != _FILE:
@@ -100,7 +105,7 @@ def decode(block: bytes | bytearray | memoryview) -> Node:
     """
     if len(block) > MAX_NODE_BYTES:
         raise RemoteProtocolError(f"an inner node of {len(block)} bytes; the limit is {MAX_NODE_BYTES}")
-    links: list[tuple[bytes, int]] = []
+    links: list[tuple[bytes, int, bool]] = []
     unixfs: memoryview | None = None
     for number, value in fields(memoryview(block)):
         if number == 2:
@@ -118,7 +123,8 @@ def decode(block: bytes | bytearray | memoryview) -> Node:
         raise RemoteProtocolError(f"an inner node has {len(links)} links and {len(sizes)} sizes")
     if min(sizes) < 1 or sum(sizes) != total or total > MAX_FILE_BYTES:
         raise RemoteProtocolError(f"an inner node states {total} bytes, its links add up to {sum(sizes)}")
-    node = Node(tuple(Link(cid, tsize, size) for (cid, tsize), size in zip(links, sizes, strict=True)))
+    pairs = zip(links, sizes, strict=True)
+    node = Node(tuple(Link(cid, tsize, size) for (cid, tsize, _), size in pairs), any(old for *_, old in links))
     if any(link.tsize < link.size for link in node.links):
         raise RemoteProtocolError("a link states a Tsize below the bytes of the file under it")
     if encode(node) != block:

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from meshnode.core.errors import ContentUnavailable
-from protocols.ids import Cid
+from protocols.ids import Cid, cid_of_old
 from tests.ipfs.world import kubo, ours
 
 pytestmark = [pytest.mark.ipfs, pytest.mark.slow]
@@ -36,6 +36,24 @@ async def test_a_file_goes_to_kubo_and_comes_back_from_it(tmp_path: Path, size: 
             assert leecher.content.fetched_from[there.peer] < 1.1 * size + 1000
             assert leecher.content.bad_providers() == {}
         assert leecher.store.folder != seeder.store.folder
+
+
+@pytest.mark.parametrize("size", [0, 1, MIB, LARGE], ids=["empty", "one byte", "1 MiB", "64 MiB"])
+async def test_what_kubo_adds_by_default_comes_to_us_and_goes_to_another_kubo(tmp_path: Path, size: int) -> None:
+    """CIDv0 and leaves that are dag-pb nodes; we pass them on under the names that Kubo asks for."""
+    data = noise(size)
+    (tmp_path / "payload").write_bytes(data)
+    async with kubo(tmp_path / "first") as first, kubo(tmp_path / "second") as second:
+        name = await first.call("add", str(tmp_path / "payload"))
+        assert name.startswith("Qm")
+        cid = cid_of_old(name)
+        async with ours(tmp_path / "between", [first]) as node:
+            assert (await node.content.fetch(cid, size)).read_bytes() == data
+            assert node.content.bad_providers() == {}
+        first.kill()
+        async with ours(tmp_path / "between", [second], share=True) as node:
+            assert await second.get(name, tmp_path / "copy") == data
+            assert node.content.served_to[second.peer] >= size
 
 
 async def test_kubo_gets_nothing_that_is_not_shared(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class Kubo:
         with trio.fail_after(CALL_SECONDS):
             return json.loads(await read_line(self.process))
 
-    async def get(self, cid: Cid, path: Path) -> bytes:
+    async def get(self, cid: str, path: Path) -> bytes:
         """Have it fetch a file, from whoever it is connected to; the bytes it wrote."""
         assert await self.call("get", cid, str(path)) == 0
         return await trio.Path(path).read_bytes()
@@ -66,11 +66,13 @@ async def read_line(process: trio.Process) -> bytes:
 @asynccontextmanager
 async def kubo(folder: Path) -> AsyncIterator[Kubo]:
     """A Kubo that has started, with an empty repository; killed at the end."""
+    await trio.Path(folder).mkdir()
     process = await trio.lowlevel.open_process(
-        [sys.executable, str(Path(__file__).with_name("kubo_child.py")), str(LIBRARY), str(folder)],
+        [sys.executable, str(Path(__file__).with_name("kubo_child.py")), str(LIBRARY), str(folder / "repo")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        cwd=folder,  # its log goes there
     )
     try:
         with trio.fail_after(START_SECONDS):

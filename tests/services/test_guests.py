@@ -32,8 +32,8 @@ from protocols.bitswap.messages import (
     frame_parts,
 )
 from protocols.bitswap.server import Server
-from protocols.ids import RAW, Cid, PeerId, cid_from_bytes, cid_of, cid_to_bytes
-from protocols.unixfs.builder import file_cid
+from protocols.ids import DAG_PB, RAW, Cid, PeerId, cid_from_bytes, cid_of, cid_to_bytes
+from protocols.unixfs.builder import Builder, file_cid
 from tests.unit.membership_actors import peer_of_key
 
 US, MEMBER, GUEST, OTHER = (peer_of_key(name) for name in ("us", "member", "guest", "other guest"))
@@ -292,3 +292,40 @@ def test_wishes_of_guests_can_be_refused_in_words() -> None:
     assert answer is not None and answer.blocks == ()
     assert [kind for _, kind in answer.presences] == [PresenceType.DONT_HAVE]
     assert not server.added([cid_to_bytes(cid_of(RAW, b"x"))])
+
+
+async def test_wishes_by_cid_version_0_are_understood(tmp_path: Path) -> None:
+    """Kubo asks by the names that stand in the tree; the answer comes under the name that was asked."""
+    data = noise(SIZE)
+    builder = Builder(chunk=1 << 18, wrapped=True, old=True)
+    builder.update(data)
+    root, block = builder.finish().inner[-1]
+    answers: list[Message] = []
+    async with world(tmp_path) as it:
+        us = await it.start(US, guests=[GUEST], share=True)
+        us.store.put_block(block, DAG_PB)
+        guest = Peer(it.network, GUEST, tmp_path)
+        it.peers.append(guest)
+        got = trio.Event()
+
+        async def hear(stream: Stream) -> None:
+            reader = MessageReader()
+            while piece := await stream.receive_some():
+                for raw in reader.feed(piece):
+                    answers.append(decode(raw))
+                    got.set()
+
+        guest.host.handle(PROTOCOL, hear)
+        guest.host.welcome(US, (PROTOCOL,))
+        await it.nursery.start(guest.host.run)
+        await meet(guest, us)
+        stream = await guest.host.open_stream(US, PROTOCOL)
+        missing = b"\x12\x20" + bytes(32)
+        wishes = (Entry(cid=root[2:]), Entry(cid=missing, send_dont_have=True))
+        for part in frame_parts(Message(entries=wishes)):
+            await stream.send_all(bytes(part))
+        await got.wait()
+        await stream.aclose()
+    (answer,) = answers
+    assert [(b.prefix, bytes(b.data), b.cid()) for b in answer.blocks] == [(b"\x00\x70\x12\x20", block, root)]
+    assert answer.presences == (Presence(cid=missing, type=PresenceType.DONT_HAVE),)

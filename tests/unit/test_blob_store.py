@@ -20,6 +20,7 @@ from meshnode.core.errors import Declined, DiskError, ModelError
 from protocols.errors import RemoteProtocolError
 from protocols.ids import DAG_CBOR, Cid, cid_matches, cid_to_bytes
 from protocols.unixfs.builder import Builder, Tree, file_cid
+from protocols.unixfs.leaf import wrap
 
 MIB = 1 << 20
 
@@ -429,3 +430,41 @@ def test_an_interrupted_transaction_leaves_nothing_behind(store: BlobStore, tmp_
     assert store.path(cid) is not None
     block = store.block(cid)
     assert block is not None and cid_matches(cid, block)
+
+
+@pytest.mark.parametrize("size", [0, 300, 3 * MIB + 5])
+def test_a_file_in_kubos_default_shape_is_resumed_and_served_under_its_names(tmp_path: Path, size: int) -> None:
+    data = noise(size)
+    builder = Builder(chunk=1 << 18, wrapped=True, old=True)
+    builder.update(data)
+    tree = builder.finish()
+    have = dict(tree.inner)
+    for index, cid in enumerate(tree.leaves):
+        offset, length = tree.layout.leaf_range(index)
+        have[cid] = wrap(data[offset : offset + length])
+    for step in range(2):  # the second time it goes on where the first one stopped
+        opened = BlobStore(tmp_path / "content", 100 * MIB)
+        partial = opened.open_partial(tree.root, size)
+        assert isinstance(partial, PartialFile)
+        if step and size > MIB:
+            assert partial.done_bytes >= 4 << 18
+        while not partial.complete and (step or partial.done_bytes < 4 << 18):
+            cid = next(iter(partial.wanted()))
+            assert partial.wanted()[cid] >= len(have[cid])
+            partial.write([(cid, have[cid])])
+        if partial.complete:
+            assert partial.finish().read_bytes() == data
+            break
+        partial.close()
+        opened.close()
+    for cid, block in have.items():
+        assert opened.block_size(cid) == len(block)
+        assert opened.read_blocks([cid]) == [block]
+    opened.close()
+    (tmp_path / "content" / "index.sqlite").unlink()
+    for path in (tmp_path / "content").glob("index.sqlite-*"):
+        path.unlink()
+    again = BlobStore(tmp_path / "content", 100 * MIB)  # the index is gone: the file is read in anew
+    path = again.path(tree.root)
+    assert path is not None and path.read_bytes() == data
+    again.close()

@@ -13,6 +13,7 @@ from protocols.ids import (
     cid_from_bytes,
     cid_matches,
     cid_of,
+    cid_of_old,
     cid_to_bytes,
     peer_id_of,
     public_key_of,
@@ -100,6 +101,20 @@ def test_bytes_that_are_no_cid_are_refused() -> None:
             cid_from_bytes(wrong)
     with pytest.raises(RemoteProtocolError):
         cid_from_bytes(good[:1] + b"\x51" + good[2:])  # plain CBOR is not a codec of ours
+
+
+def test_a_cid_of_version_0_names_the_same_block() -> None:
+    empty = bytes.fromhex("0a0408021800")  # what `ipfs add` makes of an empty file
+    assert cid_of_old("QmbFMke1KXqnYyBBWxB74N4c5SBnJMVAiMNRcGu6x1AwQH") == cid_of(DAG_PB, empty)
+    assert cid_of_old(cid_of(RAW, b"x")) == cid_of(RAW, b"x")
+    for text in (
+        "Qm",
+        "QmbFMke1KXqnYyBBWxB74N4c5SBnJMVAiMNRcGu6x1AwQ",
+        "Qm0FMke1KXqnYyBBWxB74N4c5SBnJMVAiMNRcGu6x1AwQH",
+        "",
+    ):
+        with pytest.raises(RemoteProtocolError):
+            cid_of_old(text)
 
 
 def test_ids_for_people() -> None:

@@ -8,10 +8,11 @@ import aleph_cid
 import pytest
 
 from protocols.errors import RemoteProtocolError
-from protocols.ids import cid_from_bytes
-from protocols.unixfs.assembly import Assembly
+from protocols.ids import cid_from_bytes, cid_of_old
+from protocols.unixfs.assembly import KNOWN_SHAPES, Assembly
 from protocols.unixfs.builder import Builder, Tree, file_cid
-from protocols.unixfs.layout import CHUNK_BYTES, Layout, node_bytes
+from protocols.unixfs.layout import CHUNK_BYTES, Layout, Shape, node_bytes
+from protocols.unixfs.leaf import unwrap, wrap, wrapped_bytes
 from protocols.unixfs.node import Link, Node, decode, encode
 from tests.vectors import Case, hold
 
@@ -24,8 +25,16 @@ def pattern(size: int) -> bytes:
     return b"".join(i.to_bytes(4, "big") + block[4:] for i in range(-(-size // 2048)))[:size]
 
 
-def build(data: bytes, *, chunk: int = CHUNK_BYTES, width: int = 174, step: int = 100_000) -> Tree:
-    builder = Builder(chunk=chunk, width=width)
+def build(
+    data: bytes,
+    *,
+    chunk: int = CHUNK_BYTES,
+    width: int = 174,
+    wrapped: bool = False,
+    old: bool = False,
+    step: int = 100_000,
+) -> Tree:
+    builder = Builder(chunk=chunk, width=width, wrapped=wrapped, old=old)
     for start in range(0, len(data), step):
         builder.update(data[start : start + step])
     return builder.finish()
@@ -40,6 +49,16 @@ def test_root_equals_the_independent_oracle(size: int) -> None:
     oracle = aleph_cid.CidHasher.for_ipfs_v1_raw_leaves()
     oracle.update(data)
     assert build(data, chunk=KUBO_CHUNK).root == oracle.finalize()
+
+
+@pytest.mark.parametrize(
+    "size", [0, 1, KUBO_CHUNK - 1, KUBO_CHUNK, KUBO_CHUNK + 1, 174 * KUBO_CHUNK, 174 * KUBO_CHUNK + 1]
+)
+def test_the_root_of_kubos_default_equals_the_independent_oracle(size: int) -> None:
+    data = pattern(size)
+    oracle = aleph_cid.CidHasher.for_ipfs()
+    oracle.update(data)
+    assert build(data, chunk=KUBO_CHUNK, wrapped=True, old=True).root == cid_of_old(oracle.finalize())
 
 
 def test_our_chunk_size_gives_the_known_roots() -> None:
@@ -86,7 +105,8 @@ def put_together(tree: Tree, data: bytes, root: str, size: int) -> bytes:
     layout = tree.layout
     for index, cid in enumerate(tree.leaves):
         offset, length = layout.leaf_range(index)
-        blocks[cid] = data[offset : offset + length]
+        content = data[offset : offset + length]
+        blocks[cid] = wrap(content) if layout.wrapped else content
     assembly = Assembly(root, size)
     out = bytearray(size)
     while not assembly.complete:
@@ -94,8 +114,9 @@ def put_together(tree: Tree, data: bytes, root: str, size: int) -> bytes:
         block = blocks[cid]
         if assembly.is_leaf(cid):
             assert assembly.size_of(cid) == len(block)
+            content = assembly.content(cid, block)
             for _, offset in assembly.unfilled(cid):
-                out[offset : offset + len(block)] = block
+                out[offset : offset + len(content)] = content
             assembly.add_leaf(cid, len(block))
         else:
             assembly.add_node(cid, block)
@@ -108,6 +129,45 @@ def test_assembly_puts_a_file_together(size: int) -> None:
     data = pattern(size)
     tree = build(data)
     assert put_together(tree, data, tree.root, size) == data
+
+
+@pytest.mark.parametrize("shape", KNOWN_SHAPES[3:], ids=["default", "wrapped", "old names"])
+@pytest.mark.parametrize("size", [0, 5, 1 << 18, (1 << 18) + 1, 3 << 20, (350 << 18) + 5])
+def test_assembly_reads_what_kubo_makes(size: int, shape: Shape) -> None:
+    data = pattern(size)
+    tree = build(data, **shape._asdict())
+    if tree.root == file_cid(data):
+        return  # raw and small: nothing of the shape is left
+    if not shape.wrapped and not tree.inner:
+        return
+    assert put_together(tree, data, tree.root, size) == data
+    blocks = iter(tree.inner)
+    for level in range(1, tree.layout.depth + 1):
+        for index in range(tree.layout.counts[level]):
+            assert len(next(blocks)[1]) == tree.layout.block_bytes(level, index)
+
+
+def test_a_wrapped_leaf_is_read_strictly() -> None:
+    for data in (b"", b"x", pattern(300)):
+        block = wrap(data)
+        assert unwrap(block, len(data)) == data and len(block) == wrapped_bytes(len(data))
+        bad = [block[:-1], block + b"\0", b"\x12" + block[1:], block[:-1] + b"\x7f", b""]
+        for other in bad:
+            with pytest.raises(RemoteProtocolError, match="canonical"):
+                unwrap(other, len(data))
+        with pytest.raises(RemoteProtocolError):
+            unwrap(block, len(data) + 1)
+
+
+def test_a_leaf_that_lies_about_its_bytes_is_refused() -> None:
+    """The right length and the right hash, but not the node that belongs there."""
+    data = pattern(300)
+    block = wrap(data).replace(b"\x08\x02", b"\x08\x00", 1)
+    root = cid_from_bytes(bytes((1, 0x70, 0x12, 32)) + hashlib.sha256(block).digest())
+    assembly = Assembly(root, 300)
+    with pytest.raises(RemoteProtocolError, match="canonical"):
+        assembly.content(assembly.root, block)
+    assert not assembly.complete
 
 
 @pytest.mark.parametrize("size", [3 << 20, (350 << 18) + 5])
@@ -149,6 +209,9 @@ def test_a_tree_that_names_itself_or_mixes_levels_is_refused() -> None:
 
 
 LEAF = bytes((1, 0x55, 0x12, 32)) + bytes(range(32))
+_OLD = encode(Node((Link(b"\x01\x70" + LEAF[2:], 100, 100),) * 2, old=True))
+_NEW = encode(Node((Link(b"\x01\x70" + LEAF[2:], 100, 100),) * 2))
+_MIXED = _OLD[: 2 + _OLD[1]] + _NEW[2 + _NEW[1] :]  # a link of the one, then a link of the other
 GOOD = encode(Node((Link(LEAF, 100, 100), Link(LEAF, 7, 7))))
 LIES = {
     "no data": GOOD[: GOOD.rindex(b"\x0a")],
@@ -158,7 +221,8 @@ LIES = {
     "tsize below size": encode(Node((Link(LEAF, 99, 100),))),
     "nothing under a link": encode(Node((Link(LEAF, 0, 0),))),
     "sha3": GOOD.replace(LEAF, bytes((1, 0x55, 0x16, 32)) + bytes(range(32))),
-    "cid version 0": GOOD.replace(LEAF, b"\x12\x20" + bytes(34)),
+    "a multihash that is too long": GOOD.replace(LEAF, b"\x12\x20" + bytes(34)),
+    "both cid versions": _MIXED,
     "a size is missing": GOOD[:-2].replace(b"\x0a\x08\x08\x02", b"\x0a\x06\x08\x02"),
     "a named link": GOOD.replace(b"\x12\x2a\x0a", b"\x12\x2b\x0a").replace(b"\x12\x00", b"\x12\x01a"),
     "long varint": GOOD.replace(b"\x18\x07", b"\x18\x87\x00").replace(b"\x12\x2a\x0a", b"\x12\x2b\x0a"),
@@ -169,7 +233,12 @@ LIES = {
 def test_vectors() -> None:
     two_levels = Layout(175 << 20)
     wide = Node(tuple(Link(b"\x01\x70" + LEAF[2:], *sizes) for sizes in two_levels.links(2, 0)))
-    nodes = {"two leaves": Node((Link(LEAF, 100, 100), Link(LEAF, 7, 7))), "root over inner nodes": wide}
+    old = Node((Link(b"\x01\x70" + LEAF[2:], 114, 100), Link(b"\x01\x70" + LEAF[2:], 15, 7)), old=True)
+    nodes = {
+        "two leaves": Node((Link(LEAF, 100, 100), Link(LEAF, 7, 7))),
+        "root over inner nodes": wide,
+        "cid version 0": old,
+    }
     cases = [Case(name, encode(node), node) for name, node in nodes.items()]
     hold("unixfs", [*cases, *(Case(name, data) for name, data in LIES.items())], decode)
 
