@@ -1,0 +1,102 @@
+"""Whatever a daemon or a gateway answers, there is a result that was asked for or an error that was promised."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from meshnode.content.gateway import Gateway
+from meshnode.content.ipfs_api import DaemonRefused, IpfsApi
+from meshnode.content.outside import Outside
+from meshnode.core.errors import ContentUnavailable
+from meshnode.core.health import Health
+from protocols.ids import RAW, cid_of
+from tests.http_server import Site, site
+
+BLOCK = b"the block"
+CID = cid_of(RAW, BLOCK)
+
+words = st.sampled_from(["Version", "ID", "Hash", "Pins", "Message", "0.22.0", CID, "z" + "1" * 20, ""]) | st.text(
+    max_size=20
+)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | words,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4),
+    max_leaves=8,
+)
+bodies = st.binary(max_size=200) | values.map(lambda value: json.dumps(value).encode()) | st.just(BLOCK)
+statuses = st.sampled_from([200, 204, 206, 301, 400, 404, 418, 500, 503, 599])
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Site]:
+    with site(lambda request: request.reply()) as here:
+        yield here
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=bodies, status=statuses)
+def test_a_daemon_may_say_anything(server: Site, tmp_path: Path, body: bytes, status: int) -> None:
+    source = tmp_path / "file"
+    source.write_bytes(BLOCK)
+    server.scene = lambda request: request.reply(
+        b'{"Version":"0.22.0"}' if "/version" in request.path else body,
+        200 if "/version" in request.path else status,
+        Connection="close",
+    )
+
+    async def ask() -> None:
+        health = Health()
+        api = IpfsApi(server.multiaddr, health, block_seconds=5, call_seconds=5)
+        for call in (api.peer_id, lambda: api.add(source), lambda: api.pin(CID, seconds=5), lambda: api.unpin(CID)):
+            try:
+                result = await call()
+            except (ContentUnavailable, DaemonRefused) as error:
+                assert str(error).isprintable()
+            else:
+                assert result is None or isinstance(result, str)
+        try:
+            assert await Outside([api]).block(CID) == BLOCK
+        except ContentUnavailable:
+            assert (status, body) != (200, BLOCK)
+        for shown in health.current():
+            assert shown.code == "ipfs-daemon"
+
+    trio.run(ask)
+
+
+@settings(max_examples=40, deadline=None)
+@given(body=bodies)
+def test_a_version_may_be_anything(server: Site, body: bytes) -> None:
+    server.scene = lambda request: request.reply(body, Connection="close")
+
+    async def ask() -> None:
+        health = Health()
+        api = IpfsApi(server.multiaddr, health, call_seconds=5)
+        assert await api.check() is (not health.current())
+
+    trio.run(ask)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    body=bodies,
+    status=statuses,
+    location=st.text(st.characters(codec="latin-1", exclude_characters="\r\n"), max_size=60),
+)
+def test_a_gateway_may_say_anything(server: Site, body: bytes, status: int, location: str) -> None:
+    server.scene = lambda request: request.reply(body, status, Location=location, Connection="close")
+
+    async def ask() -> None:
+        try:
+            assert await Outside([Gateway(server.url, Health(), seconds=5)]).block(CID) == BLOCK
+        except ContentUnavailable:
+            assert (status, body) != (200, BLOCK)
+
+    trio.run(ask)
