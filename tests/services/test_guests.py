@@ -15,6 +15,7 @@ from trio.testing import MockClock
 
 from meshnode.content.blob_store import BlobStore
 from meshnode.core.errors import ContentUnavailable, Declined
+from meshnode.net import libp2p_host
 from meshnode.net.memory_host import MemoryHost, MemoryNetwork
 from meshnode.net.port import Stream
 from meshnode.services.content import ContentService
@@ -329,3 +330,25 @@ async def test_wishes_by_cid_version_0_are_understood(tmp_path: Path) -> None:
     (answer,) = answers
     assert [(b.prefix, bytes(b.data), b.cid()) for b in answer.blocks] == [(b"\x00\x70\x12\x20", block, root)]
     assert answer.presences == (Presence(cid=missing, type=PresenceType.DONT_HAVE),)
+
+
+@pytest.mark.net
+async def test_a_guest_is_not_sent_away_as_a_stranger_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libp2p_host, "STRANGER_SECONDS", 0.3)
+    us, guest, stranger = (libp2p_host.open_host(bytes((number,)) * 32) for number in (1, 2, 3))
+    us.welcome(guest.peer_id, (PROTOCOL,))
+    guest.welcome(us.peer_id, (PROTOCOL,))
+    async with trio.open_nursery() as nursery:
+        for host in (us, guest, stranger):
+            await nursery.start(host.run)
+        events = us.events()
+        for host in (guest, stranger):
+            await host.connect(us.peer_id, us.addresses)
+        with trio.fail_after(20):
+            up, down = [await events.receive() for _ in range(2)]
+        assert [(event.peer, event.connected) for event in (up, down)] == [
+            (stranger.peer_id, True),
+            (stranger.peer_id, False),
+        ]
+        assert us.guests == (guest.peer_id,)
+        nursery.cancel_scope.cancel()

@@ -109,6 +109,20 @@ async def test_a_silent_stranger_is_cut_off_and_the_mesh_goes_on(autojump_clock:
         await mesh_goes_on(ann, bob)
 
 
+async def test_a_guest_is_not_asked_for_a_certificate(autojump_clock: MockClock, tmp_path: Path) -> None:
+    async with open_mesh(tmp_path) as mesh:
+        ann = await mesh.found("ann")
+        async with mesh.stranger("eve") as eve:
+            ann.host.welcome(eve.peer_id, (ECHO,))
+            await eve.connect(ann.peer_id, ann.host.addresses)
+            await trio.sleep(300)
+            assert ann.host.guests == (eve.peer_id,) and ann.host.peers == ()
+            with pytest.raises(Declined):
+                await eve.open_stream(ann.peer_id, PROTOCOL)
+        assert ann.membership.refusals == () and ann.membership.members() == {}
+        assert ann.health.current() == []
+
+
 @pytest.mark.parametrize("hello_first", [True, False])
 async def test_a_stranger_is_told_why_in_words(autojump_clock: MockClock, tmp_path: Path, hello_first: bool) -> None:
     async with open_mesh(tmp_path) as mesh:
