@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,25 @@ async def test_a_kubo_that_is_killed_on_the_way_and_another_that_goes_on(tmp_pat
             await leecher.left(first.peer)
             assert first.peer in leecher.guests.failures()
             assert leecher.host.guests == (second.peer,)
+
+
+async def test_a_kubo_that_hangs_and_another_that_goes_on(tmp_path: Path) -> None:
+    data = noise(LARGE)
+    async with kubo(tmp_path / "first") as first, kubo(tmp_path / "second") as second:
+        async with ours(tmp_path / "seeder", [first, second], share=True) as seeder:
+            cid = seeder.add(tmp_path, data)
+            for there in (first, second):
+                assert await there.get(cid, tmp_path / "copy") == data
+        async with ours(tmp_path / "leecher", [first, second]) as leecher:
+
+            def watch(done: int, size: int) -> None:
+                if done >= 0.4 * size:
+                    first.process.send_signal(signal.SIGSTOP)
+
+            path = await leecher.content.fetch(cid, len(data), progress=watch)
+            assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(data).digest()
+            assert leecher.content.fetched_from[second.peer] > 0.2 * len(data)
+            assert leecher.content.bad_providers() == {}
 
 
 async def test_a_kubo_that_is_killed_with_nobody_else_is_named_and_what_came_is_kept(tmp_path: Path) -> None:
