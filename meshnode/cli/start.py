@@ -29,6 +29,7 @@ def run_node(config: Config) -> int:
     import trio
 
     from meshnode.core import log
+    from meshnode.core.memory import give_back
     from meshnode.node import Node
     from meshnode.orders import Orders
     from meshnode.services.control import ControlService
@@ -47,6 +48,7 @@ def run_node(config: Config) -> int:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_obey_signals, node.stopping, nursery.cancel_scope)
                 await nursery.start(node.run, control)
+                give_back()
                 gc.freeze()  # what start-up has made stays: collections need not look at it between two tokens
                 print(f"meshnode runs as {identity.peer_id}; Ctrl-C stops it.", file=sys.stderr)
                 await node.ended.wait()

@@ -19,6 +19,7 @@ from typing import Final
 import numpy as np
 
 from meshnode.core.errors import Declined, FatalError
+from meshnode.core.memory import give_back
 from meshnode.engine.link import Link
 from meshnode.engine.sessions import Sessions
 from meshnode.engine.stage import Stage
@@ -105,14 +106,8 @@ def _serve(link: Link) -> int:
         if isinstance(request, Load):
             gc.freeze()  # what is there now stays: collections need not look at it in the middle of a step
         if isinstance(request, Load | Close) or (isinstance(request, Step) and request.rows >= _TRIM_ROWS):
-            _trim()
+            give_back()
     return 0
-
-
-def _trim() -> None:
-    """Give the memory of a prompt's rows back: glibc keeps 50 MB after 512 rows of a small model otherwise."""
-    if sys.platform == "linux" and hasattr(_LIBC, "malloc_trim"):
-        _LIBC.malloc_trim(0)
 
 
 def _load(load: Load) -> tuple[Sessions, Loaded]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from meshnode.core.errors import Declined
+from meshnode.core.memory import give_back
 from meshnode.text.stops import StopStrings
 from protocols.ids import Cid
 from protocols.manifest.messages import Manifest
@@ -140,7 +141,9 @@ class AnsweringService:
         def load() -> Tokenizer:
             from meshnode.text.tokenizer import Tokenizer  # 10 MB that a node which is never asked does without
 
-            return Tokenizer(path, template, bos_ids=shape.bos_ids, eos_ids=shape.eos_ids)
+            tokenizer = Tokenizer(path, template, bos_ids=shape.bos_ids, eos_ids=shape.eos_ids)
+            give_back()
+            return tokenizer
 
         return await trio.to_thread.run_sync(load)
 
