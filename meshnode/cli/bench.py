@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from meshnode.cli.harness import VARIANTS, running, write_receipt
+from meshnode.cli.harness import running, write_receipt
+from meshnode.cli.model import VARIANTS
 from meshnode.core.errors import ConfigError
 
 

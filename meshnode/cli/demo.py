@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from meshnode.cli.generate import add_sampling, request_of, stream
 from meshnode.cli.harness import running, summary, write_receipt
+from meshnode.cli.model import VARIANTS
 from meshnode.core.config import format_size
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ QUESTION: Final = "Name the planets of the solar system."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", default=QUESTION, help=f"what to ask (default: {QUESTION})")
-    parser.add_argument("--variant", choices=("int4", "int8", "fp32"), default="int4")
+    parser.add_argument("--variant", choices=VARIANTS, default="int4")
     parser.add_argument("--model", default="example:smollm2", metavar="PATH_OR_PACKAGE")
     parser.add_argument("--dir", type=Path, metavar="FOLDER", help="keep the data folders here (default: removed)")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="published models are kept here between runs")

@@ -12,12 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from meshnode.cli.model import VARIANTS, StepProgress
 from meshnode.core.errors import ConfigError, DiskError
 
 if TYPE_CHECKING:
     from meshnode.harness.mesh import Mesh
-
-VARIANTS = ("int4", "int8", "fp32")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +97,6 @@ def make(arguments: argparse.Namespace, folder: Path) -> Mesh:
     """A new mesh as the flags say; nothing runs yet."""
     import os
 
-    from meshnode.cli.model import StepProgress
     from meshnode.harness.mesh import Mesh, Plan
     from meshnode.harness.published import cache_folder, published
 
