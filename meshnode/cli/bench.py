@@ -24,9 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decode.add_argument("--cache", type=Path, metavar="FOLDER", help="published models are kept here between runs")
     decode.add_argument("--json", type=Path, metavar="OUT")
     decode.set_defaults(bootstrap=False, engine="onnx")
-    content = actions.add_parser("content", help="megabytes per second from one peer and from three")
+    content = actions.add_parser("content", help="megabytes per second from one peer, three, slow and lying ones")
     content.add_argument("--size-mb", type=int, default=500, metavar="N")
-    content.add_argument("--rounds", type=int, default=3, metavar="N")
+    content.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5; the medians are shown")
+    content.add_argument("--cases", default="one,three,trouble,killed", metavar="CASE[,CASE...]")
     content.add_argument("--json", type=Path, metavar="OUT")
     placement = actions.add_parser("placement", help="the planner beside the optimum (needs scipy)")
     placement.add_argument("--json", type=Path, metavar="OUT")
@@ -40,7 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
 
         if arguments.size_mb < 1 or arguments.rounds < 1:
             raise ConfigError("--size-mb and --rounds take 1 or more")
-        words = ["--size-mb", str(arguments.size_mb), "--rounds", str(arguments.rounds)]
+        cases = arguments.cases.split(",")
+        if not set(cases) <= set(content.CASES):
+            raise ConfigError(f"--cases takes some of {','.join(content.CASES)}, not {arguments.cases}")
+        words = ["--size-mb", str(arguments.size_mb), "--rounds", str(arguments.rounds), "--cases", *cases]
         return content.main(words + (["--json", str(arguments.json)] if arguments.json else []))
     from meshnode.bench import placement
 
