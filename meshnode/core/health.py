@@ -93,6 +93,14 @@ _REGISTRY: Final = (
         "Free some space or lower content.quota.",
     ),
     Warning(
+        "few-copies",
+        _M,
+        "{count} files of {model} have too few copies in the mesh (the fewest: {fewest}; wanted: {wanted}): {reason} "
+        "Give a node more room (content.quota), or start another node; if a device dies, they may have to be "
+        "published again.",
+        after_s=60,
+    ),
+    Warning(
         "clock-off",
         _M,
         "The clock of {peer} and ours differ by {seconds} s. Set the clocks of both devices "
@@ -104,10 +112,23 @@ _REGISTRY: Final = (
     Warning(
         "bad-provider",
         _M,
-        "{peer} sent a wrong block of {cid}; nothing is fetched from it for now. "
-        "Run `meshnode model verify` on that node.",
+        "{peer} {deed}, so nothing is fetched from it until the next start of this node. Let its "
+        "owner check what it holds: {check}.",
         per="peer",
-        lasts_s=_EVENT_S,
+    ),
+    Warning(
+        "guest-unreachable",
+        _M,
+        "The IPFS node {guest} ({addresses}) has been out of reach since {since}: {reason} Start it, open its TCP port, "
+        "or correct {setting}; it is dialled again by itself.",
+        after_s=20,
+        per="guest",
+    ),
+    Warning(
+        "ipfs-publish",
+        _M,
+        "The IPFS daemon at {address} does not keep all that this node holds of {model}: {reason} It is tried again "
+        "by itself; `content.ipfs_publish = false` ends it.",
     ),
     Warning(
         "ipfs-daemon",

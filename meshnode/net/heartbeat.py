@@ -4,6 +4,9 @@ A killed process closes its sockets; one that is stopped, or a machine that lost
 side sends a number every second over a long-lived stream and the other one returns it. Any bytes from the peer
 count as life, so that a long transfer is no reason to doubt it; only our own measure of time that we were really
 awake counts as silence, so that an event loop that was held up for a while accuses nobody.
+
+A guest does not know our protocol; it is asked by libp2p's ping, which returns bytes in the same way, and given
+more time: it may be a large daemon that is busy with others.
 """
 
 from __future__ import annotations
@@ -27,8 +30,9 @@ MAX_TICK_SECONDS: Final = 0.5  # a longer tick means that we were held up, not t
 KEPT_SECONDS: Final = 60.0
 BEAT_BYTES: Final = 8
 MAX_UNANSWERED: Final = 60
-
-LOST: Final = f"no heartbeat for {SILENCE_SECONDS:.0f} s"
+PING_BYTES: Final = 32  # github.com/libp2p/specs/blob/master/ping/ping.md
+GUEST_PERIOD_SECONDS: Final = 5.0
+GUEST_SILENCE_SECONDS: Final = 15.0
 
 
 async def answer(stream: Stream) -> None:
@@ -44,6 +48,8 @@ class Heartbeat:
       open_stream: opens a stream of `PROTOCOL` to the peer.
       heard_at: when the last bytes of any kind came from the peer (`trio.current_time`).
       on_answer: called when the peer has agreed to the heartbeat, which it does once it admits us.
+      beat_bytes: what is sent and comes back each time.
+      period, silence: seconds between beats, and without a byte until the peer is given up.
     """
 
     def __init__(
@@ -51,13 +57,25 @@ class Heartbeat:
         open_stream: Callable[[], Awaitable[Stream]],
         heard_at: Callable[[], float],
         on_answer: Callable[[], None],
+        *,
+        beat_bytes: int = BEAT_BYTES,
+        period: float = PERIOD_SECONDS,
+        silence: float = SILENCE_SECONDS,
     ) -> None:
         self._open_stream = open_stream
         self._heard_at = heard_at
         self._on_answer = on_answer
+        self._beat_bytes = beat_bytes
+        self._period = period
+        self._silence = silence
         self._trips: deque[tuple[float, int]] = deque()  # (when, microseconds)
         self._sent: dict[int, float] = {}
         self._waits = False  # something was sent that the peer has to answer
+
+    @property
+    def lost(self) -> str:
+        """Why the peer is given up after the silence."""
+        return f"no heartbeat for {self._silence:.0f} s"
 
     @property
     def round_trip_us(self) -> int | None:
@@ -67,12 +85,12 @@ class Heartbeat:
         return round(statistics.median(trips)) if trips else None
 
     async def watch(self) -> None:
-        """Return when the peer has been silent for `SILENCE_SECONDS`."""
+        """Return when the peer has been silent for too long."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._beat_forever)
             silence, heard = 0.0, self._heard_at()
             before = trio.current_time()
-            while silence < SILENCE_SECONDS:
+            while silence < self._silence:
                 await trio.sleep(TICK_SECONDS)
                 now = trio.current_time()
                 if self._heard_at() != heard or not self._waits:
@@ -94,7 +112,7 @@ class Heartbeat:
             else:
                 self._on_answer()
                 await self._beat(stream)
-            await trio.sleep(PERIOD_SECONDS)
+            await trio.sleep(self._period)
 
     async def _beat(self, stream: Stream) -> None:
         """Send numbers until the stream ends."""
@@ -106,10 +124,10 @@ class Heartbeat:
                     self._sent[number] = trio.current_time()
                     self._sent.pop(number - MAX_UNANSWERED, None)
                     try:
-                        await stream.send_all(number.to_bytes(BEAT_BYTES, "big"))
+                        await stream.send_all(number.to_bytes(self._beat_bytes, "big"))
                     except PeerUnreachable:
                         break
-                    await trio.sleep(PERIOD_SECONDS)
+                    await trio.sleep(self._period)
                 nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
@@ -120,9 +138,9 @@ class Heartbeat:
         try:
             while data := await stream.receive_some(4096):
                 buffer += data
-                while len(buffer) >= BEAT_BYTES:
-                    number, buffer = int.from_bytes(buffer[:BEAT_BYTES], "big"), buffer[BEAT_BYTES:]
-                    self._note(number)
+                while len(buffer) >= self._beat_bytes:
+                    beat, buffer = buffer[: self._beat_bytes], buffer[self._beat_bytes :]
+                    self._note(int.from_bytes(beat, "big"))
         except PeerUnreachable:
             pass
         scope.cancel()

@@ -256,7 +256,7 @@ class Libp2pHost(ConnectionWatcher):
         with trio.move_on_after(STRANGER_SECONDS):
             await connection.session.over.wait()
             return
-        if connection.peer not in self._roster.admitted:
+        if connection.peer not in self._roster.admitted and connection.peer not in self._roster.guests:
             await connection.session.close(f"it did not become a member within {STRANGER_SECONDS:.0f} s")
 
     def _live(self, peer: PeerId) -> GuardedMuxer | None:
@@ -275,17 +275,28 @@ class Libp2pHost(ConnectionWatcher):
         self._start_heartbeat(peer)
 
     def welcome(self, peer: PeerId, protocols: Sequence[str]) -> None:
-        self._roster.guests[peer] = frozenset(protocols)
+        self._roster.welcome(peer, protocols)
+        for connection in self._connections.get(peer, ()):
+            connection.session.max_streams = GUEST_STREAMS
+        self._start_heartbeat(peer)
+
+    async def dismiss(self, peer: PeerId, reason: str) -> None:
+        if peer in self._roster.guests:
+            connections = self._cut(peer, reason)
+            del self._roster.guests[peer]
+            await _close_all(connections, reason)
 
     async def disconnect(self, peer: PeerId, reason: str) -> None:
-        connections = self._connections.get(peer, [])
+        await _close_all(self._cut(peer, reason), reason)
+
+    def _cut(self, peer: PeerId, reason: str) -> list[GuardedMuxer]:
+        """End the connections to a peer for everybody here; they are still to be closed."""
+        connections = list(self._connections.get(peer, ()))
         for connection in connections:
             connection.session.end(reason)
-        for connection in list(connections):
+        for connection in connections:
             self._forget(connection)
-        async with trio.open_nursery() as nursery:
-            for connection in connections:
-                nursery.start_soon(connection.session.close, reason)
+        return connections
 
     # Dialling
 
@@ -410,25 +421,39 @@ class Libp2pHost(ConnectionWatcher):
     # Heartbeat
 
     def _start_heartbeat(self, peer: PeerId) -> None:
-        if self._nursery is None or peer in self._heartbeats or peer not in self._roster.admitted:
+        if self._nursery is None or peer in self._heartbeats or peer not in self._roster:
             return
-        if peer in self._roster:
+        if peer in self._roster.guests:
+            beat = Heartbeat(
+                lambda: self._open_agreed(peer, (PING,)),
+                lambda: self._heard_at(peer),
+                lambda: None,
+                beat_bytes=heartbeat.PING_BYTES,
+                period=heartbeat.GUEST_PERIOD_SECONDS,
+                silence=heartbeat.GUEST_SILENCE_SECONDS,
+            )
+        elif peer in self._roster.admitted:
             beat = Heartbeat(
                 lambda: self._open_agreed(peer, (heartbeat.PROTOCOL,)),
-                lambda: max((c.session.heard_at for c in self._connections.get(peer, ())), default=0.0),
+                lambda: self._heard_at(peer),
                 lambda: self._stack.pubsub.greet(peer),
             )
-            scope = trio.CancelScope()
-            self._heartbeats[peer] = (beat, scope)
-            self._nursery.start_soon(self._watch, peer, beat, scope)
             self._stack.pubsub.greet(peer)
+        else:
+            return
+        scope = trio.CancelScope()
+        self._heartbeats[peer] = (beat, scope)
+        self._nursery.start_soon(self._watch, peer, beat, scope)
+
+    def _heard_at(self, peer: PeerId) -> float:
+        return max((c.session.heard_at for c in self._connections.get(peer, ())), default=0.0)
 
     async def _watch(self, peer: PeerId, beat: Heartbeat, scope: trio.CancelScope) -> None:
         with scope:
             await beat.watch()
         if not scope.cancelled_caught:
             for connection in list(self._connections.get(peer, ())):
-                await connection.session.kill(heartbeat.LOST)
+                await connection.session.kill(beat.lost)
 
     def round_trip_us(self, peer: PeerId) -> int | None:
         beat, _ = self._heartbeats.get(peer, (None, None))
@@ -495,6 +520,12 @@ def _contained(topic: str, validator: Validator) -> Validator:
             return False
 
     return check
+
+
+async def _close_all(connections: Sequence[GuardedMuxer], reason: str) -> None:
+    async with trio.open_nursery() as nursery:
+        for connection in connections:
+            nursery.start_soon(connection.session.close, reason)
 
 
 def _reason(error: BaseException) -> str:

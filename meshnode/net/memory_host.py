@@ -314,7 +314,13 @@ class MemoryHost:
             self._network._break(self, peer, "its membership was withdrawn", linger=LAST_WORDS_SECONDS)
 
     def welcome(self, peer: PeerId, protocols: Sequence[str]) -> None:
-        self.roster.guests[peer] = frozenset(protocols)
+        self.roster.welcome(peer, protocols)
+
+    async def dismiss(self, peer: PeerId, reason: str) -> None:
+        if peer in self.roster.guests:
+            self._network._break(self, peer, reason, linger=LAST_WORDS_SECONDS)
+            del self.roster.guests[peer]
+        await trio.lowlevel.checkpoint()
 
     def _serves(self, protocol: str, peer: PeerId) -> bool:
         if peer in self.roster.guests:

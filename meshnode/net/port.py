@@ -107,11 +107,14 @@ class Host(Protocol):
         """Membership of a peer was proven (or withdrawn: its connections are closed)."""
 
     def welcome(self, peer: PeerId, protocols: Sequence[str]) -> None:
-        """Make a peer a guest: no member of our network, but it may use these protocols. Call before `run`.
+        """Make a peer a guest: no member of our network, but it may use these protocols.
 
         Everything else is refused to it, it gets and brings no gossip, and nobody hears of it in `peers` and
         `events`. Unlike a stranger it stays connected.
         """
+
+    async def dismiss(self, peer: PeerId, reason: str) -> None:
+        """It is no guest any more; its connections are closed. Nothing happens for a peer that is none."""
 
     async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Make sure that there is a connection. Raises PeerUnreachable (10 s at most)."""

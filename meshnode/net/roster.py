@@ -37,6 +37,16 @@ class Roster:
     def connected_guests(self) -> tuple[PeerId, ...]:
         return tuple(sorted(self._connected & self.guests.keys()))
 
+    def welcome(self, peer: PeerId, protocols: Iterable[str]) -> None:
+        """Make a peer a guest. One that is connected already leaves for the readers of members and comes for the
+        readers of guests."""
+        changes = peer in self._connected and peer not in self.guests
+        if changes:
+            self._tell(PeerEvent(peer, connected=False, reason="it is a guest from now on"))
+        self.guests[peer] = frozenset(protocols)
+        if changes:
+            self._tell(PeerEvent(peer, connected=True))
+
     def events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
         """A new reader of events, beginning with one per peer connected now; none is about a guest."""
         return _open_reader(self._readers, self.connected)

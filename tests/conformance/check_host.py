@@ -294,6 +294,33 @@ async def guests_may_do_what_they_were_granted_and_nothing_else(make: Make) -> N
             inbox.receive_nowait()
 
 
+async def guests_come_and_go_while_it_runs(make: Make) -> None:
+    one, other = make(), make()
+    one.handle(ECHO, echo)
+    other.handle(ECHO, echo)
+    async with running(one, other):
+        everybody, guests = other.events(), other.guest_events()
+        await one.connect(other.peer_id, other.addresses)
+        assert (await everybody.receive()).connected
+        other.welcome(one.peer_id, (ECHO,))  # it is connected already
+        assert not (await everybody.receive()).connected
+        assert (await guests.receive()).connected
+        assert (other.peers, other.guests) == ((), (one.peer_id,))
+        await works(one, other, Lane.BULK)
+        await other.dismiss(one.peer_id, "enough")
+        assert not (await guests.receive()).connected
+        assert other.guests == ()
+        gone = one.events()
+        while one.peers:
+            await gone.receive()
+        await one.connect(other.peer_id, other.addresses)
+        assert (await everybody.receive()).connected
+        with pytest.raises(Declined):
+            await one.open_stream(other.peer_id, ECHO)
+        await other.dismiss(one.peer_id, "it is none")
+        assert (other.peers, other.guests) == ((one.peer_id,), ())
+
+
 async def withdrawn_members_are_disconnected(make: Make) -> None:
     waiting = Waiting()
     async with pair(make, waiting=waiting) as (one, other):
@@ -592,6 +619,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     what_is_not_served_is_declined,
     strangers_are_declined,
     guests_may_do_what_they_were_granted_and_nothing_else,
+    guests_come_and_go_while_it_runs,
     withdrawn_members_are_disconnected,
     gossip,
     a_slow_reader_of_gossip_misses_the_oldest,

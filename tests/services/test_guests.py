@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,8 @@ from trio.testing import MockClock
 
 from meshnode.content.blob_store import BlobStore
 from meshnode.core.errors import ContentUnavailable, Declined
-from meshnode.net import libp2p_host
+from meshnode.core.health import Health
+from meshnode.net import heartbeat, libp2p_host
 from meshnode.net.memory_host import MemoryHost, MemoryNetwork
 from meshnode.net.port import Stream
 from meshnode.services.content import ContentService
@@ -277,6 +278,59 @@ async def test_guests_are_dialled_again_ever_more_rarely(autojump_clock: MockClo
         nursery.cancel_scope.cancel()
 
 
+async def test_a_guest_out_of_reach_stands_in_the_health_until_it_comes(autojump_clock: MockClock) -> None:
+    network = MemoryNetwork()
+    us, guest = network.host(US), network.host(GUEST)
+    health = Health(trio.current_time)
+    service = GuestService(
+        us, guest.addresses, (PROTOCOL,), random.Random(1), health=health, wall=lambda: 1_795_000_000_000
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(us.run)
+        await nursery.start(service.run)
+        await trio.sleep(15)
+        assert health.current() == []  # it may just be starting
+        await trio.sleep(60)
+        [shown] = health.current()
+        assert shown.code == "guest-unreachable"
+        for part in (guest.addresses[0].partition("/p2p/")[0], "since 2026-11-18 11:06 UTC", "content.ipfs_peers"):
+            assert part in shown.text
+        await nursery.start(guest.run)
+        await connection(us, connected=True)
+        assert health.current() == []
+        network.kill(GUEST)
+        await trio.sleep(30)
+        [shown] = health.current()
+        assert 20 < shown.since_s < 31
+        nursery.cancel_scope.cancel()
+
+
+async def test_guests_are_added_moved_and_removed_while_it_runs(autojump_clock: MockClock) -> None:
+    network = MemoryNetwork()
+    us, guest, other = network.host(US), network.host(GUEST), network.host(OTHER)
+    health = Health(trio.current_time)
+    service = GuestService(us, (), (PROTOCOL,), random.Random(1), health=health)
+    async with trio.open_nursery() as nursery:
+        for host in (us, guest):
+            await nursery.start(host.run)
+        await nursery.start(service.run)
+        service.add(GUEST, other.addresses, "content.ipfs_api")
+        await trio.sleep(40)
+        [shown] = health.current()
+        assert "content.ipfs_api" in shown.text
+        service.add(GUEST, guest.addresses, "content.ipfs_api")
+        with trio.fail_after(LAST_PAUSE_SECONDS + 1):
+            await connection(us, connected=True)
+        assert service.peers == (GUEST,)
+        assert health.current() == []
+        await service.remove(GUEST, "it has another name now")
+        assert (us.guests, service.peers) == ((), ())
+        await service.remove(GUEST, "twice")
+        await trio.sleep(100)
+        assert (us.guests, us.peers, service.failures(), health.current()) == ((), (), {}, [])
+        nursery.cancel_scope.cancel()
+
+
 async def connection(host: MemoryHost, *, connected: bool) -> None:
     """Wait until the guest is there, or is not."""
     events = host.guest_events()
@@ -330,6 +384,60 @@ async def test_wishes_by_cid_version_0_are_understood(tmp_path: Path) -> None:
     (answer,) = answers
     assert [(b.prefix, bytes(b.data), b.cid()) for b in answer.blocks] == [(b"\x00\x70\x12\x20", block, root)]
     assert answer.presences == (Presence(cid=missing, type=PresenceType.DONT_HAVE),)
+
+
+class Wire:
+    """A TCP connection between two hosts that may stop passing bytes, as when a process is stopped."""
+
+    def __init__(self, target: int) -> None:
+        self.target = target
+        self.open = trio.Event()
+        self.open.set()
+
+    def cut(self) -> None:
+        self.open = trio.Event()
+
+    async def serve(self, near: trio.SocketStream) -> None:
+        far = await trio.open_tcp_stream("127.0.0.1", self.target)
+        async with near, far, trio.open_nursery() as nursery:
+            nursery.start_soon(self._pass_on, near, far, nursery.cancel_scope)
+            await self._pass_on(far, near, nursery.cancel_scope)
+
+    async def _pass_on(self, source: trio.SocketStream, sink: trio.SocketStream, over: trio.CancelScope) -> None:
+        with suppress(trio.BrokenResourceError):
+            async for data in source:
+                await self.open.wait()
+                await sink.send_all(data)
+        over.cancel()
+
+
+@pytest.mark.net
+async def test_a_guest_that_hangs_is_dropped_and_dialled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "GUEST_PERIOD_SECONDS", 0.1)
+    monkeypatch.setattr(heartbeat, "GUEST_SILENCE_SECONDS", 1.0)
+    us, guest = (libp2p_host.open_host(bytes((number,)) * 32) for number in (1, 2))
+    guest.welcome(us.peer_id, (PROTOCOL,))
+    async with trio.open_nursery() as nursery:
+        for host in (us, guest):
+            await nursery.start(host.run)
+        wire = Wire(int(guest.addresses[0].split("/")[4]))
+        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, wire.serve, [listener])
+        port = listener.socket.getsockname()[1]
+        service = GuestService(us, [f"/ip4/127.0.0.1/tcp/{port}/p2p/{guest.peer_id}"], (PROTOCOL,), random.Random(1))
+        await nursery.start(service.run)
+        events = us.guest_events()
+        with trio.fail_after(60):
+            assert (await events.receive()).connected
+            with trio.move_on_after(1.5) as quiet:  # it says nothing but what it is asked for
+                await events.receive()
+            assert quiet.cancelled_caught
+            wire.cut()
+            event = await events.receive()
+            assert (event.connected, event.reason) == (False, "no heartbeat for 1 s")
+            wire.open.set()
+            assert (await events.receive()).connected
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.net
