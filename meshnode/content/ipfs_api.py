@@ -10,11 +10,13 @@ RecursionError.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Final
 
@@ -24,9 +26,10 @@ from meshnode.content.http_reply import HttpTrouble, Reply, ask, http_client
 from meshnode.content.outside import SourceFailed
 from meshnode.core.errors import ContentUnavailable, ModelError, TransientError
 from meshnode.core.health import Health
+from meshnode.net.addresses import parse_address
 from protocols.bitswap.messages import MAX_BLOCK_BYTES
-from protocols.errors import RemoteProtocolError
-from protocols.ids import Cid, base58_decode, cid_from_bytes, cid_to_bytes
+from protocols.errors import LocalProtocolError, RemoteProtocolError
+from protocols.ids import DAG_CBOR, Cid, PeerId, base58_decode, cid_codec, cid_from_bytes, cid_of_old
 from protocols.unixfs.builder import Builder
 from protocols.unixfs.layout import CHUNK_BYTES
 
@@ -38,11 +41,15 @@ ADD_BYTES_PER_SECOND: Final = 1 << 20  # a disk that writes more slowly is not w
 CHECK_SECONDS: Final = 60.0
 OLDEST: Final = (0, 5)  # since then the RPC takes POST alone and knows `cid-base`
 MAX_JSON_BYTES: Final = 1 << 16
+MAX_ADDRESSES: Final = 16  # of the daemon; a busy one lists a few dozen, most of them for other transports
 _PIECE_BYTES: Final = 1 << 20
 _VERSION: Final = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})(?:[.\-+][0-9A-Za-z.\-+]{0,60})?")
 # What Kubo and js-ipfs answer, with HTTP 500, about a block that they can't get.
 _ABSENT: Final = re.compile("deadline exceeded|timed? ?out|not found|could not find|notfound", re.IGNORECASE)
 _NOT_PINNED: Final = re.compile("not pinned|pinned indirectly", re.IGNORECASE)
+# How to say that a block is dag-cbor: js-ipfs and Kubo before 0.13 know `format` alone, which newer Kubos call
+# deprecated, and each ignores what it does not know and makes another CID; the oldest have another name for it.
+_DAG_CBOR: Final = ({"format": "dag-cbor"}, {"cid-codec": "dag-cbor"}, {"format": "cbor"})
 
 
 class DaemonRefused(TransientError):
@@ -75,6 +82,7 @@ class IpfsApi:
         """
         _, kind, host, _, port = address.split("/")
         self.address = address
+        self.local = host == "localhost" or (kind in ("ip4", "ip6") and ipaddress.ip_address(host).is_loopback)
         self.name = f"the IPFS daemon at {address}"
         self._url = f"http://{f'[{host}]' if kind == 'ip6' else host}:{port}/api/v0"
         self._health = health
@@ -122,13 +130,21 @@ class IpfsApi:
         self._well()
         return text
 
-    async def peer_id(self) -> str:
-        """The libp2p peer id under which the daemon is known to other IPFS nodes."""
+    async def identity(self) -> tuple[PeerId, tuple[str, ...]]:
+        """The peer id under which other IPFS nodes know the daemon, and where it listens for us.
+
+        The addresses are those with TCP, each with the peer id at its end, at most MAX_ADDRESSES.
+        """
         await self._be_fit()
-        text = _text(await self._json("id"), "ID")
-        if not text.isalnum() or len(text) > 128:
+        answer = await self._json("id")
+        text = _text(answer, "ID")
+        if not text.isalnum() or not text.isascii() or not 40 <= len(text) <= 64:
             raise self._failed(f"it says that its peer id is {text[:60]!r}")
-        return text
+        addresses = _dialable(answer.get("Addresses"), text)
+        if not addresses:  # js-ipfs names them here alone
+            addresses = _dialable((await self._json("swarm/addrs/local")).get("Strings"), text)
+        self._well()
+        return PeerId(text), addresses
 
     async def block(self, cid: Cid) -> bytes:
         """What the daemon gives under this CID, not verified. Raises ContentUnavailable besides."""
@@ -149,14 +165,13 @@ class IpfsApi:
         self._well()
         return reply.body
 
-    async def add(self, source: Path) -> Cid:
-        """Give the daemon a copy of a file, pinned. Returns its CID, which is computed here while it is sent.
+    async def add(self, source: Path, *, pin: bool = True) -> Cid:
+        """Give the daemon a copy of a file. Returns its CID, which is computed here while it is sent.
 
         Raises SourceFailed also when the daemon made another CID, ModelError when the file can't be read.
         """
         await self._be_fit()
         builder = Builder()
-        boundary = secrets.token_hex(16)
         try:
             file = await trio.to_thread.run_sync(source.open, "rb")
         except OSError as error:
@@ -170,13 +185,11 @@ class IpfsApi:
                     "raw-leaves": "true",
                     "chunker": f"size-{CHUNK_BYTES}",
                     "cid-base": "base32",
-                    "pin": "true",
+                    "pin": "true" if pin else "false",
                     "progress": "false",
                 },
-                limit_bytes=MAX_JSON_BYTES,
                 seconds=self._call_seconds + size / ADD_BYTES_PER_SECOND,
-                headers={"Content-Type": f"multipart/form-data; boundary={boundary}"},
-                content=_multipart(source, file, boundary, builder),
+                upload=_hashed(source, file, builder),
             )
         ours = builder.finish().root
         lines = self._accept(reply).splitlines()
@@ -186,17 +199,67 @@ class IpfsApi:
         self._well()
         return ours
 
-    async def pin(self, cid: Cid, *, seconds: float = PIN_SECONDS) -> None:
-        """Have the daemon keep a whole file, fetching what it lacks, for `seconds` at most."""
+    async def put(self, block: bytes, cid: Cid) -> None:
+        """Give the daemon a block of its own, one of dag-cbor. It is not pinned.
+
+        Raises SourceFailed also when the daemon made another CID.
+        """
+        if cid_codec(cid) != DAG_CBOR:
+            raise LocalProtocolError(f"{cid} is no block of dag-cbor")
         await self._be_fit()
-        answer = await self._json("pin/add", {"arg": cid, "timeout": _duration(seconds)}, seconds=seconds)
+        theirs, refusal = "", None
+        for spelling in _DAG_CBOR:
+            reply = await self._post(
+                "block/put",
+                {**spelling, "mhtype": "sha2-256", "cid-base": "base32", "pin": "false"},
+                seconds=self._call_seconds,
+                upload=_once(block),
+            )
+            try:
+                theirs = _text(self._parse(self._accept(reply)), "Key")
+            except DaemonRefused as error:
+                refusal = error
+                continue
+            if self._cid(theirs) == cid:
+                self._well()
+                return
+        if not theirs and refusal is not None:
+            raise refusal
+        raise self._failed(f"it made {theirs[:80]} of the block {cid}")
+
+    async def pinned(self, cid: Cid, *, recursive: bool = True) -> bool:
+        """Whether the daemon keeps a whole file; not `recursive`: this block, whatever happens to others."""
+        await self._be_fit()
+        for kind in ("recursive",) if recursive else ("recursive", "direct"):
+            try:
+                answer = await self._json("pin/ls", {"arg": cid, "type": kind})
+            except DaemonRefused as error:
+                if not _NOT_PINNED.search(str(error)):
+                    raise
+                continue
+            keys = answer.get("Keys")
+            if not isinstance(keys, dict) or [self._cid(key) for key in keys] != [cid]:
+                raise self._failed(f"it was asked whether it pins {cid} and speaks of something else")
+            self._well()
+            return True
+        self._well()
+        return False
+
+    async def pin(self, cid: Cid, *, recursive: bool = True, seconds: float = PIN_SECONDS) -> None:
+        """Have the daemon keep a whole file, fetching what it lacks, for `seconds` at most.
+
+        Not `recursive`: one block alone, for a manifest, whose links lead to more than anybody may have.
+        """
+        await self._be_fit()
+        params = {"arg": cid, "recursive": "true" if recursive else "false", "timeout": _duration(seconds)}
+        answer = await self._json("pin/add", params, seconds=seconds)
         pins = answer.get("Pins")
         if not isinstance(pins, list) or cid not in [self._cid(item) for item in pins if isinstance(item, str)]:
             raise self._failed(f"it was to pin {cid} and says that it pinned something else")
         self._well()
 
     async def unpin(self, cid: Cid) -> None:
-        """Let the daemon forget a file; nothing happens when it is not pinned."""
+        """Let the daemon forget a file or block; nothing happens when it is not pinned."""
         await self._be_fit()
         try:
             await self._json("pin/rm", {"arg": cid})
@@ -233,7 +296,7 @@ class IpfsApi:
         self, call: str, params: Mapping[str, str] | None = None, *, seconds: float | None = None
     ) -> dict[str, object]:
         limit = (self._call_seconds if seconds is None else seconds) + self._margin_seconds
-        reply = await self._post(call, params or {}, limit_bytes=MAX_JSON_BYTES, seconds=limit)
+        reply = await self._post(call, params or {}, seconds=limit)
         return self._parse(self._accept(reply))
 
     async def _post(
@@ -241,11 +304,11 @@ class IpfsApi:
         call: str,
         params: Mapping[str, str],
         *,
-        limit_bytes: int,
         seconds: float,
-        headers: Mapping[str, str] | None = None,
-        content: AsyncIterator[bytes] | None = None,
+        limit_bytes: int = MAX_JSON_BYTES,
+        upload: AsyncIterable[bytes] | None = None,
     ) -> Reply:
+        boundary = secrets.token_hex(16)
         try:
             return await ask(
                 self._client,
@@ -254,8 +317,8 @@ class IpfsApi:
                 params=params,
                 limit_bytes=limit_bytes,
                 seconds=seconds,
-                headers=headers,
-                content=content,
+                headers=None if upload is None else {"Content-Type": f"multipart/form-data; boundary={boundary}"},
+                content=None if upload is None else _multipart(upload, boundary),
             )
         except HttpTrouble as error:
             raise self._failed(str(error)) from error
@@ -287,12 +350,9 @@ class IpfsApi:
     def _cid(self, text: str) -> Cid:
         """A CID as daemons write it, base32 or base58btc, in our spelling."""
         try:
-            if text.startswith("z"):
-                return cid_from_bytes(base58_decode(text[1:]))
-            cid_to_bytes(text)
+            return cid_from_bytes(base58_decode(text[1:])) if text.startswith("z") else cid_of_old(text)
         except RemoteProtocolError as error:
             raise self._failed(f"it answers with a CID that was not asked for: {error}") from error
-        return Cid(text)
 
 
 def _text(answer: Mapping[str, object], key: str) -> str:
@@ -308,12 +368,36 @@ def _duration(seconds: float) -> str:
     return f"{round(seconds * 1000)}ms"
 
 
-async def _multipart(source: Path, file: IO[bytes], boundary: str, builder: Builder) -> AsyncIterator[bytes]:
-    """The file as one part of a form (RFC 7578), hashed on its way."""
+def _dialable(listed: object, peer: str) -> tuple[str, ...]:
+    """Those of the daemon's addresses that we can dial; it lists others for QUIC, WebSockets and relays."""
+    found: list[str] = []
+    for item in listed if isinstance(listed, list) else ():
+        try:
+            address = parse_address(item if isinstance(item, str) else "")
+        except RemoteProtocolError:
+            continue
+        if address.peer in ("", peer) and address.port:
+            found.append(str(replace(address, peer=peer)))
+    return tuple(dict.fromkeys(found))[:MAX_ADDRESSES]
+
+
+async def _multipart(body: AsyncIterable[bytes], boundary: str) -> AsyncIterator[bytes]:
+    """A body as one part of a form (RFC 7578)."""
     yield (
         f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{boundary}"\r\n'
         "Content-Type: application/octet-stream\r\n\r\n"
     ).encode("ascii")
+    async for piece in body:
+        yield piece
+    yield f"\r\n--{boundary}--\r\n".encode("ascii")
+
+
+async def _once(block: bytes) -> AsyncIterator[bytes]:
+    yield block
+
+
+async def _hashed(source: Path, file: IO[bytes], builder: Builder) -> AsyncIterator[bytes]:
+    """A file piece by piece, hashed on its way."""
     while True:
         try:
             piece = await trio.to_thread.run_sync(file.read, _PIECE_BYTES)
@@ -323,4 +407,3 @@ async def _multipart(source: Path, file: IO[bytes], boundary: str, builder: Buil
             break
         await trio.to_thread.run_sync(builder.update, piece)
         yield piece
-    yield f"\r\n--{boundary}--\r\n".encode("ascii")

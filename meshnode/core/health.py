@@ -119,8 +119,8 @@ _REGISTRY: Final = (
     Warning(
         "guest-unreachable",
         _M,
-        "The IPFS node {guest} ({addresses}) has been out of reach since {since}: {reason} Start it, open its TCP port, "
-        "or correct {setting}; it is dialled again by itself.",
+        "The IPFS node {guest} ({addresses}) has been out of reach since {since}: {reason} Start it, open its TCP "
+        "port, or correct {setting}; it is dialled again by itself.",
         after_s=20,
         per="guest",
     ),

@@ -115,7 +115,7 @@ class ContentService:
         self._providers = providers
         self._patience = patience
         self._client = asking.Client()
-        self._guests = frozenset(guests)
+        self._guests = set(guests)
         self._server = Server(
             lambda cid: store.block_size(modern(cid)), lambda peer: share_with_guests or peer not in self._guests
         )
@@ -154,6 +154,10 @@ class ContentService:
         """Peers that are not asked any more since they lied or broke the protocol, with what they did."""
         return dict(self._client.banned)
 
+    def welcome(self, guest: PeerId) -> None:
+        """One more guest; nothing happens for one that is known."""
+        self._guests.add(guest)
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve and fetch until cancelled. If cancelled: running fetches stop and can be taken up again."""
         async with trio.open_nursery() as nursery:
@@ -161,8 +165,7 @@ class ContentService:
             nursery.start_soon(self._tick)
             nursery.start_soon(self._answer)
             nursery.start_soon(self._follow, self._host.events())
-            if self._guests:
-                nursery.start_soon(self._follow, self._host.guest_events())
+            nursery.start_soon(self._follow, self._host.guest_events())
             for _ in range(VERIFIERS):
                 nursery.start_soon(self._verify)
             self._running.set()

@@ -109,7 +109,8 @@ async def test_what_it_adds_has_our_cid_and_its_blocks_are_ours(tmp_path: Path) 
     health = Health()
     async with api(tmp_path, health) as daemon_api:
         assert await daemon_api.version()
-        assert await daemon_api.peer_id()
+        peer, addresses = await daemon_api.identity()
+        assert all(address.endswith(f"/p2p/{peer}") for address in addresses) and addresses
         for size in (0, 1, MIB, MIB + 1, 64 * MIB):  # a lone leaf; a root with two and with 64 links
             data = noise(size, size)
             source = tmp_path / str(size)
@@ -126,7 +127,7 @@ async def test_what_it_adds_has_our_cid_and_its_blocks_are_ours(tmp_path: Path) 
         with pytest.raises(DaemonRefused):
             await daemon_api.pin(cid_of(RAW, b"nobody has this"), seconds=1)
         with pytest.raises(DaemonRefused):
-            await daemon_api.connect(f"/ip4/127.0.0.1/tcp/1/p2p/{await daemon_api.peer_id()}")
+            await daemon_api.connect(f"/ip4/127.0.0.1/tcp/1/p2p/{peer}")
     assert health.current() == []
 
 

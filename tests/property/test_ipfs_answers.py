@@ -16,11 +16,13 @@ from meshnode.content.ipfs_api import DaemonRefused, IpfsApi
 from meshnode.content.outside import Outside
 from meshnode.core.errors import ContentUnavailable
 from meshnode.core.health import Health
-from protocols.ids import RAW, cid_of
+from protocols.ids import DAG_CBOR, RAW, cid_of
 from tests.http_server import Site, site
 
 BLOCK = b"the block"
 CID = cid_of(RAW, BLOCK)
+NODE = b"\xa0"
+NODE_CID = cid_of(DAG_CBOR, NODE)
 
 words = st.sampled_from(["Version", "ID", "Hash", "Pins", "Message", "0.22.0", CID, "z" + "1" * 20, ""]) | st.text(
     max_size=20
@@ -54,13 +56,20 @@ def test_a_daemon_may_say_anything(server: Site, tmp_path: Path, body: bytes, st
     async def ask() -> None:
         health = Health()
         api = IpfsApi(server.multiaddr, health, block_seconds=5, call_seconds=5)
-        for call in (api.peer_id, lambda: api.add(source), lambda: api.pin(CID, seconds=5), lambda: api.unpin(CID)):
+        for call in (
+            api.identity,
+            lambda: api.add(source),
+            lambda: api.put(NODE, NODE_CID),
+            lambda: api.pinned(CID),
+            lambda: api.pin(CID, seconds=5),
+            lambda: api.unpin(CID),
+        ):
             try:
                 result = await call()
             except (ContentUnavailable, DaemonRefused) as error:
                 assert str(error).isprintable()
             else:
-                assert result is None or isinstance(result, str)
+                assert result is None or isinstance(result, (str, tuple, bool))
         try:
             assert await Outside([api]).block(CID) == BLOCK
         except ContentUnavailable:

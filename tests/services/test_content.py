@@ -94,6 +94,9 @@ class PipeHost:
         self.followers.append(sender)
         return receiver
 
+    def guest_events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
+        return trio.open_memory_channel[PeerEvent](0)[1]
+
     async def open_stream(self, peer: PeerId, protocol: str, lane: Lane = Lane.CONTROL) -> PipeStream:
         assert (protocol, lane) == (PROTOCOL, Lane.BULK)
         await trio.lowlevel.checkpoint()
