@@ -10,7 +10,8 @@ What the release does as shipped, and which class here stands in for it:
 - hundreds of peers are dialled at whatever addresses others have told: `IdleConnector`;
 - gossip goes to every peer that connects, drops bursts, and delivers a message twice that came from two sides
   at once: `GuardedPubsub`;
-- identify is asked of every peer and believed: never asked here, only answered.
+- identify is asked of every peer and believed: never asked here; answered with what the asker may use, which
+  Helia goes by.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.host.basic_host import BasicHost
 from libp2p.host.ping import ID as PING
 from libp2p.identity.identify.identify import ID as IDENTIFY
+from libp2p.identity.identify.identify import _mk_identify_protobuf
 from libp2p.identity.identify_push.identify_push import ID_PUSH as IDENTIFY_PUSH
 from libp2p.io.abc import ReadWriteCloser
 from libp2p.io.exceptions import ConnectionClosedError
@@ -48,6 +50,7 @@ from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from libp2p.tools.anyio_service.trio_manager import TrioManager
 from libp2p.transport.upgrader import TransportUpgrader
+from libp2p.utils import varint
 from multiaddr import Multiaddr
 
 from meshnode.core.errors import Declined, PeerUnreachable
@@ -72,6 +75,7 @@ FLUSH_SECONDS: Final = 0.5
 _log = get_logger("net")
 
 Source = Callable[[PeerId, tuple[str, ...]], Awaitable[YamuxStream]]  # opens a stream with one of some protocols
+Offers = Callable[[PeerId], Sequence[str]]  # the protocols that a peer may use
 
 
 class PlainWire(ReadWriteCloser):  # type: ignore[misc]  # the library has no types here
@@ -314,12 +318,25 @@ class GuardedSwarm(Swarm):  # type: ignore[misc]  # the library has no types her
 class GuardedHost(BasicHost):  # type: ignore[misc]  # the library has no types here
     """The library's host, as its own protocols see it. Streams are agreed on and opened by ours."""
 
-    def __init__(self, swarm: GuardedSwarm, addresses: Callable[[], tuple[str, ...]], source: Source) -> None:
+    def __init__(
+        self, swarm: GuardedSwarm, addresses: Callable[[], tuple[str, ...]], source: Source, offers: Offers
+    ) -> None:
         self._our_addresses = addresses
         self._source = source
+        self._offers = offers
         self.serve: Callable[[Any, YamuxStream], Awaitable[None]] | None = None
         super().__init__(swarm, disable_identify_address_discovery=True)
         self.remove_stream_handler(IDENTIFY_PUSH)
+        self.set_stream_handler(IDENTIFY, self._answer_identify)
+
+    async def _answer_identify(self, net_stream: Any) -> None:
+        """Protocols that the asker may use: those of the library and of our own table alike."""
+        stream: YamuxStream = net_stream.muxed_stream.stream
+        answer = _mk_identify_protobuf(self, net_stream.muxed_stream.muxed_conn.get_transport_addresses()[0])
+        answer.protocols[:] = self._offers(stream.peer)
+        data = answer.SerializeToString()
+        await stream.send_all(varint.encode_uvarint(len(data)) + data)
+        await stream.send_eof()
 
     def get_transport_addrs(self) -> list[Any]:
         return [Multiaddr(address.partition("/p2p/")[0]) for address in self._our_addresses()]
@@ -459,6 +476,7 @@ class Libp2pStack:
       watcher: told of connections.
       addresses: where we listen, for identify and gossip's peer records.
       source: opens a stream for the library.
+      offers: the protocols that a peer is told that it may use.
       admits: whether a peer may gossip with us.
     """
 
@@ -468,6 +486,7 @@ class Libp2pStack:
         watcher: ConnectionWatcher,
         addresses: Callable[[], tuple[str, ...]],
         source: Source,
+        offers: Offers,
         admits: Callable[[PeerId], bool],
     ) -> None:
         _silence()
@@ -477,7 +496,7 @@ class Libp2pStack:
         peerstore.add_key_pair(peer_id, key_pair)
         self.peer = PeerId(str(peer_id))
         self.swarm = GuardedSwarm(peer_id, peerstore, GuardedUpgrader(key_pair), watcher)
-        self.host = GuardedHost(self.swarm, addresses, source)
+        self.host = GuardedHost(self.swarm, addresses, source, offers)
         degree, low, high = DEGREE
         self.router = GossipSub(
             [MESHSUB],
@@ -520,6 +539,11 @@ class Libp2pStack:
         with trio.move_on_after(FLUSH_SECONDS):
             while any(len(queue) for queue in self.pubsub.peer_queues.values()):  # noqa: ASYNC110  # no event there
                 await trio.sleep(FLUSH_SECONDS / 50)
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """What the library itself handles."""
+        return tuple(str(name) for name in self.host.multiselect.handlers if name)
 
     def serves(self, protocol: str) -> bool:
         """Whether the library itself handles this protocol."""

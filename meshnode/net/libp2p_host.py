@@ -78,7 +78,7 @@ class Libp2pHost(ConnectionWatcher):
         self._addresses: tuple[str, ...] = ()
         self._nursery: trio.Nursery | None = None
         self._stack = Libp2pStack(
-            seed, self, lambda: self._addresses, self._open_agreed, self._roster.admitted.__contains__
+            seed, self, lambda: self._addresses, self._open_agreed, self._offers, self._roster.admitted.__contains__
         )
         self._lanes = DirectLanes(
             self._table,
@@ -408,6 +408,10 @@ class Libp2pHost(ConnectionWatcher):
         if self._stack.serves(protocol):
             return protocol in (IDENTIFY, PING) or peer in self._roster.admitted
         return self._table.serves(protocol, peer, self._roster.admitted)
+
+    def _offers(self, peer: PeerId) -> list[str]:
+        """Every protocol that this peer may use now."""
+        return sorted(name for name in {*self._stack.protocols, *self._table.all} if self._serves(name, peer))
 
     async def _run_handler(self, protocol: str, stream: YamuxStream, over: trio.Event) -> None:
         try:

@@ -38,6 +38,11 @@ class ProtocolTable:
     def __contains__(self, protocol: str) -> bool:
         return protocol in self._handlers
 
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Every protocol that has a handler."""
+        return tuple(self._handlers)
+
     def serves(self, protocol: str, peer: PeerId, admitted: Container[PeerId]) -> bool:
         """Whether this peer may use this protocol now."""
         return protocol in self._handlers and (protocol in self._open or peer in admitted)

