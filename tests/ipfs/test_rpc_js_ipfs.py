@@ -25,14 +25,14 @@ from meshnode.core.health import Health
 from meshnode.services.content import ContentService
 from protocols.ids import RAW, cid_of
 from protocols.unixfs.builder import file_cid
-from tests.ipfs.world import ROOT
+from tests.ipfs.world import JS_IPFS, NODE
 from tests.services.test_content import ME, MIB, QUOTA, network, noise
 
 pytestmark = pytest.mark.ipfs
 
-FOLDER = ROOT / "build" / "ipfs" / "js"
-PROGRAM = ("node", "-r", str(FOLDER / "polyfill.cjs"), str(FOLDER / "node_modules" / "ipfs" / "src" / "cli.js"))
 GIVEN = os.environ.get("MESHNODE_TEST_IPFS_API", "")
+NEEDS = () if GIVEN else (NODE, JS_IPFS)
+PROGRAM = (str(NODE), str(JS_IPFS / "src" / "cli.js"))
 START_SECONDS = 60
 ANY_PORT = "/ip4/127.0.0.1/tcp/0"
 CONFIG = {
@@ -43,30 +43,29 @@ CONFIG = {
 }
 
 
-@pytest.fixture(autouse=True)
-def real_kubo() -> None:
-    """In place of the fixture of this folder: here it is js-ipfs that must be there."""
-    if os.environ.get("MESHNODE_TEST_IPFS") != "1":
-        pytest.skip("tests with real IPFS daemons run by `make test-ipfs`")
-    if not GIVEN and not (FOLDER / "node_modules" / "ipfs").exists():
-        pytest.skip("js-ipfs could not be fetched from npm, so that there is no real RPC here")
-
-
 @asynccontextmanager
 async def daemon(folder: Path) -> AsyncIterator[tuple[str, trio.Process]]:
     """The multiaddr of a daemon's RPC, and its process; killed at the end."""
     config = _configured(folder)
-    environ = {**os.environ, "IPFS_PATH": str(folder / "repo")}
     with trio.fail_after(START_SECONDS):
         await trio.run_process(
-            [*PROGRAM, "init", "--empty-repo", "--defaultConfig", str(config)], env=environ, capture_stdout=True
+            [*PROGRAM, "init", "--empty-repo", "--defaultConfig", str(config)],
+            env={**os.environ, "IPFS_PATH": str(folder / "repo")},
+            capture_stdout=True,
         )
-        process = await trio.lowlevel.open_process(
-            [*PROGRAM, "daemon", "--enable-preload=false"],
-            env=environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+    async with started(folder) as there:
+        yield there
+
+
+@asynccontextmanager
+async def started(folder: Path) -> AsyncIterator[tuple[str, trio.Process]]:
+    """The same of a repository that is there already."""
+    process = await trio.lowlevel.open_process(
+        [*PROGRAM, "daemon", "--enable-preload=false"],
+        env={**os.environ, "IPFS_PATH": str(folder / "repo")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     try:
         with trio.fail_after(START_SECONDS):
             address = await _address(process)

@@ -1,0 +1,67 @@
+"""An operator's Kubo as a guest: found through its RPC, used over Bitswap both ways; and one that hangs.
+
+The packaged Kubo has no RPC, so that a scripted one speaks for it here; what moves over Bitswap is the real one's.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import trio
+
+from meshnode.content.ipfs_api import IpfsApi
+from meshnode.core.health import Health
+from meshnode.services import guests as guest_service
+from meshnode.services.daemon import DaemonService
+from meshnode.state.database import Database
+from protocols.ids import cid_of_old
+from tests.http_server import site
+from tests.ipfs.world import kubo, ours
+from tests.services.test_content import MIB, noise
+from tests.services.test_daemon import FakeDaemon
+
+pytestmark = [pytest.mark.ipfs, pytest.mark.slow]
+
+
+async def test_the_operators_kubo_gets_and_gives_blocks(tmp_path: Path) -> None:
+    ours_alone, theirs_alone = noise(20 * MIB, 1), noise(20 * MIB, 2)
+    (tmp_path / "theirs").write_bytes(theirs_alone)
+    async with kubo(tmp_path / "kubo") as there, ours(tmp_path / "node", share=True) as node:
+        name = await there.call("add", str(tmp_path / "theirs"))
+        health = Health()
+        with site(FakeDaemon(there.peer, there.addresses[0])) as rpc, Database(tmp_path / "state") as records:
+            service = DaemonService(
+                IpfsApi(rpc.multiaddr, health),
+                node.host,
+                node.guests,
+                node.store,
+                records,
+                health,
+                welcome=node.content.welcome,
+                is_member=lambda _: False,
+                release=lambda: None,
+                publish=False,
+            )
+            async with trio.open_nursery() as nursery:
+                await nursery.start(service.run)
+                await node.met(there.peer)
+                assert await there.get(node.add(tmp_path, ours_alone), tmp_path / "copy") == ours_alone
+                path = await node.content.fetch(cid_of_old(name), len(theirs_alone))
+                assert path.read_bytes() == theirs_alone
+                assert node.content.served_to[there.peer] >= len(ours_alone)
+                nursery.cancel_scope.cancel()
+        assert health.current() == []
+
+
+async def test_a_kubo_that_hangs_is_let_go_and_met_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest_service, "LAST_PAUSE_SECONDS", 2.0)
+    async with kubo(tmp_path / "kubo") as there, ours(tmp_path / "node", [there]) as node:
+        there.process.send_signal(signal.SIGSTOP)
+        try:
+            await node.left(there.peer)
+            assert "no heartbeat" in node.guests.failures()[there.peer]
+        finally:
+            there.process.send_signal(signal.SIGCONT)
+        await node.met(there.peer)
