@@ -39,6 +39,7 @@ from meshnode.net.port import PeerEvent
 from meshnode.policy.route import NoRoute, plan_route
 from meshnode.services.answering import AnsweringService, Question, Text
 from meshnode.services.content import ContentService
+from meshnode.services.daemon import DaemonService, Release
 from meshnode.services.directory import DirectoryService, next_incarnation
 from meshnode.services.discovery import DiscoveryService
 from meshnode.services.generation import GenerationService, Receipt, Request, Target
@@ -131,8 +132,10 @@ class Node:
         self.discovery = DiscoveryService(
             self.host, self.database, config.network.bootstrap, self.directory.addresses, rng, wall_ms
         )
-        self.guests = GuestService(self.host, config.content.ipfs_peers, (bitswap.PROTOCOL,), rng)
-        self.sources = _sources(config, self.health)
+        self.guests = GuestService(self.host, config.content.ipfs_peers, (bitswap.PROTOCOL,), rng, health=self.health)
+        ipfs = IpfsApi(config.content.ipfs_api, self.health) if config.content.ipfs_api else None
+        gateways = [Gateway(url, self.health) for url in config.content.gateways]
+        self.sources: tuple[Source, ...] = (*gateways,) if ipfs is None else (ipfs, *gateways)
         self.content = ContentService(
             self.host,
             self.store,
@@ -141,6 +144,7 @@ class Node:
             share_with_guests=config.content.share == "guests",
             outside=Outside(self.sources).block if self.sources else None,
         )
+        self.daemon = None if ipfs is None else self._look_after(ipfs)
         self.pipes = Pipes(self.host)
         holds = HoldStreams(self.host)
         self.placement = PlacementService(
@@ -181,9 +185,33 @@ class Node:
             chain=self._chain, changed=self.directory.changed, probe=self._probe, health=self.health
         )
         self._remembered: tuple[str, str] | None = None
+        self._liars: set[PeerId] = set()
         self._releases: dict[Cid, dict[Cid, bytes]] = {}
         self.stopping = trio.Event()
         self.ended = trio.Event()
+
+    def _look_after(self, ipfs: IpfsApi) -> DaemonService:
+        """The operator's own daemon."""
+        return DaemonService(
+            ipfs,
+            self.host,
+            self.guests,
+            self.store,
+            self.database,
+            self.health,
+            welcome=self.content.welcome,
+            is_member=lambda peer: bool(self.membership.roles_of(peer)),
+            release=self._release_for_daemon,
+            publish=self.config.content.ipfs_publish,
+        )
+
+    def _release_for_daemon(self) -> Release | None:
+        served = self.served()
+        if served is None:
+            return None
+        return Release(
+            f"{served.manifest.name} {served.manifest.version}", served.cid, tuple(served.manifest.all_files())
+        )
 
     def _first_advert(self, name: str, memory: int) -> Advert:
         return Advert(
@@ -221,6 +249,7 @@ class Node:
                 self.guests,
                 self.pipes,
                 *self.sources,
+                *(() if self.daemon is None else (self.daemon,)),
             ):
                 await ground.start(supervise, below)
             async with trio.open_nursery() as work:
@@ -266,6 +295,7 @@ class Node:
     async def _keep_advert(self) -> None:
         """Load, holdings and links, put into our advert when they change."""
         while True:
+            self._name_liars()
             self.placement.report_load(self.stage.sessions, self.stage.queue_us)
             changes: dict[str, object] = {}
             me = self.directory.me()
@@ -300,6 +330,21 @@ class Node:
             files = (cid, *open_manifest(block).all_files())
             known = self._releases[cid] = {file: cid_to_bytes(file) for file in files}
         return known
+
+    def _name_liars(self) -> None:
+        """Those of whom nothing is fetched any more, by the name that they had then."""
+        for peer, deed in self.content.bad_providers().items():
+            if peer in self._liars:
+                continue
+            self._liars.add(peer)
+            advert = self.directory.live().get(peer)
+            guest = peer in self.guests.peers
+            self.health.set(
+                "bad-provider",
+                peer=f"{advert.name} ({short(peer)})" if advert is not None and advert.name else short(peer),
+                deed=deed,
+                check="`ipfs repo verify`" if guest else "`meshnode model verify`",
+            )
 
     def _round_trips(self, before: tuple[RoundTrip, ...]) -> tuple[RoundTrip, ...]:
         old = {trip.peer: trip.us for trip in before}
@@ -434,12 +479,6 @@ def _lock(path: Path, stack: ExitStack) -> None:
         raise ConfigError(
             f"a node already runs in the data folder {path.parent}; stop it, or choose another folder with --data"
         ) from error
-
-
-def _sources(config: Config, health: Health) -> tuple[Source, ...]:
-    """Where blocks may come from that no peer gives: the operator's own daemon first."""
-    daemon = [IpfsApi(config.content.ipfs_api, health)] if config.content.ipfs_api else []
-    return (*daemon, *(Gateway(url, health) for url in config.content.gateways))
 
 
 def _power() -> tuple[str, ...]:

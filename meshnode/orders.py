@@ -149,6 +149,8 @@ class Orders:
                 "fetched_bytes": node.content.bytes_fetched,
                 "served_bytes": node.content.bytes_served,
                 "bad_providers": dict(node.content.bad_providers()),
+                "guests": {peer: peer in node.host.guests for peer in node.guests.peers},
+                "published": 0 if node.daemon is None else len(node.daemon.published),
             },
             "health": [
                 {"code": w.code, "severity": w.severity.name.lower(), "text": w.text} for w in node.health.current()

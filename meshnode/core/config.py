@@ -141,6 +141,15 @@ def _one_of(*choices: str) -> Callable[[object], str]:
     return read
 
 
+def _yes_or_no(value: object) -> bool:
+    word = value.strip().lower() if isinstance(value, str) else value
+    if word in (True, "true"):
+        return True
+    if word in (False, "false"):
+        return False
+    raise ValueError(f"{value!r} is neither true nor false")
+
+
 def _multiaddrs(last: str, example: str, *, lowest_port: int = 0) -> Callable[[object], tuple[str, ...]]:
     pattern = re.compile(rf"/(?:ip4|ip6|dns|dns4|dns6)/[^/\s,]+/tcp/[0-9]{{1,5}}{last}")
 
@@ -267,6 +276,11 @@ class ContentSection:
         "",
         _daemon,
         f"the RPC of an IPFS daemon, like {_IPFS_API}, asked for what no peer gives; empty: none",
+    )
+    ipfs_publish: bool = setting(
+        False,
+        _yes_or_no,
+        "also have the daemon of content.ipfs_api keep what this node holds of the served model, for all who ask it",
     )
     gateways: tuple[str, ...] = setting(
         (),
