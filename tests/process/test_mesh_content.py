@@ -13,7 +13,7 @@ from meshnode.content.blob_store import BlobStore
 from meshnode.core.paths import Paths
 from meshnode.harness.member import Member
 from meshnode.harness.mesh import QUOTA_BYTES
-from protocols.ids import DAG_CBOR, Cid
+from protocols.ids import DAG_CBOR, Cid, short
 from tests.process.mesh_rig import LAYERS, READY_SECONDS, Json, mesh_of, serving, small_model, tokens_of
 
 pytestmark = [pytest.mark.net, pytest.mark.process]
@@ -85,6 +85,11 @@ def test_a_provider_with_a_damaged_disk(tmp_path: Path) -> None:
         status = third.wait_for(lambda s: s["content"]["bad_providers"], READY_SECONDS, "a bad block")
         assert list(status["content"]["bad_providers"]) == [bad.peer_id]
         print(f"\n{status['content']['bad_providers'][bad.peer_id]}")
+        status = third.wait_for(
+            lambda s: any(entry["code"] == "bad-provider" for entry in s["health"]), READY_SECONDS, "its name"
+        )
+        [entry] = [entry for entry in status["health"] if entry["code"] == "bad-provider"]
+        assert short(bad.peer_id) in entry["text"] and "meshnode model verify" in entry["text"]
         assert not status["ready"]
         mesh.up()
         third.wait_ready(READY_SECONDS)

@@ -114,14 +114,24 @@ def test_the_description_is_a_config_file_with_the_same_meaning(tmp_path: Path) 
 def test_an_ipfs_daemon_and_gateways(tmp_path: Path) -> None:
     assert load_config(tmp_path, {}).content.ipfs_api == ""
     assert load_config(tmp_path, {}).content.gateways == ()
-    text = '[content]\nipfs_api = "/dns4/kubo/tcp/5001"\ngateways = ["https://a.example/", "http://[::1]:8080/x"]\n'
+    assert load_config(tmp_path, {}).content.ipfs_publish is False
+    text = (
+        '[content]\nipfs_api = "/dns4/kubo/tcp/5001"\nipfs_publish = true\n'
+        'gateways = ["https://a.example/", "http://[::1]:8080/x"]\n'
+    )
     content = load_config(written(tmp_path, text), {}).content
     assert content.ipfs_api == "/dns4/kubo/tcp/5001"
+    assert content.ipfs_publish is True
     assert content.gateways == ("https://a.example", "http://[::1]:8080/x")
     (tmp_path / "config.toml").write_text(describe(load_config(tmp_path, {})))
     assert load_config(tmp_path, {}).content == content
-    environ = {"MESHNODE_CONTENT__IPFS_API": "", "MESHNODE_CONTENT__GATEWAYS": "https://b.example,https://c.example"}
+    environ = {
+        "MESHNODE_CONTENT__IPFS_API": "",
+        "MESHNODE_CONTENT__IPFS_PUBLISH": "False",
+        "MESHNODE_CONTENT__GATEWAYS": "https://b.example,https://c.example",
+    }
     content = load_config(tmp_path, environ).content
+    assert content.ipfs_publish is False
     assert (content.ipfs_api, content.gateways) == ("", ("https://b.example", "https://c.example"))
 
 
@@ -132,6 +142,8 @@ def test_an_ipfs_daemon_and_gateways(tmp_path: Path) -> None:
         ("content.ipfs_api", "/ip4/127.0.0.1/tcp/0"),
         ("content.ipfs_api", "/ip4/127.0.0.1/tcp/5001,/ip4/127.0.0.1/tcp/5002"),
         ("content.ipfs_api", 5001),
+        ("content.ipfs_publish", "perhaps"),
+        ("content.ipfs_publish", 2),
         ("content.gateways", "gateway.example"),
         ("content.gateways", "ftp://gateway.example"),
         ("content.gateways", "https://user:secret@gateway.example"),
