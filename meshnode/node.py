@@ -3,7 +3,7 @@
 Nesting is the shutdown order: what is opened last is cancelled first.
 
     ground    network host, content, membership, discovery, guests, directory, pipes
-    work      placement, stage, readiness, upkeep of the advert, control socket
+    work      placement, stage, readiness, inventory, replication, arrival, upkeep of the advert, control socket
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import fcntl
 import os
 import random
 import shutil
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ from meshnode.net.pipes import Pipes
 from meshnode.net.port import PeerEvent
 from meshnode.policy.route import NoRoute, plan_route
 from meshnode.services.answering import AnsweringService, Question, Text
+from meshnode.services.arrival import ArrivalService
 from meshnode.services.content import ContentService
 from meshnode.services.daemon import DaemonService, Release
 from meshnode.services.directory import DirectoryService, next_incarnation
@@ -45,24 +46,26 @@ from meshnode.services.discovery import DiscoveryService
 from meshnode.services.generation import GenerationService, Receipt, Request, Target
 from meshnode.services.guests import GuestService
 from meshnode.services.holds import HoldStreams
+from meshnode.services.inventory import InventoryService
 from meshnode.services.membership import MembershipService
 from meshnode.services.placement import PlacementConfig, PlacementService
 from meshnode.services.readiness import ReadinessService
+from meshnode.services.replication import ReplicationService
 from meshnode.services.stage import StageService
+from meshnode.state import releases
 from meshnode.state.database import Database
 from meshnode.state.identity import Identity
 from meshnode.state.network import load_network
 from meshnode.state.port import Membership
-from meshnode.state.releases import remember, take_waiting
-from protocols.advert.messages import Advert, Holding, RoundTrip
+from protocols.advert.messages import Advert, RoundTrip
 from protocols.bitswap import messages as bitswap
 from protocols.errors import RemoteProtocolError
-from protocols.ids import Cid, PeerId, cid_to_bytes, short
+from protocols.ids import Cid, PeerId, short
 from protocols.manifest.codec import open_manifest
 from protocols.manifest.messages import Manifest
 from protocols.pipe.messages import Close, Hop, Message, Open, Opened, Refused, Sampling, Step, Token
 
-UPKEEP_SECONDS: Final = 0.5  # how often the advert's load, holdings and round trips are looked at
+UPKEEP_SECONDS: Final = 0.5  # how often the advert's load and round trips are looked at
 ROUND_TRIP_CHANGE: Final = 0.3  # a link is advertised again when it changed by this share
 PROBE_TOKENS: Final = (1, 1)  # any two token ids: what is proven is that the chain answers
 
@@ -184,9 +187,28 @@ class Node:
         self.readiness = ReadinessService(
             chain=self._chain, changed=self.directory.changed, probe=self._probe, health=self.health
         )
+        self.inventory = InventoryService(self.directory, self.store, open_manifest)
+        self.replication = ReplicationService(
+            us=identity.peer_id,
+            directory=self.directory,
+            release=self.placement.release,
+            holdings=self.inventory.holdings,
+            store=self.store,
+            fetch=self.content.fetch,
+            replicas=config.content.replicas,
+            loading=lambda: self.placement.progress() is not None,
+            busy=lambda: self.stage.sessions > 0,
+            health=self.health,
+        )
+        self.arrival = ArrivalService(
+            waiting=lambda: releases.waiting(self.database),
+            fetch_block=self.content.fetch_block,
+            announce=self.announce,
+            forget=lambda: releases.wait_no_longer(self.database),
+            health=self.health,
+        )
         self._remembered: tuple[str, str] | None = None
         self._liars: set[PeerId] = set()
-        self._releases: dict[Cid, dict[Cid, bytes]] = {}
         self.stopping = trio.Event()
         self.ended = trio.Event()
 
@@ -225,7 +247,7 @@ class Node:
             addresses=(),
             cpus=os.cpu_count() or 1,
             memory_bytes=memory,
-            disk_free_bytes=shutil.disk_usage(self.config.paths.content).free,
+            disk_free_bytes=self.store.usage().room_bytes,
             max_layers=self.config.serve.layers,
             tags=("cpu", *_power()),
             serving=None,
@@ -255,9 +277,16 @@ class Node:
             async with trio.open_nursery() as work:
                 work.start_soon(self._follow_peers, events)
                 work.start_soon(self._keep_advert)
-                for service in (self.stage, self.placement, self.readiness, *extra):
+                for service in (
+                    self.stage,
+                    self.placement,
+                    self.readiness,
+                    self.inventory,
+                    self.replication,
+                    self.arrival,
+                    *extra,
+                ):
                     await work.start(supervise, service)
-                self._announce_waiting()
                 log.info("node.started", peer=self.identity.peer_id, addresses=self.host.addresses)
                 task_status.started()
                 await self.stopping.wait()
@@ -293,43 +322,15 @@ class Node:
                 pass
 
     async def _keep_advert(self) -> None:
-        """Load, holdings and links, put into our advert when they change."""
+        """Load and links, put into our advert when they change."""
         while True:
             self._name_liars()
             self.placement.report_load(self.stage.sessions, self.stage.queue_us)
-            changes: dict[str, object] = {}
-            me = self.directory.me()
-            holdings = self._holdings()
-            if holdings != me.holdings:
-                changes["holdings"] = holdings
-            trips = self._round_trips(me.round_trips)
-            if trips != me.round_trips:
-                changes["round_trips"] = trips
-            if changes:
-                self.directory.update(**changes)
+            before = self.directory.me().round_trips
+            trips = self._round_trips(before)
+            if trips != before:
+                self.directory.update(round_trips=trips)
             await trio.sleep(UPKEEP_SECONDS)
-
-    def _holdings(self) -> tuple[Holding, ...]:
-        """What we hold of every release that a live head or our store names."""
-        files = self.store.files()
-        out: list[Holding] = []
-        for head in self.directory.heads().values():
-            wanted = self._release_files(Cid(head.manifest))
-            held = tuple(sorted(data for cid, data in wanted.items() if cid in files))
-            if held and all(h.manifest != head.manifest for h in out):
-                out.append(Holding(manifest=head.manifest, cids=held))
-        return tuple(sorted(out, key=lambda h: h.manifest))
-
-    def _release_files(self, cid: Cid) -> Mapping[Cid, bytes]:
-        """Every file of a release whose manifest is here, with its CID in bytes; read once."""
-        known = self._releases.get(cid)
-        if known is None:
-            block = self.store.block(cid)
-            if block is None:
-                return {}
-            files = (cid, *open_manifest(block).all_files())
-            known = self._releases[cid] = {file: cid_to_bytes(file) for file in files}
-        return known
 
     def _name_liars(self) -> None:
         """Those of whom nothing is fetched any more, by the name that they had then."""
@@ -369,7 +370,7 @@ class Node:
         head, manifest = release
         if self._remembered != (head.manifest, head.variant):
             self._remembered = (head.manifest, head.variant)
-            remember(self.database, Cid(head.manifest), head.variant)  # for `meshnode model list`
+            releases.remember(self.database, Cid(head.manifest), head.variant)  # for `meshnode model list`
         return Served(Cid(head.manifest), head.variant, manifest)
 
     def _manifest(self) -> tuple[Cid, Manifest] | None:
@@ -402,6 +403,8 @@ class Node:
         target = self._target()
         if target is None:
             head = self.directory.head()
+            if head is None and (manifest := self.arrival.awaited) is not None:
+                return None, f"the manifest {manifest} of the model that was added here has not arrived yet"
             if head is None:
                 return None, "the network serves no model yet; add one with: meshnode model add PATH"
             return None, f"the description of the model {head.name} has not arrived yet"
@@ -441,20 +444,14 @@ class Node:
                     receipt.reason = word.reason
                     yield receipt
 
-    def _announce_waiting(self) -> None:
-        """What was added while no node ran on this folder."""
-        waiting = take_waiting(self.database)
-        if waiting is None:
-            return
-        try:
-            self.announce(*waiting)
-        except Declined as error:
-            log.warning("model.refused", manifest=waiting[0], why=str(error))
-
     def announce(self, manifest: Cid, variant: str) -> None:
-        """Say that the network serves this release from now on. It must be in our store.
+        """Say that the network serves this release from now on. Its manifest must be in our store.
 
-        Raises Declined `forbidden` or `no-model`.
+        Args:
+          variant: empty for the smallest one.
+
+        Raises:
+          Declined: `forbidden` or `no-model`.
         """
         block = self.store.block(manifest)
         if block is None:
@@ -463,11 +460,13 @@ class Node:
             release = open_manifest(block)
         except RemoteProtocolError as error:
             raise Declined("no-model", f"the manifest {manifest} does not hold: {error}") from error
+        variant = variant or release.smallest_variant()
         if variant not in release.variants:
             raise Declined(
                 "no-model", f"{release.name} has no variant {variant}; it has {', '.join(release.variants)}"
             )
         self.directory.publish_head(name=release.name, version=release.version, manifest=manifest, variant=variant)
+        releases.wait_no_longer(self.database)
 
 
 def _lock(path: Path, stack: ExitStack) -> None:

@@ -40,6 +40,7 @@ class Orders:
             "ready": self._ready,
             "generate": self._generate,
             "announce": self._announce,
+            "bring": self._bring,
             "stop": self._stop,
         }
 
@@ -66,6 +67,11 @@ class Orders:
 
     async def _announce(self, request: Json) -> AsyncGenerator[Json, None]:
         self._node.announce(Cid(str(request.get("manifest"))), str(request.get("variant")))
+        yield {"done": True}
+
+    async def _bring(self, request: Json) -> AsyncGenerator[Json, None]:
+        """Fetch a manifest into the store, from members, guests or outside."""
+        await self._node.content.fetch_block(Cid(str(request.get("manifest"))))
         yield {"done": True}
 
     async def _generate(self, request: Json) -> AsyncGenerator[Json, None]:
@@ -108,6 +114,7 @@ class Orders:
         stage = node.placement.engine()
         progress = node.placement.progress()
         store = node.store.usage()
+        copies = node.replication.copies()
         members = node.membership.members()
         return {
             "version": STATUS_VERSION,
@@ -151,6 +158,23 @@ class Orders:
                 "bad_providers": dict(node.content.bad_providers()),
                 "guests": {peer: peer in node.host.guests for peer in node.guests.peers},
                 "published": 0 if node.daemon is None else len(node.daemon.published),
+                "room_bytes": store.room_bytes,
+                **self._tiers(),
+            },
+            "copies": None
+            if copies is None or served is None
+            else {
+                "wanted": copies.wanted,
+                "nodes": copies.nodes,
+                "fewest": copies.fewest,
+                "files": len(copies.of_file),
+                "short": len(copies.short),
+                "groups": {
+                    name: copies.of_file.get(file.cid, 0)
+                    for name, file in served.manifest.variants[served.variant]
+                    .groups(0, served.manifest.architecture.layers)
+                    .items()
+                },
             },
             "health": [
                 {"code": w.code, "severity": w.severity.name.lower(), "text": w.text} for w in node.health.current()
@@ -163,6 +187,22 @@ class Orders:
                 str(who): why for who, why in (node.discovery.failures() | node.guests.failures()).items()
             },
         }
+
+    def _tiers(self) -> Json:
+        """Bytes of the served model by how far away they are: mapped by our engine, on our disk, elsewhere."""
+        served = self._node.served()
+        if served is None:
+            return {"hot_bytes": 0, "warm_bytes": 0, "cold_bytes": 0}
+        variant = served.manifest.variants[served.variant]
+        every = {ref.cid: ref.size for ref in (variant.graph, *variant.groups(0, len(variant.layers)).values())}
+        stage = self._node.placement.engine()
+        mapped = {}
+        if stage is not None and (stage.span.manifest, stage.span.variant) == (served.cid, served.variant):
+            mapped = {ref.cid: ref.size for ref in variant.groups(stage.span.first, stage.span.last).values()}
+        here = self._node.store.files()
+        hot = sum(mapped.values())
+        warm = sum(size for cid, size in every.items() if cid in here and cid not in mapped)
+        return {"hot_bytes": hot, "warm_bytes": warm, "cold_bytes": sum(every.values()) - hot - warm}
 
     def _line(self, advert: Advert, members: Mapping[PeerId, Any]) -> Json:
         node = self._node

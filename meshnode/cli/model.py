@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from meshnode.cli import client, model_car
+from meshnode.cli import client, model_car, model_cid
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import ask_passphrase, folder_of, settings
 from meshnode.core.config import format_size
@@ -28,11 +28,13 @@ VARIANTS: Final = ("int4", "int8", "fp32")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    add = actions.add_parser("add", help="publish a Hugging Face folder, a GGUF file, or example:smollm2")
-    add.add_argument("source", metavar="PATH_OR_PACKAGE")
+    add = actions.add_parser(
+        "add", help="publish a Hugging Face folder, a GGUF file, or example:smollm2; fetch a CID"
+    )
+    add.add_argument("source", metavar="PATH_OR_PACKAGE_OR_CID")
     add.add_argument("--variant", action="append", choices=VARIANTS, help="precision; repeatable (default int4)")
     add.add_argument("--name", help="lower case, digits, dots and dashes (default: from the source)")
-    add.add_argument("--release-version", default="v1.0.0-0", metavar="vMAJOR.MINOR.PATCH-ADAPTER")
+    add.add_argument("--release-version", metavar="vMAJOR.MINOR.PATCH-ADAPTER", help="default v1.0.0-0")
     add_data(add)
     for name, text in (
         ("show", "what a model is made of, and how good its variants are"),
@@ -61,19 +63,24 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _add(arguments: argparse.Namespace) -> int:
-    """Publish into the node's store, sign, and have the network serve the first variant."""
+    """Publish into the node's store, sign, and have the network serve the first variant; or take what a CID names."""
+    wanted = model_cid.manifest_cid(arguments.source)
+    if wanted is not None:
+        return model_cid.add_by_cid(arguments, wanted)
+
     from meshnode.core.clock import wall_ms
-    from meshnode.models.release import release, run_publisher
+    from meshnode.models.release import FIRST_VERSION, release, run_publisher
     from meshnode.state.identity import Identity
     from protocols.errors import LocalProtocolError
     from protocols.manifest.codec import check_release
 
     variants = tuple(dict.fromkeys(arguments.variant or ["int4"]))
+    version = arguments.release_version or FIRST_VERSION
     folder = folder_of(arguments)
     paths = Paths(folder)
     identity = Identity.load(folder, ask_passphrase)
     try:
-        check_release(arguments.name, arguments.release_version)  # not after half a minute of publishing
+        check_release(arguments.name, version)  # not after half a minute of publishing
     except LocalProtocolError as error:
         raise ConfigError(str(error)) from error
     with open_store(arguments) as store, tempfile.TemporaryDirectory(dir=paths.cache, prefix="publish-") as out:
@@ -85,10 +92,10 @@ def _add(arguments: argparse.Namespace) -> int:
             created_ms=wall_ms(),
             publisher=identity.peer_id,
             name=arguments.name,
-            version=arguments.release_version,
+            version=version,
         )
     adopt(folder, cid, manifest, variants[0])
-    _print_model(cid, manifest)
+    print_model(cid, manifest)
     return 0
 
 
@@ -211,11 +218,11 @@ def _show(arguments: argparse.Namespace) -> int:
 
         print(json.dumps({"cid": cid, **dataclasses.asdict(manifest)}, indent=2))
     else:
-        _print_model(cid, manifest)
+        print_model(cid, manifest)
     return 0
 
 
-def _print_model(cid: Cid, manifest: Manifest) -> None:
+def print_model(cid: Cid, manifest: Manifest) -> None:
     shape = manifest.architecture
     print(f"{manifest.name} {manifest.version}   {cid}")
     print(

@@ -44,10 +44,31 @@ def words(status: dict[str, Any]) -> str:
         p, span = status["progress"], status["progress"]["span"]
         share, total = 100 * p["bytes_done"] // max(1, p["bytes_total"]), _mb(p["bytes_total"])
         lines.append(f"\n{p['phase']} layers {span['first']}-{span['last'] - 1}: {share} % of {total}")
+    if status["copies"]:
+        lines += ["", _copies(status["copies"]), _tiers(status["content"])]
     if status["health"]:
         lines.append("\n# Health")
         lines += [f"#  - {w['text']}" for w in status["health"]]
     return "\n".join(_shown(line) for line in lines)
+
+
+def _copies(copies: dict[str, Any]) -> str:
+    """How many copies of the model the mesh has."""
+    if copies["nodes"] == 1:
+        return "copies: this node alone holds the model; a second node would keep a copy of every file"
+    if not copies["short"]:
+        return f"copies: {copies['fewest']} or more of every file"
+    thin = [name for name, count in copies["groups"].items() if count < copies["wanted"]]
+    groups = f": {', '.join(thin[:4])}{' and others' if len(thin) > 4 else ''}" if thin else ""
+    return (
+        f"copies: {copies['short']} of {copies['files']} files have too few (the fewest {copies['fewest']}, "
+        f"wanted {copies['wanted']}){groups}"
+    )
+
+
+def _tiers(content: dict[str, Any]) -> str:
+    hot, warm, cold = (_mb(content[f"{kind}_bytes"]) for kind in ("hot", "warm", "cold"))
+    return f"files: {hot} in use (hot), {warm} more on this disk (warm), {cold} elsewhere (cold)"
 
 
 def _line(kind: str, row: dict[str, Any]) -> str:

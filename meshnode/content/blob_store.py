@@ -14,12 +14,13 @@ file locks, which a killed process loses, tell what is in use. File names are ma
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import shutil
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -27,7 +28,7 @@ from typing import Final
 from meshnode.content.disk import disk_errors, is_locked, open_locked, sync_folder, write_all
 from meshnode.content.index import Index
 from meshnode.content.partial import READ_ONLY, PartialFile, leaf_block
-from meshnode.content.port import StoreUsage
+from meshnode.content.port import SPARE_PIN, StoreUsage
 from meshnode.core.clock import Wall, wall_ms
 from meshnode.core.config import format_size
 from meshnode.core.errors import Declined, DiskError, ModelError
@@ -40,6 +41,10 @@ from protocols.unixfs.leaf import wrapped_bytes
 
 RESERVE_BYTES: Final = 64 << 20  # left free on the disk for the index, logs and everybody else
 _ANY_WRITE: Final = 0o222
+_UNPINNED_BYTES: Final = (
+    "SELECT (SELECT coalesce(sum(size), 0) FROM files WHERE complete = 1 AND cid NOT IN (SELECT cid FROM pins)) + "
+    "(SELECT coalesce(sum(length(data)), 0) FROM blocks WHERE cid NOT IN (SELECT cid FROM pins))"
+)
 
 
 class BlobStore:
@@ -115,7 +120,14 @@ class BlobStore:
         """Bytes held (files being fetched count whole), the quota, and what is free on the disk."""
         with disk_errors(self.folder, "look at the free space of"):
             free = shutil.disk_usage(self.folder).free
-        return StoreUsage(used_bytes=self._used_bytes(), quota_bytes=self.quota_bytes, free_disk_bytes=free)
+        used = self._used_bytes()
+        (unpinned,) = self.index.row(_UNPINNED_BYTES) or (0,)
+        return StoreUsage(
+            used_bytes=used,
+            quota_bytes=self.quota_bytes,
+            free_disk_bytes=free,
+            room_bytes=max(0, min(self.quota_bytes - used, free - RESERVE_BYTES) + int(unpinned)),
+        )
 
     # Adding
 
@@ -214,8 +226,14 @@ class BlobStore:
 
     def unpin(self, name: str) -> None:
         """Drop a pin name from everything. What no other name protects may be evicted from then on."""
+        self.pin_only(name, ())
+
+    def pin_only(self, name: str, cids: Collection[Cid]) -> None:
+        """Have a pin name protect these and nothing else."""
+        names = [(name, cid_to_bytes(cid)) for cid in cids]
         with self.index.transaction() as db:
             db.execute("DELETE FROM pins WHERE name = ?", (name,))
+            db.executemany("INSERT OR IGNORE INTO pins VALUES (?, ?)", names)
 
     def pins(self) -> dict[str, frozenset[Cid]]:
         """Every pin name and what it protects."""
@@ -318,18 +336,19 @@ class BlobStore:
     def _make_room(self, db: sqlite3.Connection, size: int, what: str) -> None:
         """Evict what was not used for longest until `size` more bytes fit the quota and the disk.
 
+        What is unpinned goes first, then spare copies (SPARE_PIN).
         Raises DiskError when everything that is left is pinned.
         """
         self._note_uses(db)
-        evictions = self._evictions(db)
+        evictions = itertools.chain(self._evictions(db), self._evictions(db, spare=True))
         while (used := self._used_bytes(db)) + size > self.quota_bytes or self._free() < size + RESERVE_BYTES:
             if size <= self.quota_bytes and next(evictions, None) is not None:
                 continue
             if used + size > self.quota_bytes:
                 raise DiskError(
                     f"no room for {what}: {self.folder} holds {format_size(used)} of its quota of "
-                    f"{format_size(self.quota_bytes)}, all of it pinned or in use; raise content.quota, or remove "
-                    "a model with `meshnode model remove`"
+                    f"{format_size(self.quota_bytes)}, all of it pinned, in use or the last copy in the mesh; raise "
+                    "content.quota, or remove a model with `meshnode model remove`"
                 )
             raise DiskError(
                 f"no room for {what}: the disk of {self.folder} has {format_size(self._free())} left, "
@@ -340,20 +359,22 @@ class BlobStore:
         with disk_errors(self.folder, "look at the free space of"):
             return shutil.disk_usage(self.folder).free
 
-    def _evictions(self, db: sqlite3.Connection) -> Iterator[bytes]:
-        """Delete unpinned things, least recently used first, one per step; yields what was deleted."""
+    def _evictions(self, db: sqlite3.Connection, *, spare: bool = False) -> Iterator[bytes]:
+        """Delete unpinned things, least recently used first, one per step; yields what was deleted.
+
+        `spare`: also those that no other pin than SPARE_PIN protects.
+        """
+        weak = SPARE_PIN if spare else ""
         rows = db.execute(
             "SELECT cid, used_ms, complete FROM files UNION ALL SELECT cid, used_ms, 2 FROM blocks ORDER BY 2, 1"
         ).fetchall()
         for name, _, complete in rows:
-            if db.execute("SELECT 1 FROM pins WHERE cid = ?", (name,)).fetchone() is not None:
-                continue
-            if complete == 2:
-                db.execute("DELETE FROM blocks WHERE cid = ?", (name,))
-                yield name
+            if db.execute("SELECT 1 FROM pins WHERE cid = ? AND name <> ?", (name, weak)).fetchone() is not None:
                 continue
             if not complete and is_locked(self._part(name)):
                 continue
+            db.execute("DELETE FROM pins WHERE cid = ?", (name,))
+            db.execute("DELETE FROM blocks WHERE cid = ?", (name,))
             db.execute("DELETE FROM files WHERE cid = ?", (name,))
             with disk_errors(self._file(name), "delete"):
                 self._file(name).unlink(missing_ok=True)

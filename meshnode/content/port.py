@@ -8,12 +8,14 @@ that file. A *block* is a small dag-cbor object (a manifest), kept whole.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from protocols.ids import Cid
+
+SPARE_PIN: Final = "mesh-spare"  # weaker than every other pin: what it alone protects goes when room is needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,7 @@ class StoreUsage:
     used_bytes: int
     quota_bytes: int
     free_disk_bytes: int
+    room_bytes: int  # what could be added without touching anything pinned
 
 
 class Content(Protocol):
@@ -44,6 +47,9 @@ class Content(Protocol):
 
     def unpin(self, name: str) -> None:
         """Drop a pin name from every file."""
+
+    def pin_only(self, name: str, cids: Collection[Cid]) -> None:
+        """Have a pin name protect these and nothing else."""
 
     def files(self) -> frozenset[Cid]:
         """CIDs of the complete files and blocks held."""

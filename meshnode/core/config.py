@@ -272,6 +272,11 @@ class ContentSection:
         parse_amount,
         "bytes, or share of the free disk, for model files; unpinned files go first",
     )
+    replicas: int = setting(
+        2,
+        _number(1, 64),
+        "copies of every file of the served model that the mesh keeps, if it has so many nodes; 1: no extra ones",
+    )
     ipfs_api: str = setting(
         "",
         _daemon,

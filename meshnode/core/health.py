@@ -56,6 +56,12 @@ _REGISTRY: Final = (
         "The network has no model. Add one with `meshnode model add example:smollm2` on a node that may publish.",
     ),
     Warning(
+        "manifest-missing",
+        _H,
+        "The model {manifest} was added here by its CID, and its manifest has not been found: {reason} It is looked "
+        "for by itself; name an IPFS node that has it in content.ipfs_peers, or add another model.",
+    ),
+    Warning(
         "not-covered",
         _H,
         "Nobody serves layers {first} to {last} of {model}. Start another node, or give a node more memory "

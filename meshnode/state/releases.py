@@ -28,15 +28,22 @@ def forget(state: Records, manifest: Cid) -> None:
 
 
 def serve_later(state: Records, manifest: Cid, variant: str) -> None:
-    """No node runs on this folder: the next one that starts announces the release. Replaces an earlier wish."""
-    for cid in state.records(_WAITING):
-        state.remove_record(_WAITING, cid)
+    """No node runs on this folder: the next one that starts announces the release. Replaces an earlier wish.
+
+    variant: empty for the smallest one, when the manifest is not here yet.
+    """
+    wait_no_longer(state)
     state.put_record(_WAITING, manifest, variant.encode())
 
 
-def take_waiting(state: Records) -> tuple[Cid, str] | None:
-    """The release to announce now, if one waits; it waits no longer."""
+def waiting(state: Records) -> tuple[Cid, str] | None:
+    """The release that is to be announced, if one waits."""
     for cid, variant in state.records(_WAITING).items():
-        state.remove_record(_WAITING, cid)
         return Cid(cid), variant.decode()
     return None
+
+
+def wait_no_longer(state: Records) -> None:
+    """It was announced, another one was, or it can't be."""
+    for cid in state.records(_WAITING):
+        state.remove_record(_WAITING, cid)

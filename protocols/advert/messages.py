@@ -79,7 +79,7 @@ class Advert:
     leaving: bool = at(9, default=False)  # said goodbye: not to be planned with
     cpus: int = at(10, default=0)
     memory_bytes: int = at(11, default=0)  # it gives this much to serving (weights and KV); 0: serves nothing
-    disk_free_bytes: int = at(12, default=0)
+    disk_free_bytes: int = at(12, default=0)  # what it could add to its files, by its quota and its disk
     max_layers: int = at(13, default=0)  # 0: only memory limits it
     tags: tuple[str, ...] = at(14, limit=16, default=())  # "cpu", "gpu", "mains", "battery", ...
     layer_decode_us: int = at(15, default=0)  # measured microseconds per layer, one row; 0: not measured yet

@@ -86,6 +86,10 @@ class Manifest:
     files: dict[str, FileRef]  # "config.json", "tokenizer.json", "chat_template.jinja", "LICENSE", ...
     variants: dict[str, Variant]
 
+    def smallest_variant(self) -> str:
+        """The name of the variant with the fewest bytes of weights."""
+        return min(self.variants, key=lambda name: self.variants[name].span_bytes(0, self.architecture.layers))
+
     def all_files(self) -> list[Cid]:
         """CIDs of every file of every variant, each once."""
         refs = list(self.files.values())

@@ -1,0 +1,92 @@
+"""`meshnode model add CID`: a model that others hold, IPFS nodes too, by the CID of its manifest alone."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from meshnode.cli import client
+from meshnode.cli.settings import folder_of, settings
+from meshnode.core.errors import ConfigError, ModelError
+from meshnode.core.paths import Paths
+
+if TYPE_CHECKING:
+    from protocols.ids import Cid
+
+SEARCH_SECONDS: Final = 120.0  # a node gives up earlier, and says why
+
+
+def manifest_cid(source: str) -> Cid | None:
+    """The CID that the source of `model add` is, with or without ipfs://; None for a path or a package.
+
+    Raises ModelError when it is the CID of something that can't be a manifest.
+    """
+    from protocols.errors import RemoteProtocolError
+    from protocols.ids import DAG_CBOR, Cid, cid_codec
+
+    text = source.removeprefix("ipfs://").removeprefix("/ipfs/")
+    try:
+        codec = cid_codec(text)
+    except RemoteProtocolError:
+        return None
+    if Path(source).exists():
+        return None
+    if codec != DAG_CBOR:
+        raise ModelError(
+            f"{text} is the CID of a file; a model is added by the CID of its manifest, which begins with bafyrei "
+            "(`meshnode model list` shows it where the model is)."
+        )
+    return Cid(text)
+
+
+def add_by_cid(arguments: argparse.Namespace, cid: Cid) -> int:
+    """Have the network serve the release, after its manifest was fetched; the node does that if it is not here."""
+    from meshnode.cli.model import adopt, open_store, print_model
+    from protocols.errors import RemoteProtocolError
+    from protocols.manifest.codec import open_manifest
+
+    if arguments.name or arguments.release_version:
+        raise ConfigError(
+            "a model that is added by its CID keeps its name and version; leave out --name and the like"
+        )
+    variants: list[str] = arguments.variant or [""]
+    if len(variants) > 1:
+        raise ConfigError("a model that is added by its CID is served in one variant; give --variant once, or not")
+    folder, variant = folder_of(arguments), variants[0]
+    with open_store(arguments) as store:
+        block = store.block(cid)
+    if block is None:
+        if not client.is_running(folder):
+            return _later(arguments, cid, variant)
+        print(f"Looking for {cid}", file=sys.stderr)
+        client.ask_one(folder, {"do": "bring", "manifest": cid}, SEARCH_SECONDS)
+        with open_store(arguments) as store:
+            block = store.block(cid)
+    if block is None:
+        raise ModelError(f"The manifest {cid} came and was removed again: content.quota leaves no room for it.")
+    try:
+        manifest = open_manifest(block)
+    except RemoteProtocolError as error:
+        raise ModelError(f"{cid} is not the manifest of a model: {error}") from error
+    variant = variant or manifest.smallest_variant()
+    if variant not in manifest.variants:
+        raise ModelError(f"{manifest.name} has no variant {variant}; it has {', '.join(manifest.variants)}.")
+    adopt(folder, cid, manifest, variant)
+    print_model(cid, manifest)
+    return 0
+
+
+def _later(arguments: argparse.Namespace, cid: Cid, variant: str) -> int:
+    from meshnode.state import releases
+    from meshnode.state.database import Database
+
+    folder = folder_of(arguments)
+    with Database(Paths(folder).state) as database:
+        releases.serve_later(database, cid, variant)
+    print(f"The model {cid} is fetched and served as soon as this node starts.")
+    content = settings(arguments).content
+    if not (content.ipfs_peers or content.ipfs_api or content.gateways):
+        print("It is asked for at other nodes of this network; name IPFS nodes that have it in content.ipfs_peers.")
+    return 0

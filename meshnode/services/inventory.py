@@ -1,0 +1,80 @@
+"""Tells the others what this node has on disk, and how much more it could take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol
+
+import trio
+
+from meshnode.content.port import Content
+from protocols.advert.messages import Advert, Head, Holding
+from protocols.ids import Cid, PeerId, cid_to_bytes
+from protocols.manifest.messages import Manifest
+
+LOOK_SECONDS: Final = 0.5  # between looks at the store
+ROOM_CHANGE: Final = 0.1  # room is advertised again when it changed by this share of itself
+
+
+class Directory(Protocol):
+    """What the inventory needs of the directory of adverts."""
+
+    def me(self) -> Advert: ...
+
+    def heads(self) -> Mapping[PeerId, Head]: ...
+
+    def update(self, **fields: Any) -> None: ...
+
+
+class InventoryService:
+    """Owns `holdings` and `disk_free_bytes` of our advert."""
+
+    name = "inventory"
+
+    def __init__(self, directory: Directory, store: Content, open_manifest: Callable[[bytes], Manifest]) -> None:
+        self._directory = directory
+        self._store = store
+        self._open_manifest = open_manifest
+        self._releases: dict[Cid, dict[Cid, bytes]] = {}
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep the advert right until cancelled."""
+        self._look()
+        task_status.started()
+        while True:
+            await trio.sleep(LOOK_SECONDS)
+            self._look()
+
+    def _look(self) -> None:
+        me = self._directory.me()
+        changes: dict[str, object] = {}
+        holdings = self.holdings()
+        if holdings != me.holdings:
+            changes["holdings"] = holdings
+        room = self._store.usage().room_bytes
+        if abs(room - me.disk_free_bytes) > ROOM_CHANGE * me.disk_free_bytes:
+            changes["disk_free_bytes"] = room
+        if changes:
+            self._directory.update(**changes)
+
+    def holdings(self) -> tuple[Holding, ...]:
+        """What we hold of every release that a head names, and whose manifest is here."""
+        files = self._store.files()
+        out: list[Holding] = []
+        for head in self._directory.heads().values():
+            wanted = self._files_of(Cid(head.manifest))
+            held = tuple(sorted(data for cid, data in wanted.items() if cid in files))
+            if held and all(h.manifest != head.manifest for h in out):
+                out.append(Holding(manifest=head.manifest, cids=held))
+        return tuple(sorted(out, key=lambda h: h.manifest))
+
+    def _files_of(self, cid: Cid) -> Mapping[Cid, bytes]:
+        """Every file of a release, and its manifest, with their CIDs in bytes; read once."""
+        known = self._releases.get(cid)
+        if known is None:
+            block = self._store.block(cid)
+            if block is None:
+                return {}
+            files = (cid, *self._open_manifest(block).all_files())
+            known = self._releases[cid] = {file: cid_to_bytes(file) for file in files}
+        return known

@@ -1,0 +1,240 @@
+"""Keeps enough copies of every file of the served model in the mesh, and protects those that must not go.
+
+Every node computes who makes which missing copy (`policy/replication.py`) from the adverts and makes its own share.
+Nobody announces anything: a copy shows in the advert when it is there. Where a node does not do its part, the next
+in rank does it after a while.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import trio
+
+from meshnode.content.port import SPARE_PIN, Content
+from meshnode.core.config import format_size
+from meshnode.core.errors import ContentUnavailable, Declined, DiskError, FatalError, TransientError
+from meshnode.core.health import Health
+from meshnode.core.log import get_logger
+from meshnode.policy.replication import Shelf, Standing, assignments, copies, standing
+from protocols.advert.messages import DRAINING, Advert, Head, Holding
+from protocols.errors import ProtocolError
+from protocols.ids import Cid, PeerId, cid_from_bytes, cid_to_bytes, short
+from protocols.manifest.messages import FileRef, Manifest
+
+LAST_PIN: Final = "mesh-last"  # protects copies that nobody else is sure to keep
+LOOK_SECONDS: Final = 1.0  # between looks at the mesh
+SETTLE_SECONDS: Final = 10.0  # a file must lack copies this long: nodes that start together fetch their layers first
+LATE_SECONDS: Final = 30.0  # after each, one more node makes a missing copy
+REST_SECONDS: Final = 30.0  # after a file could not be fetched
+LAST_PAUSE_SECONDS: Final = 30.0  # most between two files while somebody waits for an answer of ours
+
+_log = get_logger("replication")
+
+
+class Directory(Protocol):
+    """What replication needs of the directory of adverts."""
+
+    def live(self) -> Mapping[PeerId, Advert]: ...
+
+
+class Fetch(Protocol):
+    def __call__(self, cid: Cid, size: int) -> Awaitable[object]:
+        """Have the complete, verified file in the store."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """How many copies of the served model's files there are."""
+
+    wanted: int  # as the setting says, or as many as there are nodes
+    nodes: int
+    of_file: Mapping[Cid, int]
+
+    @property
+    def fewest(self) -> int:
+        return min(self.of_file.values(), default=0)
+
+    @property
+    def short(self) -> tuple[Cid, ...]:
+        """Files with too few copies."""
+        return tuple(cid for cid, count in self.of_file.items() if count < self.wanted)
+
+
+class ReplicationService:
+    """Makes our share of the missing copies, one file at a time."""
+
+    name = "replication"
+
+    def __init__(
+        self,
+        *,
+        us: PeerId,
+        directory: Directory,
+        release: Callable[[], tuple[Head, Manifest] | None],
+        holdings: Callable[[], tuple[Holding, ...]],
+        store: Content,
+        fetch: Fetch,
+        replicas: int,
+        loading: Callable[[], bool],
+        busy: Callable[[], bool],
+        health: Health,
+        settle_s: float = SETTLE_SECONDS,
+    ) -> None:
+        """
+        Args:
+          release: what the network serves, with its manifest.
+          holdings: what we hold now, before our advert says so.
+          replicas: copies of every file that the mesh is to keep.
+          loading: whether this node fetches layers in order to serve them, which goes first.
+          busy: whether somebody waits for tokens of ours; then we fetch half of the time at most.
+        """
+        self._us = us
+        self._directory = directory
+        self._release = release
+        self._holdings = holdings
+        self._store = store
+        self._fetch = fetch
+        self._replicas = replicas
+        self._loading = loading
+        self._busy = busy
+        self._health = health
+        self._settle_s = settle_s
+        self._short_since: dict[bytes, float] = {}
+        self._rests_until: dict[bytes, float] = {}
+        self._trouble = ""
+        self._pinned: dict[Standing, frozenset[Cid]] = {}
+        self._judged: object = None
+        self._copies: Copies | None = None
+
+    def copies(self) -> Copies | None:
+        """As last counted; None without a model."""
+        return self._copies
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Look and fetch until cancelled."""
+        task_status.started()
+        while True:
+            began = trio.current_time()
+            if not await self._turn():
+                await trio.sleep(LOOK_SECONDS)
+            elif self._busy():
+                await trio.sleep(min(LAST_PAUSE_SECONDS, trio.current_time() - began))
+
+    async def _turn(self) -> bool:
+        """Count, protect, report, and fetch one file if there is one for us; whether it was fetched."""
+        now = trio.current_time()
+        shelves = self._shelves()
+        self._protect(shelves)
+        release = self._release()
+        if release is None:
+            self._copies = None
+            self._short_since.clear()
+            self._health.clear("few-copies")
+            return False
+        files = _files_of(*release)
+        sizes = {name: file.size for name, file in files.items()}
+        count = copies(sizes, shelves)
+        self._copies = Copies(
+            min(self._replicas, len(shelves)), len(shelves), {file.cid: count[name] for name, file in files.items()}
+        )
+        short = {cid_to_bytes(cid) for cid in self._copies.short}
+        self._short_since = {name: self._short_since.get(name, now) for name in short}
+        late = {name: int((now - since) // LATE_SECONDS) for name, since in self._short_since.items()}
+        plan = assignments(sizes, shelves, self._replicas, late) if short else {}
+        self._report(release[1], files, plan)
+        if self._loading():
+            return False
+        for name in plan.get(self._us, ()):
+            settled = now - self._short_since[name] >= self._settle_s
+            if settled and now >= self._rests_until.get(name, 0.0):
+                return await self._copy(files[name], name)
+        return False
+
+    def _shelves(self) -> list[Shelf]:
+        """Who holds what. Our own part as it is, not as our last advert says."""
+        shelves = [
+            Shelf(peer, _names(advert.holdings), advert.disk_free_bytes, steady="battery" not in advert.tags)
+            for peer, advert in self._directory.live().items()
+            if peer != self._us and not (advert.serving is not None and advert.serving.state == DRAINING)
+        ]
+        ours = _names(self._holdings())
+        me = self._directory.live().get(self._us)
+        battery = me is not None and "battery" in me.tags
+        return [*shelves, Shelf(self._us, ours, self._store.usage().room_bytes, steady=not battery)]
+
+    def _protect(self, shelves: list[Shelf]) -> None:
+        """Pin what must not be evicted here: it outlives a restart, when we know of nobody yet."""
+        holders = [(shelf.peer, shelf.files) for shelf in shelves]
+        if holders == self._judged:
+            return
+        self._judged = holders
+        pins: dict[Standing, set[Cid]] = {Standing.LAST: set(), Standing.SPARE: set(), Standing.FREE: set()}
+        for name in shelves[-1].files:
+            others = [peer for peer, files in holders if peer != self._us and name in files]
+            pins[standing(name, self._us, others, self._replicas)].add(cid_from_bytes(name))
+        for kind, pin in ((Standing.LAST, LAST_PIN), (Standing.SPARE, SPARE_PIN)):
+            if self._pinned.get(kind) != frozenset(pins[kind]):
+                self._store.pin_only(pin, pins[kind])
+                self._pinned[kind] = frozenset(pins[kind])
+
+    async def _copy(self, file: FileRef, name: bytes) -> bool:
+        """Fetch one file. What goes wrong is shown and tried again later."""
+        try:
+            await self._fetch(file.cid, file.size)
+        except (TransientError, Declined, FatalError, ProtocolError) as error:
+            self._trouble = str(error)
+            rest = [name]
+            if isinstance(error, DiskError):
+                rest = list(self._short_since)  # nor will another file find room
+            elif not isinstance(error, ContentUnavailable):
+                _log.warning("copy.failed", cid=file.cid, reason=str(error))
+            until = trio.current_time() + REST_SECONDS
+            self._rests_until |= dict.fromkeys(rest, until)
+            return False
+        self._trouble = ""
+        self._rests_until.pop(name, None)
+        self._store.pin(file.cid, LAST_PIN)  # until the next look knows better
+        self._pinned.pop(Standing.LAST, None)
+        self._judged = None
+        _log.info("copy.made", cid=short(file.cid), size_bytes=file.size)
+        return True
+
+    def _report(self, manifest: Manifest, files: Mapping[bytes, FileRef], plan: Mapping[PeerId, list[bytes]]) -> None:
+        """Say so when copies are missing that nobody is about to make."""
+        assert self._copies is not None
+        planned = {name for names in plan.values() for name in names}
+        homeless = [files[name] for name in self._short_since if name not in planned]
+        if homeless:
+            missing = format_size(sum(file.size for file in homeless))
+            reason = f"no other node has room for them ({missing})"
+        else:
+            reason = self._trouble
+        if self._copies.short and reason:
+            self._health.set(
+                "few-copies",
+                count=len(self._copies.short),
+                model=manifest.name,
+                fewest=self._copies.fewest,
+                wanted=self._copies.wanted,
+                reason=reason,
+            )
+        else:
+            self._health.clear("few-copies")
+
+
+def _names(holdings: tuple[Holding, ...]) -> frozenset[bytes]:
+    return frozenset(name for holding in holdings for name in holding.cids)
+
+
+def _files_of(head: Head, manifest: Manifest) -> dict[bytes, FileRef]:
+    """What serving and asking need: binary CID -> file. The manifest itself is with everybody."""
+    variant = manifest.variants[head.variant]
+    refs = (
+        variant.graph,
+        *variant.groups(0, len(variant.layers)).values(),
+        *manifest.files.values(),
+    )
+    return {cid_to_bytes(ref.cid): ref for ref in refs}

@@ -1,0 +1,345 @@
+"""Replication: real services and stores, adverts over the in-memory network, in virtual time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from meshnode.content.blob_store import BlobStore
+from meshnode.core.errors import ContentUnavailable, DiskError
+from meshnode.core.health import Health
+from meshnode.services.inventory import InventoryService
+from meshnode.services.replication import LATE_SECONDS, SETTLE_SECONDS, ReplicationService
+from protocols.advert.messages import Head
+from protocols.ids import DAG_CBOR, Cid, PeerId, cid_to_bytes
+from protocols.manifest.messages import Architecture, FileRef, Manifest, Variant
+from tests.adverts import MANIFEST
+from tests.services.directory_mesh import Mesh, Node, open_mesh
+
+LAYERS = 8
+LAYER_BYTES = 100_000
+LEASE_SECONDS = 12.0
+SOON = SETTLE_SECONDS + 15.0
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """A small model's files."""
+    noise = random.Random(1)
+    names = ("graph", "embed", "head", "tokenizer.json", *(f"layer.{n}" for n in range(LAYERS)))
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_bytes(noise.randbytes(LAYER_BYTES))
+    return {name: folder / name for name in names}
+
+
+def manifest_of(refs: dict[str, FileRef]) -> Manifest:
+    variant = Variant(
+        name="int4",
+        kernel_class="test/1",
+        graph=refs["graph"],
+        embed=refs["embed"],
+        layers=tuple(refs[f"layer.{n}"] for n in range(LAYERS)),
+        head=refs["head"],
+        quality=None,
+    )
+    return Manifest(
+        name="tiny",
+        version="v1.0.0-0",
+        created_ms=1,
+        publisher=PeerId("publisher"),
+        architecture=Architecture(
+            family="llama",
+            layers=LAYERS,
+            hidden=64,
+            heads=4,
+            kv_heads=1,
+            head_dim=16,
+            vocab=1000,
+            context=2048,
+            bos_ids=(1,),
+            eos_ids=(2,),
+        ),
+        files={"tokenizer.json": refs["tokenizer.json"]},
+        variants={"int4": variant},
+    )
+
+
+@dataclass
+class Member:
+    node: Node
+    store: BlobStore
+    replication: ReplicationService
+    health: Health
+    fetched: list[Cid] = field(default_factory=list)
+    broken: bool = False
+    loading: bool = False
+    stopped: trio.Event = field(default_factory=trio.Event)
+
+    def holds(self, cid: Cid) -> bool:
+        return self.store.path(cid) is not None
+
+    def pinned(self, name: str) -> frozenset[Cid]:
+        return self.store.pins().get(name, frozenset())
+
+
+class World:
+    def __init__(self, mesh: Mesh, nursery: trio.Nursery, folder: Path) -> None:
+        self.mesh = mesh
+        self.nursery = nursery
+        self.folder = folder
+        self.members: list[Member] = []
+        self.sources = files_in(folder / "model")
+        self.manifest: Manifest | None = None
+
+    @property
+    def refs(self) -> list[FileRef]:
+        assert self.manifest is not None
+        variant = self.manifest.variants["int4"]
+        return [variant.graph, *variant.groups(0, LAYERS).values(), *self.manifest.files.values()]
+
+    async def join(self, number: int, *, quota: int = 1 << 30, replicas: int = 2) -> Member:
+        store = BlobStore(self.folder / f"store-{number}", quota)
+        node = await self.mesh.start(number, roles=("serve", "publish"), disk_free_bytes=store.usage().room_bytes)
+        await self.mesh.full(*(member.node for member in self.members), node)
+        store.put_block(b"a manifest", DAG_CBOR)
+        inventory = InventoryService(node.directory, store, lambda _: self._opened())
+        replication = ReplicationService(
+            us=node.peer,
+            directory=node.directory,
+            release=lambda: self._released(node),
+            holdings=inventory.holdings,
+            store=store,
+            fetch=lambda cid, size: self._fetch(member, cid, size),
+            replicas=replicas,
+            loading=lambda: member.loading,
+            busy=lambda: False,
+            health=node.health,
+        )
+        member = Member(node, store, replication, node.health)
+        self.members.append(member)
+        self.nursery.start_soon(self._run, member, inventory)
+        return member
+
+    async def _run(self, member: Member, inventory: InventoryService) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(inventory.run)
+            nursery.start_soon(member.replication.run)
+            await member.node.ended.wait()
+            nursery.cancel_scope.cancel()
+        member.stopped.set()
+
+    def publish(self, member: Member) -> None:
+        refs = {}
+        for name, path in self.sources.items():
+            cid = member.store.add_file(path, pin=str(MANIFEST))
+            refs[name] = FileRef(cid=cid, size=path.stat().st_size)
+        self.manifest = manifest_of(refs)
+        member.node.directory.publish_head(name="tiny", version="v1.0.0-0", manifest=MANIFEST, variant="int4")
+
+    def _opened(self) -> Manifest:
+        assert self.manifest is not None
+        return self.manifest
+
+    def _released(self, node: Node) -> tuple[Head, Manifest] | None:
+        head = node.directory.head()
+        return None if head is None or self.manifest is None else (head, self.manifest)
+
+    async def _fetch(self, member: Member, cid: Cid, size: int) -> None:
+        """What the content service does, without blocks: copy from a living provider."""
+        await trio.sleep(0.05)
+        providers = set(member.node.directory.providers(cid))
+        for other in self.members:
+            path = other.store.path(cid)
+            if other.node.peer in providers and path is not None and not member.broken:
+                member.store.add_file(path, pin="arriving")
+                member.store.unpin("arriving")
+                member.fetched.append(cid)
+                return
+        raise ContentUnavailable(f"nobody gives {cid}", cid=cid)
+
+    async def kill(self, member: Member) -> None:
+        self.members.remove(member)
+        await member.node.stop()
+        await member.stopped.wait()
+        member.store.close()
+
+    def copies(self) -> list[int]:
+        return [sum(member.holds(ref.cid) for member in self.members) for ref in self.refs]
+
+    async def until(self, check: Callable[[], bool], within: float) -> None:
+        with trio.fail_after(within):
+            while not check():  # noqa: ASYNC110 virtual time; no event tells what is on all disks
+                await trio.sleep(0.5)
+
+
+@asynccontextmanager
+async def open_world(rng: random.Random, folder: Path) -> AsyncIterator[World]:
+    async with open_mesh(rng) as mesh, trio.open_nursery() as nursery:
+        made = World(mesh, nursery, folder)
+        yield made
+        nursery.cancel_scope.cancel()
+    for member in made.members:
+        member.store.close()
+
+
+async def test_every_file_gets_its_second_copy_and_no_third(
+    autojump_clock: MockClock, rng: random.Random, tmp_path: Path
+) -> None:
+    async with open_world(rng, tmp_path) as world:
+        members = [await world.join(n) for n in (1, 2, 3, 4)]
+        world.publish(members[0])
+        await world.until(lambda: min(world.copies()) == 2, SOON)
+        await trio.sleep(3 * LATE_SECONDS)
+        assert set(world.copies()) == {2}
+        assert sum(len(member.fetched) for member in members) == len(world.refs)
+        assert sum(bool(member.fetched) for member in members) == 3, "the others share the work"
+        for member in members:
+            counted = member.replication.copies()
+            assert counted is not None
+            assert (counted.wanted, counted.fewest, counted.short) == (2, 2, ())
+            assert not [w for w in member.health.current() if w.code == "few-copies"]
+
+
+async def test_more_copies_where_the_setting_says_so_but_not_more_than_nodes(
+    autojump_clock: MockClock, rng: random.Random, tmp_path: Path
+) -> None:
+    async with open_world(rng, tmp_path) as world:
+        members = [await world.join(n, replicas=5) for n in (1, 2, 3)]
+        world.publish(members[0])
+        await world.until(lambda: min(world.copies()) == 3, SOON)
+        counted = members[0].replication.copies()
+        assert counted is not None
+        assert counted.wanted == 3
+
+
+async def test_the_copies_of_a_dead_node_are_made_again(
+    autojump_clock: MockClock, rng: random.Random, tmp_path: Path
+) -> None:
+    async with open_world(rng, tmp_path) as world:
+        members = [await world.join(n) for n in (1, 2, 3, 4)]
+        world.publish(members[0])
+        await world.until(lambda: min(world.copies()) == 2, SOON)
+        await world.kill(members[0])
+        assert min(world.copies()) == 1
+        await world.until(lambda: min(world.copies()) == 2, LEASE_SECONDS + SOON)
+        await world.kill(members[1])
+        await world.until(lambda: min(world.copies()) == 2, LEASE_SECONDS + SOON)
+
+
+async def test_what_serving_needs_goes_first(autojump_clock: MockClock, rng: random.Random, tmp_path: Path) -> None:
+    async with open_world(rng, tmp_path) as world:
+        one, two = [await world.join(n) for n in (1, 2)]
+        two.loading = True
+        world.publish(one)
+        await trio.sleep(60)
+        assert two.fetched == []
+        two.loading = False
+        await world.until(lambda: min(world.copies()) == 2, SOON)
+
+
+async def test_the_next_in_rank_makes_the_copy_of_a_node_that_does_not(
+    autojump_clock: MockClock, rng: random.Random, tmp_path: Path
+) -> None:
+    async with open_world(rng, tmp_path) as world:
+        members = [await world.join(n) for n in (1, 2, 3)]
+        members[1].broken = True
+        world.publish(members[0])
+        await trio.sleep(SOON)
+        assert min(world.copies()) == 1, "some files were to go to the broken one"
+        await world.until(lambda: min(world.copies()) == 2, 2 * LATE_SECONDS)
+        assert members[1].fetched == []
+
+
+async def test_a_mesh_without_room_says_so_and_takes_the_next_node(
+    autojump_clock: MockClock, rng: random.Random, tmp_path: Path
+) -> None:
+    async with open_world(rng, tmp_path) as world:
+        one = await world.join(1)
+        await world.join(2, quota=3 * LAYER_BYTES + 1000)
+        world.publish(one)
+        await trio.sleep(SETTLE_SECONDS + 90)
+        assert sorted(world.copies()) == [1] * 9 + [2] * 3
+        warnings = [w.text for w in one.health.current() if w.code == "few-copies"]
+        assert len(warnings) == 1
+        assert "9 files of tiny" in warnings[0]
+        assert "no other node has room for them (900kB)" in warnings[0]
+        await world.join(3)
+        await world.until(lambda: min(world.copies()) == 2, SOON)
+        await trio.sleep(2)
+        assert not [w for w in one.health.current() if w.code == "few-copies"]
+
+
+async def test_a_node_alone_has_nothing_to_do_and_keeps_everything(
+    autojump_clock: MockClock, rng: random.Random, tmp_path: Path
+) -> None:
+    async with open_world(rng, tmp_path) as world:
+        one = await world.join(1)
+        world.publish(one)
+        await trio.sleep(120)
+        assert not one.health.current()
+        assert {ref.cid for ref in world.refs} <= one.pinned("mesh-last")
+
+
+async def test_a_full_disk_never_takes_the_last_copy(
+    autojump_clock: MockClock, rng: random.Random, tmp_path: Path
+) -> None:
+    """One of two holders needs room: what the other is sure to keep may go, nothing else."""
+    async with open_world(rng, tmp_path) as world:
+        one = await world.join(1)
+        two = await world.join(2, quota=(len(world.sources) + 1) * LAYER_BYTES + 1000)
+        world.publish(one)
+        await world.until(lambda: min(world.copies()) == 2, SOON)
+        await trio.sleep(2)  # the pins follow
+        files = {ref.cid for ref in world.refs}
+        last, spare = two.pinned("mesh-last") & files, two.pinned("mesh-spare") & files
+        assert last and spare
+        assert last | spare == files
+        assert not last & spare
+        await world.kill(one)  # and before anybody notices:
+        source = tmp_path / "more"
+        source.write_bytes(random.Random(2).randbytes(3 * LAYER_BYTES))
+        two.store.add_file(source, pin="mine")
+        assert all(two.holds(cid) for cid in last)
+        assert sum(not two.holds(cid) for cid in spare) == 2, "as many as were needed"
+        source.write_bytes(random.Random(3).randbytes(len(world.sources) * LAYER_BYTES))
+        with pytest.raises(DiskError, match="the last copy in the mesh"):
+            two.store.add_file(source, pin="mine")
+        assert all(two.holds(cid) for cid in last)
+
+
+async def test_protection_outlives_a_restart(autojump_clock: MockClock, rng: random.Random, tmp_path: Path) -> None:
+    async with open_world(rng, tmp_path) as world:
+        one, two = [await world.join(n) for n in (1, 2)]
+        world.publish(one)
+        await world.until(lambda: min(world.copies()) == 2, SOON)
+        await trio.sleep(2)
+        last = two.pinned("mesh-last") & {ref.cid for ref in world.refs}
+        await world.kill(two)
+        again = BlobStore(tmp_path / "store-2", 1)
+        source = tmp_path / "more"
+        source.write_bytes(b"x" * 1000)
+        with pytest.raises(DiskError):
+            again.add_file(source, pin="mine")
+        assert all(again.path(cid) is not None for cid in last)
+        again.close()
+
+
+async def test_every_copy_is_advertised(autojump_clock: MockClock, rng: random.Random, tmp_path: Path) -> None:
+    async with open_world(rng, tmp_path) as world:
+        one, two = [await world.join(n) for n in (1, 2)]
+        world.publish(one)
+        await world.until(lambda: min(world.copies()) == 2, SOON)
+        await one.node.until(
+            lambda directory: (
+                {name for holding in directory.live()[two.node.peer].holdings for name in holding.cids}
+                >= {cid_to_bytes(ref.cid) for ref in world.refs}
+            ),
+            5,
+        )
