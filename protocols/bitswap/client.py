@@ -17,6 +17,7 @@ from itertools import islice
 from typing import Final
 
 from protocols.bitswap.messages import Buffer, Entry, Message, PresenceType, WantType
+from protocols.bitswap.spread import Spread
 from protocols.ids import PeerId
 
 START_WINDOW_BYTES: Final = 4 << 20
@@ -47,6 +48,13 @@ class PeerUp:
 @dataclass(frozen=True, slots=True)
 class PeerDown:
     """The stream is gone; what the peer owes is asked elsewhere."""
+
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """The peer is gone, and it is nobody whom we ask for blocks: nothing about it is kept."""
 
     peer: PeerId
 
@@ -113,7 +121,7 @@ class Tick:
     """Nothing happened until `deadline`."""
 
 
-Event = PeerUp | PeerDown | Want | Offer | Close | Progress | Arrived | Found | Misbehaved | Tick
+Event = PeerUp | PeerDown | Forget | Want | Offer | Close | Progress | Arrived | Found | Misbehaved | Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +208,7 @@ class Client:
         self._peers: dict[PeerId, _Peer] = {}
         self._sessions: dict[int, _Session] = {}
         self._wants: dict[bytes, _Want] = {}
+        self._spread = Spread()
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take one event at `now` (monotonic seconds); return what to do, in this order."""
@@ -210,6 +219,10 @@ class Client:
                 self._peer_up(peer, now)
             case PeerDown(peer):
                 self._release(peer, forget=True)
+            case Forget(peer):
+                self._release(peer, forget=True)
+                self._peers.pop(peer, None)
+                self.banned.pop(peer, None)
             case Want(session, blocks):
                 self._want(session, blocks)
             case Offer(session, peers, certain):
@@ -276,6 +289,7 @@ class Client:
         state.fresh = True
         state.lacked = False
         state.lacks.clear()
+        self._spread.changed()
 
     def _release(self, peer: PeerId, *, forget: bool) -> None:
         """Put everything that a peer owes back to the front of the queues."""
@@ -293,6 +307,7 @@ class Client:
         state.haves.clear()
         state.owed_bytes = 0
         if forget:
+            self._spread.changed()
             state.up = False
             state.rate = 0.0
             state.window = START_WINDOW_BYTES
@@ -364,6 +379,7 @@ class Client:
             state.strikes = 0
             state.rests_until = 0.0
             self._measure(state, len(data), now)
+            self._spread.arrived(len(data))
             want = self._wants.get(cid)
             if want is None:
                 self.wasted_bytes += len(data)
@@ -435,10 +451,11 @@ class Client:
             for peer, state in self._peers.items()
             if state.ready(now) and state.owed_bytes <= state.window // 2 and self._wants
         ]
+        favoured = self._favoured(now) if hungry else {}
         while hungry:
             still = []
             for peer in hungry:
-                entry = self._next_for(peer, now)
+                entry = self._next_for(peer, favoured, now)
                 if entry is not None:
                     entries.setdefault(peer, []).append(entry)
                     state = self._peers[peer]
@@ -451,13 +468,38 @@ class Client:
                 out.append(Send(peer, Message(entries=tuple(wishes), full=state.fresh)))
                 state.fresh = False
 
-    def _next_for(self, peer: PeerId, now: float) -> Entry | None:
+    def _favoured(self, now: float) -> dict[int, set[PeerId]]:
+        """Which peers each session asks now: no more than the spread allows, the fastest first.
+
+        A peer that lacks blocks is asked besides: it can't take the place of one that has them all.
+        """
+        sure = {
+            number: [peer for peer, certain in session.peers.items() if certain and self._ready(peer, now)]
+            for number, session in self._sessions.items()
+        }
+        owed = sum(state.owed_bytes for state in self._peers.values())
+        self._spread.decide(now, len(set().union(*sure.values())), owed)
+        out = {}
+        for number, peers in sure.items():
+            whole = [peer for peer in peers if not self._peers[peer].lacks]
+            whole.sort(key=lambda peer: (not self._peers[peer].owes, -self._peers[peer].rate))
+            out[number] = {peer for peer in peers if self._peers[peer].lacks} | set(whole[: self._spread.width])
+        return out
+
+    def _ready(self, peer: PeerId, now: float) -> bool:
+        return peer in self._peers and self._peers[peer].ready(now)
+
+    def _next_for(self, peer: PeerId, favoured: dict[int, set[PeerId]], now: float) -> Entry | None:
         """The next thing to ask from a peer; it is marked as asked."""
         state = self._peers[peer]
+        spared = False
         for number in list(self._sessions):
             session = self._sessions[number]
             certain = session.peers.get(peer)
             if certain is None or not session.queue:
+                continue
+            if certain and peer not in favoured[number]:
+                spared = True
                 continue
             self._sessions[number] = self._sessions.pop(number)  # the next block is another session's turn
             cid = next((cid for cid in session.queue if state.lacks.get(cid, 0.0) <= now), None)
@@ -472,7 +514,7 @@ class Client:
                 self._expect(state, cid)  # small blocks come instead of a HAVE
                 return Entry(cid=cid, want_type=WantType.HAVE, send_dont_have=True)
             return self._assign(peer, state, cid, now)
-        return self._end_game(peer, state, now)
+        return None if spared else self._end_game(peer, state, now)
 
     def _start(self, state: _Peer, now: float) -> None:
         if not state.owes and not state.haves:
@@ -530,4 +572,6 @@ class Client:
                 times.extend(t for t in (state.rests_until, *state.lacks.values()) if t > now)
         if self._wants and sum(1 for state in self._peers.values() if state.up) > 1:
             times.append(now + END_GAME_SECONDS)
+            if self._spread.deadline > now:
+                times.append(self._spread.deadline)
         self.deadline = max(now, min(times)) if times else None

@@ -72,10 +72,24 @@ def test_first_window_is_asked_in_order_and_marked_full() -> None:
     assert sent[0].message.full and all(e.send_dont_have for e in sent[0].message.entries)
 
 
-def test_distinct_blocks_spread_over_peers() -> None:
-    _, out = start(A, B)
-    assert asked(out, A) == [0, 2, 4, 6]
-    assert asked(out, B) == [1, 3, 5, 7]
+def test_a_further_peer_is_asked_for_other_blocks_when_the_first_brings_little() -> None:
+    client, out = start(A, B)
+    assert (asked(out, A), asked(out, B)) == ([0, 1, 2, 3], [])
+    assert client.deadline is not None and client.deadline < 0.1
+    out = client.handle(Tick(), client.deadline)
+    assert (asked(out, A), asked(out, B)) == ([], [4, 5, 6, 7])
+
+
+def test_a_peer_that_is_spared_is_not_asked_for_what_another_owes() -> None:
+    client, out = start(A, B, blocks=400)
+    owed, now, got = asked(out, A), 0.0, 0
+    while now < 0.04:
+        now += 0.003
+        got += 1
+        out = deliver(client, A, owed.pop(0), now)
+        owed += asked(out, A)
+        assert asked(out, B) == []
+    assert got > 10
 
 
 def test_window_follows_the_measured_rate() -> None:
@@ -99,7 +113,7 @@ def test_window_follows_the_measured_rate() -> None:
 
 def test_dont_have_is_asked_elsewhere_and_cancelled_when_it_came() -> None:
     client, out = start(A, B, blocks=2)
-    assert (asked(out, A), asked(out, B)) == ([0], [1])
+    assert (asked(out, A), asked(out, B)) == ([0, 1], [])
     out = client.handle(Arrived(A, [], [(cid(0), PresenceType.DONT_HAVE)]), 0.1)
     assert asked(out, B) == [0]
     out = deliver(client, B, 0, 0.2)
