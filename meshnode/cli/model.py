@@ -29,7 +29,7 @@ VARIANTS: Final = ("int4", "int8", "fp32")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     add = actions.add_parser(
-        "add", help="publish a Hugging Face folder, a GGUF file, or example:smollm2; fetch a CID"
+        "add", help="publish a Hugging Face folder, a GGUF file or example:smollm2; or fetch a CID"
     )
     add.add_argument("source", metavar="PATH_OR_PACKAGE_OR_CID")
     add.add_argument("--variant", action="append", choices=VARIANTS, help="precision; repeatable (default int4)")

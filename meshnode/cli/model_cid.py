@@ -49,7 +49,7 @@ def add_by_cid(arguments: argparse.Namespace, cid: Cid) -> int:
 
     if arguments.name or arguments.release_version:
         raise ConfigError(
-            "a model that is added by its CID keeps its name and version; leave out --name and the like"
+            "a model that is added by its CID keeps the name and version of its manifest"
         )
     variants: list[str] = arguments.variant or [""]
     if len(variants) > 1:

@@ -76,7 +76,7 @@ def test_from_one_device_to_another(place: Place, tmp_path: Path) -> None:
     assert verified.code == 0 and f"{len(there) - 1} files are as they were published" in verified.out
     assert place.cid in meshnode("model", "list", folder=tmp_path).out
     with Database(Paths(tmp_path).state) as database:
-        waiting = releases.take_waiting(database)
+        waiting = releases.waiting(database)
     assert waiting is not None and waiting[0] == place.cid
     again = tmp_path / "again.car"
     assert meshnode("model", "export", place.cid, "--car", again, folder=tmp_path).code == 0
