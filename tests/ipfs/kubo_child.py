@@ -63,6 +63,10 @@ class Kubo:
         """0 when the whole file was fetched and written."""
         return int(self._lib.Download(self._repo, cid.encode(), path.encode()))
 
+    def pin(self, cid: str) -> int:
+        """Fetches and keeps everything that can be reached from this block: 0 when all of it is here."""
+        return int(self._lib.PinCID(self._repo, cid.encode()))
+
     def connect(self, address: str) -> int:
         return int(self._lib.ConnectToPeer(self._repo, address.encode()))
 
