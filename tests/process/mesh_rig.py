@@ -26,6 +26,7 @@ CONTEXT = 4096
 WORDS = 256
 QUESTION: Json = {"do": "generate", "token_ids": [5, 6, 7], "max_tokens": 12, "temperature": 0.0}
 ENDLESS: Json = {**QUESTION, "max_tokens": 2000}  # takes long enough to be interrupted
+NO_COPIES = (("content.replicas", 1),)  # where a test counts what serving alone fetches
 READY_SECONDS = 60.0  # generous: the machine may be busy with other things
 
 

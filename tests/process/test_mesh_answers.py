@@ -14,7 +14,7 @@ from meshnode.harness.receipt import question
 from protocols.ids import Cid
 from protocols.manifest.codec import open_manifest
 from protocols.manifest.messages import Manifest
-from tests.process.mesh_rig import LAYERS, QUESTION, mesh_of, meshnode, serving, small_model, tokens_of
+from tests.process.mesh_rig import LAYERS, NO_COPIES, QUESTION, mesh_of, meshnode, serving, small_model, tokens_of
 
 pytestmark = [pytest.mark.net, pytest.mark.process]
 
@@ -24,7 +24,7 @@ SAMPLED = {**QUESTION, "max_tokens": 40, "temperature": 0.8, "top_p": 0.9, "seed
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     folder = tmp_path_factory.mktemp("thirds")
-    with mesh_of(folder, 3, published=small_model(folder / "model")) as mesh:
+    with mesh_of(folder, 3, published=small_model(folder / "model"), settings=NO_COPIES) as mesh:
         yield mesh
 
 

@@ -14,11 +14,11 @@ from meshnode.core.paths import Paths
 from meshnode.harness.member import Member
 from meshnode.harness.mesh import QUOTA_BYTES
 from protocols.ids import DAG_CBOR, Cid, short
-from tests.process.mesh_rig import LAYERS, READY_SECONDS, Json, mesh_of, serving, small_model, tokens_of
+from tests.process.mesh_rig import LAYERS, NO_COPIES, READY_SECONDS, Json, mesh_of, serving, small_model, tokens_of
 
 pytestmark = [pytest.mark.net, pytest.mark.process]
 
-NULL = (("serve.engine", "null"),)
+NULL = (("serve.engine", "null"), *NO_COPIES)
 
 
 def hashes(folder: Path) -> set[bytes]:
@@ -68,7 +68,7 @@ def test_a_provider_with_a_damaged_disk(tmp_path: Path) -> None:
     """It is dropped and named; what it sent is not believed, and the next provider gives all."""
     published = small_model(tmp_path / "model", layer_bytes=1 << 20)
     right = hashes(published)
-    with mesh_of(tmp_path, 3, published=published, memory=("0",), wait=False) as mesh:
+    with mesh_of(tmp_path, 3, published=published, memory=("0",), wait=False, settings=NO_COPIES) as mesh:
         bad, good, third = mesh.members
         for member in mesh.members:
             status = member.wait_for(lambda s: s["model"] is not None, READY_SECONDS, "the manifest")
@@ -105,7 +105,7 @@ def test_a_transfer_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     size = sum(
         file.stat().st_size for file in published.iterdir() if file.name.startswith(("layer", "graph", "head"))
     )
-    with mesh_of(tmp_path, 1, published=published, memory=("0",), wait=False) as mesh:
+    with mesh_of(tmp_path, 1, published=published, memory=("0",), wait=False, settings=NO_COPIES) as mesh:
         provider = mesh.members[0]
         fetcher = mesh.add("1GB", NULL)
 

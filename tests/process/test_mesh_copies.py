@@ -1,0 +1,47 @@
+"""Copies of the model's files in a mesh of real processes: made, counted, and made again when a device dies."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from meshnode.cli.status import words
+from meshnode.core.paths import Paths
+from tests.process.mesh_rig import LAYERS, READY_SECONDS, Json, mesh_of, small_model, tokens_of
+
+pytestmark = [pytest.mark.net, pytest.mark.process]
+
+
+def enough(nodes: int) -> Callable[[Json], bool]:
+    def check(status: Json) -> bool:
+        copies = status["copies"]
+        return copies is not None and copies["nodes"] == nodes and copies["fewest"] >= 2 and not copies["short"]
+
+    return check
+
+
+def test_every_layer_has_two_copies_and_has_them_again_after_a_death(tmp_path: Path) -> None:
+    published = small_model(tmp_path / "model")
+    with mesh_of(tmp_path, 3, published=published, memory=("1GB",)) as mesh:
+        publisher, *others = mesh.members
+        right = tokens_of(publisher)
+        for member in mesh.members:
+            status = member.wait_for(enough(3), READY_SECONDS, "two copies of every file")
+        assert set(status["copies"]["groups"]) == {"embed", "head", *(f"layer.{n}" for n in range(LAYERS))}
+        assert "copies: 2 or more of every file" in words(status)
+        held = [{path.name for path in (Paths(member.folder).content / "files").iterdir()} for member in others]
+        files = {path.name for path in (Paths(publisher.folder).content / "files").iterdir()}
+        assert held[0] | held[1] == files, "the publisher is not needed any more"
+
+        publisher.signal(signal.SIGKILL)
+        publisher.wait_stopped()
+        for member in others:
+            status = member.wait_for(enough(2), 2 * READY_SECONDS, "two copies of every file again")
+        for member in others:
+            member.wait_ready(READY_SECONDS)
+            assert tokens_of(member) == right
+            assert {path.name for path in (Paths(member.folder).content / "files").iterdir()} == files
+            assert member.status()["content"]["cold_bytes"] == 0
