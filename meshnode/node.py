@@ -139,13 +139,15 @@ class Node:
         ipfs = IpfsApi(config.content.ipfs_api, self.health) if config.content.ipfs_api else None
         gateways = [Gateway(url, self.health) for url in config.content.gateways]
         self.sources: tuple[Source, ...] = (*gateways,) if ipfs is None else (ipfs, *gateways)
+        outside = Outside(self.sources) if self.sources else None
         self.content = ContentService(
             self.host,
             self.store,
             self.directory.providers,
             guests=self.guests.peers,
             share_with_guests=config.content.share == "guests",
-            outside=Outside(self.sources).block if self.sources else None,
+            outside=None if outside is None else outside.block,
+            tree_outside=None if outside is None else outside.tree,
         )
         self.daemon = None if ipfs is None else self._look_after(ipfs)
         self.pipes = Pipes(self.host)

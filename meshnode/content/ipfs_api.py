@@ -16,14 +16,16 @@ import os
 import re
 import secrets
 from collections.abc import AsyncIterable, AsyncIterator, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Final
 
 import trio
 
-from meshnode.content.http_reply import HttpTrouble, Reply, ask, http_client
-from meshnode.content.outside import SourceFailed
+from meshnode.content.car_tree import BEGIN_SECONDS, take_tree
+from meshnode.content.http_reply import HttpTrouble, Reply, ask, http_client, opened
+from meshnode.content.outside import SourceFailed, Take
 from meshnode.core.errors import ContentUnavailable, ModelError, TransientError
 from meshnode.core.health import Health
 from meshnode.net.addresses import parse_address
@@ -164,6 +166,32 @@ class IpfsApi:
             raise self._failed(f"it can't read blocks: {error}") from error
         self._well()
         return reply.body
+
+    async def tree(self, root: Cid, size: int, take: Take) -> None:
+        """Hand over the blocks of a file while the daemon exports it. See the port."""
+        await self._be_fit()
+        seconds = self._block_seconds + self._margin_seconds
+        begin = min(seconds, BEGIN_SECONDS)
+        try:
+            async with AsyncExitStack() as stack:
+                with trio.fail_after(begin):
+                    answer = await stack.enter_async_context(
+                        opened(
+                            self._client,
+                            "POST",
+                            f"{self._url}/dag/export",
+                            params={"arg": root, "progress": "false"},
+                        )
+                    )
+                if answer.status != 200:
+                    with trio.fail_after(begin):
+                        self._accept(Reply(answer.status, await answer.whole(MAX_JSON_BYTES)))
+                await take_tree(self.name, answer, root, size, take, seconds)
+        except (HttpTrouble, trio.TooSlowError, DaemonRefused, SourceFailed) as error:
+            # It may be looking for blocks that it lacks, so that this is no reason for alarm.
+            why = str(error) or f"nothing came for {begin:g} s"
+            raise ContentUnavailable(f"{self.name} does not export {root}: {why}", cid=root) from error
+        self._well()
 
     async def add(self, source: Path, *, pin: bool = True) -> Cid:
         """Give the daemon a copy of a file. Returns its CID, which is computed here while it is sent.

@@ -6,8 +6,8 @@ Nothing here is trusted: `Outside.block` hashes what a source gave before anybod
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Final, Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, Protocol, TypeVar
 
 import trio
 
@@ -16,6 +16,9 @@ from meshnode.core.log import get_logger
 from meshnode.core.service import Service
 from protocols.bitswap.messages import MAX_BLOCK_BYTES
 from protocols.ids import Cid, cid_matches, short
+
+Result = TypeVar("Result")
+Take = Callable[[bytes, bytes], Awaitable[None]]  # (binary CID, verified block)
 
 FIRST_REST_SECONDS: Final = 5.0  # for a source that failed; doubles with each further failure
 LAST_REST_SECONDS: Final = 300.0
@@ -37,6 +40,13 @@ class Source(Service, Protocol):
 
         Raises ContentUnavailable (it does not have the block), SourceFailed (it can't be used now).
         If cancelled: the request is dropped.
+        """
+
+    async def tree(self, root: Cid, size: int, take: Take) -> None:
+        """Hand over the blocks of a file of `size` bytes in one go, parents first, each verified.
+
+        Raises ContentUnavailable (it does not have all of them or can't do this), SourceFailed, WrongBlock.
+        If cancelled: what was taken stays taken.
         """
 
     def lied(self, cid: Cid) -> None:
@@ -71,13 +81,46 @@ class Outside:
 
         Raises ContentUnavailable, which says what every source answered. If cancelled: nothing was kept.
         """
+
+        async def ask(source: Source) -> bytes:
+            block = verified(source.name, cid, await source.block(cid))
+            self.bytes_from[source.name] += len(block)
+            return block
+
+        return await self._first(cid, ask, lambda: False)
+
+    async def tree(self, root: Cid, size: int, take: Take) -> None:
+        """The verified blocks of a whole file, parents first, from the first source that gives them in one go.
+
+        Raises ContentUnavailable: some or all are still missing; ask for them one by one. A further source is
+        only asked while none has come, for it would send everything again. If cancelled: what was taken stays.
+        """
+        taken = 0
+
+        async def ask(source: Source) -> None:
+            async def count(cid: bytes, data: bytes) -> None:
+                nonlocal taken
+                taken += 1
+                self.bytes_from[source.name] += len(data)
+                await take(cid, data)
+
+            await source.tree(root, size, count)
+
+        await self._first(root, ask, lambda: taken > 0)
+
+    async def _first(
+        self, cid: Cid, ask: Callable[[Source], Awaitable[Result]], enough: Callable[[], bool]
+    ) -> Result:
+        """What the first source gives that does; after a failure the others are asked unless that is `enough`."""
         words = []
         for source in tuple(self._sources):
+            if enough():
+                break
             if trio.current_time() < self._rests_until.get(source.name, 0.0):
                 words.append(f"{source.name} failed a moment ago")
                 continue
             try:
-                block = verified(source.name, cid, await source.block(cid))
+                result = await ask(source)
             except WrongBlock as error:
                 self._drop(source, cid)
                 words.append(str(error))
@@ -88,8 +131,7 @@ class Outside:
                 words.append(f"{source.name} does not have it")
             else:
                 self._prefer(source)
-                self.bytes_from[source.name] += len(block)
-                return block
+                return result
         said = "; ".join(words) or "no source is left to ask"
         raise ContentUnavailable(f"no source outside the mesh gave {cid}: {said}", cid=cid)
 

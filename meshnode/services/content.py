@@ -17,6 +17,7 @@ from typing import Final, TypeVar, TypeVarTuple, Unpack
 import trio
 
 from meshnode.content.outbox import Outbox
+from meshnode.content.outside import Take
 from meshnode.content.port import Partial, Store
 from meshnode.core.errors import ContentUnavailable, Declined, DiskError, PeerUnreachable
 from meshnode.core.log import get_logger
@@ -37,12 +38,14 @@ from protocols.bitswap.messages import (
 )
 from protocols.bitswap.server import Answer, Server
 from protocols.errors import LocalProtocolError, MeshError, RemoteProtocolError
-from protocols.ids import Cid, PeerId, cid_codec, cid_from_bytes, cid_to_bytes, short
+from protocols.ids import DAG_PB, Cid, PeerId, cid_codec, cid_from_bytes, cid_to_bytes, short
 
 PATIENCE_SECONDS: Final = 30.0  # without one verified block, until a fetch gives up
 OFFER_SECONDS: Final = 0.5  # how often a fetch looks for new providers
 OUTSIDE_SECONDS: Final = 3.0  # without a block from a peer, until sources outside the mesh are asked
 OUTSIDE_BLOCKS: Final = 4  # asked from outside at once, per fetch
+TREE_BYTES: Final = 4 << 20  # a file of this size is asked from outside in one go at first
+TREE_SHARE: Final = 0.75  # if so much of it is missing: all of it will come
 GUEST_SECONDS: Final = 1.5  # a fetch that got no block from members for so long asks guests
 OPEN_SECONDS: Final = 15.0  # a stream to a connected peer; its own connection for bulk may have to be made
 FIRST_PAUSE_SECONDS: Final = 0.2  # between attempts to open a stream; doubles
@@ -62,14 +65,42 @@ Args = TypeVarTuple("Args")
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]  # (bytes verified and written, bytes in all)
 FromOutside = Callable[[Cid], Awaitable[bytes]]  # one verified block; raises ContentUnavailable
+TreeFromOutside = Callable[[Cid, int, Take], Awaitable[None]]  # (root, bytes of the file, taker); raises the same
 
 
 class _Search:
     """What one session looks for outside the mesh."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: Cid, size: int) -> None:
+        self.root = root
+        self.size = size  # bytes of the file; 0: a block of its own
+        self.done = 0  # bytes of it that are here
         self.scope = trio.CancelScope()
         self.trouble = ""
+        self._delivered = 0
+        self._settled = 0
+        self._changed = trio.Event()
+
+    def deliver(self) -> None:
+        """A block is on its way to the disk."""
+        self._delivered += 1
+
+    @property
+    def worth_a_tree(self) -> bool:
+        return self.size >= TREE_BYTES and self.size - self.done >= TREE_SHARE * self.size
+
+    def settle(self, blocks: int, done: int) -> None:
+        """So many were written, and it is known what they lead to; `done`: bytes of the file that are here."""
+        self._settled += blocks
+        self.done = done
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def wait_settled(self) -> None:
+        """Wait for all that were delivered until now."""
+        target = self._delivered
+        while self._settled < target:
+            await self._changed.wait()
 
 
 class _Fetch:
@@ -101,6 +132,7 @@ class ContentService:
         guests: Sequence[PeerId] = (),
         share_with_guests: bool = False,
         outside: FromOutside | None = None,
+        tree_outside: TreeFromOutside | None = None,
     ) -> None:
         """
         Args:
@@ -109,6 +141,7 @@ class ContentService:
           share_with_guests: whether guests get our blocks; else it looks to them as if we held none.
           patience: seconds without a verified block until a fetch gives up.
           outside: gives single blocks from outside the mesh; asked for what no peer gives.
+          tree_outside: hands over all blocks of a file from there, parents first; asked before single blocks.
         """
         self._host = host
         self._store = store
@@ -128,6 +161,7 @@ class ContentService:
         self._last_block = float("-inf")  # when the last verified block came, for any fetch
         self._fed: dict[int, float] = {}  # session -> when a peer gave its last verified block, or when it began
         self._outside = outside
+        self._tree_outside = tree_outside
         self._searches: dict[int, _Search] = {}  # by session
         self._sleeping_until: float | None = None
         self._poke = trio.Event()
@@ -252,7 +286,7 @@ class ContentService:
         partial = await self._open_partial(fetch)
         if isinstance(partial, Path):
             return partial
-        session, inbox = self._open_session(fetch.cid)
+        session, inbox = self._open_session(fetch.cid, fetch.size, partial.done_bytes)
         try:
             await self._handle(asking.Want(session, partial.wanted()))
             while not partial.complete:
@@ -271,6 +305,8 @@ class ContentService:
                 if self._server.added([name for cid, _ in batch for name in spellings(cid)]):
                     self._turn.set()
                 await self._handle(asking.Want(session, wanted))
+                if session in self._searches:
+                    self._searches[session].settle(len(batch), partial.done_bytes)
                 for watcher in fetch.watchers:
                     watcher(partial.done_bytes, fetch.size)
             path = await self._in_thread(partial.finish)
@@ -288,13 +324,16 @@ class ContentService:
             except Declined:
                 await trio.sleep(BUSY_SECONDS)
 
-    def _open_session(self, cid: Cid) -> tuple[int, trio.MemoryReceiveChannel[tuple[bytes, Buffer]]]:
+    def _open_session(
+        self, cid: Cid, size: int = 0, done: int = 0
+    ) -> tuple[int, trio.MemoryReceiveChannel[tuple[bytes, Buffer]]]:
         session = next(self._numbers)
         self._inboxes[session], inbox = trio.open_memory_channel[tuple[bytes, Buffer]](INBOX_BLOCKS)
         self._fed[session] = trio.current_time()
         self._spawn(self._offer, session, cid)
         if self._outside is not None:
-            search = self._searches[session] = _Search()
+            search = self._searches[session] = _Search(cid, size)
+            search.done = done
             self._spawn(self._look_outside, session, search, self._outside)
         return session, inbox
 
@@ -334,6 +373,8 @@ class ContentService:
     async def _look_outside(self, session: int, search: _Search, outside: FromOutside) -> None:
         """As long as no peer gives a block: fetch what is asked from none, until the session is closed."""
         with search.scope:
+            if self._tree_outside is not None:
+                await self._take_tree(session, search, self._tree_outside)
             while session in self._fed:
                 quiet = trio.current_time() - self._fed[session]
                 wanted = self._client.unasked(session, OUTSIDE_BLOCKS) if quiet >= OUTSIDE_SECONDS else ()
@@ -351,9 +392,33 @@ class ContentService:
             search.trouble = str(error)
             return
         found.append(cid)
+        await self._take_found(cid_to_bytes(cid), block)
+
+    async def _take_found(self, cid: bytes, block: bytes) -> None:
         # Other sessions may want it, too. This is short: a closed inbox takes nothing.
         with trio.CancelScope(shield=True):
-            await self._handle(asking.Found(cid_to_bytes(cid), block))
+            await self._handle(asking.Found(cid, block))
+
+    async def _take_tree(self, session: int, search: _Search, tree: TreeFromOutside) -> None:
+        """Take the whole file from outside, as long as no peer gives a block, if most of it is missing."""
+        while (quiet := trio.current_time() - self._fed[session]) < OUTSIDE_SECONDS:  # noqa: ASYNC110 - a peer's block
+            await trio.sleep(OUTSIDE_SECONDS - quiet)  # puts it off
+        if not search.worth_a_tree:
+            return
+        fed = self._fed[session]
+
+        async def take(cid: bytes, block: bytes) -> None:
+            await self._take_found(cid, block)
+            if cid[1] == DAG_PB:
+                await search.wait_settled()  # its children are not wanted before
+            if self._fed.get(session) != fed:
+                peers_give.cancel()
+
+        with trio.CancelScope() as peers_give:
+            try:
+                await tree(search.root, search.size, take)
+            except ContentUnavailable as error:
+                search.trouble = str(error)
 
     def _hopeful(self, session: int) -> bool:
         """Whether a provider owes us something and is busy with blocks for other fetches."""
@@ -393,6 +458,8 @@ class ContentService:
         inbox = self._inboxes.get(session)
         if inbox is None:
             return
+        if session in self._searches:
+            self._searches[session].deliver()
         try:
             await inbox.send((cid, data))
         except (trio.BrokenResourceError, trio.ClosedResourceError):

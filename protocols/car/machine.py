@@ -37,7 +37,7 @@ class Reader:
         try:
             return self._next()
         except RemoteProtocolError as error:
-            raise RemoteProtocolError(f"{error} (at byte {self._position})") from None
+            raise type(error)(f"{error} (at byte {self._position})") from None
 
     def finish(self) -> None:
         """The file ends here. Raises RemoteProtocolError when it ends within its header or a block."""

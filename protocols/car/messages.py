@@ -31,6 +31,10 @@ _NEW: Final = bytes((1, DAG_PB))  # before a CIDv0, it makes the CIDv1 of the sa
 _CODECS: Final = (RAW, DAG_PB, DAG_CBOR)
 
 
+class DamagedBlock(RemoteProtocolError):
+    """The bytes of a block do not have the hash in its CID: whoever made the file lies, or it was damaged since."""
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     roots: tuple[bytes, ...]  # binary CIDs, at least one
@@ -135,7 +139,8 @@ def decode_section(section: memoryview) -> Block:
     """Read a section without its length, and hash it.
 
     Raises:
-      RemoteProtocolError: a CID that can't be verified, or the bytes are not those that it names.
+      RemoteProtocolError: a CID that can't be verified.
+      DamagedBlock: the bytes are not those that it names.
     """
     old = bytes(section[: len(_OLD_HEAD)]) == _OLD_HEAD
     start = OLD_CID_BYTES if old else CID_BYTES
@@ -145,5 +150,5 @@ def decode_section(section: memoryview) -> Block:
     if len(data) > MAX_BLOCK_BYTES:
         raise RemoteProtocolError(f"a block of {len(data)} bytes, the limit is {MAX_BLOCK_BYTES}")
     if hashlib.sha256(data).digest() != cid[4:]:
-        raise RemoteProtocolError("a block is damaged: its bytes do not have the hash in its CID")
+        raise DamagedBlock("a block is damaged: its bytes do not have the hash in its CID")
     return Block(cid, data, old)
