@@ -83,8 +83,9 @@ async def published_to(there: Guest, folder: Path) -> tuple[Cid, str, list[int]]
     return manifest, str(tight_memory(facts_of(open_manifest(block), "int4"), 3)), answer
 
 
-@pytest.mark.parametrize("running", [False, True], ids=["added before the start", "added while it runs"])
-@pytest.mark.parametrize("kind", ["Kubo", "Helia"])
+@pytest.mark.parametrize(
+    ("kind", "running"), [("Kubo", False), ("Helia", True)], ids=["Kubo, before the start", "Helia, while it runs"]
+)
 async def test_three_nodes_start_from_a_manifest_cid_and_an_ipfs_node(
     tmp_path: Path, kind: str, running: bool
 ) -> None:
