@@ -22,6 +22,7 @@ from meshnode.services.generation import Receipt
 from protocols.advert.messages import Advert
 from protocols.errors import LocalProtocolError
 from protocols.ids import Cid, PeerId, short
+from protocols.manifest.codec import open_manifest
 from protocols.pipe.messages import Sampling
 
 PATIENCE_SECONDS: Final = 10.0  # a mesh that is just starting gets this long before a question is refused
@@ -41,6 +42,7 @@ class Orders:
             "generate": self._generate,
             "announce": self._announce,
             "bring": self._bring,
+            "pin": self._pin,
             "stop": self._stop,
         }
 
@@ -73,6 +75,25 @@ class Orders:
         """Fetch a manifest into the store, from members, guests or outside."""
         await self._node.content.fetch_block(Cid(str(request.get("manifest"))))
         yield {"done": True}
+
+    async def _pin(self, request: Json) -> AsyncGenerator[Json, None]:
+        """Have every file of one variant on this node, and keep it."""
+        node, cid = self._node, Cid(str(request.get("manifest")))
+        manifest = open_manifest(await node.content.fetch_block(cid))
+        variant = manifest.variants.get(str(request.get("variant")))
+        if variant is None:
+            raise Declined("no-model", f"{manifest.name} has no variant {request.get('variant')!r}")
+        groups = variant.groups(0, len(variant.layers))
+        refs = {ref.cid: ref for ref in (*manifest.files.values(), variant.graph, *groups.values())}
+        total, done = sum(ref.size for ref in refs.values()), 0
+        node.store.pin(cid, cid)
+        for ref in refs.values():
+            yield {"fetched": done, "total": total}
+            await node.content.fetch(ref.cid, ref.size)
+            node.store.pin(ref.cid, cid)
+            done += ref.size
+        yield {"fetched": total, "total": total}
+        yield {"done": {"bytes": total}}
 
     async def _generate(self, request: Json) -> AsyncGenerator[Json, None]:
         question = question_of(request)

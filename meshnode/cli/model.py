@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from meshnode.cli import client, model_car, model_cid
+from meshnode.cli import client, model_car, model_cid, model_keep
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import ask_passphrase, folder_of, settings
 from meshnode.core.config import format_size
@@ -39,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in (
         ("show", "what a model is made of, and how good its variants are"),
         ("verify", "read every file again and compare it with its CID"),
-        ("remove", "take a model out of this node"),
         ("serve", "have the network serve this model"),
     ):
         action = actions.add_parser(name, help=text)
@@ -50,12 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             action.add_argument("--json", action="store_true")
         add_data(action)
     add_data(actions.add_parser("list", help="models that this node knows"))
+    model_keep.add_actions(actions)
     model_car.add_actions(actions)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    actions = {"add": _add, "list": _list, "show": _show, "verify": _verify, "remove": _remove, "serve": _serve}
-    actions |= model_car.ACTIONS
+    actions = {"add": _add, "list": _list, "show": _show, "verify": _verify, "serve": _serve}
+    actions |= model_keep.ACTIONS | model_car.ACTIONS
     return actions[arguments.action](arguments)
 
 
@@ -269,29 +269,6 @@ def _verify(arguments: argparse.Namespace) -> int:
         )
     others = f"; {elsewhere} more are not on this node" if elsewhere else ""
     print(f"{manifest.name} {manifest.version}: {good} files are as they were published{others}.")
-    return 0
-
-
-def _remove(arguments: argparse.Namespace) -> int:
-    """Forget the release, free its files; a running node that serves it goes on until it stops."""
-    from meshnode.state import releases
-    from meshnode.state.database import Database
-
-    folder = folder_of(arguments)
-    if client.is_running(folder):
-        served = client.ask_one(folder, {"do": "status"})["model"]
-        if served is not None and arguments.model in (served["manifest"], served["name"]):
-            raise ConfigError(
-                f"The network serves {served['name']} at the moment. Have it serve another model first "
-                "(meshnode model serve NAME), or stop this node."
-            )
-    with open_store(arguments) as store:
-        cid, manifest, _ = find_release(folder, store, arguments.model)
-        store.unpin(cid)
-        freed = store.remove_unpinned()
-    with Database(Paths(folder).state) as database:
-        releases.forget(database, cid)
-    print(f"{manifest.name} {manifest.version} is removed; {format_size(freed)} are free again.")
     return 0
 
 

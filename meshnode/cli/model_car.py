@@ -70,8 +70,8 @@ def _lacks(store: BlobStore, manifest: Manifest, files: list[FileRef], missing: 
     remedy = (
         f"The variant {whole[0]} is here whole; export it with --variant {whole[0]}."
         if whole
-        else "Fetch them first (a node that has room for every layer fetches them all), or export the model on the "
-        "device that added it."
+        else f"Fetch them first (meshnode model pin {manifest.name}, while this node runs), or export the model on "
+        "the device that added it."
     )
     size = format_size(sum(ref.size for ref in missing))
     return f"{len(missing)} of {len(files)} files of {manifest.name} ({size}) are not on this node. {remedy}"

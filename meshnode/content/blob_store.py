@@ -235,6 +235,11 @@ class BlobStore:
             db.execute("DELETE FROM pins WHERE name = ?", (name,))
             db.executemany("INSERT OR IGNORE INTO pins VALUES (?, ?)", names)
 
+    def drop_pins(self, cids: Collection[Cid]) -> None:
+        """Drop every pin of these files and blocks."""
+        with self.index.transaction() as db:
+            db.executemany("DELETE FROM pins WHERE cid = ?", ((cid_to_bytes(cid),) for cid in cids))
+
     def pins(self) -> dict[str, frozenset[Cid]]:
         """Every pin name and what it protects."""
         out: dict[str, set[Cid]] = {}

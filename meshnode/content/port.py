@@ -15,6 +15,7 @@ from typing import Final, Protocol
 
 from protocols.ids import Cid
 
+LAST_PIN: Final = "mesh-last"  # protects copies that nobody else is sure to keep
 SPARE_PIN: Final = "mesh-spare"  # weaker than every other pin: what it alone protects goes when room is needed
 
 

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 import trio
 
-from meshnode.content.port import SPARE_PIN, Content
+from meshnode.content.port import LAST_PIN, SPARE_PIN, Content
 from meshnode.core.config import format_size
 from meshnode.core.errors import ContentUnavailable, Declined, DiskError, FatalError, TransientError
 from meshnode.core.health import Health
@@ -24,7 +24,6 @@ from protocols.errors import ProtocolError
 from protocols.ids import Cid, PeerId, cid_from_bytes, cid_to_bytes, short
 from protocols.manifest.messages import FileRef, Manifest
 
-LAST_PIN: Final = "mesh-last"  # protects copies that nobody else is sure to keep
 LOOK_SECONDS: Final = 1.0  # between looks at the mesh
 SETTLE_SECONDS: Final = 10.0  # a file must lack copies this long: nodes that start together fetch their layers first
 LATE_SECONDS: Final = 30.0  # after each, one more node makes a missing copy

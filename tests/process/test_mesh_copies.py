@@ -10,7 +10,7 @@ import pytest
 
 from meshnode.cli.status import words
 from meshnode.core.paths import Paths
-from tests.process.mesh_rig import LAYERS, READY_SECONDS, Json, mesh_of, small_model, tokens_of
+from tests.process.mesh_rig import LAYERS, NO_COPIES, READY_SECONDS, Json, mesh_of, meshnode, small_model, tokens_of
 
 pytestmark = [pytest.mark.net, pytest.mark.process]
 
@@ -45,3 +45,34 @@ def test_every_layer_has_two_copies_and_has_them_again_after_a_death(tmp_path: P
             assert tokens_of(member) == right
             assert {path.name for path in (Paths(member.folder).content / "files").iterdir()} == files
             assert member.status()["content"]["cold_bytes"] == 0
+
+
+def test_a_model_is_pinned_unpinned_and_removed(tmp_path: Path) -> None:
+    published = small_model(tmp_path / "model")
+    with mesh_of(tmp_path, 2, published=published, settings=NO_COPIES) as mesh:
+        publisher, other = mesh.members
+        content = Paths(other.folder).content / "files"
+        files = {path.name for path in (Paths(publisher.folder).content / "files").iterdir()}
+        assert {path.name for path in content.iterdir()} < files, "its layers only"
+        answer = meshnode("model", "pin", "small-noise", folder=other.folder)
+        assert answer.code == 0, answer.errors
+        assert "small-noise v1.0.0-0 int4 (" in answer.out and "stays" in answer.out
+        assert {path.name for path in content.iterdir()} == files
+        answer = meshnode("model", "pin", "small-noise", "--variant", "int8", folder=other.folder)
+        assert answer.code == 4
+        assert "has no variant int8; it has int4" in answer.errors
+        answer = meshnode("model", "remove", "small-noise", folder=other.folder)
+        assert "The network serves small-noise at the moment" in answer.errors
+        for wanted in (0, 2):
+            answer = meshnode("model", "unpin", "small-noise", folder=other.folder)
+            assert answer.code == wanted, answer.errors
+        assert "is not pinned on this node" in answer.errors
+        other.stop()
+        answer = meshnode("model", "pin", "small-noise", folder=other.folder)
+        assert answer.code == 7
+        answer = meshnode("model", "remove", "small-noise", folder=other.folder)
+        assert answer.code == 2
+        assert "keeps" in answer.errors and "--force" in answer.errors
+        answer = meshnode("model", "remove", "small-noise", "--force", folder=other.folder)
+        assert answer.code == 0, answer.errors
+        assert list(content.iterdir()) == []

@@ -1,0 +1,103 @@
+"""`meshnode model pin`, `unpin` and `remove`: which models stay on this device whole, and which leave it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Final
+
+from meshnode.cli import client
+from meshnode.cli.main import add_data
+from meshnode.cli.settings import folder_of
+from meshnode.core.config import format_size
+from meshnode.core.errors import ConfigError, ModelError
+from meshnode.core.paths import Paths
+
+SILENCE_SECONDS: Final = 120.0  # a node says within this time that a fetch goes on, or that it does not
+
+
+def add_actions(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    pin = actions.add_parser("pin", help="have this node keep every file of a model, not only the layers it serves")
+    pin.add_argument("model", metavar="NAME_OR_CID")
+    pin.add_argument("--variant", help="precision (default: the one that is served)")
+    add_data(pin)
+    unpin = actions.add_parser("unpin", help="keep only what this node serves, and its share of the copies")
+    unpin.add_argument("model", metavar="NAME_OR_CID")
+    add_data(unpin)
+    remove = actions.add_parser("remove", help="take a model out of this node")
+    remove.add_argument("model", metavar="NAME_OR_CID")
+    remove.add_argument(
+        "--force", action="store_true", help="even files that no other node may hold"
+    )
+    add_data(remove)
+
+
+def pin_model(arguments: argparse.Namespace) -> int:
+    """Fetch and pin; the running node does the fetching."""
+    from meshnode.cli.model import StepProgress, find_release, open_store
+
+    folder = folder_of(arguments)
+    with open_store(arguments) as store:
+        cid, manifest, served = find_release(folder, store, arguments.model)
+    variant = arguments.variant or served
+    if variant not in manifest.variants:
+        raise ModelError(f"{manifest.name} has no variant {variant}; it has {', '.join(manifest.variants)}.")
+    steps = StepProgress()
+    for answer in client.ask(folder, {"do": "pin", "manifest": cid, "variant": variant}, SILENCE_SECONDS):
+        if "fetched" in answer:
+            steps("fetch", variant, answer["fetched"], answer["total"])
+        else:
+            size = format_size(answer["done"]["bytes"])
+            print(f"{manifest.name} {manifest.version} {variant} ({size}) is on this node whole, and stays.")
+    return 0
+
+
+def unpin_model(arguments: argparse.Namespace) -> int:
+    """Drop the pin; the files stay until their room is needed."""
+    from meshnode.cli.model import find_release, open_store
+
+    with open_store(arguments) as store:
+        cid, manifest, _ = find_release(folder_of(arguments), store, arguments.model)
+        if not store.pins().get(cid, frozenset()) - {cid}:
+            raise ConfigError(f"{manifest.name} {manifest.version} is not pinned on this node.")
+        store.unpin(cid)
+        store.pin(cid, cid)  # its manifest is small, and names the model
+    print(
+        f"{manifest.name} {manifest.version} is not pinned any more; what this node does not serve, and others hold, "
+        "goes when its room is needed."
+    )
+    return 0
+
+
+def remove_model(arguments: argparse.Namespace) -> int:
+    """Forget the release, free its files; a running node that serves it goes on until it stops."""
+    from meshnode.cli.model import find_release, open_store
+    from meshnode.content.port import LAST_PIN
+    from meshnode.state import releases
+    from meshnode.state.database import Database
+
+    folder = folder_of(arguments)
+    if client.is_running(folder):
+        served = client.ask_one(folder, {"do": "status"})["model"]
+        if served is not None and arguments.model in (served["manifest"], served["name"]):
+            raise ConfigError(
+                f"The network serves {served['name']} at the moment. Have it serve another model first "
+                "(meshnode model serve NAME), or stop this node."
+            )
+    with open_store(arguments) as store:
+        cid, manifest, _ = find_release(folder, store, arguments.model)
+        files = {cid, *manifest.all_files()}
+        last = files & store.pins().get(LAST_PIN, frozenset()) - {cid}
+        if last and not arguments.force:
+            raise ConfigError(
+                f"This node keeps {len(last)} files of {manifest.name} for the network, and other nodes may not hold "
+                "them. Have the network serve another model first (meshnode model serve NAME), or add --force."
+            )
+        store.drop_pins(files)
+        freed = store.remove_unpinned()
+    with Database(Paths(folder).state) as database:
+        releases.forget(database, cid)
+    print(f"{manifest.name} {manifest.version} is removed; {format_size(freed)} are free again.")
+    return 0
+
+
+ACTIONS: Final = {"pin": pin_model, "unpin": unpin_model, "remove": remove_model}
