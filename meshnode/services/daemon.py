@@ -17,7 +17,7 @@ import trio
 
 from meshnode.content.outside import SourceFailed
 from meshnode.content.port import Content
-from meshnode.core.errors import ModelError, TransientError
+from meshnode.core.errors import DiskError, ModelError, TransientError
 from meshnode.core.health import Health
 from meshnode.core.log import get_logger
 from meshnode.state.port import Records
@@ -72,7 +72,7 @@ class Guests(Protocol):
 
     def add(self, peer: PeerId, addresses: Sequence[str], setting: str) -> None: ...
 
-    async def remove(self, peer: PeerId, reason: str) -> None: ...
+    async def remove(self, peer: PeerId, setting: str, reason: str) -> None: ...
 
 
 class Place(Protocol):
@@ -190,7 +190,7 @@ class DaemonService:
         self._kept.clear()
         self._introduced = False
         if self._peer is not None:
-            await self._guests.remove(self._peer, "the daemon has another peer id now")
+            await self._guests.remove(self._peer, SETTING, "the daemon has another peer id now")
             self._peer = None
 
     async def _introduce(self) -> None:
@@ -223,7 +223,7 @@ class DaemonService:
             await self._drop_all_but(peer, wanted)
             if release is not None and wanted:
                 await self._keep_all(peer, release)
-        except TransientError as error:
+        except (TransientError, DiskError) as error:
             if isinstance(error, SourceFailed) and not await self._daemon.check():
                 raise
             self._rests_until = trio.current_time() + self._rest

@@ -88,19 +88,24 @@ class GuestService:
         }
 
     def add(self, peer: PeerId, addresses: Sequence[str], setting: str) -> None:
-        """Make a peer a guest, or tell where it is found now. `setting`: what its owner corrects if it is not."""
+        """Make a peer a guest, or tell where it is found now. `setting`: what its owner corrects if it is not.
+
+        One that another setting names keeps the addresses from there, too.
+        """
         guest = self._guests.get(peer)
         if guest is None:
             guest = self._guests[peer] = _Guest(peer, setting)
             self._host.welcome(peer, self._protocols)
             if self._nursery is not None:
                 self._nursery.start_soon(self._keep, guest)
-        guest.addresses = list(dict.fromkeys(addresses))
+        kept = guest.addresses if guest.setting != setting else []
+        guest.addresses = list(dict.fromkeys((*kept, *addresses)))
 
-    async def remove(self, peer: PeerId, reason: str) -> None:
-        """It is no guest any more; its connections are closed."""
-        guest = self._guests.pop(peer, None)
-        if guest is not None:
+    async def remove(self, peer: PeerId, setting: str, reason: str) -> None:
+        """It is no guest any more, unless another setting names it; its connections are closed."""
+        guest = self._guests.get(peer)
+        if guest is not None and guest.setting == setting:
+            del self._guests[peer]
             guest.scope.cancel()
             self._health.clear("guest-unreachable", guest=short(peer))
             await self._host.dismiss(peer, reason)

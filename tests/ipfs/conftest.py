@@ -22,4 +22,4 @@ def real_daemons(request: pytest.FixtureRequest) -> None:
         pytest.skip("tests with real IPFS daemons run by `make test-ipfs`")
     for path in getattr(request.module, "NEEDS", (LIBRARY,)):
         if not path.exists():
-            pytest.skip(f"there is no {PACKAGES[path]} here; it could not be fetched")
+            pytest.skip(f"there is no {PACKAGES.get(path, path.name)} here; it could not be fetched")

@@ -16,11 +16,24 @@ from meshnode.content.ipfs_api import DaemonRefused, IpfsApi
 from meshnode.content.outside import Outside
 from meshnode.core.errors import ContentUnavailable
 from meshnode.core.health import Health
+from protocols.car.messages import Block, Header, encode_block, encode_header
 from protocols.ids import DAG_CBOR, RAW, cid_of
+from protocols.unixfs.builder import Builder
 from tests.http_server import Site, site
 
 BLOCK = b"the block"
 CID = cid_of(RAW, BLOCK)
+FILE = bytes(range(100)) * 3
+_builder = Builder(chunk=50)
+_builder.update(FILE)
+FILE_TREE = _builder.finish()
+FILE_BLOCKS = {
+    **dict(FILE_TREE.inner),
+    **{cid: FILE[50 * at : 50 * at + 50] for at, cid in enumerate(FILE_TREE.leaves)},
+}
+FILE_CAR = encode_header(Header((FILE_TREE.inner[-1][0],))) + b"".join(
+    encode_block(Block(cid, FILE_BLOCKS[cid])) for cid in (FILE_TREE.inner[-1][0], *dict.fromkeys(FILE_TREE.leaves))
+)
 NODE = b"\xa0"
 NODE_CID = cid_of(DAG_CBOR, NODE)
 
@@ -89,6 +102,44 @@ def test_a_version_may_be_anything(server: Site, body: bytes) -> None:
         health = Health()
         api = IpfsApi(server.multiaddr, health, call_seconds=5)
         assert await api.check() is (not health.current())
+
+    trio.run(ask)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.data(), kind=st.sampled_from(["", "text/html", "application/vnd.ipld.car", "application/vnd.ipld.car;x"])
+)
+def test_a_file_in_one_go_may_be_anything(server: Site, data: st.DataObject, kind: str) -> None:
+    """From a gateway and from a daemon: only its own blocks come out, and promised errors."""
+    at = data.draw(st.integers(0, len(FILE_CAR)))
+    noise = data.draw(st.binary(max_size=60) | st.just(FILE_CAR))
+    body = data.draw(st.sampled_from([FILE_CAR[:at] + noise, FILE_CAR[:at] + noise + FILE_CAR[at:], FILE_CAR]))
+    status = data.draw(statuses | st.just(200))
+    server.scene = lambda request: request.reply(
+        b'{"Version":"0.22.0"}' if "/version" in request.path else body,
+        200 if "/version" in request.path else status,
+        Content_Type=kind,
+        Connection="close",
+    )
+
+    async def ask() -> None:
+        for source in (
+            Gateway(server.url, Health(), seconds=5),
+            IpfsApi(server.multiaddr, Health(), block_seconds=5),
+        ):
+            taken = []
+
+            async def take(cid: bytes, block: bytes, taken: list[bytes] = taken) -> None:
+                assert block == FILE_BLOCKS[cid]
+                taken.append(cid)
+
+            try:
+                await Outside([source]).tree(FILE_TREE.root, len(FILE), take)
+            except ContentUnavailable:
+                assert (status, body, kind) != (200, FILE_CAR, "application/vnd.ipld.car")
+            else:
+                assert sorted(taken) == sorted(FILE_BLOCKS)
 
     trio.run(ask)
 

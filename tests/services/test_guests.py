@@ -323,9 +323,11 @@ async def test_guests_are_added_moved_and_removed_while_it_runs(autojump_clock: 
             await connection(us, connected=True)
         assert service.peers == (GUEST,)
         assert health.current() == []
-        await service.remove(GUEST, "it has another name now")
+        await service.remove(GUEST, "content.ipfs_peers", "that setting does not name it")
+        assert service.peers == (GUEST,)
+        await service.remove(GUEST, "content.ipfs_api", "it has another name now")
         assert (us.guests, service.peers) == ((), ())
-        await service.remove(GUEST, "twice")
+        await service.remove(GUEST, "content.ipfs_api", "twice")
         await trio.sleep(100)
         assert (us.guests, us.peers, service.failures(), health.current()) == ((), (), {}, [])
         nursery.cancel_scope.cancel()
