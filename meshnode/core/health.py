@@ -131,6 +131,21 @@ _REGISTRY: Final = (
         per="guest",
     ),
     Warning(
+        "dht-unreachable",
+        _M,
+        "No DHT peer of {network} answers: {reason} Providers there can't be found. Correct content.dht, or open the "
+        "way to them; they are asked again by themselves.",
+        after_s=20,
+        per="network",
+    ),
+    Warning(
+        "dht-no-address",
+        _L,
+        "This node is not named in the DHT of {network}: it has no address there at which others could reach it. "
+        "Write it into network.announce.",
+        per="network",
+    ),
+    Warning(
         "ipfs-publish",
         _M,
         "The IPFS daemon at {address} does not keep all that this node holds of {model}: {reason} It is tried again "

@@ -47,6 +47,9 @@ OUTSIDE_BLOCKS: Final = 4  # asked from outside at once, per fetch
 TREE_BYTES: Final = 4 << 20  # a file of this size is asked from outside in one go at first
 TREE_SHARE: Final = 0.75  # if so much of it is missing: all of it will come
 GUEST_SECONDS: Final = 1.5  # a fetch that got no block from members for so long asks guests
+SEEK_SECONDS: Final = 2.5  # a fetch that got no block from anybody for so long has further peers looked for
+MAX_REMEMBERED: Final = 4096  # peers; whoever comes for our blocks is forgotten when it leaves
+OTHERS: Final = PeerId("others")  # in the counts of bytes: those who were forgotten
 OPEN_SECONDS: Final = 15.0  # a stream to a connected peer; its own connection for bulk may have to be made
 FIRST_PAUSE_SECONDS: Final = 0.2  # between attempts to open a stream; doubles
 LAST_PAUSE_SECONDS: Final = 10.0
@@ -66,6 +69,8 @@ Result = TypeVar("Result")
 Progress = Callable[[int, int], None]  # (bytes verified and written, bytes in all)
 FromOutside = Callable[[Cid], Awaitable[bytes]]  # one verified block; raises ContentUnavailable
 TreeFromOutside = Callable[[Cid, int, Take], Awaitable[None]]  # (root, bytes of the file, taker); raises the same
+Offer = Callable[[PeerId], Awaitable[None]]
+Seek = Callable[[Cid, Offer], Awaitable[None]]  # offers peers that may have a root and are connected, until cancelled
 
 
 class _Search:
@@ -133,6 +138,8 @@ class ContentService:
         share_with_guests: bool = False,
         outside: FromOutside | None = None,
         tree_outside: TreeFromOutside | None = None,
+        seek: Seek | None = None,
+        share_with_anyone: bool = False,
     ) -> None:
         """
         Args:
@@ -142,6 +149,8 @@ class ContentService:
           patience: seconds without a verified block until a fetch gives up.
           outside: gives single blocks from outside the mesh; asked for what no peer gives.
           tree_outside: hands over all blocks of a file from there, parents first; asked before single blocks.
+          seek: looks for peers outside the network for what nobody gives; they are guests meanwhile.
+          share_with_anyone: whether everybody who connects gets our blocks, strangers among them.
         """
         self._host = host
         self._store = store
@@ -149,9 +158,15 @@ class ContentService:
         self._patience = patience
         self._client = asking.Client()
         self._guests = set(guests)
+        self._share_with_guests = share_with_guests
+        self._share_with_anyone = share_with_anyone
         self._server = Server(
-            lambda cid: store.block_size(modern(cid)), lambda peer: share_with_guests or peer not in self._guests
+            lambda cid: store.block_size(modern(cid)), self._may_have, lambda peer: peer not in host.guests
         )
+        self._seek = seek
+        self._seeking: dict[int, trio.CancelScope] = {}  # by session
+        self._found: dict[PeerId, None] = {}  # peers that `seek` has offered, oldest first
+        self._asked: dict[PeerId, None] = {}  # peers that were asked for something, oldest first
         self._outboxes: dict[PeerId, Outbox] = {}
         self._fetches: dict[Cid, _Fetch] = {}
         self._inboxes: dict[int, trio.MemorySendChannel[tuple[bytes, Buffer]]] = {}
@@ -172,7 +187,7 @@ class ContentService:
         self._log = get_logger("content")
         self.fetched_from: Counter[PeerId] = Counter()  # bytes of blocks that came, also wrong or double ones
         self.served_to: Counter[PeerId] = Counter()  # bytes of blocks that were written to the stream
-        host.handle(PROTOCOL, self._receive)
+        host.handle(PROTOCOL, self._receive, open_to_strangers=share_with_anyone)
 
     @property
     def bytes_fetched(self) -> int:
@@ -331,6 +346,9 @@ class ContentService:
         self._inboxes[session], inbox = trio.open_memory_channel[tuple[bytes, Buffer]](INBOX_BLOCKS)
         self._fed[session] = trio.current_time()
         self._spawn(self._offer, session, cid)
+        if self._seek is not None:
+            scope = self._seeking[session] = trio.CancelScope()
+            self._spawn(self._have_sought, session, cid, scope, self._seek)
         if self._outside is not None:
             search = self._searches[session] = _Search(cid, size)
             search.done = done
@@ -342,6 +360,8 @@ class ContentService:
         del self._fed[session]
         if session in self._searches:
             self._searches.pop(session).scope.cancel()
+        if session in self._seeking:
+            self._seeking.pop(session).cancel()
         for outbox in self._outboxes.values():
             outbox.sessions.discard(session)
         self._perform_sends(self._client.handle(asking.Close(session), trio.current_time()))
@@ -355,8 +375,7 @@ class ContentService:
                 if peer != self._host.peer_id and peer not in self._client.banned
             ]
             for peer in peers:
-                outbox = self._outbox(peer)
-                outbox.sessions.add(session)
+                self._include(session, peer)
             await self._handle(asking.Offer(session, tuple(peers)))
             if session in self._fed and (not peers or trio.current_time() - self._fed[session] >= GUEST_SECONDS):
                 await self._offer_guests(session)
@@ -366,9 +385,30 @@ class ContentService:
         """The last resort: nobody knows what they hold, so they are asked before they are relied on."""
         guests = tuple(sorted(self._guests - self._client.banned.keys()))
         for guest in guests:
-            self._outbox(guest).sessions.add(session)
+            self._include(session, guest)
         if guests:
             await self._handle(asking.Offer(session, guests, certain=False))
+
+    def _include(self, session: int, peer: PeerId) -> None:
+        _remember(self._asked, peer)
+        self._outbox(peer).sessions.add(session)
+
+    async def _have_sought(self, session: int, cid: Cid, scope: trio.CancelScope, seek: Seek) -> None:
+        """Once nobody has given a block for a while: ask those whom `seek` offers, until the session is closed."""
+
+        async def offer(peer: PeerId) -> None:
+            if session not in self._inboxes or peer in self._client.banned:
+                return
+            _remember(self._found, peer)
+            self._include(session, peer)
+            await self._handle(asking.Offer(session, (peer,), certain=False))
+
+        with scope:
+            quiet = 0.0
+            while quiet < SEEK_SECONDS:
+                await trio.sleep(SEEK_SECONDS - quiet)
+                quiet = trio.current_time() - self._fed[session]
+            await seek(cid, offer)
 
     async def _look_outside(self, session: int, search: _Search, outside: FromOutside) -> None:
         """As long as no peer gives a block: fetch what is asked from none, until the session is closed."""
@@ -503,12 +543,19 @@ class ContentService:
                 if outbox is not None:
                     outbox.wake()
                 continue
+            if event.peer in self._host.guests:
+                continue  # it was a stranger and is a guest from now on; the connection is the same
             self._server.gone(event.peer)
             if outbox is not None:
                 outbox.trouble = event.reason
                 outbox.clear()
                 outbox.drop()
-            await self._handle(asking.PeerDown(event.peer))
+            if event.peer in self._asked:
+                await self._handle(asking.PeerDown(event.peer))
+            else:
+                await self._handle(asking.Forget(event.peer))
+                for counter in (self.served_to, self.fetched_from):
+                    counter[OTHERS] += counter.pop(event.peer, 0)
 
     # Streams out
 
@@ -606,8 +653,17 @@ class ContentService:
         finally:
             # Its answers came over this stream. If it still owes some, ask anew over a fresh pair of streams.
             # A guest opens a stream for every answer (go-bitswap does), so that the end of one says nothing.
-            if self._client.owed(peer) and peer in self._outboxes and not (whole and peer in self._guests):
+            if self._client.owed(peer) and peer in self._outboxes and not (whole and self._is_guest(peer)):
                 self._outboxes[peer].drop()
+
+    def _is_guest(self, peer: PeerId) -> bool:
+        return peer in self._guests or peer in self._host.guests
+
+    def _may_have(self, peer: PeerId) -> bool:
+        """Whether a peer gets our blocks."""
+        if self._share_with_anyone or not (self._is_guest(peer) or peer in self._found):
+            return True
+        return self._share_with_guests and peer in self._guests
 
     async def _take(self, peer: PeerId, message: Message) -> None:
         if message.entries or message.full:
@@ -639,6 +695,12 @@ class ContentService:
 
     async def _in_thread(self, call: Callable[[Unpack[Args]], Result], *args: *Args) -> Result:
         return await trio.to_thread.run_sync(call, *args, limiter=self._threads)
+
+
+def _remember(peers: dict[PeerId, None], peer: PeerId) -> None:
+    peers[peer] = None
+    if len(peers) > MAX_REMEMBERED:
+        del peers[next(iter(peers))]
 
 
 def _identify(blocks: Sequence[Block]) -> list[tuple[bytes | None, Buffer]]:

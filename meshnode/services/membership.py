@@ -102,8 +102,12 @@ class MembershipService:
         node_name: str = "",
         health: Health | None = None,
         random_bytes: Callable[[int], bytes] = secrets.token_bytes,
+        take_in: Callable[[PeerId], bool] | None = None,
     ) -> None:
         """Registers the protocol and the topic: make it before `host.run`.
+
+        `take_in`: asked about a peer that does not speak our protocol at all, which every node does: whether it
+        stays, as a guest.
 
         Raises IdentityError when our own certificate does not hold.
         """
@@ -114,6 +118,7 @@ class MembershipService:
         self._clock = clock
         self._health = health
         self._random_bytes = random_bytes
+        self._take_in = take_in
         self._credentials = Credentials(
             peer=self._us,
             name=(node_name or membership.name)[:64],
@@ -213,6 +218,8 @@ class MembershipService:
                         turned = await self._ask(peer)
                     except (PeerUnreachable, Declined) as error:
                         broken = str(error)
+                        if isinstance(error, Declined) and self._take_in is not None and self._take_in(peer):
+                            return
                     else:
                         if turned is not None:
                             await self._turn_away(peer, turned)

@@ -65,15 +65,20 @@ class Server:
     """Wantlists of all peers and the order of our answers."""
 
     def __init__(
-        self, size_of: Callable[[bytes], int | None], allows: Callable[[PeerId], bool] = lambda peer: True
+        self,
+        size_of: Callable[[bytes], int | None],
+        allows: Callable[[PeerId], bool] = lambda peer: True,
+        favours: Callable[[PeerId], bool] = lambda peer: True,
     ) -> None:
         """
         Args:
           size_of: (binary CID) -> bytes of a block that we hold, None for one that we do not.
           allows: whether a peer may have blocks; to another one it looks as if we held none.
+          favours: whether a peer comes before those that are not favoured.
         """
         self._size_of = size_of
         self._allows = allows
+        self._favours = favours
         self._peers: dict[PeerId, _Peer] = {}
         self._order = 0
         self._turn = 0  # virtual bytes served
@@ -120,13 +125,10 @@ class Server:
 
     def next(self) -> Answer | None:
         """The next answer to load and send; None while nothing can be sent. Call `done` after each."""
-        best: PeerId | None = None
-        for peer, state in self._peers.items():
-            fits = state.busy and state.under_way < UNDER_WAY
-            if fits and (best is None or state.turn < self._peers[best].turn):
-                best = peer
-        if best is None:
+        ready = [peer for peer, state in self._peers.items() if state.busy and state.under_way < UNDER_WAY]
+        if not ready:
             return None
+        best = min(ready, key=lambda peer: (not self._favours(peer), self._peers[peer].turn))
         state = self._peers[best]
         blocks, size = self._take(state)
         presences = tuple(list(state.presences.items())[:ANSWER_PRESENCES])

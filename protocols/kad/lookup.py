@@ -165,7 +165,8 @@ class Lookup:
                 self._asked_one(peer).turn(Turn.FAIL)
             case Tick():
                 for candidate in self._with(Standing.ASKED):
-                    if now - candidate.asked_at >= SLOW_SECONDS:
+                    # The same sum as the deadline's: a difference may be rounded to just below.
+                    if now >= candidate.asked_at + SLOW_SECONDS:
                         candidate.turn(Turn.LATE)
         reason = self._reason(now)
         if not reason:

@@ -132,6 +132,17 @@ def test_slow_peers_make_room() -> None:
     assert walk.handle(Answered(NEAREST[1].id), now) == ()
 
 
+def test_a_tick_at_the_deadline_moves_it() -> None:
+    """Whatever the rounding: a deadline that stays where it is would wake the driver for ever."""
+    for begin in (0.1, 1e5 / 3, 7e8 / 9):
+        walk = Lookup(Kind.FIND_NODE, KEY, US.id, begin)
+        walk.handle(Begin(tuple(NEAREST[:ALPHA])), begin)
+        before = walk.deadline
+        assert before is not None
+        walk.handle(Tick(), before)
+        assert walk.deadline is not None and walk.deadline > before
+
+
 def test_a_peer_that_was_not_asked_can_not_answer() -> None:
     walk = lookup()
     walk.handle(Begin(tuple(NEAREST[:20])), 0.0)
