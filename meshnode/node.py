@@ -24,18 +24,22 @@ import trio
 
 from meshnode import __version__
 from meshnode.content.blob_store import BlobStore
+from meshnode.content.cipher import Cipher
 from meshnode.content.gateway import Gateway
 from meshnode.content.ipfs_api import IpfsApi
 from meshnode.content.outside import Outside, Source
+from meshnode.content.port import Revealed
+from meshnode.content.sealed import is_sealed, set_sealed
 from meshnode.core.clock import monotonic, wall_ms
 from meshnode.core.config import Config
-from meshnode.core.errors import ConfigError, Declined
+from meshnode.core.errors import ConfigError, ContentUnavailable, Declined
 from meshnode.core.health import Health
 from meshnode.core.service import Service, supervise
 from meshnode.engine.process import EngineProcess
 from meshnode.net.libp2p_host import Libp2pHost
 from meshnode.net.pipes import Pipes
 from meshnode.net.port import PeerEvent
+from meshnode.net.swarm_key import load_swarm_key
 from meshnode.policy.route import NoRoute, plan_route
 from meshnode.services.answering import AnsweringService, Question, Text
 from meshnode.services.arrival import ArrivalService
@@ -96,7 +100,11 @@ class Node:
         self.membership_file: Membership = load_network(paths.folder)
         self.database = stack.enter_context(Database(paths.state))
         quota = config.content.quota.of(shutil.disk_usage(paths.content).free)
-        self.store = BlobStore(paths.content, quota)
+        cipher = Cipher(identity.seed, self.membership_file.network_id)
+        if is_sealed(paths.content) != config.content.encrypt:
+            log.info("content.converting", encrypt=config.content.encrypt)
+        set_sealed(paths.content, cipher, config.content.encrypt)
+        self.store = BlobStore(paths.content, quota, cipher=cipher)
         stack.callback(self.store.close)
         self.health = Health(monotonic)
         self.began_ms = wall_ms()
@@ -109,6 +117,7 @@ class Node:
             config.network.listen,
             lane_port=config.network.direct_port,
             announce=config.network.announce,
+            swarm_key=load_swarm_key(config.network.swarm_key),
         )
         self.membership = MembershipService(
             self.host,
@@ -185,7 +194,7 @@ class Node:
         )
         self.pipes.deliver_to(self._deliver)
         self.pipes.report_to(self._lose)
-        self.answering = AnsweringService(manifest=self._manifest, fetch=self.content.fetch)
+        self.answering = AnsweringService(manifest=self._manifest, fetch=self._fetch_readable)
         self.readiness = ReadinessService(
             chain=self._chain, changed=self.directory.changed, probe=self._probe, health=self.health
         )
@@ -412,6 +421,13 @@ class Node:
             return None, f"the description of the model {head.name} has not arrived yet"
         route = self._route(target, 0, frozenset())
         return (None, route.reason) if isinstance(route, NoRoute) else (route, "")
+
+    async def _fetch_readable(self, cid: Cid, size: int) -> Revealed:
+        await self.content.fetch(cid, size)
+        revealed = await trio.to_thread.run_sync(self.store.reveal, cid)
+        if revealed is None:
+            raise ContentUnavailable(f"the file {cid} was removed while it was being opened; ask again", cid=cid)
+        return revealed
 
     async def _probe(self) -> None:
         request = Request(PROBE_TOKENS, 1, Sampling(seed=0))

@@ -25,6 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     from meshnode import __version__
     from meshnode.core import log
     from meshnode.net.libp2p_host import Libp2pHost
+    from meshnode.net.swarm_key import load_swarm_key
     from meshnode.state.database import Database
     from meshnode.state.enrolment import describe_ticket, open_identity, open_ticket
     from meshnode.state.identity import Identity
@@ -44,9 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         identity = open_identity(folder, new_passphrase(arguments.passphrase))
     name = config.node.name or os.uname().nodename
+    swarm_key = load_swarm_key(config.network.swarm_key)
 
     async def enter() -> Membership:
-        host = Libp2pHost(identity.seed, ["/ip4/127.0.0.1/tcp/0"])
+        host = Libp2pHost(identity.seed, ["/ip4/127.0.0.1/tcp/0"], swarm_key=swarm_key)
         async with trio.open_nursery() as nursery:
             await nursery.start(host.run)
             membership = await join(host, text, folder=folder, name=name, software=__version__)

@@ -48,9 +48,7 @@ def add_by_cid(arguments: argparse.Namespace, cid: Cid) -> int:
     from protocols.manifest.codec import open_manifest
 
     if arguments.name or arguments.release_version:
-        raise ConfigError(
-            "a model that is added by its CID keeps the name and version of its manifest"
-        )
+        raise ConfigError("a model that is added by its CID keeps the name and version of its manifest")
     variants: list[str] = arguments.variant or [""]
     if len(variants) > 1:
         raise ConfigError("a model that is added by its CID is served in one variant; give --variant once, or not")

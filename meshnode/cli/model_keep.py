@@ -25,9 +25,7 @@ def add_actions(actions: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_data(unpin)
     remove = actions.add_parser("remove", help="take a model out of this node")
     remove.add_argument("model", metavar="NAME_OR_CID")
-    remove.add_argument(
-        "--force", action="store_true", help="even files that no other node may hold"
-    )
+    remove.add_argument("--force", action="store_true", help="even files that no other node may hold")
     add_data(remove)
 
 

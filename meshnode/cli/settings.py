@@ -22,6 +22,7 @@ FLAGS: Final = {
     "direct_port": "network.direct_port",
     "announce": "network.announce",
     "bootstrap_peer": "network.bootstrap",
+    "swarm_key": "network.swarm_key",
     "memory": "serve.memory",
     "layers": "serve.layers",
     "threads": "serve.threads",
@@ -44,6 +45,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         "--announce", action="append", metavar="MULTIADDR", help="where others reach this node; repeatable"
     )
     group.add_argument("--bootstrap-peer", action="append", metavar="MULTIADDR", help="a peer to dial; repeatable")
+    group.add_argument(
+        "--swarm-key", type=os.path.abspath, metavar="FILE", help="swarm.key of a private IPFS network, for all nodes"
+    )
     group.add_argument("--memory", metavar="SIZE", help="memory for weights and sessions: 800MB, 50%%, 0 for none")
     group.add_argument("--layers", type=int, metavar="N", help="most layers to hold")
     group.add_argument("--threads", type=int, metavar="N", help="threads of one engine step")

@@ -121,6 +121,13 @@ def _text(limit: int) -> Callable[[object], str]:
     return read
 
 
+def _path(value: object) -> str:
+    path = _text(1024)(value)
+    if path and not path.startswith("/"):
+        raise ValueError(f"{path!r} is not the whole path of a file, which begins with /")
+    return path
+
+
 def _number(low: int, high: int) -> Callable[[object], int]:
     def read(value: object) -> int:
         if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value.strip()):
@@ -239,6 +246,12 @@ class NetworkSection:
         _multiaddrs("/p2p/[1-9A-HJ-NP-Za-km-z]{40,64}", _PEER),
         "peers to dial at the start, beside those of the ticket and those met before",
     )
+    swarm_key: str = setting(
+        "",
+        _path,
+        "swarm.key file of a private IPFS network: the same for all nodes here and for IPFS nodes they meet; empty: "
+        "none",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,6 +284,12 @@ class ContentSection:
         Amount(size_bytes=20_000_000_000),
         parse_amount,
         "bytes, or share of the free disk, for model files; unpinned files go first",
+    )
+    encrypt: bool = setting(
+        False,
+        _yes_no,
+        "keep model files encrypted on the disk, with this node's key (a passphrase on it protects them); in use they "
+        "are in memory; changed at the next start",
     )
     replicas: int = setting(
         2,

@@ -57,6 +57,7 @@ from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.core.log import get_logger
 from meshnode.net.addresses import Address, address_of
 from meshnode.net.port import MAX_GOSSIP_BYTES
+from meshnode.net.swarm_key import Cover
 from meshnode.net.yamux import YamuxSession, YamuxStream
 from protocols.ids import PeerId
 
@@ -81,8 +82,10 @@ Offers = Callable[[PeerId], Sequence[str]]  # the protocols that a peer may use
 class PlainWire(ReadWriteCloser):  # type: ignore[misc]  # the library has no types here
     """A TCP stream as the library wants it. `read(n)` returns n bytes, fewer only at the end."""
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(self, stream: trio.SocketStream, cover: Cover | None = None) -> None:
+        """`cover`: of a private network, over all that comes and goes."""
         self._stream = stream
+        self._cover = cover
         self._buffer = bytearray()
         host, port = stream.socket.getpeername()[:2]
         self.remote = address_of(host, port)
@@ -97,14 +100,14 @@ class PlainWire(ReadWriteCloser):  # type: ignore[misc]  # the library has no ty
                 raise ConnectionClosedError(_reason(error)) from error
             if not data:
                 break
-            self._buffer += data
+            self._buffer += data if self._cover is None else self._cover.open(data)
         data = bytes(self._buffer if n is None else self._buffer[:n])
         del self._buffer[: len(data)]
         return data
 
     async def write(self, data: bytes) -> None:
         try:
-            await self._stream.send_all(data)
+            await self._stream.send_all(data if self._cover is None else self._cover.seal(data))
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise ConnectionClosedError(_reason(error)) from error
 
@@ -275,7 +278,9 @@ class IdleConnector(AutoConnector):  # type: ignore[misc]  # the library has no 
 class GuardedSwarm(Swarm):  # type: ignore[misc]  # the library has no types here
     """The library's book of connections. Dialling and listening are done by the host."""
 
-    def __init__(self, peer_id: Any, peerstore: Any, upgrader: Any, watcher: ConnectionWatcher) -> None:
+    def __init__(
+        self, peer_id: Any, peerstore: Any, upgrader: Any, watcher: ConnectionWatcher, swarm_key: bytes
+    ) -> None:
         config = ConnectionConfig(
             max_connections=MAX_CONNECTIONS,
             high_watermark=MAX_CONNECTIONS,
@@ -286,13 +291,14 @@ class GuardedSwarm(Swarm):  # type: ignore[misc]  # the library has no types her
         super().__init__(peer_id, peerstore, upgrader, transports=[], connection_config=config)
         self.auto_connector = IdleConnector(self)
         self._watcher = watcher
+        self._swarm_key = swarm_key
 
     async def take_socket(self, stream: trio.SocketStream, dialled: PeerId | None) -> None:
         """Make a connection of a TCP stream: Noise, then Yamux. Plaintext is not spoken.
 
         Raises whatever the handshake raises; the stream is closed then.
         """
-        plain = PlainWire(stream)
+        plain = PlainWire(stream, Cover(self._swarm_key) if self._swarm_key else None)
         initiator = dialled is not None
         try:
             raw = RawConnection(plain, initiator)
@@ -478,6 +484,7 @@ class Libp2pStack:
       source: opens a stream for the library.
       offers: the protocols that a peer is told that it may use.
       admits: whether a peer may gossip with us.
+      swarm_key: of a private IPFS network; empty: none.
     """
 
     def __init__(
@@ -488,6 +495,7 @@ class Libp2pStack:
         source: Source,
         offers: Offers,
         admits: Callable[[PeerId], bool],
+        swarm_key: bytes,
     ) -> None:
         _silence()
         key_pair = create_new_key_pair(seed)
@@ -495,7 +503,7 @@ class Libp2pStack:
         peerstore = PeerStore()
         peerstore.add_key_pair(peer_id, key_pair)
         self.peer = PeerId(str(peer_id))
-        self.swarm = GuardedSwarm(peer_id, peerstore, GuardedUpgrader(key_pair), watcher)
+        self.swarm = GuardedSwarm(peer_id, peerstore, GuardedUpgrader(key_pair), watcher, swarm_key)
         self.host = GuardedHost(self.swarm, addresses, source, offers)
         degree, low, high = DEGREE
         self.router = GossipSub(

@@ -43,6 +43,7 @@ STRANGER_STREAMS: Final = 16
 GUEST_STREAMS: Final = 64  # go-bitswap opens one for every answer
 ACCEPT_PAUSE_SECONDS: Final = 0.1
 BACKLOG: Final = 1024
+KEY_HINT: Final = "; this node has a swarm key (network.swarm_key), and only nodes with the same key understand it"
 
 _log = get_logger("net")
 
@@ -56,13 +57,20 @@ class Libp2pHost(ConnectionWatcher):
       lane_port: where direct lanes are accepted, on the same interfaces; 0 takes any free port, -1 none. A peer
         that can't reach it uses libp2p streams instead.
       announce: multiaddrs that others are told instead of those we find on this machine.
+      swarm_key: the 32 bytes that every libp2p connection of a private IPFS network goes under; empty: none.
 
     Raises:
       ConfigError: an address that can't be used for listening.
     """
 
     def __init__(
-        self, seed: bytes, listen: Sequence[str], *, lane_port: int = 0, announce: Sequence[str] = ()
+        self,
+        seed: bytes,
+        listen: Sequence[str],
+        *,
+        lane_port: int = 0,
+        announce: Sequence[str] = (),
+        swarm_key: bytes = b"",
     ) -> None:
         self._listen = [_listen_address(text) for text in listen]
         self._announce = tuple(announce)
@@ -75,10 +83,17 @@ class Libp2pHost(ConnectionWatcher):
         self._heartbeats: dict[PeerId, tuple[Heartbeat, trio.CancelScope]] = {}
         self._pending = PendingConnections()
         self._dialling: dict[PeerId, trio.Lock] = {}
+        self._hint = KEY_HINT if swarm_key else ""
         self._addresses: tuple[str, ...] = ()
         self._nursery: trio.Nursery | None = None
         self._stack = Libp2pStack(
-            seed, self, lambda: self._addresses, self._open_agreed, self._offers, self._roster.admitted.__contains__
+            seed,
+            self,
+            lambda: self._addresses,
+            self._open_agreed,
+            self._offers,
+            self._roster.admitted.__contains__,
+            swarm_key,
         )
         self._lanes = DirectLanes(
             self._table,
@@ -317,7 +332,7 @@ class Libp2pHost(ConnectionWatcher):
         if self._live(peer) is None:
             why = "; ".join(failures) or f"no answer within {CONNECT_SECONDS:.0f} s at {', '.join(addresses)}"
             raise PeerUnreachable(
-                f"{peer} can't be reached: {why if addresses else 'no address is known'}", peer=peer
+                f"{peer} can't be reached: {why + self._hint if addresses else 'no address is known'}", peer=peer
             )
 
     async def _wait_for_the_dying(self, peer: PeerId) -> None:
@@ -488,9 +503,9 @@ class Libp2pHost(ConnectionWatcher):
         return self._roster.guest_events()
 
 
-def open_host(seed: bytes) -> Libp2pHost:
+def open_host(seed: bytes, *, swarm_key: bytes = b"") -> Libp2pHost:
     """A host on a free port of the loopback interface."""
-    return Libp2pHost(seed, ["/ip4/127.0.0.1/tcp/0"])
+    return Libp2pHost(seed, ["/ip4/127.0.0.1/tcp/0"], swarm_key=swarm_key)
 
 
 def _listen_address(text: str) -> Address:

@@ -27,8 +27,11 @@ class Kubo:
             function = getattr(self._lib, name)
             function.restype, function.argtypes = ctypes.c_void_p, arguments
 
-    def start(self) -> None:
-        """On one loopback port: no other peers, no mDNS, no routing, no relays."""
+    def start(self, swarm_key: str = "") -> None:
+        """On one loopback port: no other peers, no mDNS, no routing, no relays.
+
+        swarm_key: the text of that file of a private network.
+        """
         self._lib.CreateRepo(self._repo)
         path = self._path / "config"
         config = json.loads(path.read_text())
@@ -41,6 +44,8 @@ class Kubo:
         config["Routing"]["Type"] = "none"
         config["AutoNAT"] = {"ServiceMode": "disabled"}
         path.write_text(json.dumps(config))
+        if swarm_key:
+            (self._path / "swarm.key").write_text(swarm_key)
         if self._lib.RunNode(self._repo) != 1:
             raise SystemExit("Kubo did not start")
 
@@ -73,7 +78,7 @@ class Kubo:
 
 def main() -> None:
     kubo = Kubo(Path(sys.argv[1]), Path(sys.argv[2]))
-    kubo.start()
+    kubo.start(*sys.argv[3:])
     print(json.dumps(kubo.addresses()), flush=True)
     for line in sys.stdin:
         name, *arguments = json.loads(line)

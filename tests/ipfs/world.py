@@ -97,11 +97,12 @@ async def read_line(process: trio.Process) -> bytes:
 
 
 @asynccontextmanager
-async def kubo(folder: Path) -> AsyncIterator[Kubo]:
-    """A Kubo with an empty repository."""
+async def kubo(folder: Path, *, swarm_key: str = "") -> AsyncIterator[Kubo]:
+    """A Kubo with an empty repository, in the private network of this key (the text of its file)."""
     await trio.Path(folder).mkdir()
     child = Path(__file__).with_name("kubo_child.py")
-    async with Kubo.running([sys.executable, str(child), str(LIBRARY), str(folder / "repo")], folder) as there:
+    command = [sys.executable, str(child), str(LIBRARY), str(folder / "repo"), *([swarm_key] if swarm_key else [])]
+    async with Kubo.running(command, folder) as there:
         yield there
 
 
@@ -152,10 +153,12 @@ async def ours(
     share: bool = False,
     providers: Callable[[Cid], Sequence[PeerId]] = lambda _: (),
     patience: float = 20.0,
+    swarm_key: bytes = b"",
+    meet: bool = True,
 ) -> AsyncIterator[Ours]:
-    """A node of ours with these guests, connected to all of them."""
+    """A node of ours with these guests, connected to all of them if it is to `meet` them."""
     known = tuple(guests)
-    host = open_host(os.urandom(32))
+    host = open_host(os.urandom(32), swarm_key=swarm_key)
     service = GuestService(
         host, [address for guest in known for address in guest.addresses], (PROTOCOL,), random.Random(1)
     )
@@ -168,5 +171,6 @@ async def ours(
         stack.callback(nursery.cancel_scope.cancel)
         for part in (host, content, service):
             await nursery.start(part.run)
-        await node.met(*(guest.peer for guest in known))
+        if meet:
+            await node.met(*(guest.peer for guest in known))
         yield node
