@@ -43,7 +43,7 @@ from meshnode.net.swarm_key import load_swarm_key
 from meshnode.policy.route import NoRoute, plan_route
 from meshnode.services.answering import AnsweringService, Question, Text
 from meshnode.services.arrival import ArrivalService
-from meshnode.services.content import ContentService
+from meshnode.services.content import PATIENCE_SECONDS, ContentService
 from meshnode.services.daemon import DaemonService, Release
 from meshnode.services.directory import DirectoryService, next_incarnation
 from meshnode.services.discovery import DiscoveryService
@@ -55,7 +55,9 @@ from meshnode.services.membership import MembershipService
 from meshnode.services.placement import PlacementConfig, PlacementService
 from meshnode.services.readiness import ReadinessService
 from meshnode.services.replication import ReplicationService
+from meshnode.services.routing import RoutingService
 from meshnode.services.stage import StageService
+from meshnode.services.visits import Visits
 from meshnode.state import releases
 from meshnode.state.database import Database
 from meshnode.state.identity import Identity
@@ -64,11 +66,13 @@ from meshnode.state.port import Membership
 from protocols.advert.messages import Advert, RoundTrip
 from protocols.bitswap import messages as bitswap
 from protocols.errors import RemoteProtocolError
-from protocols.ids import Cid, PeerId, short
+from protocols.ids import Cid, PeerId, cid_from_bytes, short
+from protocols.kad import messages as kad
 from protocols.manifest.codec import open_manifest
 from protocols.manifest.messages import Manifest
 from protocols.pipe.messages import Close, Hop, Message, Open, Opened, Refused, Sampling, Step, Token
 
+DHT_PATIENCE_SECONDS: Final = 60.0  # a search among strangers goes on for so long
 UPKEEP_SECONDS: Final = 0.5  # how often the advert's load and round trips are looked at
 ROUND_TRIP_CHANGE: Final = 0.3  # a link is advertised again when it changed by this share
 PROBE_TOKENS: Final = (1, 1)  # any two token ids: what is proven is that the chain answers
@@ -128,6 +132,7 @@ class Node:
             __version__,
             node_name=name,
             health=self.health,
+            take_in=lambda peer: self.visits.take_in(peer),
         )
         memory = config.serve.memory.of(psutil.virtual_memory().available)
         self.directory = DirectoryService(
@@ -145,6 +150,10 @@ class Node:
             self.host, self.database, config.network.bootstrap, self.directory.addresses, rng, wall_ms
         )
         self.guests = GuestService(self.host, config.content.ipfs_peers, (bitswap.PROTOCOL,), rng, health=self.health)
+        anyone = config.content.share == "anyone"
+        offers = ((bitswap.PROTOCOL,) if anyone else ()) + (kad.PROTOCOLS if config.content.dht_serve else ())
+        self.visits = Visits(self.host, self._is_known, offers)
+        self.routing = self._join_dht(rng) if config.content.dht or config.content.dht_serve else None
         ipfs = IpfsApi(config.content.ipfs_api, self.health) if config.content.ipfs_api else None
         gateways = [Gateway(url, self.health) for url in config.content.gateways]
         self.sources: tuple[Source, ...] = (*gateways,) if ipfs is None else (ipfs, *gateways)
@@ -154,7 +163,10 @@ class Node:
             self.store,
             self.directory.providers,
             guests=self.guests.peers,
-            share_with_guests=config.content.share == "guests",
+            share_with_guests=config.content.share != "members",
+            share_with_anyone=anyone,
+            patience=PATIENCE_SECONDS if self.routing is None else DHT_PATIENCE_SECONDS,
+            seek=None if self.routing is None else self.routing.bring,
             outside=None if outside is None else outside.block,
             tree_outside=None if outside is None else outside.tree,
         )
@@ -223,6 +235,30 @@ class Node:
         self.stopping = trio.Event()
         self.ended = trio.Event()
 
+    def _is_known(self, peer: PeerId) -> bool:
+        return peer in self.guests.peers or bool(self.membership.roles_of(peer))
+
+    def _join_dht(self, rng: random.Random) -> RoutingService:
+        content = self.config.content
+        return RoutingService(
+            self.host,
+            self.visits,
+            self._is_known,
+            content.dht,
+            (bitswap.PROTOCOL,),
+            rng,
+            provides=self._public if content.share == "anyone" else tuple,
+            serve=content.dht_serve,
+            listen=self.config.network.listen,
+            health=self.health,
+        )
+
+    def _public(self) -> tuple[Cid, ...]:
+        """The manifests and files of the models that the network serves, as far as they are here."""
+        holdings = self.inventory.holdings()
+        manifests = [Cid(holding.manifest) for holding in holdings]
+        return (*manifests, *(cid_from_bytes(cid) for holding in holdings for cid in holding.cids))
+
     def _look_after(self, ipfs: IpfsApi) -> DaemonService:
         """The operator's own daemon."""
         return DaemonService(
@@ -280,6 +316,8 @@ class Node:
                 self.membership,
                 self.discovery,
                 self.guests,
+                self.visits,
+                *(() if self.routing is None else (self.routing,)),
                 self.pipes,
                 *self.sources,
                 *(() if self.daemon is None else (self.daemon,)),

@@ -180,6 +180,14 @@ class Orders:
                 "guests": {peer: peer in node.host.guests for peer in node.guests.peers},
                 "published": 0 if node.daemon is None else len(node.daemon.published),
                 "room_bytes": store.room_bytes,
+                "visitors": len(node.visits.visitors),
+                "dht": None
+                if node.routing is None
+                else {
+                    "peers": node.routing.known_peers,
+                    "provided": sum(count > 0 for count in node.routing.provided.values()),
+                    "records": node.routing.records,
+                },
                 **self._tiers(),
             },
             "copies": None

@@ -318,8 +318,20 @@ class ContentSection:
     )
     share: str = setting(
         "members",
-        _one_of("members", "guests"),
-        "who gets the files of this node; guests: the nodes of content.ipfs_peers, too",
+        _one_of("members", "guests", "anyone"),
+        "who gets the files of this node; guests: the nodes of content.ipfs_peers, too; anyone: everybody who "
+        "connects, as on IPFS",
+    )
+    dht: tuple[str, ...] = setting(
+        (),
+        _multiaddrs("/p2p/[1-9A-HJ-NP-Za-km-z]{40,64}", _PEER, lowest_port=1),
+        "peers of a Kademlia DHT, like the one of IPFS, asked who has what nobody known gives; with content.share = "
+        "anyone they are told what this node gives; empty: none; they learn what this node fetches",
+    )
+    dht_serve: bool = setting(
+        False,
+        _yes_or_no,
+        "also answer the questions of others in the DHT and keep their provider records, for up to 48 h",
     )
 
 

@@ -36,7 +36,6 @@ from protocols.kad.lookup import (
     Tick,
 )
 from protocols.kad.messages import (
-    LAN_PROTOCOL,
     MAX_ADDRESSES,
     MAX_REQUEST_BYTES,
     PROTOCOL,
@@ -486,11 +485,6 @@ class RoutingService:
                         await stream.send_all(frame(answer))
         finally:
             self._askers.release_on_behalf_of(stream)
-
-
-def protocols() -> tuple[str, ...]:
-    """What a DHT server serves to everybody."""
-    return (PROTOCOL, LAN_PROTOCOL)
 
 
 def _within(scope: Scope, peers: Iterable[Peer]) -> tuple[Peer, ...]:

@@ -19,6 +19,7 @@ from protocols.protobuf import as_bytes, as_int, fields, put_field, put_varint, 
 
 PROTOCOL: Final = "/ipfs/kad/1.0.0"  # among public addresses
 LAN_PROTOCOL: Final = "/ipfs/lan/kad/1.0.0"  # among private ones (Kubo runs both side by side)
+PROTOCOLS: Final = (PROTOCOL, LAN_PROTOCOL)
 MAX_REQUEST_BYTES: Final = 1 << 14
 MAX_ANSWER_BYTES: Final = 1 << 18  # 20 peers with 30 addresses each, and a few hundred providers
 MAX_KEY_BYTES: Final = 80  # what Kubo takes
