@@ -15,6 +15,7 @@ FIXED64: Final = 1
 BYTES: Final = 2
 FIXED32: Final = 5
 MAX_VARINT_BYTES: Final = 10
+MAX_FIELDS: Final = 1 << 15  # of one message: 4 MiB of empty fields would keep a device busy for seconds
 _UINT64: Final = (1 << 64) - 1
 
 
@@ -58,14 +59,18 @@ def take_varint(data: bytes | bytearray | memoryview, offset: int, end: int) -> 
     raise RemoteProtocolError("a varint is cut off")
 
 
-def fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+def fields(data: memoryview, most: int = MAX_FIELDS) -> Iterator[tuple[int, int | memoryview]]:
     """Every field of a message in wire order: (number, int for a varint, a view of the bytes for the rest).
 
     Raises:
-      RemoteProtocolError: a length that leads outside, a cut varint, field number 0, a group.
+      RemoteProtocolError: a length that leads outside, a cut varint, field number 0, a group, more than `most`
+        fields (repeated and unknown ones included).
     """
     offset, end = 0, len(data)
     while offset < end:
+        most -= 1
+        if most < 0:
+            raise RemoteProtocolError("a protobuf message has more fields than allowed")
         key, offset = take_varint(data, offset, end)
         number, kind = key >> 3, key & 7
         if not 0 < number < 1 << 29:

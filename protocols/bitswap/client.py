@@ -11,6 +11,7 @@ Rule 3: whoever sends bytes that hash to nothing we ever asked from it is banned
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -186,7 +187,7 @@ class _Peer:
 
 @dataclass(slots=True)
 class _Session:
-    queue: dict[bytes, None] = field(default_factory=dict)  # wanted, asked from nobody
+    queue: OrderedDict[bytes, None] = field(default_factory=OrderedDict)  # wanted, asked from nobody
     peers: dict[PeerId, bool] = field(default_factory=dict)  # candidate -> certain
 
 
@@ -315,7 +316,8 @@ class Client:
     def _requeue(self, cid: bytes, want: _Want) -> None:
         for session in want.sessions:
             queue = self._sessions[session].queue
-            self._sessions[session].queue = {cid: None, **queue}
+            queue[cid] = None
+            queue.move_to_end(cid, last=False)
 
     def _ban(self, peer: PeerId, reason: str, out: list[Effect]) -> None:
         if peer in self.banned:
@@ -388,7 +390,8 @@ class Client:
             self._forget(cid, want, peer, cancels)
         for cid, kind in event.presences:
             state.haves.pop(cid, None)
-            if cid not in state.credit:
+            want = self._wants.get(cid)
+            if want is None or peer not in want.told:
                 continue  # an answer to nothing: nobody's harm
             if kind is PresenceType.HAVE:
                 self._certain(peer, cid)

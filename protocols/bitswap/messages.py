@@ -23,6 +23,8 @@ MAX_ENTRIES: Final = 16384  # wantlist entries or presences in one message; go-b
 MAX_BLOCKS: Final = 1024
 MAX_CID_BYTES: Final = 168  # the default of go-bitswap
 MAX_PREFIX_BYTES: Final = 40  # four varints
+MAX_FIELDS: Final = 32  # in one entry, block or presence, unknown ones included
+MAX_EMPTY: Final = 1024  # messages of no bytes in a row
 _INT32_HIGH: Final = (1 << 31) - 1
 
 Buffer = bytes | bytearray | memoryview
@@ -182,7 +184,7 @@ def _int32(number: int, value: int | memoryview) -> int:
 
 def _decode_entry(view: memoryview) -> Entry:
     cid, priority, cancel, kind, dont_have = b"", 0, False, 0, False
-    for number, value in fields(view):
+    for number, value in fields(view, MAX_FIELDS):
         if number == 1:
             cid = _cid(number, value)
         elif number == 2:
@@ -202,7 +204,7 @@ def _decode_entry(view: memoryview) -> Entry:
 
 def _decode_block(view: memoryview) -> Block:
     prefix, data = b"", view[:0]
-    for number, value in fields(view):
+    for number, value in fields(view, MAX_FIELDS):
         if number == 1:
             prefix = bytes(as_bytes(number, value)[: MAX_PREFIX_BYTES + 1])
         elif number == 2:
@@ -216,7 +218,7 @@ def _decode_block(view: memoryview) -> Block:
 
 def _decode_presence(view: memoryview) -> Presence:
     cid, kind = b"", 0
-    for number, value in fields(view):
+    for number, value in fields(view, MAX_FIELDS):
         if number == 1:
             cid = _cid(number, value)
         elif number == 2:
@@ -224,6 +226,11 @@ def _decode_presence(view: memoryview) -> Presence:
     if not cid or kind > 1:
         raise RemoteProtocolError(f"a block presence of the type {kind} names a CID of {len(cid)} bytes")
     return Presence(cid=cid, type=PresenceType(kind))
+
+
+def _check_count(count: int, limit: int) -> None:
+    if count > limit:
+        raise RemoteProtocolError(f"a Bitswap message has more than {limit} entries, presences or blocks")
 
 
 def decode(data: Buffer) -> Message:
@@ -244,18 +251,19 @@ def decode(data: Buffer) -> Message:
             for inner, item in fields(as_bytes(number, value)):
                 if inner == 1:
                     entries.append(_decode_entry(as_bytes(inner, item)))
+                    _check_count(len(entries), MAX_ENTRIES)
                 elif inner == 2:
                     full = _bool(inner, item)
         elif number == 2:
             raise RemoteProtocolError("a block without CID prefix (Bitswap 1.0) came over a 1.2 stream")
         elif number == 3:
             blocks.append(_decode_block(as_bytes(number, value)))
+            _check_count(len(blocks), MAX_BLOCKS)
         elif number == 4:
             presences.append(_decode_presence(as_bytes(number, value)))
+            _check_count(len(presences), MAX_ENTRIES)
         elif number == 5:
             pending = max(0, _int32(number, value))
-        if max(len(entries), len(presences)) > MAX_ENTRIES or len(blocks) > MAX_BLOCKS:
-            raise RemoteProtocolError("a Bitswap message has more entries, presences or blocks than allowed")
     return Message(
         entries=tuple(entries), full=full, blocks=tuple(blocks), presences=tuple(presences), pending_bytes=pending
     )
@@ -268,12 +276,14 @@ class MessageReader:
         self._length = bytearray()
         self._buffer: bytearray | None = None
         self._filled = 0
+        self._empty = 0  # messages of no bytes in a row
 
     def feed(self, data: Buffer) -> Iterator[memoryview]:
         """Add bytes, yield every message that is complete; each owns its memory.
 
         Raises:
-          RemoteProtocolError: a length above 4 MiB (before anything is buffered) or not a varint.
+          RemoteProtocolError: a length above 4 MiB (before anything is buffered) or not a varint, or messages
+            of no bytes without end.
         """
         view = memoryview(data)
         while len(view):
@@ -297,8 +307,11 @@ class MessageReader:
                 if length > MAX_MESSAGE_BYTES:
                     raise RemoteProtocolError(f"a Bitswap message of {length} bytes; limit {MAX_MESSAGE_BYTES}")
                 self._length.clear()
+                self._empty = 0 if length else self._empty + 1
                 if length:
                     self._buffer, self._filled = bytearray(length), 0
+                elif self._empty > MAX_EMPTY:
+                    raise RemoteProtocolError(f"more than {MAX_EMPTY} Bitswap messages of no bytes in a row")
                 return view[position + 1 :]
             if len(self._length) >= 4:
                 raise RemoteProtocolError("the length of a Bitswap message is above 4 MiB")
