@@ -25,6 +25,7 @@ from protocols.ids import Cid, PeerId, short
 
 LOOK_SECONDS: Final = 5.0  # between looks at what is to be published
 MEET_SECONDS: Final = 30.0  # between questions who the daemon is and where
+RECHECK_SECONDS: Final = 600.0  # until the daemon is asked again whether it still keeps a file
 FIRST_PAUSE_SECONDS: Final = 5.0  # after a failure of the daemon; doubles
 LAST_PAUSE_SECONDS: Final = 60.0
 FIRST_REST_SECONDS: Final = 60.0  # after a failure to publish, which may have cost the transfer of a file; doubles
@@ -136,7 +137,7 @@ class DaemonService:
         self._peer: PeerId | None = None
         self._met_at = float("-inf")
         self._introduced = False
-        self._kept: set[Cid] = set()  # seen at the daemon since it came up
+        self._kept: dict[Cid, float] = {}  # seen at the daemon since it came up, and when
         self._unfit: set[Cid] = set()  # files of ours that can't be given to it
         self._rests_until = float("-inf")
         self._rest = FIRST_REST_SECONDS
@@ -236,7 +237,7 @@ class DaemonService:
 
     async def _drop_all_but(self, peer: PeerId, wanted: Iterable[Cid]) -> None:
         kept = frozenset(wanted)
-        self._kept &= kept
+        self._kept = {cid: seen for cid, seen in self._kept.items() if cid in kept}
         for name in sorted(self._records.records(_kind(peer)).keys() - kept):
             await self._daemon.unpin(Cid(name))
             self._records.remove_record(_kind(peer), name)
@@ -244,15 +245,18 @@ class DaemonService:
 
     async def _keep_all(self, peer: PeerId, release: Release) -> None:
         held = self._content.files()
-        if release.manifest in held and release.manifest not in self._kept:
+        if release.manifest in held and self._is_due(release.manifest):
             await self._keep(peer, release.manifest, self._give_manifest, recursive=False)
         for cid in release.files:
-            if cid in held and cid not in self._kept and cid not in self._unfit:
+            if cid in held and cid not in self._unfit and self._is_due(cid):
                 try:
                     await self._keep(peer, cid, self._give_file, recursive=True)
                 except ModelError as error:
                     self._unfit.add(cid)
                     self._complain(release.name, str(error))
+
+    def _is_due(self, cid: Cid) -> bool:
+        return trio.current_time() - self._kept.get(cid, float("-inf")) >= RECHECK_SECONDS
 
     async def _keep(self, peer: PeerId, cid: Cid, give: Callable[[Cid], Awaitable[bool]], *, recursive: bool) -> None:
         if not await self._daemon.pinned(cid, recursive=recursive):
@@ -262,7 +266,7 @@ class DaemonService:
                 return
             await self._daemon.pin(cid, recursive=recursive)
             _log.info("daemon.pinned", cid=short(cid))
-        self._kept.add(cid)
+        self._kept[cid] = trio.current_time()
 
     async def _give_manifest(self, cid: Cid) -> bool:
         block = self._content.block(cid)

@@ -58,10 +58,13 @@ async def test_the_operators_kubo_gets_and_gives_blocks(tmp_path: Path) -> None:
 async def test_a_kubo_that_hangs_is_let_go_and_met_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guest_service, "LAST_PAUSE_SECONDS", 2.0)
     async with kubo(tmp_path / "kubo") as there, ours(tmp_path / "node", [there]) as node:
+        events = node.host.guest_events()
+        assert (await events.receive()).connected
         there.process.send_signal(signal.SIGSTOP)
         try:
-            await node.left(there.peer)
-            assert "no heartbeat" in node.guests.failures()[there.peer]
+            with trio.fail_after(30):
+                event = await events.receive()
+            assert not event.connected and event.reason.startswith("no heartbeat")
         finally:
             there.process.send_signal(signal.SIGCONT)
         await node.met(there.peer)

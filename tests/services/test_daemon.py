@@ -265,6 +265,17 @@ async def test_what_the_node_holds_of_the_served_model_is_kept(tmp_path: Path) -
         assert it.health.current() == []
 
 
+async def test_a_pin_that_somebody_took_away_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon, "RECHECK_SECONDS", 0.1)
+    async with world(tmp_path) as it:
+        it.hold(*FILES)
+        async with it.running():
+            await until(lambda: len(it.fake.pins) == 4)
+            del it.fake.pins[FILE_CIDS[0]]
+            await until(lambda: FILE_CIDS[0] in it.fake.pins)
+            assert it.fake.added.count(FILE_CIDS[1]) == 1
+
+
 async def test_nothing_is_published_that_was_not_asked_for(tmp_path: Path) -> None:
     async with world(tmp_path) as it:
         it.hold(*FILES)
