@@ -179,6 +179,7 @@ class Node:
             directory=self.directory,
             fetch=self.content.fetch,
             fetch_block=self.content.fetch_block,
+            reveal=self._reveal,
             content=self.store,
             open_manifest=open_manifest,
             engine_factory=EngineProcess,
@@ -462,6 +463,9 @@ class Node:
 
     async def _fetch_readable(self, cid: Cid, size: int) -> Revealed:
         await self.content.fetch(cid, size)
+        return await self._reveal(cid)
+
+    async def _reveal(self, cid: Cid) -> Revealed:
         revealed = await trio.to_thread.run_sync(self.store.reveal, cid)
         if revealed is None:
             raise ContentUnavailable(f"the file {cid} was removed while it was being opened; ask again", cid=cid)

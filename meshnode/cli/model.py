@@ -20,6 +20,7 @@ from meshnode.core.paths import Paths
 
 if TYPE_CHECKING:
     from meshnode.content.blob_store import BlobStore
+    from meshnode.content.cipher import Cipher
     from protocols.ids import Cid
     from protocols.manifest.messages import Manifest
 
@@ -142,14 +143,26 @@ def open_store(arguments: argparse.Namespace) -> Iterator[BlobStore]:
     import shutil
 
     from meshnode.content.blob_store import BlobStore
+    from meshnode.content.sealed import is_sealed
 
     config = settings(arguments)
     config.paths.create()
-    store = BlobStore(config.paths.content, config.content.quota.of(shutil.disk_usage(config.paths.content).free))
+    folder = config.paths.content
+    cipher = _cipher(config.paths.folder) if is_sealed(folder) else None
+    store = BlobStore(folder, config.content.quota.of(shutil.disk_usage(folder).free), cipher=cipher)
     try:
         yield store
     finally:
         store.close()
+
+
+def _cipher(folder: Path) -> Cipher:
+    """What the files of this node are encrypted with; asks for the passphrase of its key."""
+    from meshnode.content.cipher import Cipher
+    from meshnode.state.identity import Identity
+    from meshnode.state.network import load_network
+
+    return Cipher(Identity.load(folder, ask_passphrase).seed, load_network(folder).network_id)
 
 
 def _releases(folder: Path, store: BlobStore) -> tuple[dict[Cid, tuple[Manifest, str]], dict[str, str]]:
@@ -249,20 +262,20 @@ def _verify(arguments: argparse.Namespace) -> int:
         wrong, good, elsewhere = [], 0, 0
         promised = store.pins().get(cid, frozenset())  # all files where it was published, none elsewhere
         for file in manifest.all_files():
-            path = store.path(file)
-            if path is None and file not in promised:
+            kept = store.reveal(file)
+            if kept is None and file not in promised:
                 elsewhere += 1
                 continue
-            if path is None:
+            if kept is None:
                 wrong.append(f"{file} is missing, or its file was changed or moved")
                 continue
             good += 1
             builder = Builder()
-            with path.open("rb") as data:
+            with kept as path, path.open("rb") as data:
                 while piece := data.read(1 << 20):
                     builder.update(piece)
             if builder.finish().root != file:
-                wrong.append(f"{path} is damaged: it no longer has the CID {file}")
+                wrong.append(f"{store.path(file)} is damaged: it no longer has the CID {file}")
     if wrong:
         raise ModelError(
             f"{manifest.name}: {'; '.join(wrong)}. Remove the model and add it again, or let a peer send it."

@@ -3,6 +3,7 @@
 Layout of the folder:
 
     index.sqlite      which block is which range of which file (schema.py)
+    sealed            is there when files are encrypted (sealed.py); their names then end in .sealed
     files/<cid>       complete, verified, read-only
     files/<cid>.part  being fetched; locked by the process that fetches it
     tmp/              files on their way in; locked by the process that adds them
@@ -25,10 +26,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from meshnode.content.cipher import Cipher
 from meshnode.content.disk import disk_errors, is_locked, open_locked, sync_folder, write_all
 from meshnode.content.index import Index
 from meshnode.content.partial import READ_ONLY, PartialFile, leaf_block
-from meshnode.content.port import SPARE_PIN, StoreUsage
+from meshnode.content.port import SPARE_PIN, Revealed, StoreUsage
+from meshnode.content.sealed import SUFFIX, check_key, is_sealed
 from meshnode.core.clock import Wall, wall_ms
 from meshnode.core.config import format_size
 from meshnode.core.errors import Declined, DiskError, ModelError
@@ -50,11 +53,14 @@ _UNPINNED_BYTES: Final = (
 class BlobStore:
     """The content folder. Implements the ports `Content` and `Store`; every method may be called in any thread."""
 
-    def __init__(self, folder: Path, quota_bytes: int, *, wall: Wall = wall_ms) -> None:
+    def __init__(self, folder: Path, quota_bytes: int, *, cipher: Cipher | None = None, wall: Wall = wall_ms) -> None:
         """Open or create the folder and tidy up what a killed process left.
 
-        Raises DiskError: no permission, no room, or an index that can't be used.
+        `cipher`: of the node's key; only a folder with encrypted files needs it.
+        Raises DiskError (no permission, no room, an unusable index), ConfigError (no cipher, or a wrong one).
         """
+        self._cipher = cipher if is_sealed(folder) else None
+        check_key(folder, cipher)
         self.folder = folder
         self.quota_bytes = quota_bytes
         self._wall = wall
@@ -91,6 +97,26 @@ class BlobStore:
             return None
         self._use(name)
         return path
+
+    def reveal(self, cid: Cid) -> Revealed | None:
+        """A complete file where it can be read by path: itself, or a copy in memory of an encrypted one.
+
+        None while it is not here. Raises DiskError.
+        """
+        path = self.path(cid)
+        if path is None or self._cipher is None:
+            return None if path is None else Revealed(path)
+        name, descriptor = cid_to_bytes(cid), os.memfd_create(short(cid), os.MFD_CLOEXEC)
+        try:
+            with disk_errors(path, "read"), path.open("rb", buffering=0) as reader:
+                at = 0
+                while piece := reader.read(CHUNK_BYTES):
+                    write_all(descriptor, self._cipher.apply(name, piece, at))
+                    at += len(piece)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return Revealed(Path(f"/proc/{os.getpid()}/fd/{descriptor}"), descriptor)
 
     def block(self, cid: Cid) -> bytes | None:
         """Bytes of one block we hold, whatever it belongs to (a leaf, an inner node, a manifest)."""
@@ -157,7 +183,12 @@ class BlobStore:
             with self.index.transaction() as db:
                 self._make_room(db, before.st_size, str(source))
             with self._temporary(source, before) as (target, writer):
-                tree = self._stream(source, reader.fileno(), writer, Builder())
+                if self._cipher is None:
+                    tree = self._stream(source, reader.fileno(), writer, Builder())
+                else:  # its key is made from its CID, so it is read twice
+                    tree = self._stream(source, reader.fileno(), None, Builder())
+                    os.lseek(reader.fileno(), 0, os.SEEK_SET)
+                    self._stream(source, reader.fileno(), writer, Builder(), sealing=cid_to_bytes(tree.root))
                 after = os.fstat(reader.fileno())
                 if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                     raise ModelError(
@@ -195,6 +226,7 @@ class BlobStore:
                 final=self._file(name),
                 descriptor=descriptor,
                 held=self._read_block,
+                cover=lambda data, offset: self._cover(name, data, offset),
             )
         except RemoteProtocolError as error:
             os.close(descriptor)
@@ -267,10 +299,16 @@ class BlobStore:
     # Inside
 
     def _file(self, name: bytes) -> Path:
-        return self._files / cid_from_bytes(name)
+        return self._files / (cid_from_bytes(name) + (SUFFIX if self._cipher else ""))
 
     def _part(self, name: bytes) -> Path:
-        return self._files / f"{cid_from_bytes(name)}.part"
+        return self._files / f"{self._file(name).name}.part"
+
+    def _cover(
+        self, name: bytes, data: bytes | bytearray | memoryview, offset: int
+    ) -> bytes | bytearray | memoryview:
+        """A piece of a file as it stands on the disk, or the other way round."""
+        return data if self._cipher is None else self._cipher.apply(name, data, offset)
 
     def _used_bytes(self, db: sqlite3.Connection | None = None) -> int:
         query = (
@@ -279,8 +317,8 @@ class BlobStore:
         row = self.index.row(query) if db is None else db.execute(query).fetchone()
         return int(row[0]) if row else 0
 
-    def _leaf(self, cid: bytes) -> tuple[Path, int, int, bool, int, int] | None:
-        """(path, offset, length, complete, size and mtime of the file) of a leaf that is a range of a file."""
+    def _leaf(self, cid: bytes) -> tuple[bytes, int, int, bool, int, int] | None:
+        """(CID, offset, length, complete, size and mtime of the file) of a leaf that is a range of a file."""
         row = self.index.row(
             "SELECT files.cid, files.size, files.chunk, files.complete, files.mtime_ns, leaves.position FROM leaves "
             "JOIN files ON files.id = leaves.file WHERE leaves.cid = ? ORDER BY files.complete DESC LIMIT 1",
@@ -290,8 +328,7 @@ class BlobStore:
             return None
         name, size, chunk, complete, mtime_ns, position = row
         offset = position * chunk
-        path = self._file(name) if complete else self._part(name)
-        return path, offset, min(chunk, size - offset), bool(complete), size, mtime_ns
+        return name, offset, min(chunk, size - offset), bool(complete), size, mtime_ns
 
     def _read_block(self, cid: bytes) -> bytes | None:
         place = self._leaf(cid)
@@ -300,8 +337,8 @@ class BlobStore:
                 "SELECT data FROM nodes WHERE cid = ? UNION ALL SELECT data FROM blocks WHERE cid = ?", (cid, cid)
             )
             return None if row is None else bytes(row[0])
-        path, offset, length, complete, size, mtime_ns = place
-        name = cid_to_bytes(path.name.removesuffix(".part"))
+        name, offset, length, complete, size, mtime_ns = place
+        path = self._file(name) if complete else self._part(name)
         with disk_errors(path, "read"):
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -318,7 +355,7 @@ class BlobStore:
             finally:
                 os.close(descriptor)
         self._use(name)
-        return leaf_block(cid, data) if len(data) == length else None
+        return leaf_block(cid, bytes(self._cover(name, data, offset))) if len(data) == length else None
 
     def _lost(self, name: bytes) -> None:
         """A file was deleted or changed by somebody else: forget it, so that it is fetched again."""
@@ -392,7 +429,7 @@ class BlobStore:
         linked = None
         # Made and locked in one transaction: nobody tidies up in between.
         with self.index.transaction(), disk_errors(self._tmp, "write into"):
-            if not status.st_mode & _ANY_WRITE and status.st_dev == self._tmp.stat().st_dev:
+            if self._cipher is None and not status.st_mode & _ANY_WRITE and status.st_dev == self._tmp.stat().st_dev:
                 linked = self._linked(source)
             if linked is None:
                 descriptor, name = tempfile.mkstemp(dir=self._tmp)
@@ -417,8 +454,20 @@ class BlobStore:
             return None
         return target
 
-    def _stream(self, source: Path, reader: int, writer: int | None, builder: Builder) -> Tree:
+    def _stream(
+        self,
+        source: Path,
+        reader: int,
+        writer: int | None,
+        builder: Builder,
+        *,
+        sealing: bytes = b"",
+        sealed: bytes = b"",
+    ) -> Tree:
+        """Hash a file; copy it to `writer` if there is one. `sealing`: its CID, when the copy is to be encrypted;
+        `sealed`: when the source is."""
         buffer = memoryview(bytearray(CHUNK_BYTES))
+        at = 0
         while True:
             try:
                 count = os.readv(reader, (buffer,))
@@ -426,11 +475,12 @@ class BlobStore:
                 raise ModelError(f"can't read {source}: {error.strerror or error}") from error
             if not count:
                 break
-            piece = buffer[:count]
+            piece = self._cover(sealed, buffer[:count], at) if sealed else buffer[:count]
             builder.update(piece)
             if writer is not None:
                 with disk_errors(self.folder, "write into"):
-                    write_all(writer, piece)
+                    write_all(writer, self._cover(sealing, piece, at) if sealing else piece)
+            at += count
         if writer is not None:
             with disk_errors(self.folder, "write into"):
                 os.fchmod(writer, READ_ONLY)
@@ -476,10 +526,12 @@ class BlobStore:
                 partial = path.suffix == ".part"
                 if name is None or (partial and known.get(name) != 0 and not is_locked(path)):
                     path.unlink(missing_ok=True)
-                elif not partial and not known.get(name):
+                elif not partial and not known.get(name) and path == self._file(name):
                     self._adopt(path, name)
             for name, complete in known.items():
-                if complete and not self._file(name).exists():
+                if complete and not any(
+                    (self._files / (cid_from_bytes(name) + end)).exists() for end in ("", SUFFIX)
+                ):
                     db.execute("DELETE FROM files WHERE cid = ?", (name,))
 
     def _adopt(self, path: Path, name: bytes) -> None:
@@ -487,7 +539,7 @@ class BlobStore:
         for shape in KNOWN_SHAPES:
             builder = Builder(**shape._asdict())
             with path.open("rb", buffering=0) as reader:
-                tree = self._stream(path, reader.fileno(), None, builder)
+                tree = self._stream(path, reader.fileno(), None, builder, sealed=name if self._cipher else b"")
             if cid_to_bytes(tree.root) == name:
                 self._commit(path, tree, None)
                 return
@@ -496,7 +548,7 @@ class BlobStore:
 
 def _name_of(path: Path) -> bytes | None:
     try:
-        return cid_to_bytes(path.name.removesuffix(".part"))
+        return cid_to_bytes(path.name.removesuffix(".part").removesuffix(SUFFIX))
     except RemoteProtocolError:
         return None
 

@@ -44,12 +44,14 @@ class PartialFile:
         final: Path,
         descriptor: int,
         held: Callable[[bytes], bytes | None],
+        cover: Callable[[Buffer, int], Buffer],
     ) -> None:
         """Take up what an earlier fetch left, after hashing it.
 
         Args:
           number: row of the file in the index.
           held: bytes of a block that the store has anyhow, by binary CID; saves fetching it.
+          cover: (piece, offset) -> as it stands on the disk, and back.
         Raises:
           RemoteProtocolError: no file of this size can have this CID.
           DiskError: the `.part` can't be written.
@@ -61,6 +63,7 @@ class PartialFile:
         self._part = part
         self._final = final
         self._held = held
+        self._cover = cover
         self._assembly = Assembly(cid, size)
         self._descriptor: int | None = descriptor
         with disk_errors(part, "write"):
@@ -145,7 +148,7 @@ class PartialFile:
         if len(data) == self._assembly.size_of(cid):  # else add_leaf refuses it, before a byte is written
             with disk_errors(self._part, "write"):
                 for _, offset in places:
-                    write_all(descriptor, content, offset)
+                    write_all(descriptor, self._cover(content, offset), offset)
         self._assembly.add_leaf(cid, len(data))
         return [(cid, position) for position, _ in places]
 
@@ -198,6 +201,6 @@ class PartialFile:
         for index, offset in places:
             with disk_errors(self._part, "read"):
                 data = os.pread(descriptor, 0 if layout is None else layout.leaf_range(index)[1], offset)
-            if hashlib.sha256(leaf_block(cid, data)).digest() != cid[4:]:
+            if hashlib.sha256(leaf_block(cid, bytes(self._cover(data, offset)))).digest() != cid[4:]:
                 return False
         return True

@@ -8,6 +8,7 @@ that file. A *block* is a small dag-cbor object (a manifest), kept whole.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,33 @@ class StoreUsage:
     room_bytes: int  # what could be added without touching anything pinned
 
 
+class Revealed:
+    """A file whose bytes can be read at `path`, by child processes too, until it is closed."""
+
+    def __init__(self, path: Path, descriptor: int | None = None) -> None:
+        """`descriptor`: of the copy in memory that `path` leads to."""
+        self.path = path
+        self._descriptor = descriptor
+
+    def close(self) -> None:
+        """What somebody has open or mapped stays so."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class Content(Protocol):
     def path(self, cid: Cid) -> Path | None:
-        """The complete, verified file; None while it is not (wholly) here."""
+        """Where the complete, verified file lies, maybe encrypted; None while it is not (wholly) here."""
+
+    def reveal(self, cid: Cid) -> Revealed | None:
+        """A complete file where it can be read by path; None while it is not here. Blocking: call it in a thread."""
 
     def block(self, cid: Cid) -> bytes | None:
         """Bytes of one block we hold, whatever it belongs to (a leaf, an inner node, a manifest)."""

@@ -287,9 +287,9 @@ class ContentSection:
     )
     encrypt: bool = setting(
         False,
-        _yes_no,
-        "keep model files encrypted on the disk, with this node's key (a passphrase on it protects them); in use they "
-        "are in memory; changed at the next start",
+        _yes_or_no,
+        "keep model files encrypted on the disk, with this node's key (a passphrase on it protects them, too); "
+        "what is in use is in memory; takes effect at the next start",
     )
     replicas: int = setting(
         2,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import trio
 
+from meshnode.content.port import Revealed
 from meshnode.core.errors import Declined
 from meshnode.core.memory import give_back
 from meshnode.text.stops import StopStrings
@@ -107,7 +107,7 @@ class AnsweringService:
         self,
         *,
         manifest: Callable[[], tuple[Cid, Manifest] | None],
-        fetch: Callable[[Cid, int], Awaitable[Path]],
+        fetch: Callable[[Cid, int], Awaitable[Revealed]],
     ) -> None:
         self._manifest = manifest
         self._fetch = fetch
@@ -131,17 +131,21 @@ class AnsweringService:
                 "no-tokenizer", f"the model {manifest.name} was published without a tokenizer; ask in tokens"
             )
         vocabulary = manifest.files["tokenizer.json"]
-        path = await self._fetch(vocabulary.cid, vocabulary.size)
-        template: str | None = None
+        file = await self._fetch(vocabulary.cid, vocabulary.size)
+        template_file: Revealed | None = None
         if ref := manifest.files.get("chat_template.jinja"):
-            template_path = await self._fetch(ref.cid, ref.size)
-            template = await trio.to_thread.run_sync(lambda: template_path.read_text(encoding="utf-8"))
+            template_file = await self._fetch(ref.cid, ref.size)
         shape = manifest.architecture
 
         def load() -> Tokenizer:
             from meshnode.text.tokenizer import Tokenizer  # 10 MB that a node which is never asked does without
 
-            tokenizer = Tokenizer(path, template, bos_ids=shape.bos_ids, eos_ids=shape.eos_ids)
+            template: str | None = None
+            if template_file is not None:
+                with template_file as path:
+                    template = path.read_text(encoding="utf-8")
+            with file as path:
+                tokenizer = Tokenizer(path, template, bos_ids=shape.bos_ids, eos_ids=shape.eos_ids)
             give_back()
             return tokenizer
 

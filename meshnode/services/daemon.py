@@ -276,10 +276,11 @@ class DaemonService:
 
     async def _give_file(self, cid: Cid) -> bool:
         """Whether the file is at the daemon now; it may have left our store in the meantime."""
-        path = self._content.path(cid)
-        if path is None:
+        file = await trio.to_thread.run_sync(self._content.reveal, cid)
+        if file is None:
             return False
-        made = await self._daemon.add(path, pin=False)
+        with file as path:
+            made = await self._daemon.add(path, pin=False)
         if made != cid:
             raise ModelError(
                 f"the file {cid} is {made} by the rules of `ipfs add` for this mesh, so it was published by other "

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import inf
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 import trio
 
-from meshnode.content.port import Content
+from meshnode.content.port import Content, Revealed
 from meshnode.core.clock import Wall, wall_ms
 from meshnode.core.config import format_size
 from meshnode.core.errors import ContentUnavailable, Declined, EngineLost, FatalError, TransientError
@@ -68,10 +68,11 @@ class Holds(Protocol):
 
 
 class Fetch(Protocol):
-    async def __call__(self, cid: Cid, size: int, *, progress: Callable[[int, int], None]) -> Path:
-        """The complete, verified file; `progress` is called with bytes done and in all."""
+    async def __call__(self, cid: Cid, size: int, *, progress: Callable[[int, int], None]) -> object:
+        """Have the complete, verified file in the store; `progress` is called with bytes done and in all."""
 
 
+Reveal = Callable[[Cid], Awaitable[Revealed]]  # a file in the store; raises ContentUnavailable
 FetchBlock = Callable[[Cid], Awaitable[bytes]]
 
 
@@ -156,6 +157,7 @@ class PlacementService:
         directory: Directory,
         fetch: Fetch,
         fetch_block: FetchBlock,
+        reveal: Reveal,
         content: Content,
         open_manifest: Callable[[bytes], Manifest],
         engine_factory: Callable[[StageSpec], Engine],
@@ -171,6 +173,7 @@ class PlacementService:
         self._directory = directory
         self._fetch = fetch
         self._fetch_block = fetch_block
+        self._reveal = reveal
         self._content = content
         self._open_manifest = open_manifest
         self._engine_factory = engine_factory
@@ -639,25 +642,33 @@ class PlacementService:
             raise ContentUnavailable("the network serves another release now")
         files = release.manifest.variants[target.variant]
         groups = files.groups(target.first, target.last)
-        paths = await self._get({f.cid: f for f in (files.graph, *groups.values())}, target)
+        needed = {f.cid: f for f in (files.graph, *groups.values())}
+        await self._get(needed, target)
         while self._retiring and self._stage is None:
             await self._turned.wait()  # an exclusive move: the old span must be gone
         weights = release.facts.weights(target.first, target.last)
         room = max(0, self._config.memory_bytes - weights)
         reserve = release.facts.need(target.first, target.last) - weights
-        spec = StageSpec(
-            kind=self._config.engine,
-            graph=paths[files.graph.cid],
-            groups={name: paths[file.cid] for name, file in groups.items()},
-            first=target.first,
-            last=target.last,
-            architecture=release.manifest.architecture,
-            threads=self._config.threads,
-            max_sessions=self._config.max_sessions,
-            max_kv_bytes=min(room, max(reserve, self._config.kv_bytes)) if self._config.kv_bytes else room,
-        )
         assert self._progress is not None
         self._progress = replace(self._progress, phase="opening")
+        with ExitStack() as opened:
+            paths = {cid: opened.enter_context(await self._reveal(cid)) for cid in needed}
+            return await self._start(
+                StageSpec(
+                    kind=self._config.engine,
+                    graph=paths[files.graph.cid],
+                    groups={name: paths[file.cid] for name, file in groups.items()},
+                    first=target.first,
+                    last=target.last,
+                    architecture=release.manifest.architecture,
+                    threads=self._config.threads,
+                    max_sessions=self._config.max_sessions,
+                    max_kv_bytes=min(room, max(reserve, self._config.kv_bytes)) if self._config.kv_bytes else room,
+                ),
+                target,
+            )
+
+    async def _start(self, spec: StageSpec, target: Span) -> Stage:
         engine = self._engine_factory(spec)
         try:
             report = await engine.start()
@@ -667,9 +678,9 @@ class PlacementService:
             raise
         return Stage(engine, target, self._incarnation, report, trio.current_time())
 
-    async def _get(self, files: Mapping[Cid, FileRef], target: Span) -> dict[Cid, Path]:
+    async def _get(self, files: Mapping[Cid, FileRef], target: Span) -> None:
         """Have these files on disk, pinned for this span."""
-        paths: dict[Cid, Path] = {}
+        here: set[Cid] = set()
         done: dict[Cid, int] = {}
         total = sum(file.size for file in files.values())
         for span in [span for span in self._pins if span != target]:
@@ -679,7 +690,7 @@ class PlacementService:
         limiter = trio.CapacityLimiter(FETCHES_AT_ONCE)
 
         def show() -> None:
-            self._progress = Progress(target, "fetching", len(files), len(paths), total, sum(done.values()))
+            self._progress = Progress(target, "fetching", len(files), len(here), total, sum(done.values()))
 
         async def one(file: FileRef) -> None:
             def count(so_far: int, _: int) -> None:
@@ -687,9 +698,9 @@ class PlacementService:
                 show()
 
             async with limiter:
-                path = await self._fetch(file.cid, file.size, progress=count)
+                await self._fetch(file.cid, file.size, progress=count)
             self._content.pin(file.cid, pin)
-            paths[file.cid] = path
+            here.add(file.cid)
             count(file.size, file.size)
 
         show()
@@ -699,7 +710,6 @@ class PlacementService:
                     nursery.start_soon(one, file)
         except* (TransientError, Declined, FatalError, ProtocolError) as group:
             raise _first(group) from group
-        return paths
 
     def _measure(self, stage: Stage) -> None:
         """Take the figures of a new engine into the moving averages; advertise them if they changed by a tenth."""

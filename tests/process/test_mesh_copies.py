@@ -76,3 +76,27 @@ def test_a_model_is_pinned_unpinned_and_removed(tmp_path: Path) -> None:
         answer = meshnode("model", "remove", "small-noise", "--force", folder=other.folder)
         assert answer.code == 0, answer.errors
         assert list(content.iterdir()) == []
+
+
+def test_encrypted_files_serve_as_others_do(tmp_path: Path) -> None:
+    published = small_model(tmp_path / "model")
+    with mesh_of(tmp_path, 2, published=published, settings=(("content.encrypt", True),)) as mesh:
+        publisher, other = mesh.members
+        for member in mesh.members:
+            member.wait_for(enough(2), READY_SECONDS, "two copies of every file")
+        right = tokens_of(other)
+        answer = meshnode("model", "verify", "small-noise", folder=other.folder)
+        assert answer.code == 0, answer.errors
+        piece = (published / "layer.3").read_bytes()[1000:1032]
+        for member in mesh.members:
+            files = list((Paths(member.folder).content / "files").iterdir())
+            assert {path.suffix for path in files} == {".sealed"}
+            assert not any(piece in path.read_bytes() for path in files)
+        mesh.down()
+        for member in mesh.members:
+            config = Paths(member.folder).config
+            config.write_text(config.read_text().replace("encrypt = true", "encrypt = false"))
+        mesh.up()
+        mesh.wait_ready(READY_SECONDS)
+        assert tokens_of(publisher) == right
+        assert any(piece in path.read_bytes() for path in (Paths(other.folder).content / "files").iterdir())

@@ -7,13 +7,14 @@ and tells holes that a node's own move made from holes that a crash made.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import trio
 
+from meshnode.content.port import Revealed
 from meshnode.core.clock import VirtualWall
 from meshnode.core.errors import EngineLost, PeerUnreachable
 from meshnode.core.health import Health
@@ -126,6 +127,14 @@ class FakeContent:
     def path(self, cid: Cid) -> Path | None:
         return Path(cid) if self._everything or cid in self.held else None
 
+    def reveal(self, cid: Cid) -> Revealed | None:
+        raise NotImplementedError
+
+    async def opened(self, cid: Cid) -> Revealed:
+        await trio.lowlevel.checkpoint()
+        assert cid in self.held
+        return Revealed(Path(cid))
+
     def block(self, cid: Cid) -> bytes | None:
         return b"manifest" if self._everything else None
 
@@ -134,6 +143,9 @@ class FakeContent:
 
     def unpin(self, name: str) -> None:
         self.pins.pop(name, None)
+
+    def pin_only(self, name: str, cids: Collection[Cid]) -> None:
+        self.pins[name] = set(cids)
 
     async def fetch(self, cid: Cid, size: int, *, progress: Callable[[int, int], None]) -> Path:
         if not self._everything and cid not in self.held:
@@ -346,6 +358,7 @@ class World:
             directory=directory,
             fetch=content.fetch,
             fetch_block=content.fetch_block,
+            reveal=content.opened,
             content=content,
             open_manifest=lambda _: self.manifest,
             engine_factory=engine,

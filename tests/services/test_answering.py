@@ -13,6 +13,7 @@ import trio
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
+from meshnode.content.port import Revealed
 from meshnode.core.errors import Declined, FatalError, ModelError, PeerUnreachable
 from meshnode.services.answering import (
     MAX_STOPS,
@@ -78,11 +79,11 @@ class Desk:
     def file(self, name: str) -> FileRef:
         return FileRef(cid=cid_of(RAW, name.encode()), size=len(name))
 
-    async def fetch(self, cid: Cid, size: int) -> Path:
+    async def fetch(self, cid: Cid, size: int) -> Revealed:
         await trio.lowlevel.checkpoint()
         (name,) = [name for name in self.files if self.file(name) == FileRef(cid=cid, size=size)]
         self.fetched.append(name)
-        return self.folder / name
+        return Revealed(self.folder / name)
 
     async def generate(
         self, prompt: tuple[int, ...], most: int, sampling: Sampling
