@@ -405,7 +405,7 @@ class ContentService:
 
         with scope:
             quiet = 0.0
-            while quiet < SEEK_SECONDS:
+            while quiet < SEEK_SECONDS and self._found.keys().isdisjoint(self._host.guests):
                 await trio.sleep(SEEK_SECONDS - quiet)
                 quiet = trio.current_time() - self._fed[session]
             await seek(cid, offer)

@@ -64,6 +64,7 @@ FIRST_PAUSE_SECONDS: Final = 2.0  # after nobody answered; doubles
 LAST_PAUSE_SECONDS: Final = 60.0
 MAX_CARRIERS: Final = 8  # providers that we are connected to at once
 WANTED: Final = 8  # providers that end a search
+TRIAL_SECONDS: Final = 5.0  # that providers of other blocks are asked before a search
 SEARCH_PAUSE_SECONDS: Final = 20.0  # between searches while a fetch still waits
 IDLE_SECONDS: Final = 30.0  # an asker that says nothing for so long loses its stream
 MAX_ASKERS: Final = 64  # streams with questions at once
@@ -137,6 +138,7 @@ class RoutingService:
         self._provides = provides
         self._health = Health() if health is None else health
         self._carriers: dict[PeerId, int] = {}  # and by how many fetches each is used
+        self._recent: dict[PeerId, Peer] = {}  # the last ones of them, oldest first
         self._askers = trio.CapacityLimiter(MAX_ASKERS)
         self._provided: dict[tuple[str, Cid], int] = {}
         self._due: dict[tuple[str, Cid], float] = {}  # when a record is to be left again
@@ -195,7 +197,8 @@ class RoutingService:
     async def bring(self, cid: Cid, offer: Offer) -> None:
         """Find who has a block, connect to them, call `offer` for each that is connected; goes on until cancelled.
 
-        They are guests for so long, and nobody that `is_known` is among them.
+        They are guests for so long, and nobody that `is_known` is among them. Providers of other blocks that are
+        still connected come first: whoever has one file of a model has others, as a rule.
         """
         async with trio.open_nursery() as nursery:
             busy: set[PeerId] = set()
@@ -207,6 +210,11 @@ class RoutingService:
                 finally:
                     busy.discard(provider.id)
 
+            here = [peer for peer in self._recent.values() if peer.id in self._host.guests]
+            for provider in here:
+                nursery.start_soon(carry, provider)
+            if here:
+                await trio.sleep(TRIAL_SECONDS)
             while True:
                 async with trio.open_nursery() as searches:
                     for region in self._regions:
@@ -260,7 +268,11 @@ class RoutingService:
         try:
             events = self._host.guest_events()
             async with self._visits.visit(peer, _whole(provider), self._carrier_protocols):
-                _log.info("provider.found", peer=peer)
+                _log.debug("provider.found", peer=peer)
+                self._recent.pop(peer, None)
+                self._recent[peer] = provider
+                if len(self._recent) > MAX_CARRIERS:
+                    del self._recent[next(iter(self._recent))]
                 await offer(peer)
                 while peer in self._host.guests:
                     await events.receive()

@@ -27,10 +27,10 @@ class Kubo:
             function = getattr(self._lib, name)
             function.restype, function.argtypes = ctypes.c_void_p, arguments
 
-    def start(self, swarm_key: str = "") -> None:
-        """On one loopback port: no other peers, no mDNS, no routing, no relays.
+    def start(self, routing: str, swarm_key: str) -> None:
+        """On one loopback port: no other peers, no mDNS, no relays.
 
-        swarm_key: the text of that file of a private network.
+        routing: `none`, or `dht` to be a server of the DHT. swarm_key: the text of that file of a private network.
         """
         self._lib.CreateRepo(self._repo)
         path = self._path / "config"
@@ -41,7 +41,7 @@ class Kubo:
         config["Swarm"]["DisableNatPortMap"] = True
         config["Swarm"]["RelayClient"] = {"Enabled": False}
         config["Swarm"]["RelayService"] = {"Enabled": False}
-        config["Routing"]["Type"] = "none"
+        config["Routing"]["Type"] = routing
         config["AutoNAT"] = {"ServiceMode": "disabled"}
         path.write_text(json.dumps(config))
         if swarm_key:

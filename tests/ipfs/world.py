@@ -97,11 +97,16 @@ async def read_line(process: trio.Process) -> bytes:
 
 
 @asynccontextmanager
-async def kubo(folder: Path, *, swarm_key: str = "") -> AsyncIterator[Kubo]:
-    """A Kubo with an empty repository, in the private network of this key (the text of its file)."""
+async def kubo(folder: Path, *, routing: str = "none", swarm_key: str = "") -> AsyncIterator[Kubo]:
+    """A Kubo with an empty repository.
+
+    Args:
+      routing: `dht` makes it a server of the DHT.
+      swarm_key: the text of the file of a private network.
+    """
     await trio.Path(folder).mkdir()
     child = Path(__file__).with_name("kubo_child.py")
-    command = [sys.executable, str(child), str(LIBRARY), str(folder / "repo"), *([swarm_key] if swarm_key else [])]
+    command = [sys.executable, str(child), str(LIBRARY), str(folder / "repo"), routing, swarm_key]
     async with Kubo.running(command, folder) as there:
         yield there
 
