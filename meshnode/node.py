@@ -341,6 +341,7 @@ class Node:
                 task_status.started()
                 await self.stopping.wait()
                 log.info("node.leaving")
+                await self.replication.drain()
                 await self.placement.drain()
                 work.cancel_scope.cancel()
             await self.directory.goodbye()

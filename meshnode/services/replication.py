@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import trio
 
@@ -28,6 +28,8 @@ LOOK_SECONDS: Final = 1.0  # between looks at the mesh
 SETTLE_SECONDS: Final = 10.0  # a file must lack copies this long: nodes that start together fetch their layers first
 LATE_SECONDS: Final = 30.0  # after each, one more node makes a missing copy
 REST_SECONDS: Final = 30.0  # after a file could not be fetched
+HANDOVER: Final = "handing-over"  # tag of a node that leaves and holds what nobody else does
+HANDOVER_SECONDS: Final = 15.0  # most time that leaving waits for the copies
 LAST_PAUSE_SECONDS: Final = 30.0  # most between two files while somebody waits for an answer of ours
 
 _log = get_logger("replication")
@@ -37,6 +39,14 @@ class Directory(Protocol):
     """What replication needs of the directory of adverts."""
 
     def live(self) -> Mapping[PeerId, Advert]: ...
+
+    def me(self) -> Advert: ...
+
+    async def changed(self) -> object:
+        """Return after the next change of an advert or the head."""
+
+    def update(self, **fields: Any) -> None:
+        """Change fields of our own advert and publish it."""
 
 
 class Fetch(Protocol):
@@ -107,6 +117,7 @@ class ReplicationService:
         self._pinned: dict[Standing, frozenset[Cid]] = {}
         self._judged: object = None
         self._copies: Copies | None = None
+        self._leaving = False
 
     def copies(self) -> Copies | None:
         """As last counted; None without a model."""
@@ -121,6 +132,34 @@ class ReplicationService:
                 await trio.sleep(LOOK_SECONDS)
             elif self._busy():
                 await trio.sleep(min(LAST_PAUSE_SECONDS, trio.current_time() - began))
+
+    async def drain(self, limit_s: float = HANDOVER_SECONDS) -> None:
+        """Before leaving: wait until others hold what only we hold, if they have room, at most `limit_s` seconds.
+
+        If cancelled: nobody counts our copies any more.
+        """
+        self._leaving = True
+        if not self._only_here():
+            return
+        _log.info("copies.handing-over", files=len(self._only_here()))
+        self._directory.update(tags=(*self._directory.me().tags, HANDOVER))
+        with trio.move_on_after(limit_s):
+            while self._only_here():
+                await self._directory.changed()
+        if left := self._only_here():
+            _log.warning("copies.lost", files=len(left), reason="nobody took them over in time")
+
+    def _only_here(self) -> list[bytes]:
+        """Files that leave the mesh with us although somebody else has room for them."""
+        release = self._release()
+        if release is None:
+            return []
+        *others, ours = self._shelves()
+        held = {name for shelf in others for name in shelf.files}
+        missing = {
+            name: file.size for name, file in _files_of(*release).items() if name in ours.files and name not in held
+        }
+        return [name for names in assignments(missing, others, 1).values() for name in names]
 
     async def _turn(self) -> bool:
         """Count, protect, report, and fetch one file if there is one for us; whether it was fetched."""
@@ -144,10 +183,11 @@ class ReplicationService:
         late = {name: int((now - since) // LATE_SECONDS) for name, since in self._short_since.items()}
         plan = assignments(sizes, shelves, self._replicas, late) if short else {}
         self._report(release[1], files, plan)
-        if self._loading():
+        if self._loading() or self._leaving:
             return False
+        urgent = any(HANDOVER in advert.tags for advert in self._directory.live().values())
         for name in plan.get(self._us, ()):
-            settled = now - self._short_since[name] >= self._settle_s
+            settled = urgent or now - self._short_since[name] >= self._settle_s
             if settled and now >= self._rests_until.get(name, 0.0):
                 return await self._copy(files[name], name)
         return False
@@ -157,7 +197,7 @@ class ReplicationService:
         shelves = [
             Shelf(peer, _names(advert.holdings), advert.disk_free_bytes, steady="battery" not in advert.tags)
             for peer, advert in self._directory.live().items()
-            if peer != self._us and not (advert.serving is not None and advert.serving.state == DRAINING)
+            if peer != self._us and not _goes(advert)
         ]
         ours = _names(self._holdings())
         me = self._directory.live().get(self._us)
@@ -222,6 +262,11 @@ class ReplicationService:
             )
         else:
             self._health.clear("few-copies")
+
+
+def _goes(advert: Advert) -> bool:
+    """Whether a node is about to leave and takes its copies with it."""
+    return HANDOVER in advert.tags or (advert.serving is not None and advert.serving.state == DRAINING)
 
 
 def _names(holdings: tuple[Holding, ...]) -> frozenset[bytes]:

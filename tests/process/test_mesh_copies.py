@@ -100,3 +100,16 @@ def test_encrypted_files_serve_as_others_do(tmp_path: Path) -> None:
         mesh.wait_ready(READY_SECONDS)
         assert tokens_of(publisher) == right
         assert any(piece in path.read_bytes() for path in (Paths(other.folder).content / "files").iterdir())
+
+
+def test_a_publisher_that_leaves_at_once_leaves_the_model_behind(tmp_path: Path) -> None:
+    """Before any copy was due: what only it holds is handed over while it stops."""
+    published = small_model(tmp_path / "model")
+    with mesh_of(tmp_path, 2, published=published, memory=("1GB",), settings=NO_COPIES) as mesh:
+        publisher, other = mesh.members
+        right = tokens_of(other)
+        files = {path.name for path in (Paths(publisher.folder).content / "files").iterdir()}
+        publisher.stop()
+        assert {path.name for path in (Paths(other.folder).content / "files").iterdir()} == files
+        other.wait_ready(READY_SECONDS)
+        assert tokens_of(other) == right

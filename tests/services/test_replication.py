@@ -16,7 +16,7 @@ from meshnode.content.blob_store import BlobStore
 from meshnode.core.errors import ContentUnavailable, DiskError
 from meshnode.core.health import Health
 from meshnode.services.inventory import InventoryService
-from meshnode.services.replication import LATE_SECONDS, SETTLE_SECONDS, ReplicationService
+from meshnode.services.replication import HANDOVER_SECONDS, LATE_SECONDS, SETTLE_SECONDS, ReplicationService
 from protocols.advert.messages import Head
 from protocols.ids import DAG_CBOR, Cid, PeerId, cid_to_bytes
 from protocols.manifest.messages import Architecture, FileRef, Manifest, Variant
@@ -343,3 +343,45 @@ async def test_every_copy_is_advertised(autojump_clock: MockClock, rng: random.R
             ),
             5,
         )
+
+
+async def test_a_leaving_node_hands_over_what_only_it_has(
+    autojump_clock: MockClock, rng: random.Random, tmp_path: Path
+) -> None:
+    async with open_world(rng, tmp_path) as world:
+        members = [await world.join(n, replicas=1) for n in (1, 2, 3)]
+        world.publish(members[0])
+        await trio.sleep(2)
+        assert set(world.copies()) == {1}
+        await members[0].replication.drain()
+        await world.kill(members[0])
+        assert set(world.copies()) == {1}, "all of it, and nothing twice"
+
+
+async def test_a_mesh_that_stops_as_a_whole_does_not_wait(
+    autojump_clock: MockClock, rng: random.Random, tmp_path: Path
+) -> None:
+    async with open_world(rng, tmp_path) as world:
+        members = [await world.join(n) for n in (1, 2, 3)]
+        world.publish(members[0])
+        await trio.sleep(2)
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for member in members:
+                nursery.start_soon(member.replication.drain)
+            for member in members[1:]:
+                await member.node.stop()
+        assert trio.current_time() - began <= HANDOVER_SECONDS
+
+
+async def test_a_node_that_nobody_can_relieve_leaves_at_once(
+    autojump_clock: MockClock, rng: random.Random, tmp_path: Path
+) -> None:
+    async with open_world(rng, tmp_path) as world:
+        one = await world.join(1)
+        await world.join(2, quota=LAYER_BYTES // 2)
+        world.publish(one)
+        await trio.sleep(2)
+        began = trio.current_time()
+        await one.replication.drain()
+        assert trio.current_time() == began
