@@ -110,6 +110,7 @@ def test_a_publisher_that_leaves_at_once_leaves_the_model_behind(tmp_path: Path)
         right = tokens_of(other)
         files = {path.name for path in (Paths(publisher.folder).content / "files").iterdir()}
         publisher.stop()
+        publisher.wait_stopped()
         assert {path.name for path in (Paths(other.folder).content / "files").iterdir()} == files
         other.wait_ready(READY_SECONDS)
         assert tokens_of(other) == right
