@@ -46,7 +46,9 @@ from protocols.kad.messages import (
     frame,
 )
 from protocols.kad.server import RECORD_SECONDS
+from protocols.membership.messages import PROTOCOL as HELLO_PROTOCOL
 from protocols.protobuf import put_varint
+from tests.services.membership_mesh import ECHO, open_mesh
 from tests.services.test_guests import noise
 from tests.services.test_guests import world as content_world
 from tests.unit.membership_actors import peer_of_key
@@ -418,11 +420,13 @@ async def test_a_peer_is_a_guest_as_long_as_anybody_wants_it(autojump_clock: Moc
             await (await server.open_stream(US, "/a")).aclose()
             with pytest.raises(Declined):
                 await server.open_stream(US, "/b")
-        assert us.host.guests == (server.peer_id,), "it lingers for the next question"
+        lingering = us.host.guests
+        assert lingering == (server.peer_id,), "it stays for the next question"
         with pytest.raises(Declined):
             await server.open_stream(US, "/a")
         await trio.sleep(2 * LINGER_SECONDS)
-        assert us.host.guests == ()
+        left = us.host.guests
+        assert left == ()
         gone = peer_of_key("nobody")
         with pytest.raises(PeerUnreachable):
             async with us.visits.visit(gone, ["/ip4/10.9.9.9/tcp/1"]):
@@ -474,6 +478,61 @@ async def test_strangers_are_not_taken_in_unless_something_is_for_them(autojump_
         await stranger.connect(US, us.host.addresses)
         assert not us.visits.take_in(stranger.peer_id)
         assert us.host.peers == (stranger.peer_id,)
+
+
+async def test_a_peer_without_our_protocol_is_taken_in_and_another_network_is_not(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with open_mesh(tmp_path) as mesh:
+        ann = await mesh.found("ann")
+        visits = Visits(ann.host, lambda peer: bool(ann.membership.roles_of(peer)), (BITSWAP, HELLO_PROTOCOL))
+        ann.membership._take_in = visits.take_in
+        ann.host.handle(BITSWAP, silent, open_to_strangers=True)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(visits.run)
+            stranger = mesh.network.host(peer_of_key("stranger"))
+            await nursery.start(stranger.run)
+            await stranger.connect(ann.peer_id, ann.host.addresses)
+            # It is served at once, before and after it has been looked at.
+            await (await stranger.open_stream(ann.peer_id, BITSWAP)).aclose()
+            with trio.fail_after(5):
+                events = ann.host.guest_events()
+                while not visits.visitors:
+                    await events.receive()
+            await trio.sleep(120)
+            assert ann.host.guests == (stranger.peer_id,) and ann.host.peers == ()
+            assert ann.membership.refusals == () and ann.membership.members() == {}
+            await (await stranger.open_stream(ann.peer_id, BITSWAP)).aclose()
+            with pytest.raises(Declined):
+                await stranger.open_stream(ann.peer_id, ECHO)
+            # A node of another network speaks our protocol and is sent away; one with a ticket gets in.
+            eve = await mesh.found("eve", network="elsewhere")
+            await eve.connect(ann)
+            await trio.sleep(20)
+            assert eve.peer_id not in (*visits.visitors, *ann.host.peers)
+            assert [refusal.peer for refusal in ann.membership.refusals] == [eve.peer_id]
+            bob = await mesh.enter("bob", mesh.ticket(ann))
+            await bob.meet(ann)
+            assert await bob.call(ann) == b"hello"
+            nursery.cancel_scope.cancel()
+
+
+async def test_by_default_a_peer_without_our_protocol_is_sent_away(autojump_clock: MockClock, tmp_path: Path) -> None:
+    async with open_mesh(tmp_path) as mesh:
+        ann = await mesh.found("ann")
+        visits = Visits(ann.host, lambda peer: bool(ann.membership.roles_of(peer)))
+        ann.membership._take_in = visits.take_in
+        ann.host.handle(BITSWAP, silent)
+        async with trio.open_nursery() as nursery:
+            stranger = mesh.network.host(peer_of_key("stranger"))
+            await nursery.start(stranger.run)
+            await stranger.connect(ann.peer_id, ann.host.addresses)
+            with pytest.raises(Declined):
+                await stranger.open_stream(ann.peer_id, BITSWAP)
+            await trio.sleep(30)
+            assert ann.host.peers == ann.host.guests == ()
+            assert [refusal.code for refusal in ann.membership.refusals] == ["stranger"]
+            nursery.cancel_scope.cancel()
 
 
 # With content
