@@ -70,6 +70,7 @@ from protocols.ids import Cid, PeerId, cid_from_bytes, short
 from protocols.kad import messages as kad
 from protocols.manifest.codec import open_manifest
 from protocols.manifest.messages import Manifest
+from protocols.membership import messages as membership
 from protocols.pipe.messages import Close, Hop, Message, Open, Opened, Refused, Sampling, Step, Token
 
 DHT_PATIENCE_SECONDS: Final = 60.0  # a search among strangers goes on for so long
@@ -152,6 +153,8 @@ class Node:
         self.guests = GuestService(self.host, config.content.ipfs_peers, (bitswap.PROTOCOL,), rng, health=self.health)
         anyone = config.content.share == "anyone"
         offers = ((bitswap.PROTOCOL,) if anyone else ()) + (kad.PROTOCOLS if config.content.dht_serve else ())
+        if offers:  # whoever comes with a ticket does not speak our protocol before it has joined
+            offers = (*offers, membership.PROTOCOL)
         self.visits = Visits(self.host, self._is_known, offers)
         self.routing = self._join_dht(rng) if config.content.dht or config.content.dht_serve else None
         ipfs = IpfsApi(config.content.ipfs_api, self.health) if config.content.ipfs_api else None
