@@ -5,7 +5,6 @@ Cost is counted, not timed: calls of Python functions (a resumed generator count
 
 from __future__ import annotations
 
-import gc
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -37,7 +36,6 @@ def cost(call: Callable[[], Any], error: type[Exception]) -> Cost:
         nonlocal calls
         calls += event == "call"
 
-    gc.collect()
     tracemalloc.start()
     sys.setprofile(count)
     try:

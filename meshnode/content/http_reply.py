@@ -14,6 +14,7 @@ from meshnode.core.config import format_size
 from meshnode.core.errors import TransientError
 
 MAX_REDIRECTS: Final = 3
+MAX_WORDS: Final = 160  # characters of an error that are shown
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
 _IDENTITY: Final = {"Accept-Encoding": "identity"}  # a compressed answer could grow beyond every limit
 
@@ -137,9 +138,14 @@ def _in_words() -> Iterator[None]:
     try:
         yield
     except httpx.ConnectError as error:
-        raise HttpTrouble(f"it can't be reached ({error})") from error
+        raise HttpTrouble(f"it can't be reached ({_clip(error)})") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise HttpTrouble(f"its answer broke off or is no HTTP ({error or type(error).__name__})") from error
+        raise HttpTrouble(f"its answer broke off or is no HTTP ({_clip(error) or type(error).__name__})") from error
+
+
+def _clip(error: Exception) -> str:
+    """What an error says; the library quotes what the server sent, however long that is."""
+    return "".join(c if c.isprintable() else " " for c in str(error)[:MAX_WORDS])
 
 
 def _next(url: httpx.URL, response: httpx.Response) -> httpx.URL:

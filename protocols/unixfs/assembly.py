@@ -135,6 +135,8 @@ class Assembly:
         known = self._known.get(cid) or _Known(layout.depth, len(block), [0])
         if known.level == 0:
             raise RemoteProtocolError("an inner node stands where the tree has a leaf")
+        if any(link.cid == cid for link in read.links):
+            raise RemoteProtocolError("an inner node leads to itself")
         codec = DAG_PB if known.level > 1 or layout.wrapped else RAW
         if any(link.cid[1] != codec for link in read.links):
             raise RemoteProtocolError("a tree has leaves and inner nodes on the same level")

@@ -18,6 +18,7 @@ from protocols.unixfs.layout import CID_BYTES, MAX_FILE_BYTES, OLD_CID_BYTES
 MAX_NODE_BYTES: Final = 1 << 20  # 8192 links need 0.5 MB; ours with 174 links have 9 KB
 MAX_LINKS: Final = 1 << 13
 _FILE: Final = 2  # UnixFS DataType File
+_LINK_FIELDS: Final = 3  # Hash, Name, Tsize
 _OLD_HEAD: Final = b"\x12\x20"
 _CID_HEADS: Final = (bytes((1, RAW, 0x12, 32)), bytes((1, DAG_PB, 0x12, 32)))
 
@@ -58,7 +59,7 @@ def encode(node: Node) -> bytes:
 
 def _link(view: memoryview) -> tuple[bytes, int, bool]:
     cid, tsize = b"", -1
-    for number, value in fields(view):
+    for number, value in fields(view, _LINK_FIELDS):
         if number == 1:
             cid = bytes(as_bytes(number, value))
         elif number == 2:
@@ -78,7 +79,7 @@ def _link(view: memoryview) -> tuple[bytes, int, bool]:
 
 def _sizes(view: memoryview) -> tuple[int, list[int]]:
     kind, total, sizes = -1, -1, []
-    for number, value in fields(view):
+    for number, value in fields(view, MAX_LINKS + 2):
         if number == 1:
             kind = as_int(number, value)
         elif number == 3:
@@ -107,7 +108,7 @@ def decode(block: bytes | bytearray | memoryview) -> Node:
         raise RemoteProtocolError(f"an inner node of {len(block)} bytes; the limit is {MAX_NODE_BYTES}")
     links: list[tuple[bytes, int, bool]] = []
     unixfs: memoryview | None = None
-    for number, value in fields(memoryview(block)):
+    for number, value in fields(memoryview(block), MAX_LINKS + 1):
         if number == 2:
             links.append(_link(as_bytes(number, value)))
             if len(links) > MAX_LINKS:
