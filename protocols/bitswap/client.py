@@ -36,6 +36,7 @@ END_GAME_GAIN: Final = 2.0  # a second peer is asked when it would be this many 
 MAX_SURPLUS: Final = 64  # blocks that a peer may send although they were answered already
 MAX_LACKS: Final = 64  # a peer that lacks so many blocks rests before it is asked for others
 MAX_CREDIT: Final = 1 << 16  # CIDs remembered as asked, per peer
+MAX_FIRST: Final = 4  # peers at a time that are asked for their first block, beside those in use
 MAX_UNASKED_HAVES: Final = 4  # want-haves that are open at one peer that is only supposed to have something
 
 
@@ -489,6 +490,12 @@ class Client:
             out[number] = {peer for peer in peers if self._peers[peer].lacks} | set(whole[: self._spread.width])
         return out
 
+    def _is_new(self, state: _Peer) -> bool:
+        """Whether a peer that is spared is asked for one block, so that its speed and honesty are known early."""
+        if state.credit:
+            return False
+        return sum(1 for peer in self._peers.values() if peer.owes and len(peer.credit) == 1) < MAX_FIRST
+
     def _ready(self, peer: PeerId, now: float) -> bool:
         return peer in self._peers and self._peers[peer].ready(now)
 
@@ -501,7 +508,7 @@ class Client:
             certain = session.peers.get(peer)
             if certain is None or not session.queue:
                 continue
-            if certain and peer not in favoured[number]:
+            if certain and peer not in favoured[number] and not self._is_new(state):
                 spared = True
                 continue
             self._sessions[number] = self._sessions.pop(number)  # the next block is another session's turn

@@ -62,6 +62,7 @@ class SocketHost:
     def __init__(self, seed: bytes) -> None:
         self.peer_id = PeerId(f"peer-{seed.hex()[:16]}")
         self.addresses: tuple[str, ...] = ()
+        self.guests: tuple[PeerId, ...] = ()
         self._handlers: dict[str, Handler] = {}
         self._ports: dict[PeerId, int] = {}
         self._port = 0
@@ -74,6 +75,10 @@ class SocketHost:
 
     def events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
         self._events, receiver = trio.open_memory_channel[PeerEvent](10)
+        return receiver
+
+    def guest_events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
+        self._guest_events, receiver = trio.open_memory_channel[PeerEvent](0)
         return receiver
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

@@ -74,15 +74,17 @@ def test_first_window_is_asked_in_order_and_marked_full() -> None:
 
 def test_a_further_peer_is_asked_for_other_blocks_when_the_first_brings_little() -> None:
     client, out = start(A, B)
-    assert (asked(out, A), asked(out, B)) == ([0, 1, 2, 3], [])
+    assert (asked(out, A), asked(out, B)) == ([0, 2, 3, 4], [1])  # one block, to get to know it
     assert client.deadline is not None and client.deadline < 0.1
     out = client.handle(Tick(), client.deadline)
-    assert (asked(out, A), asked(out, B)) == ([], [4, 5, 6, 7])
+    assert (asked(out, A), asked(out, B)) == ([], [5, 6, 7])
 
 
 def test_a_peer_that_is_spared_is_not_asked_for_what_another_owes() -> None:
     client, out = start(A, B, blocks=400)
     owed, now, got = asked(out, A), 0.0, 0
+    assert asked(out, B) == [1]
+    assert asked(deliver(client, B, 1, 0.001), B) == []
     while now < 0.04:
         now += 0.003
         got += 1
@@ -113,7 +115,7 @@ def test_window_follows_the_measured_rate() -> None:
 
 def test_dont_have_is_asked_elsewhere_and_cancelled_when_it_came() -> None:
     client, out = start(A, B, blocks=2)
-    assert (asked(out, A), asked(out, B)) == ([0, 1], [])
+    assert (asked(out, A), asked(out, B)) == ([0], [1])
     out = client.handle(Arrived(A, [], [(cid(0), PresenceType.DONT_HAVE)]), 0.1)
     assert asked(out, B) == [0]
     out = deliver(client, B, 0, 0.2)
@@ -271,3 +273,14 @@ def test_a_block_found_elsewhere_is_delivered_and_taken_back_from_peers() -> Non
     assert client.handle(Found(cid(5), b"data"), 1.2)[0] == Got((1,), cid(5), b"data", None)
     assert finish(client, A, [1, 2, 3, 4], 2.0) == {1, 2, 3, 4}
     assert client.deadline is None
+
+
+def test_nothing_is_kept_about_a_peer_that_is_forgotten() -> None:
+    client, out = start(A, B, blocks=4)
+    assert {*asked(out, A), *asked(out, B)} == {0, 1, 2, 3}
+    client.handle(c.Misbehaved(A, "lied"), 1.0)
+    client.handle(c.Forget(A), 1.0)
+    client.handle(c.Forget(B), 1.0)
+    assert client.banned == {} and client._peers == {}
+    again = client.handle(PeerUp(A), 2.0)
+    assert sorted(asked(again, A)) == [0, 1, 2, 3]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from protocols.bitswap.client import Arrived, Client, Event, Offer, PeerDown, PeerUp, Send, Tick, Want
+from protocols.bitswap.client import MAX_FIRST, Arrived, Client, Event, Offer, PeerDown, PeerUp, Send, Tick, Want
 from protocols.bitswap.messages import PresenceType
 from protocols.bitswap.spread import FIRST_REST_SECONDS, LAST_REST_SECONDS, Spread
 from protocols.ids import PeerId
@@ -149,6 +149,17 @@ def test_a_peer_that_lacks_blocks_does_not_keep_the_one_that_has_them_from_being
     link = Link([FAST, FAST], intake=350e6, first=100)
     assert link.fetch(200) < 1.5
     assert link.from_peer[link.peers[-1]] >= 100 * MIB
+
+
+def test_of_many_unknown_peers_a_few_at_a_time_are_asked_for_their_first_block() -> None:
+    link = Link([FAST] * 40, intake=350e6, cost=0.02)
+    client = link.client
+    for peer in link.peers:
+        client.handle(PeerUp(peer), 0.0)
+    client.handle(Offer(1, link.peers), 0.0)
+    out = client.handle(Want(1, {cid(number): MIB for number in range(500)}), 0.0)
+    asked = [effect for effect in out if isinstance(effect, Send)]
+    assert MAX_FIRST <= len(asked) <= MAX_FIRST + 1  # one of them is the peer in use
 
 
 def feed(spread: Spread, now: float, rate: float, seconds: float, peers: int = 8) -> float:
