@@ -43,6 +43,7 @@ from protocols.ids import DAG_PB, Cid, PeerId, cid_codec, cid_from_bytes, cid_to
 PATIENCE_SECONDS: Final = 30.0  # without one verified block, until a fetch gives up
 OFFER_SECONDS: Final = 0.5  # how often a fetch looks for new providers
 OUTSIDE_SECONDS: Final = 3.0  # without a block from a peer, until sources outside the mesh are asked
+ACQUAINTED_SECONDS: Final = 10.0  # after the start, who has what is known; before, nobody known means nothing
 OUTSIDE_BLOCKS: Final = 4  # asked from outside at once, per fetch
 TREE_BYTES: Final = 4 << 20  # a file of this size is asked from outside in one go at first
 TREE_SHARE: Final = 0.75  # if so much of it is missing: all of it will come
@@ -173,6 +174,7 @@ class ContentService:
         self._numbers = itertools.count(1)
         self._threads = trio.CapacityLimiter(6)
         self._answers = trio.CapacityLimiter(ANSWERS)
+        self._began = 0.0
         self._last_block = float("-inf")  # when the last verified block came, for any fetch
         self._fed: dict[int, float] = {}  # session -> when a peer gave its last verified block, or when it began
         self._outside = outside
@@ -217,6 +219,7 @@ class ContentService:
             nursery.start_soon(self._follow, self._host.guest_events())
             for _ in range(VERIFIERS):
                 nursery.start_soon(self._verify)
+            self._began = trio.current_time()
             self._running.set()
             task_status.started()
             try:
@@ -417,13 +420,21 @@ class ContentService:
                 await self._take_tree(session, search, self._tree_outside)
             while session in self._fed:
                 quiet = trio.current_time() - self._fed[session]
-                wanted = self._client.unasked(session, OUTSIDE_BLOCKS) if quiet >= OUTSIDE_SECONDS else ()
+                after = self._outside_after(search.root)
+                wanted = self._client.unasked(session, OUTSIDE_BLOCKS) if quiet >= after else ()
                 found: list[Cid] = []
                 async with trio.open_nursery() as nursery:
                     for name in wanted:
                         nursery.start_soon(self._find_outside, cid_from_bytes(name), search, outside, found)
                 if not found:
-                    await trio.sleep(max(OFFER_SECONDS, OUTSIDE_SECONDS - quiet))
+                    await trio.sleep(max(OFFER_SECONDS, after - quiet))
+
+    def _outside_after(self, cid: Cid) -> float:
+        """Seconds without a block until sources outside the mesh are asked; none where nobody else could have it."""
+        if trio.current_time() - self._began < ACQUAINTED_SECONDS or not self._guests.isdisjoint(self._host.guests):
+            return OUTSIDE_SECONDS
+        known = set(self._providers(cid)) - self._client.banned.keys() - {self._host.peer_id}
+        return OUTSIDE_SECONDS if known else 0.0
 
     async def _find_outside(self, cid: Cid, search: _Search, outside: FromOutside, found: list[Cid]) -> None:
         try:
@@ -441,8 +452,9 @@ class ContentService:
 
     async def _take_tree(self, session: int, search: _Search, tree: TreeFromOutside) -> None:
         """Take the whole file from outside, as long as no peer gives a block, if most of it is missing."""
-        while (quiet := trio.current_time() - self._fed[session]) < OUTSIDE_SECONDS:  # noqa: ASYNC110 - a peer's block
-            await trio.sleep(OUTSIDE_SECONDS - quiet)  # puts it off
+        # A peer's block puts it off.
+        while (wait := self._fed[session] + self._outside_after(search.root) - trio.current_time()) > 0:  # noqa: ASYNC110
+            await trio.sleep(wait)
         if not search.worth_a_tree:
             return
         fed = self._fed[session]

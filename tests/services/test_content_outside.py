@@ -385,6 +385,26 @@ async def test_what_a_peer_gives_is_not_asked_outside(tmp_path: Path) -> None:
     assert here.paths == []
 
 
+async def test_where_nobody_else_could_have_it_the_outside_is_asked_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Yet not by a node that has just started and knows nobody, nor while a member is said to have it."""
+    data = noise(9 * MIB), noise(MIB, 1)
+    world = World(tmp_path, *data)
+    monkeypatch.setattr(content, "OUTSIDE_SECONDS", 1e6)
+    with site(world.gateway) as here:
+        async with network(tmp_path) as net:
+            gateway = Gateway(here.url, Health())
+            await net.nursery.start(gateway.run)
+            me = await reader(net, Outside([gateway]))
+            with trio.move_on_after(0.5) as limit:
+                await me.fetch(file_cid(data[1]), len(data[1]))
+            assert limit.cancelled_caught and not here.paths
+            monkeypatch.setattr(content, "ACQUAINTED_SECONDS", 0.0)
+            for part in data:
+                assert (await me.fetch(file_cid(part), len(part))).read_bytes() == part
+
+
 async def test_the_rest_comes_from_outside_when_the_peer_dies(tmp_path: Path) -> None:
     data = noise(20 * MIB)
     world = World(tmp_path, data)
