@@ -153,9 +153,7 @@ class Node:
         self.guests = GuestService(self.host, config.content.ipfs_peers, (bitswap.PROTOCOL,), rng, health=self.health)
         anyone = config.content.share == "anyone"
         offers = ((bitswap.PROTOCOL,) if anyone else ()) + (kad.PROTOCOLS if config.content.dht_serve else ())
-        if offers:  # whoever comes with a ticket does not speak our protocol before it has joined
-            offers = (*offers, membership.PROTOCOL)
-        self.visits = Visits(self.host, self._is_known, offers)
+        self.visits = Visits(self.host, self._is_member, self._is_guest, offers, entrance=membership.PROTOCOL)
         self.routing = self._join_dht(rng) if config.content.dht or config.content.dht_serve else None
         ipfs = IpfsApi(config.content.ipfs_api, self.health) if config.content.ipfs_api else None
         gateways = [Gateway(url, self.health) for url in config.content.gateways]
@@ -239,15 +237,18 @@ class Node:
         self.stopping = trio.Event()
         self.ended = trio.Event()
 
-    def _is_known(self, peer: PeerId) -> bool:
-        return peer in self.guests.peers or bool(self.membership.roles_of(peer))
+    def _is_member(self, peer: PeerId) -> bool:
+        return bool(self.membership.roles_of(peer))
+
+    def _is_guest(self, peer: PeerId) -> bool:
+        return peer in self.guests.peers
 
     def _join_dht(self, rng: random.Random) -> RoutingService:
         content = self.config.content
         return RoutingService(
             self.host,
             self.visits,
-            self._is_known,
+            lambda peer: self._is_member(peer) or self._is_guest(peer),
             content.dht,
             (bitswap.PROTOCOL,),
             rng,

@@ -138,6 +138,7 @@ class RoutingService:
         self._provides = provides
         self._health = Health() if health is None else health
         self._carriers: dict[PeerId, int] = {}  # and by how many fetches each is used
+        self._place = trio.Event()  # one of them has left
         self._recent: dict[PeerId, Peer] = {}  # the last ones of them, oldest first
         self._askers = trio.CapacityLimiter(MAX_ASKERS)
         self._provided: dict[tuple[str, Cid], int] = {}
@@ -262,8 +263,8 @@ class RoutingService:
     async def _carry(self, provider: Peer, offer: Offer) -> None:
         """Have one provider as a guest until it leaves or we are cancelled."""
         peer = provider.id
-        if peer not in self._carriers and len(self._carriers) >= MAX_CARRIERS:
-            return
+        while peer not in self._carriers and len(self._carriers) >= MAX_CARRIERS:
+            await self._place.wait()
         self._carriers[peer] = self._carriers.get(peer, 0) + 1
         try:
             events = self._host.guest_events()
@@ -282,6 +283,8 @@ class RoutingService:
             self._carriers[peer] -= 1
             if not self._carriers[peer]:
                 del self._carriers[peer]
+                self._place.set()
+                self._place = trio.Event()
 
     # Providing
 

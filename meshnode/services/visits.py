@@ -30,15 +30,28 @@ class Visits:
 
     name = "visits"
 
-    def __init__(self, host: Host, is_known: Callable[[PeerId], bool], offers: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        host: Host,
+        is_member: Callable[[PeerId], bool],
+        is_guest: Callable[[PeerId], bool],
+        offers: Sequence[str] = (),
+        *,
+        entrance: str = "",
+    ) -> None:
         """
         Args:
-          is_known: members and guests of the configuration; they are used as they are.
+          is_member: of our network; never made a guest here, and none any more once it has become one.
+          is_guest: by the configuration, and so not ours to make one or to dismiss.
           offers: protocols that everybody may use; empty: strangers are not taken in.
+          entrance: a protocol that those who came by themselves may use, too: whoever brings a ticket does not
+            speak it before it has joined. A peer that we visit must not: its hello would end in a refusal.
         """
         self._host = host
-        self._is_known = is_known
+        self._is_member = is_member
+        self._is_guest = is_guest
         self._offers = frozenset(offers)
+        self._entrance = frozenset((entrance,) if entrance else ())
         self._grants: dict[PeerId, list[frozenset[str]]] = {}
         self._lingering: dict[PeerId, float] = {}  # since when, oldest first
         self._lingers = trio.Event()  # somebody does
@@ -84,7 +97,7 @@ class Visits:
 
         Raises PeerUnreachable. If cancelled: the peer is let go.
         """
-        if self._is_known(peer):
+        if self._is_member(peer) or self._is_guest(peer):
             await self._host.connect(peer, addresses)
             yield
             return
@@ -105,9 +118,10 @@ class Visits:
 
     def take_in(self, peer: PeerId) -> bool:
         """Let a connected stranger stay, that is of no network of ours. Whether it may."""
-        if not self._offers or self._is_known(peer) or peer not in self._host.peers:
+        stranger = peer in self._host.peers and not self._is_member(peer) and not self._is_guest(peer)
+        if not self._offers or not stranger:
             return False
-        self._visitors[peer] = self._grant(peer, self._offers)
+        self._visitors[peer] = self._grant(peer, self._offers | self._entrance)
         _log.info("visitor.came", peer=peer, visitors=len(self._visitors))
         if len(self._visitors) > MAX_VISITORS:
             self._see_off(next(iter(self._visitors)))
@@ -115,11 +129,13 @@ class Visits:
 
     async def _follow(self, events: trio.MemoryReceiveChannel[PeerEvent]) -> None:
         async for event in events:
-            if not event.connected and event.peer not in self._host.guests:
-                if event.peer in self._visitors:
-                    self._see_off(event.peer)
-                if event.peer in self._lingering:
-                    self._dismiss(event.peer)
+            if event.connected:
+                continue
+            if event.peer in self._visitors:
+                # Even if it is back already: it may have joined meanwhile, and is to be looked at anew.
+                self._see_off(event.peer)
+            elif event.peer in self._lingering and event.peer not in self._host.guests:
+                self._dismiss(event.peer)
 
     def _see_off(self, peer: PeerId) -> None:
         self._release(peer, self._visitors.pop(peer), linger=False)
@@ -133,7 +149,7 @@ class Visits:
     def _release(self, peer: PeerId, protocols: frozenset[str], *, linger: bool) -> None:
         grants = self._grants[peer]
         grants.remove(protocols)
-        if self._is_known(peer):  # it has become a guest of the configuration, or a member, meanwhile
+        if self._is_guest(peer):  # the configuration has made it one meanwhile
             if not grants:
                 del self._grants[peer]
             return
@@ -150,5 +166,5 @@ class Visits:
 
     def _dismiss(self, peer: PeerId) -> None:
         del self._lingering[peer]
-        if self._nursery is not None and not self._is_known(peer):  # a node that stops lets everybody go
+        if self._nursery is not None and not self._is_guest(peer):  # a node that stops lets everybody go
             self._nursery.start_soon(self._host.dismiss, peer, "there is nothing more to ask")

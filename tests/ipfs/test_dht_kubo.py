@@ -62,7 +62,7 @@ async def ours(folder: Path, seed: Kubo, provides: Path | None = None) -> AsyncI
     host = open_host(os.urandom(32))
     store = BlobStore(folder, 1 << 40)
     public = () if provides is None else (store.add_file(provides, pin="test"),)
-    visits = Visits(host, lambda peer: False, (BITSWAP,) if public else ())
+    visits = Visits(host, lambda peer: False, lambda peer: False, (BITSWAP,) if public else ())
     routing = RoutingService(
         host,
         visits,

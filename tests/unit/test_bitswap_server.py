@@ -87,6 +87,13 @@ def test_a_peer_that_wants_everything_does_not_starve_another() -> None:
     assert order.count(B) == 2
 
 
+def test_favoured_peers_come_first() -> None:
+    server = Server(lambda _: MIB, favours=lambda peer: peer == B)
+    for peer in (A, B):
+        server.handle(peer, wants(1, 2, 3))
+    assert [answer.peer for answer in drain(server)] == [B] * 3 + [A] * 3
+
+
 def test_a_slow_peer_holds_no_more_than_two_answers() -> None:
     server = Server(lambda _: MIB)
     server.handle(A, wants(*range(10)))
