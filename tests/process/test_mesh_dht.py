@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import trio
 
-from protocols.ids import Cid
+from meshnode.core.errors import Declined, PeerUnreachable
+from meshnode.net import direct, heartbeat, pipes
+from meshnode.net.libp2p_guards import IDENTIFY, IDENTIFY_PUSH, MESHSUB, PING
+from meshnode.net.libp2p_host import Libp2pHost, open_host
+from meshnode.net.multistream import ADMITTED
+from protocols.bitswap.messages import PROTOCOL as BITSWAP
+from protocols.ids import Cid, PeerId
+from protocols.kad.messages import PROTOCOLS as KAD
+from protocols.membership.messages import PROTOCOL as HELLO
 from tests.process.mesh_rig import NO_COPIES, READY_SECONDS, mesh_of, meshnode, serving, small_model, tokens_of
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 PROVIDE_SECONDS = 30.0
+MEMBERS_ONLY = (heartbeat.PROTOCOL, direct.PROTOCOL, pipes.PROTOCOL, "/meshnode/sync/1", "/meshnode/intent/1")
 
 
 def test_a_network_fetches_the_public_model_of_another(tmp_path: Path) -> None:
@@ -42,4 +53,35 @@ def test_a_network_fetches_the_public_model_of_another(tmp_path: Path) -> None:
                 for member in (bootstrap, giver, asker):
                     status = member.status()
                     assert status["peers"] == [] and status["refusals"] == []
-                assert giver.status()["content"]["visitors"] == 1
+                assert giver.status()["content"]["served_bytes"] >= sum(map(len, files))
+
+
+async def test_strangers_get_blocks_and_nothing_else(tmp_path: Path) -> None:
+    """What a stranger may use on the real wire, before and after it has been looked at."""
+    published = small_model(tmp_path / "model")
+    settings = (("content.share", "anyone"),)
+    with mesh_of(tmp_path / "mesh", 1, published=published, settings=settings) as mesh:
+        member = mesh.members[0]
+        stranger = open_host(os.urandom(32))
+        async with trio.open_nursery() as nursery:
+            await nursery.start(stranger.run)
+            await stranger.connect(member.peer_id, [member.address])
+            offered = await allowed(stranger, member.peer_id)
+            await trio.to_thread.run_sync(
+                member.wait_for, lambda status: status["content"]["visitors"] == 1, READY_SECONDS, "to take it in"
+            )
+            assert offered == await allowed(stranger, member.peer_id) == {HELLO, BITSWAP, PING, IDENTIFY}
+            nursery.cancel_scope.cancel()
+
+
+async def allowed(stranger: Libp2pHost, peer: PeerId) -> set[str]:
+    """Which of everything that a node serves to anybody is agreed on."""
+    out = set()
+    for protocol in (HELLO, BITSWAP, PING, IDENTIFY, IDENTIFY_PUSH, MESHSUB, ADMITTED, *MEMBERS_ONLY, *KAD):
+        try:
+            stream = await stranger.open_stream(peer, protocol)
+        except (Declined, PeerUnreachable):
+            continue
+        out.add(protocol)
+        await stream.reset()
+    return out

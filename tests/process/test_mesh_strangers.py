@@ -18,10 +18,12 @@ from tests.process.mesh_rig import READY_SECONDS, Json, mesh_of, meshnode, small
 pytestmark = [pytest.mark.net, pytest.mark.process]
 
 
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+@pytest.fixture(scope="module", params=["members", "anyone"])
+def mesh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    """`anyone`: its files are for everybody, and nothing else is."""
     folder = tmp_path_factory.mktemp("members")
-    with mesh_of(folder, 2, published=small_model(folder / "model")) as mesh:
+    settings = (("content.share", request.param),)
+    with mesh_of(folder, 2, published=small_model(folder / "model"), settings=settings) as mesh:
         yield mesh
 
 
