@@ -17,8 +17,8 @@ from typing import Final, TypeVar, TypeVarTuple, Unpack
 import trio
 
 from meshnode.content.outbox import Outbox
-from meshnode.content.outside import Take
 from meshnode.content.port import Partial, Store
+from meshnode.content.search import FromOutside, Search, Session, TreeFromOutside
 from meshnode.core.errors import ContentUnavailable, Declined, DiskError, PeerUnreachable
 from meshnode.core.log import get_logger
 from meshnode.net.port import Host, Lane, PeerEvent, Stream
@@ -38,15 +38,12 @@ from protocols.bitswap.messages import (
 )
 from protocols.bitswap.server import Answer, Server
 from protocols.errors import LocalProtocolError, MeshError, RemoteProtocolError
-from protocols.ids import DAG_PB, Cid, PeerId, cid_codec, cid_from_bytes, cid_to_bytes, short
+from protocols.ids import Cid, PeerId, cid_codec, cid_to_bytes, short
 
 PATIENCE_SECONDS: Final = 30.0  # without one verified block, until a fetch gives up
 OFFER_SECONDS: Final = 0.5  # how often a fetch looks for new providers
 OUTSIDE_SECONDS: Final = 3.0  # without a block from a peer, until sources outside the mesh are asked
 ACQUAINTED_SECONDS: Final = 10.0  # after the start, who has what is known; before, nobody known means nothing
-OUTSIDE_BLOCKS: Final = 4  # asked from outside at once, per fetch
-TREE_BYTES: Final = 4 << 20  # a file of this size is asked from outside in one go at first
-TREE_SHARE: Final = 0.75  # if so much of it is missing: all of it will come
 GUEST_SECONDS: Final = 1.5  # a fetch that got no block from members for so long asks guests
 SEEK_SECONDS: Final = 2.5  # a fetch that got no block from anybody for so long has further peers looked for
 MAX_REMEMBERED: Final = 4096  # peers; whoever comes for our blocks is forgotten when it leaves
@@ -68,45 +65,8 @@ BUSY_SECONDS: Final = 0.3  # between looks at a file that another process is fet
 Args = TypeVarTuple("Args")
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]  # (bytes verified and written, bytes in all)
-FromOutside = Callable[[Cid], Awaitable[bytes]]  # one verified block; raises ContentUnavailable
-TreeFromOutside = Callable[[Cid, int, Take], Awaitable[None]]  # (root, bytes of the file, taker); raises the same
 Offer = Callable[[PeerId], Awaitable[None]]
 Seek = Callable[[Cid, Offer], Awaitable[None]]  # offers peers that may have a root and are connected, until cancelled
-
-
-class _Search:
-    """What one session looks for outside the mesh."""
-
-    def __init__(self, root: Cid, size: int) -> None:
-        self.root = root
-        self.size = size  # bytes of the file; 0: a block of its own
-        self.done = 0  # bytes of it that are here
-        self.scope = trio.CancelScope()
-        self.trouble = ""
-        self._delivered = 0
-        self._settled = 0
-        self._changed = trio.Event()
-
-    def deliver(self) -> None:
-        """A block is on its way to the disk."""
-        self._delivered += 1
-
-    @property
-    def worth_a_tree(self) -> bool:
-        return self.size >= TREE_BYTES and self.size - self.done >= TREE_SHARE * self.size
-
-    def settle(self, blocks: int, done: int) -> None:
-        """So many were written, and it is known what they lead to; `done`: bytes of the file that are here."""
-        self._settled += blocks
-        self.done = done
-        self._changed.set()
-        self._changed = trio.Event()
-
-    async def wait_settled(self) -> None:
-        """Wait for all that were delivered until now."""
-        target = self._delivered
-        while self._settled < target:
-            await self._changed.wait()
 
 
 class _Fetch:
@@ -179,7 +139,7 @@ class ContentService:
         self._fed: dict[int, float] = {}  # session -> when a peer gave its last verified block, or when it began
         self._outside = outside
         self._tree_outside = tree_outside
-        self._searches: dict[int, _Search] = {}  # by session
+        self._searches: dict[int, Search] = {}  # by session
         self._sleeping_until: float | None = None
         self._poke = trio.Event()
         self._turn = trio.Event()
@@ -353,9 +313,9 @@ class ContentService:
             scope = self._seeking[session] = trio.CancelScope()
             self._spawn(self._have_sought, session, cid, scope, self._seek)
         if self._outside is not None:
-            search = self._searches[session] = _Search(cid, size)
-            search.done = done
-            self._spawn(self._look_outside, session, search, self._outside)
+            search = self._search(session, cid, size, done, self._outside)
+            self._searches[session] = search
+            self._spawn(search.run)
         return session, inbox
 
     def _close_session(self, session: int) -> None:
@@ -413,21 +373,21 @@ class ContentService:
                 quiet = trio.current_time() - self._fed[session]
             await seek(cid, offer)
 
-    async def _look_outside(self, session: int, search: _Search, outside: FromOutside) -> None:
-        """As long as no peer gives a block: fetch what is asked from none, until the session is closed."""
-        with search.scope:
-            if self._tree_outside is not None:
-                await self._take_tree(session, search, self._tree_outside)
-            while session in self._fed:
-                quiet = trio.current_time() - self._fed[session]
-                after = self._outside_after(search.root)
-                wanted = self._client.unasked(session, OUTSIDE_BLOCKS) if quiet >= after else ()
-                found: list[Cid] = []
-                async with trio.open_nursery() as nursery:
-                    for name in wanted:
-                        nursery.start_soon(self._find_outside, cid_from_bytes(name), search, outside, found)
-                if not found:
-                    await trio.sleep(max(OFFER_SECONDS, after - quiet))
+    def _search(self, session: int, cid: Cid, size: int, done: int, outside: FromOutside) -> Search:
+        began = trio.current_time()
+
+        async def found(name: bytes, block: bytes) -> None:
+            await self._handle(asking.Found(name, block))
+
+        view = Session(
+            root=cid,
+            size=size,
+            fed=lambda: self._fed.get(session, began),
+            patience=lambda: self._outside_after(cid),
+            unasked=lambda count: self._client.unasked(session, count),
+            found=found,
+        )
+        return Search(view, outside, self._tree_outside, done=done)
 
     def _outside_after(self, cid: Cid) -> float:
         """Seconds without a block until sources outside the mesh are asked; none where nobody else could have it."""
@@ -435,42 +395,6 @@ class ContentService:
             return OUTSIDE_SECONDS
         known = set(self._providers(cid)) - self._client.banned.keys() - {self._host.peer_id}
         return OUTSIDE_SECONDS if known else 0.0
-
-    async def _find_outside(self, cid: Cid, search: _Search, outside: FromOutside, found: list[Cid]) -> None:
-        try:
-            block = await outside(cid)
-        except ContentUnavailable as error:
-            search.trouble = str(error)
-            return
-        found.append(cid)
-        await self._take_found(cid_to_bytes(cid), block)
-
-    async def _take_found(self, cid: bytes, block: bytes) -> None:
-        # Other sessions may want it, too. This is short: a closed inbox takes nothing.
-        with trio.CancelScope(shield=True):
-            await self._handle(asking.Found(cid, block))
-
-    async def _take_tree(self, session: int, search: _Search, tree: TreeFromOutside) -> None:
-        """Take the whole file from outside, as long as no peer gives a block, if most of it is missing."""
-        # A peer's block puts it off.
-        while (wait := self._fed[session] + self._outside_after(search.root) - trio.current_time()) > 0:  # noqa: ASYNC110
-            await trio.sleep(wait)
-        if not search.worth_a_tree:
-            return
-        fed = self._fed[session]
-
-        async def take(cid: bytes, block: bytes) -> None:
-            await self._take_found(cid, block)
-            if cid[1] == DAG_PB:
-                await search.wait_settled()  # its children are not wanted before
-            if self._fed.get(session) != fed:
-                peers_give.cancel()
-
-        with trio.CancelScope() as peers_give:
-            try:
-                await tree(search.root, search.size, take)
-            except ContentUnavailable as error:
-                search.trouble = str(error)
 
     def _hopeful(self, session: int) -> bool:
         """Whether a provider owes us something and is busy with blocks for other fetches."""

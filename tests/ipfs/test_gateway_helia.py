@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from meshnode.content import search
 from meshnode.content.blob_store import BlobStore
 from meshnode.content.gateway import Gateway
 from meshnode.content.outside import Outside
@@ -96,7 +97,7 @@ async def test_a_file_comes_as_one_car_or_block_by_block(tmp_path: Path, monkeyp
         await net.nursery.start(gateway.run)
         seconds = []
         for folder, smallest, most in (("car", MIB, 1), ("blocks", 1 << 40, 184)):
-            monkeypatch.setattr(content, "TREE_BYTES", smallest)
+            monkeypatch.setattr(search, "TREE_BYTES", smallest)
             me = await reader(net, gateway, folder)
             before, began = await there.requests(), time.monotonic()
             path = await me.fetch(cid, len(data))

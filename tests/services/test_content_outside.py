@@ -12,6 +12,7 @@ import trio
 import trio.lowlevel
 
 from meshnode.content import gateway as gateway_module
+from meshnode.content import search
 from meshnode.content.blob_store import BlobStore
 from meshnode.content.gateway import Gateway
 from meshnode.content.ipfs_api import IpfsApi
@@ -34,6 +35,7 @@ CAR = "application/vnd.ipld.car; version=1; order=dfs; dups=n"
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(content, "OUTSIDE_SECONDS", 0.2)
     monkeypatch.setattr(content, "OFFER_SECONDS", 0.05)
+    monkeypatch.setattr(search, "PAUSE_SECONDS", 0.05)
 
 
 class World:
