@@ -15,14 +15,13 @@ file locks, which a killed process loses, tell what is in use. File names are ma
 from __future__ import annotations
 
 import fcntl
-import itertools
 import os
 import shutil
 import sqlite3
 import tempfile
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -47,6 +46,14 @@ _ANY_WRITE: Final = 0o222
 _UNPINNED_BYTES: Final = (
     "SELECT (SELECT coalesce(sum(size), 0) FROM files WHERE complete = 1 AND cid NOT IN (SELECT cid FROM pins)) + "
     "(SELECT coalesce(sum(length(data)), 0) FROM blocks WHERE cid NOT IN (SELECT cid FROM pins))"
+)
+
+
+_EVICTABLE: Final = (
+    "SELECT cid, size, complete FROM (SELECT cid, size, complete, used_ms FROM files UNION ALL "
+    "SELECT cid, length(data), 2, used_ms FROM blocks) AS held "
+    "WHERE NOT EXISTS (SELECT 1 FROM pins WHERE pins.cid = held.cid AND pins.name <> ?) "
+    "ORDER BY EXISTS (SELECT 1 FROM pins WHERE pins.cid = held.cid), used_ms, cid"
 )
 
 
@@ -292,8 +299,8 @@ class BlobStore:
         """Delete everything that no pin protects and nobody is fetching; returns the bytes that came free."""
         with self.index.transaction() as db:
             before = self._used_bytes(db)
-            for _ in self._evictions(db):
-                pass
+            for name, _ in self._evictable(db):
+                self._evict(db, name)
             return before - self._used_bytes(db)
 
     # Inside
@@ -379,49 +386,62 @@ class BlobStore:
         """Evict what was not used for longest until `size` more bytes fit the quota and the disk.
 
         What is unpinned goes first, then spare copies (SPARE_PIN).
-        Raises DiskError when everything that is left is pinned.
+        Raises DiskError when everything that is left is pinned; nothing was evicted then.
         """
         self._note_uses(db)
-        evictions = itertools.chain(self._evictions(db), self._evictions(db, spare=True))
-        while (used := self._used_bytes(db)) + size > self.quota_bytes or self._free() < size + RESERVE_BYTES:
-            if size <= self.quota_bytes and next(evictions, None) is not None:
-                continue
-            if used + size > self.quota_bytes:
-                raise DiskError(
-                    f"no room for {what}: {self.folder} holds {format_size(used)} of its quota of "
-                    f"{format_size(self.quota_bytes)}, all of it pinned, in use or the last copy in the mesh; raise "
-                    "content.quota, or remove a model with `meshnode model remove`"
-                )
+        evictable = self._evictable(db, spare=True)
+        used, free = self._used_bytes(db), self._free()
+        kept = used - sum(held for _, held in evictable)
+        if kept + size > self.quota_bytes:
             raise DiskError(
-                f"no room for {what}: the disk of {self.folder} has {format_size(self._free())} left, "
-                f"{format_size(size + RESERVE_BYTES)} are needed; free some space"
+                f"no room for {what}: {self.folder} holds {format_size(kept)} of its quota of "
+                f"{format_size(self.quota_bytes)}, all of it pinned, in use or the last copy in the mesh; raise "
+                "content.quota, or remove a model with `meshnode model remove`"
             )
+        if free < size + RESERVE_BYTES and free + sum(self._on_disk(n) for n, _ in evictable) < size + RESERVE_BYTES:
+            raise self._disk_full(what, size)
+        for name, held in evictable:
+            if used + size <= self.quota_bytes and free >= size + RESERVE_BYTES:
+                return
+            self._evict(db, name)
+            used, free = used - held, self._free()
+        if free < size + RESERVE_BYTES:
+            raise self._disk_full(what, size)
+
+    def _disk_full(self, what: str, size: int) -> DiskError:
+        return DiskError(
+            f"no room for {what}: the disk of {self.folder} has {format_size(self._free())} left, "
+            f"{format_size(size + RESERVE_BYTES)} are needed; free some space"
+        )
 
     def _free(self) -> int:
         with disk_errors(self.folder, "look at the free space of"):
             return shutil.disk_usage(self.folder).free
 
-    def _evictions(self, db: sqlite3.Connection, *, spare: bool = False) -> Iterator[bytes]:
-        """Delete unpinned things, least recently used first, one per step; yields what was deleted.
+    def _evictable(self, db: sqlite3.Connection, *, spare: bool = False) -> list[tuple[bytes, int]]:
+        """(CID, size) of unpinned things that nobody is fetching, least recently used first.
 
-        `spare`: also those that no other pin than SPARE_PIN protects.
+        `spare`: behind them those that no other pin than SPARE_PIN protects.
         """
-        weak = SPARE_PIN if spare else ""
-        rows = db.execute(
-            "SELECT cid, used_ms, complete FROM files UNION ALL SELECT cid, used_ms, 2 FROM blocks ORDER BY 2, 1"
-        ).fetchall()
-        for name, _, complete in rows:
-            if db.execute("SELECT 1 FROM pins WHERE cid = ? AND name <> ?", (name, weak)).fetchone() is not None:
-                continue
-            if not complete and is_locked(self._part(name)):
-                continue
-            db.execute("DELETE FROM pins WHERE cid = ?", (name,))
-            db.execute("DELETE FROM blocks WHERE cid = ?", (name,))
-            db.execute("DELETE FROM files WHERE cid = ?", (name,))
-            with disk_errors(self._file(name), "delete"):
-                self._file(name).unlink(missing_ok=True)
-                self._part(name).unlink(missing_ok=True)
-            yield name
+        rows = db.execute(_EVICTABLE, (SPARE_PIN if spare else "",)).fetchall()
+        return [(name, size) for name, size, complete in rows if complete or not is_locked(self._part(name))]
+
+    def _evict(self, db: sqlite3.Connection, name: bytes) -> None:
+        db.execute("DELETE FROM pins WHERE cid = ?", (name,))
+        db.execute("DELETE FROM blocks WHERE cid = ?", (name,))
+        db.execute("DELETE FROM files WHERE cid = ?", (name,))
+        with disk_errors(self._file(name), "delete"):
+            self._file(name).unlink(missing_ok=True)
+            self._part(name).unlink(missing_ok=True)
+
+    def _on_disk(self, name: bytes) -> int:
+        """Bytes that come free when a file is deleted; none while another name leads to it."""
+        found = 0
+        for path in (self._file(name), self._part(name)):
+            with suppress(OSError):
+                status = path.stat()
+                found += status.st_blocks * 512 if status.st_nlink == 1 else 0
+        return found
 
     @contextmanager
     def _temporary(self, source: Path, status: os.stat_result) -> Iterator[tuple[Path, int | None]]:

@@ -296,6 +296,23 @@ def test_full_quota_is_a_sentence(tmp_path: Path) -> None:
     store.close()
 
 
+def test_where_room_can_not_be_made_nothing_is_evicted(tmp_path: Path) -> None:
+    """What the index lists is advertised, and others give up their copies for it."""
+    store = BlobStore(tmp_path / "content", 10 * MIB)
+    for seed, pin in enumerate(("", "mesh-spare", "mesh-last")):
+        (tmp_path / str(seed)).write_bytes(noise(3 * MIB, seed))
+        cid = store.add_file(tmp_path / str(seed), pin=pin or "for a moment")
+        if not pin:
+            store.unpin("for a moment")
+        assert store.path(cid) is not None
+    before = store.files()
+    with pytest.raises(DiskError, match=r"3.15MB of its quota of 10.5MB"):
+        store.open_partial(file_cid(noise(8 * MIB, 9)), 8 * MIB)
+    assert store.files() == before
+    assert all(store.path(cid) is not None for cid in before)
+    store.close()
+
+
 def test_a_file_too_large_for_the_quota_evicts_nothing(tmp_path: Path) -> None:
     store = BlobStore(tmp_path / "content", 3 * MIB)
     cid = store.add_file(source(tmp_path, noise(MIB)), pin="a")
