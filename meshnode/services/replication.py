@@ -141,7 +141,7 @@ class ReplicationService:
         self._leaving = True
         if not self._only_here():
             return
-        _log.info("copies.handing-over", files=len(self._only_here()))
+        _log.info("copies.handing_over", files=len(self._only_here()))
         self._directory.update(tags=(*self._directory.me().tags, HANDOVER))
         with trio.move_on_after(limit_s):
             while self._only_here():
