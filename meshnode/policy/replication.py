@@ -10,6 +10,8 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
+from itertools import islice
 
 from protocols.ids import PeerId
 
@@ -37,6 +39,12 @@ def ranked(cid: bytes, peers: Collection[PeerId]) -> list[PeerId]:
     return sorted(peers, key=lambda peer: hashlib.sha256(cid + peer.encode()).digest())
 
 
+@lru_cache(maxsize=4096)
+def _ranking(cid: bytes, peers: frozenset[PeerId]) -> list[PeerId]:
+    """The same, remembered: a plan is made every second, of nodes that seldom change."""
+    return ranked(cid, peers)
+
+
 def standing(cid: bytes, us: PeerId, others: Collection[PeerId], replicas: int) -> Standing:
     """What our copy means when `others` hold the file too.
 
@@ -51,7 +59,12 @@ def standing(cid: bytes, us: PeerId, others: Collection[PeerId], replicas: int) 
 
 def copies(files: Collection[bytes], shelves: Sequence[Shelf]) -> dict[bytes, int]:
     """How many nodes hold each of these files."""
-    return {cid: sum(cid in shelf.files for shelf in shelves) for cid in files}
+    out = dict.fromkeys(files, 0)
+    wanted = frozenset(files)
+    for shelf in shelves:
+        for cid in shelf.files & wanted:
+            out[cid] += 1
+    return out
 
 
 def assignments(
@@ -68,17 +81,24 @@ def assignments(
 
     A file that no node has room for is assigned to nobody.
     """
+    everybody = frozenset(shelf.peer for shelf in shelves)
+    shelf_of = {shelf.peer: shelf for shelf in shelves}
     room = {shelf.peer: shelf.room_bytes for shelf in shelves}
-    steady = {shelf.peer: shelf.steady for shelf in shelves}
     held = copies(files, shelves)
     plan: dict[PeerId, list[bytes]] = {}
     for cid in sorted(files, key=lambda cid: (held[cid], cid)):
         missing = min(replicas, len(shelves)) - held[cid]
         if missing <= 0:
-            continue
+            break  # nor do those that follow lack any
         missing += (late or {}).get(cid, 0)
-        able = [shelf.peer for shelf in shelves if cid not in shelf.files and room[shelf.peer] >= files[cid]]
-        for peer in sorted(ranked(cid, able), key=lambda peer: not steady[peer])[:missing]:
+        order = _ranking(cid, everybody)
+        able = (
+            peer
+            for steady in (True, False)
+            for peer in order
+            if shelf_of[peer].steady is steady and cid not in shelf_of[peer].files and room[peer] >= files[cid]
+        )
+        for peer in islice(able, missing):
             room[peer] -= files[cid]
             plan.setdefault(peer, []).append(cid)
     return plan

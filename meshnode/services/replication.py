@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Final, Protocol
 
 import trio
@@ -21,16 +22,19 @@ from meshnode.core.log import get_logger
 from meshnode.policy.replication import Shelf, Standing, assignments, copies, standing
 from protocols.advert.messages import DRAINING, Advert, Head, Holding
 from protocols.errors import ProtocolError
-from protocols.ids import Cid, PeerId, cid_from_bytes, cid_to_bytes, short
+from protocols.ids import DAG_CBOR, Cid, PeerId, cid_from_bytes, cid_to_bytes, short
 from protocols.manifest.messages import FileRef, Manifest
 
 LOOK_SECONDS: Final = 1.0  # between looks at the mesh
 SETTLE_SECONDS: Final = 10.0  # a file must lack copies this long: nodes that start together fetch their layers first
-LATE_SECONDS: Final = 30.0  # after each, one more node makes a missing copy
+LATE_SECONDS: Final = 30.0  # without a copy from those whose part it is; after each, one more node makes it
+LATE_RATE: Final = 5_000_000  # bytes per second that a slow node fetches; a large file may take longer by that
 REST_SECONDS: Final = 30.0  # after a file could not be fetched
 HANDOVER: Final = "handing-over"  # tag of a node that leaves and holds what nobody else does
 HANDOVER_SECONDS: Final = 15.0  # most time that leaving waits for the copies
 LAST_PAUSE_SECONDS: Final = 30.0  # most between two files while somebody waits for an answer of ours
+
+_MANIFEST: Final = bytes((1, DAG_CBOR))  # begins the CID of one
 
 _log = get_logger("replication")
 
@@ -117,6 +121,12 @@ class ReplicationService:
         self._pinned: dict[Standing, frozenset[Cid]] = {}
         self._judged: object = None
         self._copies: Copies | None = None
+        self._files: dict[bytes, FileRef] = {}  # of the served model
+        self._plan: dict[PeerId, list[bytes]] = {}
+        self._names: dict[PeerId, tuple[tuple[Holding, ...], frozenset[bytes]]] = {}  # of each advert, taken apart
+        self._counted: tuple[object, dict[bytes, int]] = (None, {})
+        self._grew: dict[PeerId, tuple[int, float]] = {}  # files of the model that a node holds, and since when
+        self._looked = trio.Event()
         self._leaving = False
 
     def copies(self) -> Copies | None:
@@ -125,13 +135,24 @@ class ReplicationService:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Look and fetch until cancelled."""
-        task_status.started()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._copy_forever)
+            task_status.started()
+            while True:
+                self._look()
+                await trio.sleep(LOOK_SECONDS)
+
+    async def _copy_forever(self) -> None:
+        """Make our copies, one after the other. What is protected doesn't wait for that."""
         while True:
             began = trio.current_time()
-            if not await self._turn():
-                await trio.sleep(LOOK_SECONDS)
-            elif self._busy():
-                await trio.sleep(min(LAST_PAUSE_SECONDS, trio.current_time() - began))
+            name = self._due()
+            if name is None:
+                await self._looked.wait()
+            elif await self._copy(self._files[name], name):
+                self._look()
+                if self._busy():
+                    await trio.sleep(min(LAST_PAUSE_SECONDS, trio.current_time() - began))
 
     async def drain(self, limit_s: float = HANDOVER_SECONDS) -> None:
         """Before leaving: wait until others hold what only we hold, if they have room, at most `limit_s` seconds.
@@ -161,48 +182,106 @@ class ReplicationService:
         }
         return [name for names in assignments(missing, others, 1).values() for name in names]
 
-    async def _turn(self) -> bool:
-        """Count, protect, report, and fetch one file if there is one for us; whether it was fetched."""
+    def _look(self) -> None:
+        """Count, protect, plan and report."""
+        self._looked.set()
+        self._looked = trio.Event()
         now = trio.current_time()
-        shelves = self._shelves()
-        self._protect(shelves)
         release = self._release()
         if release is None:
+            # What was protected stays so: after a start, nobody knows yet what the network serves.
             self._copies = None
+            self._files, self._plan = {}, {}
             self._short_since.clear()
             self._health.clear("few-copies")
-            return False
-        files = _files_of(*release)
-        sizes = {name: file.size for name, file in files.items()}
-        count = copies(sizes, shelves)
+            return
+        shelves = self._shelves()
+        self._protect(shelves)
+        self._files = _files_of(*release)
+        count = self._count(shelves)
         self._copies = Copies(
-            min(self._replicas, len(shelves)), len(shelves), {file.cid: count[name] for name, file in files.items()}
+            min(self._replicas, len(shelves)), len(shelves), {file.cid: count[n] for n, file in self._files.items()}
         )
         short = {cid_to_bytes(cid) for cid in self._copies.short}
         self._short_since = {name: self._short_since.get(name, now) for name in short}
-        late = {name: int((now - since) // LATE_SECONDS) for name, since in self._short_since.items()}
-        plan = assignments(sizes, shelves, self._replicas, late) if short else {}
-        self._report(release[1], files, plan)
+        self._plan = self._planned(shelves, now) if short else {}
+        if not short:
+            self._trouble = ""
+        self._report(release[1])
+
+    def _count(self, shelves: list[Shelf]) -> dict[bytes, int]:
+        """Copies of each file of the model. Most looks find the same files in the same places."""
+        key = (self._files.keys(), [shelf.files for shelf in shelves])
+        if self._counted[0] != key:
+            self._counted = (key, copies(self._files, shelves))
+        return self._counted[1]
+
+    def _planned(self, shelves: list[Shelf], now: float) -> dict[PeerId, list[bytes]]:
+        """Who makes which missing copy. Whoever gets on with its part is not late."""
+        sizes = {name: file.size for name, file in self._files.items()}
+        self._note_growth(shelves, now)
+        plan = assignments(sizes, shelves, self._replicas)
+        moved: dict[bytes, float] = {}
+        for peer, names in plan.items():
+            for name in names:
+                moved[name] = min(moved.get(name, now), self._grew[peer][1])
+        late: dict[bytes, int] = {}
+        for name, since in self._short_since.items():
+            waited = now - max(since + self._settle_s, moved.get(name, 0.0))
+            rounds = int(waited // (LATE_SECONDS + sizes[name] / LATE_RATE))
+            if rounds:
+                late[name] = rounds
+        return assignments(sizes, shelves, self._replicas, late) if late else plan
+
+    def _note_growth(self, shelves: list[Shelf], now: float) -> None:
+        wanted = frozenset(self._files)
+        grew: dict[PeerId, tuple[int, float]] = {}
+        for shelf in shelves:
+            held = len(shelf.files & wanted)
+            before, since = self._grew.get(shelf.peer, (held, -inf))
+            grew[shelf.peer] = (held, now if held > before else since)
+        self._grew = grew
+
+    def _due(self) -> bytes | None:
+        """The file that we are to fetch now."""
         if self._loading() or self._leaving:
-            return False
+            return None
+        now = trio.current_time()
         urgent = any(HANDOVER in advert.tags for advert in self._directory.live().values())
-        for name in plan.get(self._us, ()):
+        for name in self._plan.get(self._us, ()):
             settled = urgent or now - self._short_since[name] >= self._settle_s
             if settled and now >= self._rests_until.get(name, 0.0):
-                return await self._copy(files[name], name)
-        return False
+                return name
+        return None
 
     def _shelves(self) -> list[Shelf]:
         """Who holds what. Our own part as it is, not as our last advert says."""
+        live = self._directory.live()
+        self._names = {peer: names for peer, names in self._names.items() if peer in live}
         shelves = [
-            Shelf(peer, _names(advert.holdings), advert.disk_free_bytes, steady="battery" not in advert.tags)
-            for peer, advert in self._directory.live().items()
+            Shelf(
+                peer,
+                self._names_of(peer, advert.holdings),
+                advert.disk_free_bytes,
+                steady="battery" not in advert.tags,
+            )
+            for peer, advert in live.items()
             if peer != self._us and not _goes(advert)
         ]
-        ours = _names(self._holdings())
-        me = self._directory.live().get(self._us)
+        me = live.get(self._us)
         battery = me is not None and "battery" in me.tags
+        ours = self._names_of(self._us, self._holdings())
         return [*shelves, Shelf(self._us, ours, self._store.usage().room_bytes, steady=not battery)]
+
+    def _names_of(self, peer: PeerId, holdings: tuple[Holding, ...]) -> frozenset[bytes]:
+        """The same set as long as it says the same: an advert is renewed far more often than it changes."""
+        known = self._names.get(peer)
+        if known is None or known[0] != holdings:
+            known = (holdings, frozenset(name for holding in holdings for name in holding.cids))
+        else:
+            known = (holdings, known[1])
+        self._names[peer] = known
+        return known[1]
 
     def _protect(self, shelves: list[Shelf]) -> None:
         """Pin what must not be evicted here: it outlives a restart, when we know of nobody yet."""
@@ -213,7 +292,9 @@ class ReplicationService:
         pins: dict[Standing, set[Cid]] = {Standing.LAST: set(), Standing.SPARE: set(), Standing.FREE: set()}
         for name in shelves[-1].files:
             others = [peer for peer, files in holders if peer != self._us and name in files]
-            pins[standing(name, self._us, others, self._replicas)].add(cid_from_bytes(name))
+            manifest = name.startswith(_MANIFEST)  # small, and without it a restart knows of no file
+            what = Standing.LAST if manifest else standing(name, self._us, others, self._replicas)
+            pins[what].add(cid_from_bytes(name))
         for kind, pin in ((Standing.LAST, LAST_PIN), (Standing.SPARE, SPARE_PIN)):
             if self._pinned.get(kind) != frozenset(pins[kind]):
                 self._store.pin_only(pin, pins[kind])
@@ -234,18 +315,18 @@ class ReplicationService:
             self._rests_until |= dict.fromkeys(rest, until)
             return False
         self._trouble = ""
-        self._rests_until.pop(name, None)
+        self._rests_until[name] = trio.current_time() + REST_SECONDS
         self._store.pin(file.cid, LAST_PIN)  # until the next look knows better
         self._pinned.pop(Standing.LAST, None)
         self._judged = None
         _log.info("copy.made", cid=short(file.cid), size_bytes=file.size)
         return True
 
-    def _report(self, manifest: Manifest, files: Mapping[bytes, FileRef], plan: Mapping[PeerId, list[bytes]]) -> None:
+    def _report(self, manifest: Manifest) -> None:
         """Say so when copies are missing that nobody is about to make."""
         assert self._copies is not None
-        planned = {name for names in plan.values() for name in names}
-        homeless = [files[name] for name in self._short_since if name not in planned]
+        planned = {name for names in self._plan.values() for name in names}
+        homeless = [self._files[name] for name in self._short_since if name not in planned]
         if homeless:
             missing = format_size(sum(file.size for file in homeless))
             reason = f"no other node has room for them ({missing})"
@@ -267,10 +348,6 @@ class ReplicationService:
 def _goes(advert: Advert) -> bool:
     """Whether a node is about to leave and takes its copies with it."""
     return HANDOVER in advert.tags or (advert.serving is not None and advert.serving.state == DRAINING)
-
-
-def _names(holdings: tuple[Holding, ...]) -> frozenset[bytes]:
-    return frozenset(name for holding in holdings for name in holding.cids)
 
 
 def _files_of(head: Head, manifest: Manifest) -> dict[bytes, FileRef]:

@@ -79,6 +79,7 @@ class Member:
     health: Health
     fetched: list[Cid] = field(default_factory=list)
     broken: bool = False
+    stuck: bool = False
     loading: bool = False
     stopped: trio.Event = field(default_factory=trio.Event)
 
@@ -97,6 +98,7 @@ class World:
         self.members: list[Member] = []
         self.sources = files_in(folder / "model")
         self.manifest: Manifest | None = None
+        self.fetch_seconds = 0.05
 
     @property
     def refs(self) -> list[FileRef]:
@@ -104,8 +106,10 @@ class World:
         variant = self.manifest.variants["int4"]
         return [variant.graph, *variant.groups(0, LAYERS).values(), *self.manifest.files.values()]
 
-    async def join(self, number: int, *, quota: int = 1 << 30, replicas: int = 2) -> Member:
-        store = BlobStore(self.folder / f"store-{number}", quota)
+    async def join(
+        self, number: int, *, quota: int = 1 << 30, replicas: int = 2, folder: int | None = None
+    ) -> Member:
+        store = BlobStore(self.folder / f"store-{number if folder is None else folder}", quota)
         node = await self.mesh.start(number, roles=("serve", "publish"), disk_free_bytes=store.usage().room_bytes)
         await self.mesh.full(*(member.node for member in self.members), node)
         store.put_block(b"a manifest", DAG_CBOR)
@@ -153,7 +157,7 @@ class World:
 
     async def _fetch(self, member: Member, cid: Cid, size: int) -> None:
         """What the content service does, without blocks: copy from a living provider."""
-        await trio.sleep(0.05)
+        await trio.sleep(float("inf") if member.stuck else self.fetch_seconds)
         providers = set(member.node.directory.providers(cid))
         for other in self.members:
             path = other.store.path(cid)
@@ -329,6 +333,63 @@ async def test_protection_outlives_a_restart(autojump_clock: MockClock, rng: ran
             again.add_file(source, pin="mine")
         assert all(again.path(cid) is not None for cid in last)
         again.close()
+
+
+async def test_what_becomes_the_last_copy_is_protected_while_another_one_is_fetched(
+    autojump_clock: MockClock, rng: random.Random, tmp_path: Path
+) -> None:
+    async with open_world(rng, tmp_path) as world:
+        one, two = [await world.join(n) for n in (1, 2)]
+        world.publish(one)
+        await world.until(lambda: min(world.copies()) == 2, SOON)
+        two.stuck = True
+        two.store.remove(world.refs[0].cid)
+        await trio.sleep(SOON)  # by now it is being fetched again
+        await world.kill(one)
+        await trio.sleep(LEASE_SECONDS + 2)
+        assert {ref.cid for ref in world.refs[1:]} <= two.pinned("mesh-last")
+
+
+async def test_protection_stays_until_it_is_known_what_the_network_serves(
+    autojump_clock: MockClock, rng: random.Random, tmp_path: Path
+) -> None:
+    """A node that starts has no manifest, or no certificate of the publisher, for a while."""
+    async with open_world(rng, tmp_path) as world:
+        one = await world.join(1)
+        world.publish(one)
+        await trio.sleep(2)
+        files = {ref.cid for ref in world.refs}
+        assert files <= one.pinned("mesh-last")
+        await world.kill(one)
+        again = await world.join(2, folder=1)  # with records of nothing
+        await trio.sleep(30)
+        assert again.replication.copies() is None
+        assert files <= again.pinned("mesh-last")
+
+
+async def test_the_manifest_stays_with_everybody(
+    autojump_clock: MockClock, rng: random.Random, tmp_path: Path
+) -> None:
+    """It is small, and without it nobody knows after a restart which files are of the model."""
+    async with open_world(rng, tmp_path) as world:
+        members = [await world.join(n) for n in (1, 2, 3, 4)]
+        world.publish(members[0])
+        await world.until(lambda: min(world.copies()) == 2, SOON)
+        await trio.sleep(2)
+        for member in members:
+            assert MANIFEST in member.pinned("mesh-last")
+
+
+async def test_a_slow_node_that_gets_on_is_not_stood_in_for(
+    autojump_clock: MockClock, rng: random.Random, tmp_path: Path
+) -> None:
+    async with open_world(rng, tmp_path) as world:
+        members = [await world.join(n) for n in (1, 2, 3, 4, 5)]
+        world.fetch_seconds = 25.0
+        world.publish(members[0])
+        await world.until(lambda: min(world.copies()) == 2, SETTLE_SECONDS + len(world.refs) * 26.0)
+        await trio.sleep(60)
+        assert sum(len(member.fetched) for member in members) == len(world.refs)
 
 
 async def test_every_copy_is_advertised(autojump_clock: MockClock, rng: random.Random, tmp_path: Path) -> None:
