@@ -74,6 +74,8 @@ class BlobStore:
         self._files = folder / "files"
         self._tmp = folder / "tmp"
         self._closed = False
+        self._held: tuple[list[tuple[bytes]], frozenset[Cid]] = [], frozenset()
+        self._held_lock = threading.Lock()
         self._used: dict[bytes, int] = {}  # CID -> time of last use, ms, not yet in the index
         with disk_errors(folder, "use the content folder"):
             for part in (folder, self._files, self._tmp):
@@ -145,9 +147,12 @@ class BlobStore:
         return [self._read_block(cid) for cid in cids]
 
     def files(self) -> frozenset[Cid]:
-        """CIDs of the complete files and blocks held."""
+        """CIDs of the complete files and blocks held; the same set as long as it says the same."""
         rows = self.index.rows("SELECT cid FROM files WHERE complete = 1 UNION SELECT cid FROM blocks")
-        return frozenset(cid_from_bytes(cid) for (cid,) in rows)
+        with self._held_lock:
+            if rows != self._held[0]:
+                self._held = rows, frozenset(cid_from_bytes(cid) for (cid,) in rows)
+            return self._held[1]
 
     def usage(self) -> StoreUsage:
         """Bytes held (files being fetched count whole), the quota, and what is free on the disk."""

@@ -36,6 +36,7 @@ class InventoryService:
         self._store = store
         self._open_manifest = open_manifest
         self._releases: dict[Cid, dict[Cid, bytes]] = {}
+        self._seen: tuple[object, tuple[Holding, ...]] = (None, ())
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the advert right until cancelled."""
@@ -60,13 +61,16 @@ class InventoryService:
     def holdings(self) -> tuple[Holding, ...]:
         """What we hold of every release that a head names, and whose manifest is here."""
         files = self._store.files()
-        out: list[Holding] = []
-        for head in self._directory.heads().values():
-            wanted = self._files_of(Cid(head.manifest))
-            held = tuple(sorted(data for cid, data in wanted.items() if cid in files))
-            if held and all(h.manifest != head.manifest for h in out):
-                out.append(Holding(manifest=head.manifest, cids=held))
-        return tuple(sorted(out, key=lambda h: h.manifest))
+        manifests = sorted({head.manifest for head in self._directory.heads().values()})
+        if self._seen[0] != (files, manifests):
+            out: list[Holding] = []
+            for manifest in manifests:
+                wanted = self._files_of(Cid(manifest))
+                held = tuple(sorted(data for cid, data in wanted.items() if cid in files))
+                if held:
+                    out.append(Holding(manifest=manifest, cids=held))
+            self._seen = ((files, manifests), tuple(out))
+        return self._seen[1]
 
     def _files_of(self, cid: Cid) -> Mapping[Cid, bytes]:
         """Every file of a release, and its manifest, with their CIDs in bytes; read once."""

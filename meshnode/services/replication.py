@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import inf
 from typing import Any, Final, Protocol
 
@@ -35,6 +36,8 @@ HANDOVER_SECONDS: Final = 15.0  # most time that leaving waits for the copies
 LAST_PAUSE_SECONDS: Final = 30.0  # most between two files while somebody waits for an answer of ours
 
 _MANIFEST: Final = bytes((1, DAG_CBOR))  # begins the CID of one
+
+_text_of = lru_cache(maxsize=8192)(cid_from_bytes)
 
 _log = get_logger("replication")
 
@@ -121,6 +124,7 @@ class ReplicationService:
         self._pinned: dict[Standing, frozenset[Cid]] = {}
         self._judged: object = None
         self._copies: Copies | None = None
+        self._opened: tuple[Head, Manifest] | None = None
         self._files: dict[bytes, FileRef] = {}  # of the served model
         self._plan: dict[PeerId, list[bytes]] = {}
         self._names: dict[PeerId, tuple[tuple[Holding, ...], frozenset[bytes]]] = {}  # of each advert, taken apart
@@ -191,18 +195,19 @@ class ReplicationService:
         if release is None:
             # What was protected stays so: after a start, nobody knows yet what the network serves.
             self._copies = None
-            self._files, self._plan = {}, {}
+            self._opened, self._files, self._plan = None, {}, {}
             self._short_since.clear()
             self._health.clear("few-copies")
             return
         shelves = self._shelves()
         self._protect(shelves)
-        self._files = _files_of(*release)
+        if self._opened != release:
+            self._opened, self._files = release, _files_of(*release)
         count = self._count(shelves)
         self._copies = Copies(
             min(self._replicas, len(shelves)), len(shelves), {file.cid: count[n] for n, file in self._files.items()}
         )
-        short = {cid_to_bytes(cid) for cid in self._copies.short}
+        short = [name for name in self._files if count[name] < self._copies.wanted]
         self._short_since = {name: self._short_since.get(name, now) for name in short}
         self._plan = self._planned(shelves, now) if short else {}
         if not short:
@@ -294,7 +299,7 @@ class ReplicationService:
             others = [peer for peer, files in holders if peer != self._us and name in files]
             manifest = name.startswith(_MANIFEST)  # small, and without it a restart knows of no file
             what = Standing.LAST if manifest else standing(name, self._us, others, self._replicas)
-            pins[what].add(cid_from_bytes(name))
+            pins[what].add(_text_of(name))
         for kind, pin in ((Standing.LAST, LAST_PIN), (Standing.SPARE, SPARE_PIN)):
             if self._pinned.get(kind) != frozenset(pins[kind]):
                 self._store.pin_only(pin, pins[kind])
