@@ -13,6 +13,9 @@ from protocols.ids import Cid, PeerId, cid_to_bytes
 from protocols.manifest.messages import Manifest
 
 LOOK_SECONDS: Final = 0.5  # between looks at the store
+MAX_FILES: Final = 1024  # of one manifest that an advert can name (protocols/advert)
+MAX_NAMES: Final = 1280  # of all: they fill most of a signed record
+MAX_MANIFESTS: Final = 16
 ROOM_CHANGE: Final = 0.1  # room is advertised again when it changed by this share of itself
 
 
@@ -20,6 +23,9 @@ class Directory(Protocol):
     """What the inventory needs of the directory of adverts."""
 
     def me(self) -> Advert: ...
+
+    def head(self) -> Head | None:
+        """What the network serves."""
 
     def heads(self) -> Mapping[PeerId, Head]: ...
 
@@ -36,6 +42,7 @@ class InventoryService:
         self._store = store
         self._open_manifest = open_manifest
         self._releases: dict[Cid, dict[Cid, bytes]] = {}
+        self._served: tuple[str, str, frozenset[bytes]] = ("", "", frozenset())
         self._seen: tuple[object, tuple[Holding, ...]] = (None, ())
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -49,7 +56,7 @@ class InventoryService:
     def _look(self) -> None:
         me = self._directory.me()
         changes: dict[str, object] = {}
-        holdings = self.holdings()
+        holdings = self._sayable(self.holdings())
         if holdings != me.holdings:
             changes["holdings"] = holdings
         room = self._store.usage().room_bytes
@@ -71,6 +78,35 @@ class InventoryService:
                     out.append(Holding(manifest=manifest, cids=held))
             self._seen = ((files, manifests), tuple(out))
         return self._seen[1]
+
+    def _sayable(self, holdings: tuple[Holding, ...]) -> tuple[Holding, ...]:
+        """As much of it as an advert carries: what is served first, for copies of that are counted by everybody."""
+        names = [len(holding.cids) for holding in holdings]
+        if sum(names) <= MAX_NAMES and max(names, default=0) <= MAX_FILES and len(names) <= MAX_MANIFESTS:
+            return holdings
+        head = self._directory.head()
+        served = "" if head is None else head.manifest
+        needed = frozenset[bytes]() if head is None else self._needed(head)
+        out: list[Holding] = []
+        left = MAX_NAMES
+        for holding in sorted(holdings, key=lambda holding: holding.manifest != served)[:MAX_MANIFESTS]:
+            first = sorted(holding.cids, key=lambda cid: cid not in needed)[: min(left, MAX_FILES)]
+            left -= len(first)
+            if first:
+                out.append(Holding(manifest=holding.manifest, cids=tuple(sorted(first))))
+        return tuple(sorted(out, key=lambda holding: holding.manifest))
+
+    def _needed(self, head: Head) -> frozenset[bytes]:
+        """Files of the served variant, as far as its manifest is here."""
+        if self._served[:2] != (head.manifest, head.variant):
+            block = self._store.block(Cid(head.manifest))
+            manifest = None if block is None else self._open_manifest(block)
+            if manifest is None or head.variant not in manifest.variants:
+                return frozenset()
+            variant = manifest.variants[head.variant]
+            refs = (variant.graph, *variant.groups(0, len(variant.layers)).values(), *manifest.files.values())
+            self._served = (head.manifest, head.variant, frozenset(cid_to_bytes(ref.cid) for ref in refs))
+        return self._served[2]
 
     def _files_of(self, cid: Cid) -> Mapping[Cid, bytes]:
         """Every file of a release, and its manifest, with their CIDs in bytes; read once."""
