@@ -699,11 +699,12 @@ class PlacementService:
 
             async with limiter:
                 await self._fetch(file.cid, file.size, progress=count)
-            self._content.pin(file.cid, pin)
             here.add(file.cid)
             count(file.size, file.size)
 
         show()
+        # Before the first fetch: the room for one file must not be made by evicting another one.
+        self._content.pin_only(pin, files)
         try:
             async with trio.open_nursery() as nursery:
                 for file in files.values():

@@ -87,6 +87,19 @@ async def test_each_node_fetches_its_own_layers_only(autojump_clock: MockClock) 
             assert list(member.content.pins.values()) == [wanted]
 
 
+async def test_what_a_span_needs_is_pinned_before_it_is_fetched(autojump_clock: MockClock) -> None:
+    """Or else the room for one of its files is made by evicting another one that is here."""
+    async with world(bytes_s=MB) as w:
+        member = await w.join("a", 500 * MB)
+        variant = w.manifest.variants["int4"]
+        wanted = {f.cid for f in variant.groups(0, 12).values()} | {variant.graph.cid}
+        with trio.fail_after(20):
+            while member.service.progress() is None:  # noqa: ASYNC110 virtual time; no event tells
+                await trio.sleep(0.1)
+        assert not member.content.held
+        assert list(member.content.pins.values()) == [wanted]
+
+
 async def test_a_leaving_node_hands_over_first(autojump_clock: MockClock) -> None:
     async with world() as w:
         for name in ("a", "b", "c"):
