@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from meshnode.content.port import Revealed
-from meshnode.core.errors import Declined
+from meshnode.core.errors import Declined, ModelError
 from meshnode.core.memory import give_back
 from meshnode.text.stops import StopStrings
 from protocols.ids import Cid
@@ -131,25 +132,30 @@ class AnsweringService:
                 "no-tokenizer", f"the model {manifest.name} was published without a tokenizer; ask in tokens"
             )
         vocabulary = manifest.files["tokenizer.json"]
-        file = await self._fetch(vocabulary.cid, vocabulary.size)
-        template_file: Revealed | None = None
-        if ref := manifest.files.get("chat_template.jinja"):
-            template_file = await self._fetch(ref.cid, ref.size)
+        template_ref = manifest.files.get("chat_template.jinja")
         shape = manifest.architecture
+        with ExitStack() as opened:
+            path = opened.enter_context(await self._fetch(vocabulary.cid, vocabulary.size))
+            template_path: Path | None = None
+            if template_ref is not None:
+                template_path = opened.enter_context(await self._fetch(template_ref.cid, template_ref.size))
 
-        def load() -> Tokenizer:
-            from meshnode.text.tokenizer import Tokenizer  # 10 MB that a node which is never asked does without
+            def load() -> Tokenizer:
+                from meshnode.text.tokenizer import Tokenizer  # 10 MB that a node which is never asked does without
 
-            template: str | None = None
-            if template_file is not None:
-                with template_file as path:
-                    template = path.read_text(encoding="utf-8")
-            with file as path:
+                template: str | None = None
+                if template_path is not None:
+                    try:
+                        template = template_path.read_text(encoding="utf-8")
+                    except UnicodeDecodeError as error:
+                        raise ModelError(
+                            f"the chat template of {manifest.name} can't be read: {error}; publish the model again"
+                        ) from error
                 tokenizer = Tokenizer(path, template, bos_ids=shape.bos_ids, eos_ids=shape.eos_ids)
-            give_back()
-            return tokenizer
+                give_back()
+                return tokenizer
 
-        return await trio.to_thread.run_sync(load)
+            return await trio.to_thread.run_sync(load)
 
     async def answer(self, question: Question, generate: Generate) -> AsyncGenerator[Text | Answer, None]:
         """The answer piece by piece, at last its end. Use it in `contextlib.aclosing`.

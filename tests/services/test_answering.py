@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from meshnode.content.port import Revealed
-from meshnode.core.errors import Declined, FatalError, ModelError, PeerUnreachable
+from meshnode.core.errors import ContentUnavailable, Declined, FatalError, ModelError, PeerUnreachable
 from meshnode.services.answering import (
     MAX_STOPS,
     MAX_TEXT,
@@ -193,6 +194,30 @@ async def test_the_tokenizer_is_loaded_once_for_each_release(desk: Desk) -> None
     desk.cid = Cid("release-2")
     await desk.ask(text="x")
     assert len(desk.fetched) == 4
+
+
+@pytest.mark.parametrize("trouble", ["fetch", "read"])
+async def test_a_load_that_failed_leaves_no_file_open(desk: Desk, trouble: str) -> None:
+    """An encrypted file is revealed as a copy in memory, which lives as long as its descriptor."""
+    opened: list[int] = []
+
+    async def fetch(cid: Cid, size: int) -> Revealed:
+        if opened and trouble == "fetch":
+            raise ContentUnavailable("nobody gives it", cid=cid)
+        revealed = await desk.fetch(cid, size)
+        opened.append(os.open(revealed.path, os.O_RDONLY))
+        return Revealed(revealed.path, opened[-1])
+
+    (desk.folder / "chat_template.jinja").write_bytes(b"\xff")
+    desk.service = AnsweringService(
+        manifest=lambda: (desk.cid, desk.manifest) if desk.manifest else None, fetch=fetch
+    )
+    with pytest.raises((ContentUnavailable, ModelError)):
+        await desk.ask(text="x")
+    assert opened
+    for descriptor in opened:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
 
 
 async def test_a_load_that_failed_is_tried_again(desk: Desk) -> None:
