@@ -165,7 +165,7 @@ def _cipher(folder: Path) -> Cipher:
     return Cipher(Identity.load(folder, ask_passphrase).seed, load_network(folder).network_id)
 
 
-def _releases(folder: Path, store: BlobStore) -> tuple[dict[Cid, tuple[Manifest, str]], dict[str, str]]:
+def known_releases(folder: Path, store: BlobStore) -> tuple[dict[Cid, tuple[Manifest, str]], dict[str, str]]:
     """Releases added here or served by this node: manifest CID -> (manifest, variant); and what is wrong with those
     whose manifest does not hold."""
     from meshnode.state import releases
@@ -193,7 +193,7 @@ def find_release(folder: Path, store: BlobStore, wanted: str) -> tuple[Cid, Mani
 
     Raises ModelError, with the names that there are.
     """
-    known, bad = _releases(folder, store)
+    known, bad = known_releases(folder, store)
     if wanted in bad:
         raise ModelError(f"The manifest {wanted} does not hold: {bad[wanted]}. Add the model again.")
     found = [
@@ -213,7 +213,7 @@ def find_release(folder: Path, store: BlobStore, wanted: str) -> tuple[Cid, Mani
 
 def _list(arguments: argparse.Namespace) -> int:
     with open_store(arguments) as store:
-        known, bad = _releases(folder_of(arguments), store)
+        known, bad = known_releases(folder_of(arguments), store)
     if not known:
         print("No models. Add one with: meshnode model add PATH (or example:smollm2)")
     for cid, (manifest, _variant) in sorted(known.items(), key=lambda item: item[1][0].created_ms):

@@ -68,7 +68,7 @@ def unpin_model(arguments: argparse.Namespace) -> int:
 
 def remove_model(arguments: argparse.Namespace) -> int:
     """Forget the release, free its files; a running node that serves it goes on until it stops."""
-    from meshnode.cli.model import find_release, open_store
+    from meshnode.cli.model import find_release, known_releases, open_store
     from meshnode.content.port import LAST_PIN
     from meshnode.state import releases
     from meshnode.state.database import Database
@@ -83,13 +83,16 @@ def remove_model(arguments: argparse.Namespace) -> int:
             )
     with open_store(arguments) as store:
         cid, manifest, _ = find_release(folder, store, arguments.model)
-        files = {cid, *manifest.all_files()}
+        others, _ = known_releases(folder, store)
+        shared = {file for other, (kept, _) in others.items() if other != cid for file in kept.all_files()}
+        files = {cid, *manifest.all_files()} - shared
         last = files & store.pins().get(LAST_PIN, frozenset()) - {cid}
         if last and not arguments.force:
             raise ConfigError(
                 f"This node keeps {len(last)} files of {manifest.name} for the network, and other nodes may not hold "
                 "them. Have the network serve another model first (meshnode model serve NAME), or add --force."
             )
+        store.unpin(cid)
         store.drop_pins(files)
         freed = store.remove_unpinned()
     with Database(Paths(folder).state) as database:

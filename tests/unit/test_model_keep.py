@@ -1,0 +1,72 @@
+"""`meshnode model remove` on a folder without a running node."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from nacl.signing import SigningKey
+
+from meshnode.cli.model_keep import remove_model
+from meshnode.content.blob_store import BlobStore
+from meshnode.core.paths import Paths
+from meshnode.state import releases
+from meshnode.state.database import Database
+from protocols.ids import DAG_CBOR, Cid, peer_id_of
+from protocols.manifest.codec import sign_manifest
+from protocols.manifest.messages import FileRef, Manifest
+from tests.services.placement_world import make_manifest
+
+KEY = SigningKey(b"k" * 32)
+QUOTA = 1 << 30
+
+
+def published(folder: Path, version: str, head: bytes) -> tuple[Cid, Manifest]:
+    """A release whose files are those of every other one, but for the head."""
+    store = BlobStore(Paths(folder).content, QUOTA)
+    made = make_manifest(4)
+    variant = made.variants["int4"]
+
+    def file(content: bytes) -> FileRef:
+        path = folder / "source"
+        path.write_bytes(content)
+        return FileRef(cid=store.add_file(path, pin="publishing"), size=len(content))
+
+    manifest = replace(
+        made,
+        version=version,
+        publisher=peer_id_of(bytes(KEY.verify_key)),
+        created_ms=int(version[1]),
+        variants={
+            "int4": replace(
+                variant,
+                graph=file(b"graph"),
+                embed=file(b"embed"),
+                layers=tuple(file(b"layer %d" % number) for number in range(4)),
+                head=file(head),
+            )
+        },
+    )
+    cid = store.put_block(sign_manifest(KEY, manifest), DAG_CBOR)
+    for one in (cid, *manifest.all_files()):
+        store.pin(one, cid)
+    store.unpin("publishing")
+    store.close()
+    with Database(Paths(folder).state) as database:
+        releases.remember(database, cid, "int4")
+    return cid, manifest
+
+
+def test_what_another_release_has_too_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Paths(tmp_path).create()
+    old_cid, old = published(tmp_path, "v1.0.0-0", b"head")
+    new_cid, new = published(tmp_path, "v2.0.0-0", b"another head")
+    assert remove_model(argparse.Namespace(folder=tmp_path, model=old_cid, force=False)) == 0
+    store = BlobStore(Paths(tmp_path).content, QUOTA)
+    assert store.files() == {new_cid, *new.all_files()}
+    assert store.pins() == {new_cid: {new_cid, *new.all_files()}}, "and protected as before"
+    assert store.path(old.variants["int4"].head.cid) is None
+    store.close()
+    assert "tiny v1.0.0-0 is removed" in capsys.readouterr().out
