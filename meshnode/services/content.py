@@ -101,6 +101,7 @@ class ContentService:
         tree_outside: TreeFromOutside | None = None,
         seek: Seek | None = None,
         share_with_anyone: bool = False,
+        is_member: Callable[[PeerId], bool] = lambda peer: True,
     ) -> None:
         """
         Args:
@@ -112,6 +113,7 @@ class ContentService:
           tree_outside: hands over all blocks of a file from there, parents first; asked before single blocks.
           seek: looks for peers outside the network for what nobody gives; they are guests meanwhile.
           share_with_anyone: whether everybody who connects gets our blocks, strangers among them.
+          is_member: whether a peer comes before strangers.
         """
         self._host = host
         self._store = store
@@ -122,7 +124,9 @@ class ContentService:
         self._share_with_guests = share_with_guests
         self._share_with_anyone = share_with_anyone
         self._server = Server(
-            lambda cid: store.block_size(modern(cid)), self._may_have, lambda peer: peer not in host.guests
+            lambda cid: store.block_size(modern(cid)),
+            self._may_have,
+            lambda peer: peer not in host.guests and is_member(peer),
         )
         self._seek = seek
         self._seeking: dict[int, trio.CancelScope] = {}  # by session

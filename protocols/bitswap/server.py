@@ -3,7 +3,8 @@
 Rule 1: no I/O. Whether we hold a block, and how long it is, comes from a callable; the bytes are loaded by the
 driver, which takes one `Answer` after the other and reports it done.
 Rule 2: the next answer goes to the peer that got the least (start-time fair queueing over bytes), so one peer
-that wants everything does not starve one that wants little; a peer has at most two answers under way.
+that wants everything does not starve one that wants little; a peer has at most two answers under way, and those
+that are not favoured have a few together, so that they can't keep the others waiting by reading nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ MAX_PRESENCES: Final = 16384  # unsent presences per peer; wishes above are not 
 ANSWER_BYTES: Final = 1 << 20  # blocks gathered into one message: one of ours, many inner nodes
 ANSWER_PRESENCES: Final = 1024  # presences in one message
 SMALL_BLOCK_BYTES: Final = 1024  # a want-have for so small a block is answered with the block (go-bitswap)
+GUEST_ANSWERS: Final = 12  # under way for all peers together that are not favoured
 UNDER_WAY: Final = 2  # answers per peer: one is being sent while the next is loaded
 
 
@@ -125,10 +127,16 @@ class Server:
 
     def next(self) -> Answer | None:
         """The next answer to load and send; None while nothing can be sent. Call `done` after each."""
-        ready = [peer for peer, state in self._peers.items() if state.busy and state.under_way < UNDER_WAY]
+        favoured = {peer for peer in self._peers if self._favours(peer)}
+        guests = sum(state.under_way for peer, state in self._peers.items() if peer not in favoured)
+        ready = [
+            peer
+            for peer, state in self._peers.items()
+            if state.busy and state.under_way < UNDER_WAY and (peer in favoured or guests < GUEST_ANSWERS)
+        ]
         if not ready:
             return None
-        best = min(ready, key=lambda peer: (not self._favours(peer), self._peers[peer].turn))
+        best = min(ready, key=lambda peer: (peer not in favoured, self._peers[peer].turn))
         state = self._peers[best]
         blocks, size = self._take(state)
         presences = tuple(list(state.presences.items())[:ANSWER_PRESENCES])

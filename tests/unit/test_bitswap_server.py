@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from protocols.bitswap.messages import Entry, Message, PresenceType, WantType
-from protocols.bitswap.server import MAX_WANTS, UNDER_WAY, Answer, Server
+from protocols.bitswap.server import GUEST_ANSWERS, MAX_WANTS, UNDER_WAY, Answer, Server
 from protocols.ids import PeerId
 
 A, B = PeerId("A"), PeerId("B")
@@ -104,6 +104,23 @@ def test_a_slow_peer_holds_no_more_than_two_answers() -> None:
     server.done(B)
     answer = server.next()
     assert answer is not None and answer.peer == B
+
+
+def test_slow_peers_that_are_not_favoured_leave_room_for_the_others() -> None:
+    """A reader that takes nothing holds its answers for a minute, and strangers are many."""
+    server = Server(lambda _: MIB, favours=lambda peer: peer == A)
+    for number in range(GUEST_ANSWERS):
+        server.handle(PeerId(f"stranger {number}"), wants(1, 2, 3))
+    taken = []
+    while (answer := server.next()) is not None:
+        taken.append(answer)
+    assert len(taken) == GUEST_ANSWERS
+    server.handle(A, wants(1))
+    member = server.next()
+    assert member is not None and member.peer == A
+    server.done(taken[0].peer)
+    further = server.next()
+    assert further is not None and further.peer != A
 
 
 def test_flood_is_bounded() -> None:
