@@ -166,7 +166,7 @@ class Node:
             guests=self.guests.peers,
             share_with_guests=config.content.share != "members",
             share_with_anyone=anyone,
-            is_member=self._is_member,
+            is_member=lambda peer: peer in self.membership.members(),
             patience=PATIENCE_SECONDS if self.routing is None else DHT_PATIENCE_SECONDS,
             seek=None if self.routing is None else self.routing.bring,
             outside=None if outside is None else outside.block,
