@@ -167,4 +167,8 @@ class Visits:
     def _dismiss(self, peer: PeerId) -> None:
         del self._lingering[peer]
         if self._nursery is not None and not self._is_guest(peer):  # a node that stops lets everybody go
-            self._nursery.start_soon(self._host.dismiss, peer, "there is nothing more to ask")
+            self._nursery.start_soon(self._send_away, peer)
+
+    async def _send_away(self, peer: PeerId) -> None:
+        if peer not in self._grants:  # nobody has come to want it meanwhile
+            await self._host.dismiss(peer, "there is nothing more to ask")

@@ -440,6 +440,18 @@ async def test_a_peer_is_a_guest_as_long_as_anybody_wants_it(autojump_clock: Moc
         assert us.host.roster.guests == {} and us.visits._grants == {}
 
 
+async def test_who_is_wanted_again_at_its_dismissal_stays(autojump_clock: MockClock) -> None:
+    async with world() as it:
+        us = await it.start(Node(it.host("us"), ()))
+        server = it.servers[0].host
+        async with us.visits.visit(server.peer_id, server.addresses):
+            pass
+        us.visits._dismiss(server.peer_id)  # a task, which may run after a visit has begun
+        us.visits._grant(server.peer_id, frozenset({"/a"}))
+        await trio.testing.wait_all_tasks_blocked()
+        assert us.host.guests == (server.peer_id,)
+
+
 async def test_who_becomes_a_member_or_configured_guest_is_left_alone(autojump_clock: MockClock) -> None:
     async with world() as it:
         us = await it.start(Node(it.host("us"), ()))
