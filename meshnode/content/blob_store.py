@@ -195,14 +195,17 @@ class BlobStore:
             with self.index.transaction() as db:
                 self._make_room(db, before.st_size, str(source))
             with self._temporary(source, before) as (target, writer):
+                changed = False
                 if self._cipher is None:
                     tree = self._stream(source, reader.fileno(), writer, Builder())
                 else:  # its key is made from its CID, so it is read twice
                     tree = self._stream(source, reader.fileno(), None, Builder())
                     os.lseek(reader.fileno(), 0, os.SEEK_SET)
-                    self._stream(source, reader.fileno(), writer, Builder(), sealing=cid_to_bytes(tree.root))
+                    first = tree
+                    tree = self._stream(source, reader.fileno(), writer, Builder(), sealing=cid_to_bytes(first.root))
+                    changed = tree.root != first.root
                 after = os.fstat(reader.fileno())
-                if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                if changed or (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                     raise ModelError(
                         f"{source} changed while it was read; wait until it is complete and add it again"
                     )
@@ -393,6 +396,7 @@ class BlobStore:
         What is unpinned goes first, then spare copies (SPARE_PIN).
         Raises DiskError when everything that is left is pinned; nothing was evicted then.
         """
+        self._check_switch()
         self._note_uses(db)
         evictable = self._evictable(db, spare=True)
         used, free = self._used_bytes(db), self._free()
@@ -412,6 +416,14 @@ class BlobStore:
             used, free = used - held, self._free()
         if free < size + RESERVE_BYTES:
             raise self._disk_full(what, size)
+
+    def _check_switch(self) -> None:
+        """Raises DiskError when files have been encrypted, or are no longer, since this store was opened."""
+        if is_sealed(self.folder) != (self._cipher is not None):
+            raise DiskError(
+                f"content.encrypt was switched, and the node of {self.folder} started, in the meantime; start this "
+                "command again"
+            )
 
     def _disk_full(self, what: str, size: int) -> DiskError:
         return DiskError(
@@ -516,6 +528,7 @@ class BlobStore:
         """Move a complete file into place and into the index, both or neither."""
         name = cid_to_bytes(tree.root)
         with self.index.transaction() as db:
+            self._check_switch()
             if pin is not None:
                 db.execute("INSERT OR IGNORE INTO pins VALUES (?, ?)", (pin, name))
             row = db.execute("SELECT complete, size, mtime_ns FROM files WHERE cid = ?", (name,)).fetchone()

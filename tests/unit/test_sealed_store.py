@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from meshnode.content.blob_store import BlobStore
 from meshnode.content.cipher import Cipher
 from meshnode.content.partial import PartialFile
 from meshnode.content.sealed import SUFFIX, is_sealed, set_sealed
-from meshnode.core.errors import ConfigError
+from meshnode.core.errors import ConfigError, DiskError, ModelError
 from protocols.ids import DAG_CBOR, Cid, cid_from_bytes, cid_matches
-from protocols.unixfs.builder import file_cid
+from protocols.unixfs.builder import Builder, Tree, file_cid
 
 QUOTA = 1 << 40
 KEY = Cipher(b"a" * 32, "network")
@@ -197,4 +198,63 @@ def test_without_the_right_key_nothing_is_touched(tmp_path: Path, source: Path, 
                 set_sealed(folder, cipher, wanted)
     store = sealed_store(folder)
     assert store.path(cid) is not None
+    store.close()
+
+
+def test_a_source_that_changes_between_its_two_readings_is_refused(
+    tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two plaintexts under one key would show each other, and one of them has not this CID."""
+    path = tmp_path / "written to"
+    path.write_bytes(data)
+    before = path.stat()
+    seek = os.lseek
+
+    def change(descriptor: int, position: int, how: int) -> int:
+        with path.open("r+b") as writer:
+            writer.seek(70_000)
+            writer.write(bytes(100))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as through a memory map
+        return seek(descriptor, position, how)
+
+    monkeypatch.setattr(os, "lseek", change)
+    store = sealed_store(tmp_path / "content")
+    with pytest.raises(ModelError, match="changed while it was read"):
+        store.add_file(path, pin="test")
+    assert store.files() == frozenset()
+    store.close()
+
+
+def test_an_addition_under_way_at_the_switch_is_refused(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "content"
+    source.chmod(0o644)  # copied
+    plain = BlobStore(folder, QUOTA)
+    finish = Builder.finish
+
+    def switch(builder: Builder) -> Tree:
+        set_sealed(folder, KEY, True)
+        return finish(builder)
+
+    monkeypatch.setattr(Builder, "finish", switch)
+    with pytest.raises(DiskError, match="start this command again"):
+        plain.add_file(source, pin="test")
+    assert list((folder / "files").iterdir()) == list((folder / "tmp").iterdir()) == []
+    plain.close()
+
+
+def test_a_command_that_began_before_the_switch_writes_nothing_readable_after_it(
+    tmp_path: Path, source: Path, data: bytes
+) -> None:
+    folder = tmp_path / "content"
+    plain = BlobStore(folder, QUOTA)  # a command, which goes on while a node starts
+    store = sealed_store(folder)
+    with pytest.raises(DiskError, match="start this command again"):
+        plain.add_file(source, pin="test")
+    with pytest.raises(DiskError, match="start this command again"):
+        plain.open_partial(file_cid(data), SIZE)
+    assert not on_disk(folder, data[5000:5032])
+    assert not any(path.stat().st_size for path in (folder / "files").iterdir())
+    plain.close()
     store.close()
