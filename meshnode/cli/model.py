@@ -84,7 +84,10 @@ def _add(arguments: argparse.Namespace) -> int:
         check_release(arguments.name, version)  # not after half a minute of publishing
     except LocalProtocolError as error:
         raise ConfigError(str(error)) from error
-    with open_store(arguments) as store, tempfile.TemporaryDirectory(dir=paths.cache, prefix="publish-") as out:
+    with (
+        open_store(arguments, adds=True) as store,
+        tempfile.TemporaryDirectory(dir=paths.cache, prefix="publish-") as out,
+    ):
         run_publisher(arguments.source, Path(out), variants, StepProgress())
         cid, manifest = release(
             Path(out),
@@ -138,16 +141,21 @@ def adopt(folder: Path, cid: Cid, manifest: Manifest, variant: str) -> None:
 
 
 @contextmanager
-def open_store(arguments: argparse.Namespace) -> Iterator[BlobStore]:
-    """The content folder of this node, which a running node may use at the same time."""
+def open_store(arguments: argparse.Namespace, *, adds: bool = False) -> Iterator[BlobStore]:
+    """The content folder of this node, which a running node may use at the same time.
+
+    adds: files will be added; where they are to be encrypted, that begins with the first, not with the next start.
+    """
     import shutil
 
     from meshnode.content.blob_store import BlobStore
-    from meshnode.content.sealed import is_sealed
+    from meshnode.content.sealed import is_sealed, set_sealed
 
     config = settings(arguments)
     config.paths.create()
     folder = config.paths.content
+    if adds and config.content.encrypt and not is_sealed(folder) and not client.is_running(config.paths.folder):
+        set_sealed(folder, _cipher(config.paths.folder), True)
     cipher = _cipher(config.paths.folder) if is_sealed(folder) else None
     store = BlobStore(folder, config.content.quota.of(shutil.disk_usage(folder).free), cipher=cipher)
     try:

@@ -83,7 +83,7 @@ def import_model(arguments: argparse.Namespace) -> int:
     from meshnode.content.car_import import import_car
 
     steps = StepProgress()
-    with open_store(arguments) as store:
+    with open_store(arguments, adds=True) as store:
         found = import_car(store, arguments.car, progress=lambda done, total: steps("import", "", done, total))
     folder = folder_of(arguments)
     print(f"{found.manifest.name} {found.manifest.version} ({', '.join(found.variants)}) is here and verified.")

@@ -65,6 +65,17 @@ def contents(folder: Path, manifest: Manifest, cid: Cid) -> dict[str, bytes]:
     return {**found, cid: block} if block is not None else dict(found)
 
 
+def test_files_are_encrypted_before_the_first_start(place: Place, tmp_path: Path) -> None:
+    assert meshnode("init", folder=tmp_path).code == 0
+    with Paths(tmp_path).config.open("a") as config:
+        config.write("\n[content]\nencrypt = true\n")
+    ran = meshnode("model", "import", place.car, folder=tmp_path)
+    assert ran.code == 0, ran.errors
+    files = list((Paths(tmp_path).content / "files").iterdir())
+    assert files and {path.suffix for path in files} == {".sealed"}
+    assert meshnode("model", "verify", "small-noise", folder=tmp_path).code == 0
+
+
 def test_from_one_device_to_another(place: Place, tmp_path: Path) -> None:
     ran = meshnode("model", "import", place.car, folder=tmp_path)
     assert ran.code == 0, ran.errors
