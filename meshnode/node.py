@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import os
 import random
-import shutil
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import trio
 from meshnode import __version__
 from meshnode.content.blob_store import BlobStore
 from meshnode.content.cipher import Cipher
+from meshnode.content.disk import available_bytes, remove_abandoned
 from meshnode.content.gateway import Gateway
 from meshnode.content.ipfs_api import IpfsApi
 from meshnode.content.outside import Outside, Source
@@ -34,6 +34,7 @@ from meshnode.core.clock import monotonic, wall_ms
 from meshnode.core.config import Config
 from meshnode.core.errors import ConfigError, ContentUnavailable, Declined
 from meshnode.core.health import Health
+from meshnode.core.paths import PUBLISH_PREFIX
 from meshnode.core.service import Service, supervise
 from meshnode.engine.process import EngineProcess
 from meshnode.net.libp2p_host import Libp2pHost
@@ -104,7 +105,8 @@ class Node:
         _lock(paths.lock, stack)
         self.membership_file: Membership = load_network(paths.folder)
         self.database = stack.enter_context(Database(paths.state))
-        quota = config.content.quota.of(shutil.disk_usage(paths.content).free)
+        quota = config.content.quota.of(available_bytes(paths.content))
+        remove_abandoned(paths.cache, PUBLISH_PREFIX)
         cipher = Cipher(identity.seed, self.membership_file.network_id)
         if is_sealed(paths.content) != config.content.encrypt:
             log.info("content.converting", encrypt=config.content.encrypt)

@@ -132,7 +132,7 @@ def _data_folder(config: Config, folder: Path, lock: LockFacts, now_ms: int) -> 
     yield device.check_folder(about)
     disk = facts.existing(paths.content)
     free, used = shutil.disk_usage(disk).free, facts.used_bytes(paths.content)
-    quota = config.content.quota.of(free)
+    quota = config.content.quota.of(free + used)
     yield device.check_disk(str(disk), free=free, used=used, quota=quota, reserve=RESERVE_BYTES)
     if not about.exists:
         return

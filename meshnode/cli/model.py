@@ -16,7 +16,7 @@ from meshnode.cli.main import add_data
 from meshnode.cli.settings import ask_passphrase, folder_of, settings
 from meshnode.core.config import format_size
 from meshnode.core.errors import ConfigError, ModelError
-from meshnode.core.paths import Paths
+from meshnode.core.paths import PUBLISH_PREFIX, Paths
 
 if TYPE_CHECKING:
     from meshnode.content.blob_store import BlobStore
@@ -69,6 +69,7 @@ def _add(arguments: argparse.Namespace) -> int:
     if wanted is not None:
         return model_cid.add_by_cid(arguments, wanted)
 
+    from meshnode.content.disk import locked, remove_abandoned
     from meshnode.core.clock import wall_ms
     from meshnode.models.release import FIRST_VERSION, release, run_publisher
     from meshnode.state.identity import Identity
@@ -84,9 +85,11 @@ def _add(arguments: argparse.Namespace) -> int:
         check_release(arguments.name, version)  # not after half a minute of publishing
     except LocalProtocolError as error:
         raise ConfigError(str(error)) from error
+    remove_abandoned(paths.cache, PUBLISH_PREFIX)
     with (
         open_store(arguments, adds=True) as store,
-        tempfile.TemporaryDirectory(dir=paths.cache, prefix="publish-") as out,
+        tempfile.TemporaryDirectory(dir=paths.cache, prefix=PUBLISH_PREFIX) as out,
+        locked(Path(out)),
     ):
         run_publisher(arguments.source, Path(out), variants, StepProgress())
         cid, manifest = release(
@@ -146,9 +149,8 @@ def open_store(arguments: argparse.Namespace, *, adds: bool = False) -> Iterator
 
     adds: files will be added; where they are to be encrypted, that begins with the first, not with the next start.
     """
-    import shutil
-
     from meshnode.content.blob_store import BlobStore
+    from meshnode.content.disk import available_bytes
     from meshnode.content.sealed import is_sealed, set_sealed
 
     config = settings(arguments)
@@ -157,7 +159,7 @@ def open_store(arguments: argparse.Namespace, *, adds: bool = False) -> Iterator
     if adds and config.content.encrypt and not is_sealed(folder) and not client.is_running(config.paths.folder):
         set_sealed(folder, _cipher(config.paths.folder), True)
     cipher = _cipher(config.paths.folder) if is_sealed(folder) else None
-    store = BlobStore(folder, config.content.quota.of(shutil.disk_usage(folder).free), cipher=cipher)
+    store = BlobStore(folder, config.content.quota.of(available_bytes(folder)), cipher=cipher)
     try:
         yield store
     finally:

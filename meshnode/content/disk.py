@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +23,8 @@ _REMEDIES: Final = {
     errno.EMFILE: "too many open files; raise the limit (ulimit -n)",
     errno.EFBIG: "the file system does not allow files of this size; choose another data folder",
 }
+
+_STAT_BLOCK: Final = 512  # bytes; POSIX, stat(2)
 
 
 @contextmanager
@@ -48,6 +51,39 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def available_bytes(folder: Path) -> int:
+    """Free on the disk, or taken by the files of this content folder: a share of it is the same at every start.
+
+    Raises DiskError.
+    """
+    with disk_errors(folder, "look at the free space of"):
+        held = 0
+        for path in (folder / "files").glob("*"):
+            with suppress(FileNotFoundError):  # a running node may delete some
+                held += path.stat().st_blocks * _STAT_BLOCK
+        return shutil.disk_usage(folder).free + held
+
+
+def remove_abandoned(folder: Path, prefix: str) -> None:
+    """Delete the folders with such names that no process has locked: who made them was killed. Raises DiskError."""
+    with disk_errors(folder, "delete in"):
+        for path in folder.glob(f"{prefix}*"):
+            if not is_locked(path):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Have `is_locked` say so of a folder. Raises DiskError."""
+    with disk_errors(folder, "lock"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    try:
+        yield
     finally:
         os.close(descriptor)
 

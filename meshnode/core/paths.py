@@ -15,6 +15,7 @@ from meshnode.core.errors import ConfigError, DiskError
 DATA_VARIABLE: Final = "MESHNODE_DATA"
 MAX_SOCKET_BYTES: Final = 107  # sun_path of Linux without its closing zero; macOS has 103
 _SAFE_SOCKET_BYTES: Final = 100
+PUBLISH_PREFIX: Final = "publish-"  # of folders in the cache with the files of a model that is being published
 
 
 def data_folder(flag: str | Path | None, environ: Mapping[str, str]) -> Path:
