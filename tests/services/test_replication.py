@@ -16,7 +16,7 @@ from meshnode.content.blob_store import BlobStore
 from meshnode.core.errors import ContentUnavailable, DiskError
 from meshnode.core.health import Health
 from meshnode.services.inventory import InventoryService
-from meshnode.services.replication import HANDOVER_SECONDS, LATE_SECONDS, SETTLE_SECONDS, ReplicationService
+from meshnode.services.replication import LATE_SECONDS, SETTLE_SECONDS, ReplicationService
 from protocols.advert.messages import Head
 from protocols.ids import DAG_CBOR, Cid, PeerId, cid_to_bytes
 from protocols.manifest.messages import Architecture, FileRef, Manifest, Variant
@@ -392,6 +392,27 @@ async def test_a_slow_node_that_gets_on_is_not_stood_in_for(
         assert sum(len(member.fetched) for member in members) == len(world.refs)
 
 
+@pytest.mark.parametrize("room", [5, 9])
+async def test_nodes_that_want_different_numbers_of_copies_come_to_rest(
+    autojump_clock: MockClock, rng: random.Random, tmp_path: Path, room: int
+) -> None:
+    """And so do those whose quota is full: nobody evicts what is fetched again."""
+    async with open_world(rng, tmp_path) as world:
+        wanted = (1, 3, 2, 4)
+        members = [
+            await world.join(number, replicas=replicas, quota=(1000 if number == 1 else room) * LAYER_BYTES + 1000)
+            for number, replicas in enumerate(wanted, 1)
+        ]
+        world.publish(members[0])
+        await trio.sleep(300)
+        before = [list(member.fetched) for member in members]
+        assert any(before)
+        await trio.sleep(300)
+        assert [member.fetched for member in members] == before
+        assert all(len(made) == len(set(made)) for made in before), "nothing was fetched twice"
+        assert min(world.copies()) >= 2 or room == 5
+
+
 async def test_every_copy_is_advertised(autojump_clock: MockClock, rng: random.Random, tmp_path: Path) -> None:
     async with open_world(rng, tmp_path) as world:
         one, two = [await world.join(n) for n in (1, 2)]
@@ -432,7 +453,7 @@ async def test_a_mesh_that_stops_as_a_whole_does_not_wait(
                 nursery.start_soon(member.replication.drain)
             for member in members[1:]:
                 await member.node.stop()
-        assert trio.current_time() - began <= HANDOVER_SECONDS
+        assert trio.current_time() - began < 5.0, trio.current_time() - began
 
 
 async def test_a_node_that_nobody_can_relieve_leaves_at_once(
