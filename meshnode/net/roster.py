@@ -55,6 +55,11 @@ class Roster:
         """The same about guests alone."""
         return _open_reader(self._guest_readers, self.connected_guests)
 
+    @property
+    def readers(self) -> int:
+        """How many still read; one that does not close its end is written to for ever."""
+        return sum(not reader.abandoned for reader in (*self._readers, *self._guest_readers))
+
     def watch(self, watcher: Callable[[PeerEvent], None]) -> None:
         """Call `watcher` with every event, before any reader sees it. It must not block or raise."""
         self._watchers.append(watcher)

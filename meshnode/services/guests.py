@@ -124,8 +124,7 @@ class GuestService:
 
     async def _keep(self, guest: _Guest) -> None:
         guest.scope = trio.CancelScope()
-        with guest.scope:
-            events = self._host.guest_events()
+        with guest.scope, self._host.guest_events() as events:
             failures = 0
             while True:
                 try:

@@ -267,16 +267,16 @@ class RoutingService:
             await self._place.wait()
         self._carriers[peer] = self._carriers.get(peer, 0) + 1
         try:
-            events = self._host.guest_events()
-            async with self._visits.visit(peer, _whole(provider), self._carrier_protocols):
-                _log.debug("provider.found", peer=peer)
-                self._recent.pop(peer, None)
-                self._recent[peer] = provider
-                if len(self._recent) > MAX_CARRIERS:
-                    del self._recent[next(iter(self._recent))]
-                await offer(peer)
-                while peer in self._host.guests:
-                    await events.receive()
+            with self._host.guest_events() as events:
+                async with self._visits.visit(peer, _whole(provider), self._carrier_protocols):
+                    _log.debug("provider.found", peer=peer)
+                    self._recent.pop(peer, None)
+                    self._recent[peer] = provider
+                    if len(self._recent) > MAX_CARRIERS:
+                        del self._recent[next(iter(self._recent))]
+                    await offer(peer)
+                    while peer in self._host.guests:
+                        await events.receive()
         except PeerUnreachable as error:
             _log.debug("provider.unreachable", peer=peer, reason=str(error))
         finally:

@@ -159,6 +159,7 @@ async def test_a_provider_is_found_among_many_servers(autojump_clock: MockClock)
         provider = await it.start(Node(it.host("provider"), it.seeds, provides=[CID], anyone=True))
         assert await provided(provider) == K
         us = await it.start(Node(it.host("us"), it.servers[7].host.addresses))
+        readers = us.host.roster.readers
         brought = Brought()
         async with trio.open_nursery() as fetch:
             fetch.start_soon(us.routing.bring, CID, brought.offer)
@@ -169,6 +170,7 @@ async def test_a_provider_is_found_among_many_servers(autojump_clock: MockClock)
             fetch.cancel_scope.cancel()
         await trio.sleep(2 * LINGER_SECONDS)
         assert us.host.guests == () and provider.host.peers == (), "nobody stays longer than needed"
+        assert us.host.roster.readers == readers
         assert us.routing.known_peers > K / 2
 
 
