@@ -1,8 +1,8 @@
 """The answering side: who provides a key, and who is nearer to it.
 
 Rule 1: a peer may only provide for itself, and only keys that can name a block. No values are kept at all.
-Rule 2: everything has a limit: records, records of one key, records of one peer. While a limit is reached, those
-who are there keep their places and newcomers are not taken; everything expires.
+Rule 2: everything has a limit: records, records of one key, records of one peer; everything expires. While the limit
+of a key or a peer is reached, who is there keeps its place. When the store is full, who has most in it makes room.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from protocols.kad.messages import Kind, Message, Peer, is_multihash, place
 from protocols.kad.table import Table
 
 RECORD_SECONDS: Final = 48 * 3600.0  # libp2p specs, kad-dht: what the IPFS network keeps
-MAX_RECORDS: Final = 1 << 16  # about 20 MB
+MAX_RECORDS: Final = 1 << 15  # about 25 MB, if each is of another peer
+MAX_ADDRESSES: Final = 4  # kept of a provider
 MAX_KEY_RECORDS: Final = 32
 MAX_PEER_RECORDS: Final = 4096
 SWEEP_RECORDS: Final = 64  # looked at for expiry with every new one
@@ -49,12 +50,15 @@ class ProviderStore:
         name = (key, provider.id)
         known = self._providers.get(provider.id)
         if name not in self._records:
-            full = len(self._records) >= self._capacity or len(self._keys.get(key, ())) >= MAX_KEY_RECORDS
-            if full or (known is not None and len(known.keys) >= MAX_PEER_RECORDS):
+            count = 0 if known is None else len(known.keys)
+            if len(self._keys.get(key, ())) >= MAX_KEY_RECORDS or count >= MAX_PEER_RECORDS:
                 return False
+            if len(self._records) >= self._capacity and not self._make_room(count + 1):
+                return False
+        addresses = provider.addresses[:MAX_ADDRESSES]
         if known is None:
-            known = self._providers[provider.id] = _Provider(provider.addresses)
-        known.addresses = provider.addresses
+            known = self._providers[provider.id] = _Provider(addresses)
+        known.addresses = addresses
         known.keys.add(key)
         self._keys.setdefault(key, {})[provider.id] = None
         self._records.pop(name, None)
@@ -66,20 +70,30 @@ class ProviderStore:
         found = (peer for peer in self._keys.get(key, ()) if self._records[key, peer] > now)
         return tuple(Peer(peer, self._providers[peer].addresses) for peer in found)
 
+    def _make_room(self, count: int) -> bool:
+        """Drop a record of the peer that has most, if that is more than `count`; so a few can't fill the store."""
+        peer = max(self._providers, key=lambda one: len(self._providers[one].keys))
+        if len(self._providers[peer].keys) <= count:
+            return False
+        self._drop(next(iter(self._providers[peer].keys)), peer)
+        return True
+
     def _sweep(self, now: float) -> None:
         for _ in range(SWEEP_RECORDS):
             name = next(iter(self._records), None)
             if name is None or self._records[name] > now:
                 return
-            del self._records[name]
-            key, peer = name
-            del self._keys[key][peer]
-            if not self._keys[key]:
-                del self._keys[key]
-            provider = self._providers[peer]
-            provider.keys.discard(key)
-            if not provider.keys:
-                del self._providers[peer]
+            self._drop(*name)
+
+    def _drop(self, key: bytes, peer: PeerId) -> None:
+        del self._records[key, peer]
+        del self._keys[key][peer]
+        if not self._keys[key]:
+            del self._keys[key]
+        provider = self._providers[peer]
+        provider.keys.discard(key)
+        if not provider.keys:
+            del self._providers[peer]
 
 
 class Server:

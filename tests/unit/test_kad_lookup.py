@@ -33,7 +33,14 @@ from protocols.kad.lookup import (
 )
 from protocols.kad.messages import Kind, Message, Peer, place, place_of
 from protocols.kad.scope import LAN
-from protocols.kad.server import MAX_KEY_RECORDS, MAX_PEER_RECORDS, RECORD_SECONDS, ProviderStore, Server
+from protocols.kad.server import (
+    MAX_ADDRESSES,
+    MAX_KEY_RECORDS,
+    MAX_PEER_RECORDS,
+    RECORD_SECONDS,
+    ProviderStore,
+    Server,
+)
 from protocols.kad.table import BUCKETS, MAX_FAILURES, Table
 
 KEY = b"\x12\x20" + bytes([1] * 32)
@@ -277,6 +284,24 @@ def test_the_store_is_bounded() -> None:
     late = CROWD[-1]
     for number in range(MAX_PEER_RECORDS + 1):
         assert store.add(number.to_bytes(4, "big"), late, 0.0) is (number < MAX_PEER_RECORDS)
-    assert not store.add(b"one too many", CROWD[-2], 0.0)
     assert len(store) == MAX_PEER_RECORDS + MAX_KEY_RECORDS
-    assert store.add(b"one too many", CROWD[-2], 2 * RECORD_SECONDS), "room again when others expire"
+    assert store.add(b"one too many", CROWD[-2], 0.0), "at the cost of who has most"
+    assert len(store) == MAX_PEER_RECORDS + MAX_KEY_RECORDS
+    assert set(store.providers(KEY, 1.0)) == {*CROWD[:MAX_KEY_RECORDS]}
+
+
+def test_a_full_store_takes_nothing_from_who_has_no_more() -> None:
+    store = ProviderStore(capacity=4)
+    for number in range(4):
+        assert store.add(number.to_bytes(4, "big"), CROWD[number // 2], 0.0)
+    assert store.add(b"new", CROWD[2], 0.0)
+    assert not store.add(b"newer", CROWD[2], 0.0), "it would have as many as the others"
+    assert len(store) == 4
+    assert store.add(b"newer", CROWD[2], 2 * RECORD_SECONDS), "room again when others expire"
+
+
+def test_of_many_addresses_a_few_are_kept() -> None:
+    store = ProviderStore()
+    many = Peer(CROWD[0].id, tuple(f"/ip4/10.0.0.{n}/tcp/1" for n in range(16)))
+    assert store.add(KEY, many, 0.0)
+    assert store.providers(KEY, 0.0) == (Peer(many.id, many.addresses[:MAX_ADDRESSES]),)
