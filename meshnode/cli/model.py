@@ -265,34 +265,39 @@ def print_model(cid: Cid, manifest: Manifest) -> None:
 
 def _verify(arguments: argparse.Namespace) -> int:
     """Hash every file anew; exit code 4 if one is damaged or missing."""
-    from protocols.unixfs.builder import Builder
-
     with open_store(arguments) as store:
         cid, manifest, _ = find_release(folder_of(arguments), store, arguments.model)
         wrong, good, elsewhere = [], 0, 0
         promised = store.pins().get(cid, frozenset())  # all files where it was published, none elsewhere
-        for file in manifest.all_files():
-            kept = store.reveal(file)
-            if kept is None and file not in promised:
-                elsewhere += 1
-                continue
-            if kept is None:
-                wrong.append(f"{file} is missing, or its file was changed or moved")
-                continue
-            good += 1
-            builder = Builder()
-            with kept as path, path.open("rb") as data:
-                while piece := data.read(1 << 20):
-                    builder.update(piece)
-            if builder.finish().root != file:
-                wrong.append(f"{store.path(file)} is damaged: it no longer has the CID {file}")
+        for file, name in file_names(manifest).items():
+            match store.sound(file):
+                case True:
+                    good += 1
+                case False:
+                    wrong.append(f"{name} ({file}) was damaged or deleted")
+                case None if file in promised:
+                    wrong.append(f"{name} ({file}) is missing")
+                case None:
+                    elsewhere += 1
     if wrong:
         raise ModelError(
-            f"{manifest.name}: {'; '.join(wrong)}. Remove the model and add it again, or let a peer send it."
+            f"{manifest.name} {manifest.version}: {'; '.join(wrong)}. What was damaged is removed; the running node "
+            "fetches what it needs again from any node that has it. If none has, add the model again from its source "
+            "(meshnode model add), or from a CAR file (meshnode model import)."
         )
     others = f"; {elsewhere} more are not on this node" if elsewhere else ""
     print(f"{manifest.name} {manifest.version}: {good} files are as they were published{others}.")
     return 0
+
+
+def file_names(manifest: Manifest) -> dict[Cid, str]:
+    """Every file of a release with what it is in the model: "layer.7", "graph", "tokenizer.json"."""
+    names: dict[Cid, str] = {ref.cid: name for name, ref in manifest.files.items()}
+    for variant in manifest.variants.values():
+        prefix = f"{variant.name} " if len(manifest.variants) > 1 else ""
+        for name, ref in {"graph": variant.graph, **variant.groups(0, len(variant.layers))}.items():
+            names.setdefault(ref.cid, prefix + name)
+    return names
 
 
 def _serve(arguments: argparse.Namespace) -> int:

@@ -34,6 +34,7 @@ from meshnode.content.sealed import SUFFIX, check_key, is_sealed
 from meshnode.core.clock import Wall, wall_ms
 from meshnode.core.config import format_size
 from meshnode.core.errors import Declined, DiskError, ModelError
+from meshnode.core.log import get_logger
 from protocols.errors import MeshError, RemoteProtocolError
 from protocols.ids import RAW, Cid, cid_from_bytes, cid_of, cid_to_bytes, short
 from protocols.unixfs.assembly import KNOWN_SHAPES
@@ -48,6 +49,8 @@ _UNPINNED_BYTES: Final = (
     "(SELECT coalesce(sum(length(data)), 0) FROM blocks WHERE cid NOT IN (SELECT cid FROM pins))"
 )
 
+
+_log = get_logger("content")
 
 _EVICTABLE: Final = (
     "SELECT cid, size, complete FROM (SELECT cid, size, complete, used_ms FROM files UNION ALL "
@@ -126,6 +129,31 @@ class BlobStore:
             os.close(descriptor)
             raise
         return Revealed(Path(f"/proc/{os.getpid()}/fd/{descriptor}"), descriptor)
+
+    def sound(self, cid: Cid) -> bool | None:
+        """Whether a complete file still has the bytes of its CID, hashed as they lie on the disk; None: not here.
+
+        One that has not, or is gone, is forgotten and deleted, so that it is fetched again; its pins stay.
+        Raises DiskError, ModelError (it can't be read).
+        """
+        name = cid_to_bytes(cid)
+        row = self.index.row("SELECT mtime_ns FROM files WHERE cid = ? AND complete = 1", (name,))
+        if row is None:
+            return None
+        path = self._file(name)
+        with disk_errors(path, "read"):
+            try:
+                mtime_ns = path.stat().st_mtime_ns
+                good = self._tree(path, name) is not None
+            except FileNotFoundError:
+                good = False
+        with self.index.transaction() as db, disk_errors(path, "delete"):
+            if not good:
+                db.execute("DELETE FROM files WHERE cid = ?", (name,))
+                path.unlink(missing_ok=True)
+            elif mtime_ns != row[0]:  # it was touched, or copied with the folder
+                db.execute("UPDATE files SET mtime_ns = ? WHERE cid = ?", (mtime_ns, name))
+        return good
 
     def block(self, cid: Cid) -> bytes | None:
         """Bytes of one block we hold, whatever it belongs to (a leaf, an inner node, a manifest)."""
@@ -376,9 +404,14 @@ class BlobStore:
         """A file was deleted or changed by somebody else: forget it, so that it is fetched again."""
         with self.index.transaction() as db:
             row = db.execute("SELECT size, mtime_ns FROM files WHERE cid = ? AND complete = 1", (name,)).fetchone()
-            if row is not None and not _untouched(self._file(name), *row):
+            path = self._file(name)
+            if row is not None and not _untouched(path, *row):
+                reason = "somebody wrote into it" if path.exists() else "somebody deleted it"
+                _log.warning(
+                    "file.dropped", cid=cid_from_bytes(name), path=str(path), size_bytes=row[0], reason=reason
+                )
                 db.execute("DELETE FROM files WHERE cid = ?", (name,))
-                self._file(name).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
 
     def _use(self, name: bytes) -> None:
         """Remember in memory that a file was used; it reaches the index with the next change of it."""
@@ -574,14 +607,21 @@ class BlobStore:
 
     def _adopt(self, path: Path, name: bytes) -> None:
         """A whole file that the index does not know: killed before the commit, or the index was deleted."""
+        tree = self._tree(path, name)
+        if tree is None:
+            path.unlink()
+        else:
+            self._commit(path, tree, None)
+
+    def _tree(self, path: Path, name: bytes) -> Tree | None:
+        """The DAG of a file of ours under its CID, hashed anew; None when its bytes have another one."""
         for shape in KNOWN_SHAPES:
             builder = Builder(**shape._asdict())
             with path.open("rb", buffering=0) as reader:
                 tree = self._stream(path, reader.fileno(), None, builder, sealed=name if self._cipher else b"")
             if cid_to_bytes(tree.root) == name:
-                self._commit(path, tree, None)
-                return
-        path.unlink()
+                return tree
+        return None
 
 
 def _name_of(path: Path) -> bytes | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -77,7 +78,7 @@ def test_a_mesh_twice(mesh: Mesh) -> None:
 
 
 def test_a_damaged_file(node: Member) -> None:
-    """A bit that flips on the disk changes no time stamp; an editor does."""
+    """A bit that flips on the disk changes no time stamp; an editor does. A running node notices that one, too."""
     assert meshnode("model", "verify", "small-noise", folder=node.folder).code == 0
     files = sorted((Paths(node.folder).content / "files").iterdir(), key=lambda file: file.stat().st_size)
     silent, edited = files[-1], files[-2]
@@ -89,8 +90,10 @@ def test_a_damaged_file(node: Member) -> None:
         path.write_bytes(data)
     os.utime(silent, ns=(before.st_atime_ns, before.st_mtime_ns))
     sentence = meshnode("model", "verify", "small-noise", folder=node.folder).sentence()
-    assert f"{silent} is damaged" in sentence
-    assert f"{edited.name} is missing, or its file was changed" in sentence
+    assert f"({silent.name}) was damaged" in sentence
+    assert re.search(rf"\({edited.name}\) (was damaged|is missing)", sentence)
+    assert "layer." in sentence and "meshnode model add" in sentence
+    assert not silent.exists() or silent.stat().st_ino != before.st_ino, "it is removed"
 
 
 def test_a_manifest_with_a_bad_signature(mesh: Mesh, node: Member) -> None:

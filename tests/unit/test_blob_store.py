@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from meshnode.content import blob_store
 from meshnode.content.blob_store import BlobStore
@@ -485,3 +486,42 @@ def test_a_file_in_kubos_default_shape_is_resumed_and_served_under_its_names(tmp
     path = again.path(tree.root)
     assert path is not None and path.read_bytes() == data
     again.close()
+
+
+def test_a_file_that_somebody_wrote_into_is_told_when_it_is_dropped(store: BlobStore, tmp_path: Path) -> None:
+    cid = store.add_file(source(tmp_path, noise(100)), pin="model")
+    path = store.path(cid)
+    assert path is not None
+    path.chmod(0o600)
+    path.write_bytes(b"four" + noise(100)[4:])
+    with capture_logs() as logs:
+        assert store.path(cid) is None
+    (event,) = logs
+    assert (event["event"], event["log_level"], event["cid"]) == ("file.dropped", "warning", cid)
+    assert event["reason"] == "somebody wrote into it"
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_damage_is_found_by_the_bytes_and_a_touched_file_stays(
+    store: BlobStore, tmp_path: Path, silent: bool
+) -> None:
+    good, bad = (store.add_file(source(tmp_path, noise(MIB + 7, seed)), pin="model") for seed in (1, 2))
+    kept, damaged = store.path(good), store.path(bad)
+    assert kept is not None and damaged is not None
+    before = damaged.stat()
+    damaged.chmod(0o600)
+    with damaged.open("r+b") as file:
+        file.seek(1000)
+        file.write(b"four")
+    if silent:  # as a bit that flips on the disk
+        os.utime(damaged, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.utime(kept, ns=(0, 0))
+    assert store.sound(good) is True
+    assert store.path(good) == kept
+    assert store.sound(bad) is False
+    assert not damaged.exists()
+    assert store.sound(bad) is None
+    assert store.files() == {good}
+    assert store.pins()["model"] == {good, bad}
+    assert store.sound(file_cid(b"never here")) is None

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from nacl.signing import SigningKey
 
+from meshnode.cli.main import main
 from meshnode.cli.model_keep import remove_model
 from meshnode.content.blob_store import BlobStore
 from meshnode.core.paths import Paths
@@ -70,3 +71,23 @@ def test_what_another_release_has_too_stays(tmp_path: Path, capsys: pytest.Captu
     assert store.path(old.variants["int4"].head.cid) is None
     store.close()
     assert "tiny v1.0.0-0 is removed" in capsys.readouterr().out
+
+
+def test_verify_names_what_was_damaged_and_removes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Paths(tmp_path).create()
+    cid, manifest = published(tmp_path, "v1.0.0-0", b"head")
+    words = ["model", "verify", "tiny", "--data", str(tmp_path)]
+    assert main(words) == 0
+    assert "7 files are as they were published." in capsys.readouterr().out
+    layer, graph = manifest.variants["int4"].layers[2].cid, manifest.variants["int4"].graph.cid
+    folder = Paths(tmp_path).content / "files"
+    (folder / layer).chmod(0o600)
+    with (folder / layer).open("r+b") as file:
+        file.write(b"four")
+    (folder / graph).unlink()
+    assert main(words) == 4
+    said = capsys.readouterr().err
+    assert f"layer.2 ({layer}) was damaged" in said
+    assert f"graph ({graph}) is missing" in said
+    assert "meshnode model import" in said
+    assert not (folder / layer).exists()

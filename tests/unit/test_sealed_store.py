@@ -258,3 +258,16 @@ def test_a_command_that_began_before_the_switch_writes_nothing_readable_after_it
     assert not any(path.stat().st_size for path in (folder / "files").iterdir())
     plain.close()
     store.close()
+
+
+def test_damage_of_a_covered_file_is_found(tmp_path: Path, source: Path) -> None:
+    store = sealed_store(tmp_path / "content")
+    cid = store.add_file(source, pin="test")
+    assert store.sound(cid) is True
+    (path,) = (tmp_path / "content" / "files").iterdir()
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        file.write(b"four")
+    assert store.sound(cid) is False
+    assert not path.exists()
+    store.close()
