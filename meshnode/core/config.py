@@ -101,21 +101,26 @@ def parse_amount(value: object) -> Amount:
             return Amount(size_bytes=parse_size(value))
         except ValueError:
             pass
-    raise ValueError(f"{value!r} is not an amount; write it like 800MB, 50% or 0")
+    raise ValueError(f"{_said(value)} is not an amount; write it like 800MB, 50% or 0")
+
+
+def _said(value: object) -> str:
+    """A value as it stands in a configuration file."""
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _size(value: object) -> int:
     if isinstance(value, (str, int)):
         return parse_size(value)
-    raise ValueError(f"{value!r} is not a size; write it like 40MB, 1.5GiB or 4096")
+    raise ValueError(f"{_said(value)} is not a size; write it like 40MB, 1.5GiB or 4096")
 
 
 def _text(limit: int) -> Callable[[object], str]:
     def read(value: object) -> str:
         if not isinstance(value, str):
-            raise ValueError(f"{value!r} is not a text")
+            raise ValueError(f"{_said(value)} is not a text")
         if len(value.encode()) > limit or not value.isprintable():
-            raise ValueError(f"{value!r} is not a printable text of at most {limit} bytes")
+            raise ValueError(f"{_said(value)} is not a printable text of at most {limit} bytes")
         return value
 
     return read
@@ -133,7 +138,7 @@ def _number(low: int, high: int) -> Callable[[object], int]:
         if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value.strip()):
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise ValueError(f"{value!r} is not a whole number from {low} to {high}")
+            raise ValueError(f"{_said(value)} is not a whole number from {low} to {high}")
         return value
 
     return read
@@ -142,7 +147,7 @@ def _number(low: int, high: int) -> Callable[[object], int]:
 def _one_of(*choices: str) -> Callable[[object], str]:
     def read(value: object) -> str:
         if value not in choices:
-            raise ValueError(f"{value!r} is none of {', '.join(choices)}")
+            raise ValueError(f"{_said(value)} is none of {', '.join(choices)}")
         return str(value)
 
     return read
@@ -154,7 +159,7 @@ def _yes_or_no(value: object) -> bool:
         return True
     if word in (False, "false"):
         return False
-    raise ValueError(f"{value!r} is neither true nor false")
+    raise ValueError(f"{_said(value)} is neither true nor false")
 
 
 def _multiaddrs(last: str, example: str, *, lowest_port: int = 0) -> Callable[[object], tuple[str, ...]]:
@@ -163,7 +168,7 @@ def _multiaddrs(last: str, example: str, *, lowest_port: int = 0) -> Callable[[o
     def read(value: object) -> tuple[str, ...]:
         items = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)):
-            raise ValueError(f"{value!r} is not a list of addresses like {example}")
+            raise ValueError(f"{_said(value)} is not a list of addresses like {example}")
         for item in items:
             if not isinstance(item, str) or not pattern.fullmatch(item):
                 raise ValueError(f"{item!r} is not an address like {example}")
@@ -192,7 +197,7 @@ def _daemon(value: object) -> str:
 def _gateways(value: object) -> tuple[str, ...]:
     items = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)) or len(items) > MAX_GATEWAYS:
-        raise ValueError(f"{value!r} is not a list of at most {MAX_GATEWAYS} addresses like {_GATEWAY}")
+        raise ValueError(f"{_said(value)} is not a list of at most {MAX_GATEWAYS} addresses like {_GATEWAY}")
     for item in items:
         if not isinstance(item, str) or not _URL.fullmatch(item) or not _has_port(item):
             raise ValueError(f"{item!r} is not an address like {_GATEWAY}, without user, query or fragment")
@@ -393,11 +398,17 @@ def load_config(folder: Path, environ: Mapping[str, str], overrides: Mapping[str
             sections[section][name] = _KEYS[key].metadata["read"](value)
         except ValueError as error:
             raise ConfigError(f"{key} in {origin}: {error}.") from None
-    return Config(
+    config = Config(
         paths=paths,
         origins={key: origin for key, (_, origin) in found.items()},
         **{name: kind(**sections[name]) for name, kind in _SECTIONS.items()},
     )
+    if config.content.ipfs_publish and not config.content.ipfs_api:
+        raise ConfigError(
+            f"content.ipfs_publish in {config.origins['content.ipfs_publish']}: there is no IPFS daemon that could keep "
+            f"the files; set content.ipfs_api to its RPC, like {_IPFS_API}, or ipfs_publish to false."
+        )
+    return config
 
 
 def _read_file(path: Path) -> dict[str, object]:
@@ -427,7 +438,9 @@ def _known(key: str, origin: str) -> str:
 
 
 def _nearest(word: str, known: Mapping[str, object]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    name = word.rpartition(".")[2]
+    elsewhere = [key for key in known if "." in word and key.endswith(f".{name}")]  # right, in the wrong section
+    near = elsewhere or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; the nearest is {near[0]}" if near else f"; there are {', '.join(known)}"
 
 

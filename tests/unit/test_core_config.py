@@ -72,13 +72,16 @@ def test_lists_come_from_file_and_environment(tmp_path: Path) -> None:
         ('memory = "1GB"\n', ["config.toml", "memory", "[serve]"]),
         ('[serve]\nmemory = "lots"\n', ["config.toml", "serve.memory", "'lots'", "50%"]),
         ("[serve]\nthreads = 0\n", ["serve.threads", "1 to 256"]),
-        ("[serve]\nthreads = true\n", ["serve.threads", "True"]),
+        ("[serve]\nthreads = true\n", ["serve.threads", "true is not"]),
         ('[network]\nlisten = ["0.0.0.0:4331"]\n', ["network.listen", "/ip4/0.0.0.0/tcp/4331"]),
         ('[network]\nlisten = ["/ip4/0.0.0.0/tcp/70000"]\n', ["network.listen", "65535"]),
         ('[network]\nbootstrap = ["/ip4/192.0.2.7/tcp/4331"]\n', ["network.bootstrap", "/p2p/"]),
         ('[log]\nlevel = "loud"\n', ["log.level", "debug, info"]),
         ('[node]\nname = "a\\nb"\n', ["node.name", "printable"]),
         ("[serve\n", ["config.toml", "TOML"]),
+        ("[content]\nquota = true\n", ["content.quota", "true is not an amount"]),
+        ('[content]\nswarm_key = "/k"\n', ["content.swarm_key", "the nearest is network.swarm_key"]),
+        ("[content]\nipfs_publish = true\n", ["content.ipfs_publish", "config.toml", "content.ipfs_api"]),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, words: list[str]) -> None:
