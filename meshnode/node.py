@@ -67,7 +67,7 @@ from meshnode.state.port import Membership
 from protocols.advert.messages import Advert, RoundTrip
 from protocols.bitswap import messages as bitswap
 from protocols.errors import RemoteProtocolError
-from protocols.ids import Cid, PeerId, cid_from_bytes, short
+from protocols.ids import DAG_CBOR, Cid, PeerId, cid_codec, cid_from_bytes, short
 from protocols.kad import messages as kad
 from protocols.manifest.codec import open_manifest
 from protocols.manifest.messages import Manifest
@@ -171,8 +171,11 @@ class Node:
             is_member=lambda peer: peer in self.membership.members(),
             patience=PATIENCE_SECONDS if self.routing is None else DHT_PATIENCE_SECONDS,
             seek=None if self.routing is None else self.routing.bring,
+            sought=None if self.routing is None else self.routing.sought,
+            advice=self._advice,
             outside=None if outside is None else outside.block,
             tree_outside=None if outside is None else outside.tree,
+            outside_so_far=None if outside is None else outside.so_far,
         )
         self.daemon = None if ipfs is None else self._look_after(ipfs)
         self.pipes = Pipes(self.host)
@@ -245,6 +248,16 @@ class Node:
 
     def _is_guest(self, peer: PeerId) -> bool:
         return peer in self.guests.peers
+
+    def _advice(self, cid: Cid) -> str:
+        """What our owner may not know when nobody gives a manifest; it may be on IPFS."""
+        content = self.config.content
+        if cid_codec(cid) != DAG_CBOR or content.ipfs_peers or content.dht or content.ipfs_api or content.gateways:
+            return ""
+        return (
+            ", or name IPFS nodes that have it in content.ipfs_peers or peers of their DHT in content.dht: this node "
+            "asks nobody outside its network now"
+        )
 
     def _join_dht(self, rng: random.Random) -> RoutingService:
         content = self.config.content

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Final, Protocol, TypeVar
 
 import trio
@@ -60,6 +61,15 @@ def verified(name: str, cid: Cid, block: bytes) -> bytes:
     return block
 
 
+@dataclass(slots=True, eq=False)
+class _Round:
+    """One question to the sources, while it is under way."""
+
+    cid: Cid
+    due: list[str]  # names of the sources that have not answered; the first one is being asked
+    words: list[str] = field(default_factory=list)  # what the others said
+
+
 class Outside:
     """Several sources as one: the one that gave a block last is asked first, a liar never again."""
 
@@ -67,6 +77,9 @@ class Outside:
         """`sources`: in the order in which they are asked at first."""
         self._sources = list(sources)
         self._failures: Counter[str] = Counter()  # in a row
+        self._reasons: dict[str, str] = {}  # why a source rests
+        self._lies: dict[str, str] = {}  # of sources that are not asked any more
+        self._rounds: list[_Round] = []
         self._rests_until: dict[str, float] = {}
         self._log = get_logger("outside")
         self.bytes_from: Counter[str] = Counter()  # verified, by name of the source
@@ -75,6 +88,15 @@ class Outside:
     def names(self) -> tuple[str, ...]:
         """The sources that may still be asked, in their present order."""
         return tuple(source.name for source in self._sources)
+
+    def so_far(self, cid: Cid) -> str:
+        """What the sources have said to a question for this block that is still under way; empty without one."""
+        for asked in self._rounds:
+            if asked.cid == cid:
+                last = [f"{name} was not asked yet" for name in asked.due[1:]]
+                now = [f"{name} has not answered yet" for name in asked.due[:1]]
+                return "; ".join((*asked.words, *now, *last))
+        return ""
 
     async def block(self, cid: Cid) -> bytes:
         """One verified block from the first source that has it.
@@ -112,28 +134,41 @@ class Outside:
         self, cid: Cid, ask: Callable[[Source], Awaitable[Result]], enough: Callable[[], bool]
     ) -> Result:
         """What the first source gives that does; after a failure the others are asked unless that is `enough`."""
-        words = []
-        for source in tuple(self._sources):
-            if enough():
-                break
-            if trio.current_time() < self._rests_until.get(source.name, 0.0):
-                words.append(f"{source.name} failed a moment ago")
-                continue
-            try:
-                result = await ask(source)
-            except WrongBlock as error:
-                self._drop(source, cid)
-                words.append(str(error))
-            except SourceFailed as error:
-                self._rest(source, str(error))
-                words.append(f"{source.name}: {error}")
-            except ContentUnavailable:
-                words.append(f"{source.name} does not have it")
-            else:
-                self._prefer(source)
-                return result
-        said = "; ".join(words) or "no source is left to ask"
+        sources = tuple(self._sources)
+        this = _Round(cid, [source.name for source in sources], list(self._lies.values()))
+        self._rounds.append(this)
+        try:
+            for source in sources:
+                if enough():
+                    break
+                try:
+                    result = await self._ask(source, cid, ask)
+                except ContentUnavailable as error:
+                    this.words.append(str(error))
+                    this.due.pop(0)
+                else:
+                    self._prefer(source)
+                    return result
+        finally:
+            self._rounds.remove(this)
+        said = "; ".join(this.words) or "no source is left to ask"
         raise ContentUnavailable(f"no source outside the mesh gave {cid}: {said}", cid=cid)
+
+    async def _ask(self, source: Source, cid: Cid, ask: Callable[[Source], Awaitable[Result]]) -> Result:
+        """Raises ContentUnavailable with a clause that names the source."""
+        name = source.name
+        if trio.current_time() < self._rests_until.get(name, 0.0):
+            raise ContentUnavailable(f"{name} failed a moment ago: {self._reasons[name]}", cid=cid)
+        try:
+            return await ask(source)
+        except WrongBlock as error:
+            self._drop(source, cid, str(error))
+            raise
+        except SourceFailed as error:
+            self._rest(source, str(error))
+            raise ContentUnavailable(f"{name}: {error}", cid=cid) from error
+        except ContentUnavailable as error:
+            raise ContentUnavailable(f"{name} does not have it", cid=cid) from error
 
     def _prefer(self, source: Source) -> None:
         self._failures.pop(source.name, None)
@@ -148,10 +183,12 @@ class Outside:
         self._failures[source.name] += 1
         pause = min(LAST_REST_SECONDS, FIRST_REST_SECONDS * 2 ** (self._failures[source.name] - 1))
         self._rests_until[source.name] = trio.current_time() + pause
+        self._reasons[source.name] = reason
         self._log.info("source.failed", source=source.name, reason=reason, pause_s=pause)
 
-    def _drop(self, source: Source, cid: Cid) -> None:
+    def _drop(self, source: Source, cid: Cid, deed: str) -> None:
         if source in self._sources:
+            self._lies[source.name] = f"{deed}, so it is not asked again"
             self._sources.remove(source)
             self._log.warning("source.lied", source=source.name, cid=short(cid))
             source.lied(cid)

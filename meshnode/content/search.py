@@ -18,6 +18,7 @@ TREE_SHARE: Final = 0.75  # nor is one of which less than this is missing
 PAUSE_SECONDS: Final = 0.5  # at least, between attempts that found nothing
 
 FromOutside = Callable[[Cid], Awaitable[bytes]]  # one verified block; raises ContentUnavailable
+SoFar = Callable[[Cid], str]  # what was said to a question for a block that is under way; empty: there is none
 TreeFromOutside = Callable[[Cid, int, Take], Awaitable[None]]  # (root, bytes of the file, taker); raises the same
 
 
@@ -36,17 +37,35 @@ class Session:
 class Search:
     """Asks sources outside as long as no peer gives a block."""
 
-    def __init__(self, session: Session, block: FromOutside, tree: TreeFromOutside | None, *, done: int = 0) -> None:
+    def __init__(
+        self,
+        session: Session,
+        block: FromOutside,
+        tree: TreeFromOutside | None,
+        *,
+        so_far: SoFar | None = None,
+        done: int = 0,
+    ) -> None:
         """`done`: bytes of the file that are here."""
         self._session = session
         self._block = block
         self._tree = tree
+        self._so_far = so_far
+        self._under_way: list[Cid] = []
+        self._said = ""  # by the sources, to the last question that has ended
         self._done = done
         self._delivered = 0
         self._settled = 0
         self._changed = trio.Event()
         self.scope = trio.CancelScope()  # cancel it when the fetch has ended
-        self.trouble = ""  # what the sources said last
+
+    @property
+    def trouble(self) -> str:
+        """What the sources said last, or have said until now to the question that is under way."""
+        for cid in self._under_way:
+            if self._so_far is not None and (words := self._so_far(cid)):
+                return f"sources outside the mesh: {words}"
+        return self._said
 
     async def run(self) -> None:
         """Search until `scope` is cancelled."""
@@ -79,11 +98,14 @@ class Search:
         return trio.current_time() - self._session.fed()
 
     async def _find(self, cid: Cid, found: list[Cid]) -> None:
+        self._under_way.append(cid)
         try:
             block = await self._block(cid)
         except ContentUnavailable as error:
-            self.trouble = str(error)
+            self._said = str(error)
             return
+        finally:
+            self._under_way.remove(cid)
         found.append(cid)
         await self._take(cid_to_bytes(cid), block)
 
@@ -109,10 +131,13 @@ class Search:
                 peers_give.cancel()
 
         with trio.CancelScope() as peers_give:
+            self._under_way.append(self._session.root)
             try:
                 await tree(self._session.root, size, take)
             except ContentUnavailable as error:
-                self.trouble = str(error)
+                self._said = str(error)
+            finally:
+                self._under_way.remove(self._session.root)
 
     async def _all_settled(self) -> None:
         """Wait for all that were delivered until now."""

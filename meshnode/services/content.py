@@ -18,7 +18,7 @@ import trio
 
 from meshnode.content.outbox import Outbox
 from meshnode.content.port import Partial, Store
-from meshnode.content.search import FromOutside, Search, Session, TreeFromOutside
+from meshnode.content.search import FromOutside, Search, Session, SoFar, TreeFromOutside
 from meshnode.core.errors import ContentUnavailable, Declined, DiskError, PeerUnreachable
 from meshnode.core.log import get_logger
 from meshnode.net.port import Host, Lane, PeerEvent, Stream
@@ -99,7 +99,10 @@ class ContentService:
         share_with_guests: bool = False,
         outside: FromOutside | None = None,
         tree_outside: TreeFromOutside | None = None,
+        outside_so_far: SoFar | None = None,
         seek: Seek | None = None,
+        sought: SoFar | None = None,
+        advice: SoFar | None = None,
         share_with_anyone: bool = False,
         is_member: Callable[[PeerId], bool] = lambda peer: True,
     ) -> None:
@@ -111,7 +114,10 @@ class ContentService:
           patience: seconds without a verified block until a fetch gives up.
           outside: gives single blocks from outside the mesh; asked for what no peer gives.
           tree_outside: hands over all blocks of a file from there, parents first; asked before single blocks.
+          outside_so_far: what the sources have said to a question that is under way, for the error.
           seek: looks for peers outside the network for what nobody gives; they are guests meanwhile.
+          sought: how that went, for the error.
+          advice: what else its reader can do about a block that nobody gives, a clause after "ask again".
           share_with_anyone: whether everybody who connects gets our blocks, strangers among them.
           is_member: whether a peer comes before strangers.
         """
@@ -129,6 +135,8 @@ class ContentService:
             lambda peer: peer not in host.guests and is_member(peer),
         )
         self._seek = seek
+        self._sought = sought
+        self._advice = advice
         self._seeking: dict[int, trio.CancelScope] = {}  # by session
         self._found: dict[PeerId, None] = {}  # peers that `seek` has offered, oldest first
         self._asked: dict[PeerId, None] = {}  # peers that were asked for something, oldest first
@@ -143,6 +151,7 @@ class ContentService:
         self._fed: dict[int, float] = {}  # session -> when a peer gave its last verified block, or when it began
         self._outside = outside
         self._tree_outside = tree_outside
+        self._outside_so_far = outside_so_far
         self._searches: dict[int, Search] = {}  # by session
         self._sleeping_until: float | None = None
         self._poke = trio.Event()
@@ -391,7 +400,7 @@ class ContentService:
             unasked=lambda count: self._client.unasked(session, count),
             found=found,
         )
-        return Search(view, outside, self._tree_outside, done=done)
+        return Search(view, outside, self._tree_outside, so_far=self._outside_so_far, done=done)
 
     def _outside_after(self, cid: Cid) -> float:
         """Seconds without a block until sources outside the mesh are asked; none where nobody else could have it."""
@@ -415,9 +424,12 @@ class ContentService:
         search = self._searches.get(session)
         if search is not None and search.trouble:
             asked += f"; {search.trouble}"
+        if session in self._seeking and self._sought is not None and (how := self._sought(cid)):
+            asked += f"; {how}"
+        advice = "" if self._advice is None else self._advice(cid)
         return ContentUnavailable(
             f"nobody gave {cid} for {self._patience:.0f} s{asked}. Start a node that holds it (`meshnode status` "
-            "shows who holds what) and ask again; what has come so far is kept",
+            f"shows who holds what) and ask again{advice}; what has come so far is kept",
             cid=cid,
         )
 

@@ -7,8 +7,8 @@ where it shares with anyone; and it answers others only where the owner wants it
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import replace
 from typing import Final, Protocol
 
@@ -144,6 +144,7 @@ class RoutingService:
         self._provided: dict[tuple[str, Cid], int] = {}
         self._due: dict[tuple[str, Cid], float] = {}  # when a record is to be left again
         self._trouble: dict[PeerId, str] = {}  # of seeds
+        self._searched: dict[Cid, dict[str, str]] = {}  # under way: by scope, what the last search for a block gave
         self._met: dict[PeerId, float] = {}  # askers, and when each may be asked again; oldest first
         loopback = any(scope_of(address) is MACHINE for address in (*seeds, *listen))
         local = replace(LAN, loopback=loopback)
@@ -201,6 +202,10 @@ class RoutingService:
         They are guests for so long, and nobody that `is_known` is among them. Providers of other blocks that are
         still connected come first: whoever has one file of a model has others, as a rule.
         """
+        with self._told(cid):
+            await self._bring(cid, offer)
+
+    async def _bring(self, cid: Cid, offer: Offer) -> None:
         async with trio.open_nursery() as nursery:
             busy: set[PeerId] = set()
 
@@ -221,6 +226,40 @@ class RoutingService:
                     for region in self._regions:
                         searches.start_soon(self._search, region, cid, busy, nursery, carry)
                 await trio.sleep(SEARCH_PAUSE_SECONDS)
+
+    def sought(self, cid: Cid) -> str:
+        """How the search for a block that is under way went so far, for the error when nobody gives it."""
+        words = self._searched.get(cid, {})
+        return "; ".join(
+            words.get(region.scope.name, f"the search in the DHT of {region.scope.name} has not ended yet")
+            for region in self._regions
+        )
+
+    @contextmanager
+    def _told(self, cid: Cid) -> Iterator[None]:
+        """Keeps what `sought` tells, for so long."""
+        self._searched.setdefault(cid, {})
+        try:
+            yield
+        finally:
+            self._searched.pop(cid, None)
+
+    def _tell(self, region: _Region, cid: Cid, done: Done, providers: int) -> None:
+        name = region.scope.name
+        if providers:
+            words = f"{providers} provider{'' if providers == 1 else 's'} found in the DHT of {name}"
+        elif done.closest:
+            words = f"no provider is named in the DHT of {name}"
+        else:
+            words = f"no DHT peer of {name} answers"
+            if reasons := self._reasons(region):
+                words += f" ({reasons})"
+        if cid in self._searched:
+            self._searched[cid][name] = words
+
+    def _reasons(self, region: _Region) -> str:
+        """Why its seeds do not answer."""
+        return "; ".join(self._trouble[peer] for peer in region.seeds if peer in self._trouble)
 
     async def _search(
         self,
@@ -248,6 +287,7 @@ class RoutingService:
         lookup, done = await self._walk(
             region, Lookup(Kind.GET_PROVIDERS, key, self._host.peer_id, _now(), wanted=WANTED), found
         )
+        self._tell(region, cid, done, len(placed | busy))
         _log.debug("search.over", cid=short(cid), providers=len(placed), reason=done.reason)
         # A record outlives the addresses that came with it; then the provider itself has to be looked for.
         for peer in [peer for peer in homeless if peer not in placed][:WANTED]:
@@ -364,8 +404,9 @@ class RoutingService:
                 rest = REFRESH_SECONDS if len(region.table) >= K else min(2 * rest, REFRESH_SECONDS)
                 await trio.sleep(rest)
                 continue
-            reasons = "; ".join(self._trouble[peer] for peer in region.seeds if peer in self._trouble)
-            self._health.set("dht-unreachable", network=region.scope.name, reason=reasons or done.reason)
+            self._health.set(
+                "dht-unreachable", network=region.scope.name, reason=self._reasons(region) or done.reason
+            )
             await trio.sleep(pause * self._rng.uniform(0.5, 1.0))
             pause = min(2 * pause, LAST_PAUSE_SECONDS)
 

@@ -54,4 +54,4 @@ def test_a_manifest_of_the_network_is_served_again_by_its_cid(tmp_path: Path) ->
             in meshnode("model", "add", manifest, "--variant", "int8", folder=member.folder).sentence()
         )
         sentence = meshnode("model", "add", NOWHERE, folder=member.folder).sentence()
-        assert f"nobody gave {NOWHERE}" in sentence
+        assert f"nobody gave {NOWHERE}" in sentence and "content.ipfs_peers" in sentence

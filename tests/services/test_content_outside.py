@@ -194,6 +194,8 @@ async def reader(
         patience=patience,
         outside=outside.block,
         tree_outside=outside.tree,
+        outside_so_far=outside.so_far,
+        advice=lambda cid: f", or dance for {cid[:4]}",
     )
     await net.nursery.start(service.run)
     return service
@@ -462,6 +464,31 @@ async def test_when_nobody_has_it_the_error_says_what_the_sources_said(
             with pytest.raises(ContentUnavailable, match=word) as caught:
                 await me.fetch(file_cid(data), len(data))
             assert caught.value.cid == file_cid(data)
+            assert "ask again, or dance for bafy; what" in str(caught.value)
+
+
+async def test_the_error_names_every_source_and_why_it_gave_nothing(tmp_path: Path) -> None:
+    """One lied, one fails, one never answers, and so the last one was not asked."""
+    cid = file_cid(b"nobody has this")
+    with (
+        site(lambda request: request.reply(b"nonsense")) as liar,
+        site(lambda request: request.reply(b"", 500)) as broken,
+        site(silence) as silent,
+        site(lambda request: request.reply(b"", 404)) as empty,
+    ):
+        async with network(tmp_path) as net:
+            gateways = [Gateway(here.url, Health()) for here in (liar, broken, silent, empty)]
+            for gateway in gateways:
+                await net.nursery.start(gateway.run)
+            me = await reader(net, Outside(gateways), patience=2)
+            for lied in ("gave 8 bytes that are not the block", "so it is not asked again"):
+                with pytest.raises(ContentUnavailable) as caught:
+                    await me.fetch_block(cid)
+                text = str(caught.value)
+                assert f"{liar.url} gave" in text and lied in text
+                assert f"{broken.url}" in text and "HTTP 500" in text
+                assert f"{silent.url} has not answered yet" in text
+                assert f"{empty.url} was not asked yet" in text
 
 
 async def test_two_fetches_share_what_comes_from_outside_and_one_may_end(tmp_path: Path) -> None:

@@ -567,7 +567,13 @@ class Sharing(Node):
         super().__init__(host, seeds, anyone=anyone)
         self.store = BlobStore(folder / host.peer_id, 1 << 40)
         self.content = ContentService(
-            host, self.store, lambda _: (), patience=12, seek=self.routing.bring, share_with_anyone=anyone
+            host,
+            self.store,
+            lambda _: (),
+            patience=12,
+            seek=self.routing.bring,
+            sought=self.routing.sought,
+            share_with_anyone=anyone,
         )
 
     @property
@@ -614,6 +620,22 @@ async def test_what_nobody_provides_is_not_found(tmp_path: Path) -> None:
         with pytest.raises(ContentUnavailable, match="nobody gave"):
             await us.content.fetch_block(CID)
         us.store.close()
+
+
+async def test_the_error_says_how_the_search_went(tmp_path: Path) -> None:
+    async with world(2) as it:
+        for name, seeds, words in (
+            ("asking", it.seeds, "no provider is named in the DHT of "),
+            ("alone", it.host("nowhere").addresses, "no DHT peer of "),
+        ):
+            us = await it.start(Sharing(it.host(name), tmp_path, seeds))
+            assert isinstance(us, Sharing)
+            us.content._patience = 5
+            with pytest.raises(ContentUnavailable, match=words):
+                await us.content.fetch_block(CID)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert us.routing.sought(CID).startswith("the search in the DHT of ")  # nothing is kept
+            us.store.close()
 
 
 async def test_the_search_begins_when_members_give_nothing(tmp_path: Path) -> None:
