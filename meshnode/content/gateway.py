@@ -5,7 +5,8 @@ A file is asked for as one CAR; a gateway that does not make them is asked for i
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
 from typing import Final
 
 import trio
@@ -55,20 +56,22 @@ class Gateway:
 
     async def block(self, cid: Cid) -> bytes:
         """What the gateway gives under this CID, not verified. Raises ContentUnavailable, SourceFailed."""
-        try:
-            reply = await ask(
-                self._client,
-                "GET",
-                f"{self.name}/ipfs/{cid}",
-                params={"format": "raw"},
-                headers=_RAW,
-                limit_bytes=MAX_BLOCK_BYTES,
-                seconds=self._seconds,
-                redirects=MAX_REDIRECTS,
-            )
-        except HttpTrouble as error:
-            raise SourceFailed(str(error), cid=cid) from error
-        self._check(reply.status, cid)
+        with self._in_health():
+            try:
+                reply = await ask(
+                    self._client,
+                    "GET",
+                    f"{self.name}/ipfs/{cid}",
+                    params={"format": "raw"},
+                    headers=_RAW,
+                    limit_bytes=MAX_BLOCK_BYTES,
+                    seconds=self._seconds,
+                    redirects=MAX_REDIRECTS,
+                )
+            except HttpTrouble as error:
+                raise SourceFailed(str(error), cid=cid) from error
+            self._check(reply.status, cid)
+        self._answers()
         return reply.body
 
     async def tree(self, root: Cid, size: int, take: Take) -> None:
@@ -77,6 +80,7 @@ class Gateway:
             raise ContentUnavailable(f"{self.name} gives no CAR files: {self._no_cars}", cid=root)
         try:
             async with AsyncExitStack() as stack:
+                stack.enter_context(self._in_health())
                 answer = await self._open_car(stack, root)
                 if answer.status in _NO_CARS:
                     raise UnusableCar(f"it answers with HTTP {answer.status} to a wish for one", cid=root)
@@ -88,6 +92,7 @@ class Gateway:
             self._no_cars = str(error)
             _log.info("gateway.without_cars", gateway=self.name, reason=self._no_cars)
             raise
+        self._answers()
 
     async def _open_car(self, stack: AsyncExitStack, root: Cid) -> Answer:
         try:
@@ -109,9 +114,23 @@ class Gateway:
 
     def _check(self, status: int, cid: Cid) -> None:
         if status in _NOT_THERE:
+            self._answers()
             raise ContentUnavailable(f"{self.name} does not have {cid} (HTTP {status})", cid=cid)
         if status != _OK:
             raise SourceFailed(f"it answers with HTTP {status}", cid=cid)
 
+    @contextmanager
+    def _in_health(self) -> Iterator[None]:
+        """The health says why the gateway can't be used, until it answers."""
+        try:
+            yield
+        except SourceFailed as error:
+            self._health.set("gateway-unusable", gateway=self.name, reason=str(error))
+            raise
+
+    def _answers(self) -> None:
+        self._health.clear("gateway-unusable", gateway=self.name)
+
     def lied(self, cid: Cid) -> None:
+        self._answers()
         self._health.set("gateway-lied", gateway=self.name, cid=short(cid))

@@ -165,6 +165,14 @@ _REGISTRY: Final = (
         per="gateway",
     ),
     Warning(
+        "gateway-unusable",
+        _M,
+        "The gateway {gateway} gives nothing: {reason} Start or repair it, or correct content.gateways; it is asked "
+        "again by itself.",
+        after_s=10,
+        per="gateway",
+    ),
+    Warning(
         "two-writers",
         _H,
         "{peer} signed two different records with the same number, so its records are ignored. Two nodes may run "

@@ -6,7 +6,7 @@ import json
 import socket
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -103,6 +103,36 @@ async def test_a_gateway_that_is_not_there() -> None:
     async with running(gateway):
         with pytest.raises(SourceFailed, match="can't be reached"):
             await gateway.block(CID)
+
+
+@pytest.mark.parametrize("scene", BROKEN)
+async def test_the_health_names_a_gateway_that_fails_until_it_answers(scene: str) -> None:
+    answer, reason = BROKEN[scene]
+    health = Health()
+    with site(answer) as here:
+        gateway = Gateway(here.url, health, seconds=patience(reason))
+        async with running(gateway):
+            for then in (good, status(404)):
+                here.scene = answer
+                for take in (gateway.block(CID), gateway.tree(CID, len(BLOCK), refuse)):
+                    with trio.fail_after(30), pytest.raises(ContentUnavailable):
+                        await take
+                assert health.current() == []  # it may be a hiccup
+                (shown,) = health.current(1e12)
+                assert shown.code == "gateway-unusable" and "content.gateways" in shown.text
+                assert here.url in shown.text
+                here.scene = then
+                gateway._seconds = 5.0
+                with suppress(ContentUnavailable):
+                    await gateway.block(CID)
+                assert health.current(1e12) == []
+                gateway._seconds = patience(reason)
+            gateway.lied(CID)
+            assert [shown.code for shown in health.current(1e12)] == ["gateway-lied"]
+
+
+async def refuse(cid: bytes, block: bytes) -> None:
+    raise AssertionError("there is no block to take")
 
 
 async def test_a_flood_takes_no_memory() -> None:
