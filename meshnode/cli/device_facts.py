@@ -21,7 +21,8 @@ from meshnode.content.disk import is_locked
 from meshnode.core.config import Config
 from meshnode.core.errors import ConfigError, DiskError, IdentityError
 from meshnode.core.paths import Paths
-from meshnode.net.addresses import Address, parse_address, reachable_hosts
+from meshnode.net.addresses import Address, address_of, parse_address, reachable_hosts
+from meshnode.net.swarm_key import load_swarm_key
 from meshnode.policy.device_checks import (
     FolderFacts,
     KeyFacts,
@@ -73,6 +74,24 @@ def used_bytes(content: Path) -> int:
             status = path.lstat()
             total += status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0
     return total
+
+
+def held_bytes(content: Path) -> int:
+    """Bytes of the model files, those being fetched whole, as `content.quota` counts them."""
+    total = 0
+    for path in (content / "files").glob("*"):
+        with suppress(OSError):
+            total += path.stat().st_size
+    return total
+
+
+def swarm_key_problem(config: Config) -> str:
+    """Why the file of network.swarm_key can't be used; empty when it can."""
+    try:
+        load_swarm_key(config.network.swarm_key)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def key_facts(folder: Path, passphrase: str | None) -> KeyFacts:
@@ -158,6 +177,26 @@ def port_facts(config: Config, node_pid: int | None) -> list[PortFacts]:
                 wanted.setdefault((address.host, port), (Address(address.kind, address.host, port), setting))
     owners = _listening() if wanted else {}
     return [_port(address, setting, owners.get(address.port), node_pid) for address, setting in wanted.values()]
+
+
+def ports_of_node(pid: int | None, addresses: Sequence[str]) -> list[PortFacts]:
+    """What a running node listens on: as the system tells, else the addresses that the node names."""
+    with suppress(psutil.Error, OSError):
+        found = {
+            str(address_of(c.laddr.ip, c.laddr.port))
+            for c in psutil.net_connections("tcp")
+            if c.status == psutil.CONN_LISTEN and c.pid is not None and c.pid == pid
+        }
+        addresses = sorted(found) or addresses
+    named = [text.partition("/p2p/")[0] for text in addresses]
+    return [PortFacts(address=text, setting="network.listen", ours=True) for text in named]
+
+
+def hosts_of_node(addresses: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Of the addresses that a running node names: the IP addresses, and those with a name instead."""
+    known = [parse_address(text.partition("/p2p/")[0]) for text in addresses]
+    hosts = [address.host for address in known if address.kind in ("ip4", "ip6")]
+    return list(dict.fromkeys(hosts)), [str(address) for address in known if address.host not in hosts]
 
 
 def listeners(config: Config) -> list[Address]:

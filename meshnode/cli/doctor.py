@@ -88,6 +88,8 @@ def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield device.check_python(sys.version_info[:3])
     config, problem = _config(arguments, folder)
     yield device.check_config(str(config.paths.config), exists=config.paths.config.exists(), problem=problem)
+    if config.network.swarm_key:
+        yield device.check_swarm_key(facts.swarm_key_problem(config))
     lock = facts.lock_facts(folder)
     status, node = _node(folder, lock.holder)
     lock = replace(lock, answers=node.level is not Level.OK or status is not None)
@@ -133,7 +135,8 @@ def _data_folder(config: Config, folder: Path, lock: LockFacts, now_ms: int) -> 
     disk = facts.existing(paths.content)
     free, used = shutil.disk_usage(disk).free, facts.used_bytes(paths.content)
     quota = config.content.quota.of(free + used)
-    yield device.check_disk(str(disk), free=free, used=used, quota=quota, reserve=RESERVE_BYTES)
+    held = facts.held_bytes(paths.content)
+    yield device.check_disk(str(disk), free=free, used=used, held=held, quota=quota, reserve=RESERVE_BYTES)
     if not about.exists:
         return
     key = facts.key_facts(folder, os.environ.get(PASSPHRASE))
@@ -151,9 +154,15 @@ def _machine(config: Config, lock: LockFacts, status: dict[str, Any] | None) -> 
     from meshnode.cli import device_facts as facts
     from meshnode.policy import device_checks as device
 
-    for port in facts.port_facts(config, lock.holder if status is None else status.get("pid")):
+    if status is not None and status.get("addresses"):  # flags of `start` may have set others than the file
+        ports = facts.ports_of_node(status.get("pid"), status["addresses"])
+        hosts, announced = facts.hosts_of_node(status["addresses"])
+    else:
+        ports = facts.port_facts(config, lock.holder if status is None else status.get("pid"))
+        hosts, announced = facts.hosts(config), list(config.network.announce)
+    for port in ports:
         yield device.check_port(port)
-    yield device.check_addresses(facts.hosts(config), config.network.announce)
+    yield device.check_addresses(hosts, announced)
     yield device.check_memory(facts.memory_facts(config, running=lock.answers))
     yield device.check_cores(facts.cores(), config.serve.threads)
     yield device.check_open_files(*facts.open_file_limits())

@@ -405,8 +405,8 @@ def load_config(folder: Path, environ: Mapping[str, str], overrides: Mapping[str
     )
     if config.content.ipfs_publish and not config.content.ipfs_api:
         raise ConfigError(
-            f"content.ipfs_publish in {config.origins['content.ipfs_publish']}: there is no IPFS daemon that could keep "
-            f"the files; set content.ipfs_api to its RPC, like {_IPFS_API}, or ipfs_publish to false."
+            f"content.ipfs_publish in {config.origins['content.ipfs_publish']}: there is no IPFS daemon that could "
+            f"keep the files; set content.ipfs_api to its RPC, like {_IPFS_API}, or ipfs_publish to false."
         )
     return config
 

@@ -130,14 +130,22 @@ def check_folder(facts: FolderFacts) -> Finding:
     return ok("data folder", f"{facts.path} can be written and is closed to other users")
 
 
-def check_disk(path: str, *, free: int, used: int, quota: int, reserve: int) -> Finding:
-    """`used`: of model files; `quota`: content.quota; `reserve`: what the node always leaves free."""
+def check_disk(path: str, *, free: int, used: int, held: int, quota: int, reserve: int) -> Finding:
+    """`used`: by model files on the disk; `held`: their bytes, as the quota counts them; `quota`: content.quota;
+    `reserve`: what the node always leaves free."""
     if free <= reserve:
         return wrong(
             "disk",
             f"Only {format_size(free)} are free on the disk of {path}; below {format_size(reserve)} the node takes "
             "no files.",
             "Free some space, or move the data folder to another disk.",
+        )
+    if held > quota:
+        return warning(
+            "disk",
+            f"The model files take {format_size(held)}, more than content.quota ({format_size(quota)}): layers in "
+            "use, pinned models and last copies stay.",
+            "Raise content.quota, give other nodes room, or `meshnode model unpin` or `remove` a model.",
         )
     wanted = max(0, quota - used)
     if wanted > free - reserve:
@@ -217,6 +225,13 @@ def check_config(path: str, *, exists: bool, problem: str) -> Finding:
     if problem:
         return wrong("config", problem, "Correct it; the other checks assume defaults meanwhile.")
     return ok("config", f"{path} can be used" if exists else f"no {path}; defaults hold")
+
+
+def check_swarm_key(problem: str) -> Finding:
+    """The file of network.swarm_key, where one is named."""
+    if problem:
+        return wrong("swarm key", f"{problem.rstrip('.')}.", "The node does not start without it.")
+    return ok("swarm key", "the file of network.swarm_key can be used")
 
 
 def check_state(path: str, problem: str) -> Finding:

@@ -49,8 +49,8 @@ def memory(**facts: Any) -> Finding:
     return device.check_memory(MemoryFacts(**{"wanted": GB, "available": 4 * GB, "total": 8 * GB, **facts}))
 
 
-def disk(free: int, used: int = 0) -> Finding:
-    return device.check_disk("/data", free=free, used=used, quota=20 * GB, reserve=64_000_000)
+def disk(free: int, used: int = 0, held: int = 0) -> Finding:
+    return device.check_disk("/data", free=free, used=used, held=held, quota=20 * GB, reserve=64_000_000)
 
 
 def engine(problem: str) -> Finding:
@@ -94,6 +94,7 @@ CASES: dict[str, tuple[Check, Level, str]] = {
     "disk": (lambda: disk(100 * GB), OK, "100GB free"),
     "disk: quota does not fit": (lambda: disk(5 * GB, used=2 * GB), WARNING, "content.quota"),
     "disk: what is used counts": (lambda: disk(5 * GB, used=16 * GB), OK, "16GB of the quota"),
+    "disk: more than the quota": (lambda: disk(5 * GB, used=20 * GB, held=21 * GB), WARNING, "Raise content.quota"),
     "disk full": (lambda: disk(1000), WRONG, "Free some space"),
     "key": (lambda: device.check_key(KeyFacts(path=KEY, exists=True, peer="12D3KooW")), OK, "12D3KooW"),
     "key sealed": (lambda: device.check_key(KeyFacts(path=KEY, exists=True, sealed=True)), OK, "passphrase"),
@@ -146,6 +147,8 @@ CASES: dict[str, tuple[Check, Level, str]] = {
         WRONG,
         "serve.memry",
     ),
+    "swarm key": (lambda: device.check_swarm_key(""), OK, "can be used"),
+    "swarm key: none": (lambda: device.check_swarm_key("can't read /k: no such file"), WRONG, "/k: no such file."),
     "state": (lambda: device.check_state("/data/state.sqlite", ""), OK, "state.sqlite"),
     "state: damaged": (lambda: device.check_state("/data/state.sqlite", "not a database"), WRONG, "move"),
     "port": (lambda: device.check_port(PortFacts(address=PORT, setting="network.listen")), OK, "free"),
@@ -360,6 +363,19 @@ def test_a_port_is_free_taken_or_ours(tmp_path: Path) -> None:
     assert device_facts.hosts(config) == ["127.0.0.1", "::1"]
 
 
+def test_a_running_node_is_asked_for_its_ports() -> None:
+    peer = "/p2p/12D3KooWx"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        found = device_facts.ports_of_node(os.getpid(), ["/ip4/192.0.2.1/tcp/1" + peer])
+        assert f"/ip4/127.0.0.1/tcp/{port}" in [facts.address for facts in found]
+    assert all(device.check_port(facts).level is OK for facts in found)
+    (named,) = device_facts.ports_of_node(None, ["/ip4/192.0.2.1/tcp/4331" + peer])
+    assert named.address == "/ip4/192.0.2.1/tcp/4331"
+    addresses = ["/ip4/192.0.2.1/tcp/4331" + peer, "/dns4/node.example/tcp/4331" + peer]
+    assert device_facts.hosts_of_node(addresses) == (["192.0.2.1"], ["/dns4/node.example/tcp/4331"])
+
+
 def test_the_direct_port_is_looked_at_on_every_interface_once(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -384,6 +400,17 @@ def test_a_lock_and_its_holder(tmp_path: Path) -> None:
     assert not device_facts.lock_facts(tmp_path).held
 
 
+def test_a_swarm_key_that_start_would_refuse_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "swarm.key"
+    config = load_config(tmp_path, {"MESHNODE_NETWORK__SWARM_KEY": str(path)})
+    assert str(path) in device_facts.swarm_key_problem(config)
+    path.write_text("nonsense")
+    assert "first line" in device_facts.swarm_key_problem(config)
+    path.write_text(f"/key/swarm/psk/1.0.0/\n/base16/\n{'ab' * 32}\n")
+    assert device_facts.swarm_key_problem(config) == ""
+    assert device_facts.swarm_key_problem(load_config(tmp_path, {})) == ""
+
+
 def test_used_bytes_counts_what_lies_on_the_disk(tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "a").write_bytes(b"x" * 100_000)
@@ -391,6 +418,7 @@ def test_used_bytes_counts_what_lies_on_the_disk(tmp_path: Path) -> None:
         file.truncate(1 << 30)
     assert 100_000 <= device_facts.used_bytes(tmp_path) < 1 << 20
     assert device_facts.used_bytes(tmp_path / "absent") == 0
+    assert device_facts.held_bytes(tmp_path) == 100_000 + (1 << 30), "a file that is being fetched counts whole"
 
 
 def test_addresses_are_tried() -> None:
@@ -486,7 +514,8 @@ def test_the_command_beside_a_running_node(
 
     status = {
         "software": __version__,
-        "pid": os.getpid(),
+        "pid": 1 << 30,
+        "addresses": ["/ip4/127.0.0.1/tcp/4999/p2p/12D3KooWy"],
         "ready": False,
         "readiness": "nobody serves layers 3 to 5",
         "health": [{"code": "not-covered", "severity": "high", "text": "Nobody serves. Start another node."}],
@@ -495,11 +524,17 @@ def test_the_command_beside_a_running_node(
         "peers": [],
     }
     monkeypatch.setattr(client, "ask_one", lambda folder, request, seconds=10.0: status)
-    monkeypatch.setenv("MESHNODE_NETWORK__LISTEN", "/ip4/127.0.0.1/tcp/0")
     Paths(tmp_path).create()
     init_network(tmp_path, "home")
-    assert doctor("--data", str(tmp_path)) == 1
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]  # in the settings, which `start --listen` overrode; another program has it
+        monkeypatch.setenv("MESHNODE_NETWORK__LISTEN", f"/ip4/127.0.0.1/tcp/{taken}")
+        monkeypatch.setenv("MESHNODE_NETWORK__SWARM_KEY", str(tmp_path / "none"))
+        assert doctor("--data", str(tmp_path)) == 1
     out = capsys.readouterr().out
+    assert "ok       port: /ip4/127.0.0.1/tcp/4999 is used by our running node" in out
+    assert str(taken) not in out
+    assert f"wrong    swarm key: network.swarm_key: can't read {tmp_path / 'none'}" in out
     assert "wrong    health not-covered: Nobody serves. Start another node." in out
     assert "warning  peer: 12D3KooWx can't be reached: connection refused." in out
     assert "warning  ready: The mesh can't answer yet: nobody serves layers 3 to 5." in out

@@ -75,7 +75,7 @@ def test_what_another_release_has_too_stays(tmp_path: Path, capsys: pytest.Captu
 
 def test_verify_names_what_was_damaged_and_removes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Paths(tmp_path).create()
-    cid, manifest = published(tmp_path, "v1.0.0-0", b"head")
+    _, manifest = published(tmp_path, "v1.0.0-0", b"head")
     words = ["model", "verify", "tiny", "--data", str(tmp_path)]
     assert main(words) == 0
     assert "7 files are as they were published." in capsys.readouterr().out
