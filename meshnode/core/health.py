@@ -99,6 +99,13 @@ _REGISTRY: Final = (
         "Free some space or lower content.quota.",
     ),
     Warning(
+        "quota-exceeded",
+        _M,
+        "The model files of this node take {held}, more than its content.quota of {quota}: layers in use, pinned "
+        "models and last copies in the mesh stay. Raise content.quota, give other nodes more room, or take a model away "
+        "(`meshnode model unpin`, `meshnode model remove`).",
+    ),
+    Warning(
         "few-copies",
         _M,
         "{count} files of {model} have too few copies in the mesh (the fewest: {fewest}; wanted: {wanted}): {reason} "

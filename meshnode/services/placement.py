@@ -14,7 +14,7 @@ import trio
 from meshnode.content.port import Content, Revealed
 from meshnode.core.clock import Wall, wall_ms
 from meshnode.core.config import format_size
-from meshnode.core.errors import ContentUnavailable, Declined, EngineLost, FatalError, TransientError
+from meshnode.core.errors import ContentUnavailable, Declined, DiskError, EngineLost, FatalError, TransientError
 from meshnode.core.health import Health
 from meshnode.core.log import get_logger
 from meshnode.engine.port import Engine, StageReport, StageSpec
@@ -705,6 +705,12 @@ class PlacementService:
         show()
         # Before the first fetch: the room for one file must not be made by evicting another one.
         self._content.pin_only(pin, files)
+        quota = self._content.usage().quota_bytes
+        if total > quota and not self._content.files() >= files.keys():
+            raise DiskError(
+                f"layers {target.first} to {target.last - 1} need {format_size(total)}, content.quota is "
+                f"{format_size(quota)}; raise content.quota, or have this node serve fewer layers (serve.layers)"
+            )
         try:
             async with trio.open_nursery() as nursery:
                 for file in files.values():

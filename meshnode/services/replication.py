@@ -8,7 +8,7 @@ in rank does it after a while.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import inf
 from typing import Any, Final, Protocol
@@ -68,6 +68,7 @@ class Copies:
     wanted: int  # as the setting says, or as many as there are nodes
     nodes: int
     of_file: Mapping[Cid, int]
+    planned: int = 0  # files with too few copies of which somebody is to make one
 
     @property
     def fewest(self) -> int:
@@ -191,6 +192,7 @@ class ReplicationService:
         self._looked.set()
         self._looked = trio.Event()
         now = trio.current_time()
+        self._watch_quota()
         release = self._release()
         if release is None:
             # What was protected stays so: after a start, nobody knows yet what the network serves.
@@ -210,9 +212,20 @@ class ReplicationService:
         short = [name for name in self._files if count[name] < self._copies.wanted]
         self._short_since = {name: self._short_since.get(name, now) for name in short}
         self._plan = self._planned(shelves, now) if short else {}
+        planned = {name for names in self._plan.values() for name in names}
+        self._copies = replace(self._copies, planned=len(planned.intersection(short)))
         if not short:
             self._trouble = ""
         self._report(release[1])
+
+    def _watch_quota(self) -> None:
+        """It was lowered, or its share of the disk shrank, below what may not go."""
+        usage = self._store.usage()
+        if usage.used_bytes > usage.quota_bytes:
+            held, quota = format_size(usage.used_bytes), format_size(usage.quota_bytes)
+            self._health.set("quota-exceeded", held=held, quota=quota)
+        else:
+            self._health.clear("quota-exceeded")
 
     def _count(self, shelves: list[Shelf]) -> dict[bytes, int]:
         """Copies of each file of the model. Most looks find the same files in the same places."""

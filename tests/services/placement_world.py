@@ -14,7 +14,7 @@ from typing import Any
 
 import trio
 
-from meshnode.content.port import Revealed
+from meshnode.content.port import Revealed, StoreUsage
 from meshnode.core.clock import VirtualWall
 from meshnode.core.errors import EngineLost, PeerUnreachable
 from meshnode.core.health import Health
@@ -123,6 +123,7 @@ class FakeContent:
         self._everything = everything
         self.held: set[Cid] = set()
         self.pins: dict[str, set[Cid]] = {}
+        self.quota_bytes = 1 << 40
 
     def path(self, cid: Cid) -> Path | None:
         return Path(cid) if self._everything or cid in self.held else None
@@ -168,8 +169,9 @@ class FakeContent:
     def files(self) -> frozenset[Cid]:
         return frozenset(self.held)
 
-    def usage(self) -> Any:
-        raise NotImplementedError
+    def usage(self) -> StoreUsage:
+        room = self.quota_bytes
+        return StoreUsage(used_bytes=0, quota_bytes=self.quota_bytes, free_disk_bytes=room, room_bytes=room)
 
 
 class FakeDirectory:

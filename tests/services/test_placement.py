@@ -191,6 +191,22 @@ async def test_a_model_that_does_not_fit_is_said_with_figures(autojump_clock: Mo
         assert tiny.span is None
 
 
+async def test_layers_beyond_the_quota_are_said_before_anything_is_fetched(autojump_clock: MockClock) -> None:
+    async with world() as w:
+        member = await w.join("a", 500 * MB)
+        member.content.quota_bytes = 20 * MB
+        await trio.sleep(15)
+        shown = {s.code: s.text for s in member.health.current(trio.current_time() + 10)}
+        assert "layers 0 to 11 need 136MB, content.quota is 20MB; raise content.quota" in shown["span-failed"]
+        assert member.content.held == set()
+        member.content.quota_bytes = 200 * MB
+        await w.covered(60)
+        member.content.quota_bytes = 20 * MB  # lowered: what is here is served as before
+        member.engines[-1].rss_bytes = 0
+        await trio.sleep(5)
+        await w.covered(60)
+
+
 async def test_a_node_without_memory_serves_nothing(autojump_clock: MockClock) -> None:
     async with world() as w:
         member = await w.join("a", 0)

@@ -244,6 +244,8 @@ async def test_what_serving_needs_goes_first(autojump_clock: MockClock, rng: ran
         world.publish(one)
         await trio.sleep(60)
         assert two.fetched == []
+        counted = one.replication.copies()
+        assert counted is not None and counted.planned == len(counted.short) > 0
         two.loading = False
         await world.until(lambda: min(world.copies()) == 2, SOON)
 
@@ -274,6 +276,8 @@ async def test_a_mesh_without_room_says_so_and_takes_the_next_node(
         assert len(warnings) == 1
         assert "9 files of tiny" in warnings[0]
         assert "no other node has room for them (900kB)" in warnings[0]
+        counted = one.replication.copies()
+        assert counted is not None and (len(counted.short), counted.planned) == (9, 0)
         await world.join(3)
         await world.until(lambda: min(world.copies()) == 2, SOON)
         await trio.sleep(2)
@@ -333,6 +337,22 @@ async def test_protection_outlives_a_restart(autojump_clock: MockClock, rng: ran
             again.add_file(source, pin="mine")
         assert all(again.path(cid) is not None for cid in last)
         again.close()
+
+
+async def test_a_quota_below_what_is_held_is_told(
+    autojump_clock: MockClock, rng: random.Random, tmp_path: Path
+) -> None:
+    async with open_world(rng, tmp_path) as world:
+        one = await world.join(1)
+        world.publish(one)
+        await trio.sleep(SOON)
+        assert not [w for w in one.health.current() if w.code == "quota-exceeded"]
+        await world.kill(one)
+        again = await world.join(2, quota=2 * LAYER_BYTES, folder=1)
+        await trio.sleep(2)
+        (shown,) = [w for w in again.health.current() if w.code == "quota-exceeded"]
+        assert "take 1.2MB, more than its content.quota of 200kB" in shown.text
+        assert "Raise content.quota" in shown.text
 
 
 async def test_what_becomes_the_last_copy_is_protected_while_another_one_is_fetched(
