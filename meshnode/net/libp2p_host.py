@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 import trio
+from libp2p.security.noise.exceptions import NoiseFailure
 
 from meshnode.core.errors import ConfigError, PeerUnreachable
 from meshnode.core.log import get_logger
@@ -43,7 +44,12 @@ STRANGER_STREAMS: Final = 16
 GUEST_STREAMS: Final = 64  # go-bitswap opens one for every answer
 ACCEPT_PAUSE_SECONDS: Final = 0.1
 BACKLOG: Final = 1024
+NO_HANDSHAKE: Final = (
+    "it takes the connection and gives no libp2p handshake; either no libp2p node is there, or it and this node do "
+    "not have the same network.swarm_key"
+)
 KEY_HINT: Final = "; this node has a swarm key (network.swarm_key), and only nodes with the same key understand it"
+ANOTHER_KEY: Final = "; it may understand only nodes that have the same swarm key (network.swarm_key)"
 
 _log = get_logger("net")
 
@@ -320,16 +326,18 @@ class Libp2pHost(ConnectionWatcher):
             raise PeerUnreachable("that is this very node", peer=peer)
         lock = self._dialling.setdefault(peer, trio.Lock())
         failures: list[str] = []
+        silent: dict[str, None] = {}
         try:
             async with lock:
                 with trio.move_on_after(CONNECT_SECONDS):
                     await self._wait_for_the_dying(peer)
                     if self._live(peer) is None:
-                        await self._dial_all(peer, addresses, failures)
+                        await self._dial_all(peer, addresses, failures, silent)
         finally:
             if not lock.statistics().tasks_waiting and not lock.locked():
                 self._dialling.pop(peer, None)
         if self._live(peer) is None:
+            failures += [f"{where}: {NO_HANDSHAKE}" for where in silent]
             why = "; ".join(failures) or f"no answer within {CONNECT_SECONDS:.0f} s at {', '.join(addresses)}"
             raise PeerUnreachable(
                 f"{peer} can't be reached: {why + self._hint if addresses else 'no address is known'}", peer=peer
@@ -339,28 +347,44 @@ class Libp2pHost(ConnectionWatcher):
         while self._connections.get(peer) and self._live(peer) is None:  # noqa: ASYNC110 - once, as a rule
             await trio.sleep(LAST_WORDS_SECONDS)  # what `_forget_later` waits, too
 
-    async def _dial_all(self, peer: PeerId, addresses: Sequence[str], failures: list[str]) -> None:
-        """Try one address after the other, the next one as soon as one fails or takes long; the first one wins."""
+    async def _dial_all(
+        self, peer: PeerId, addresses: Sequence[str], failures: list[str], silent: dict[str, None]
+    ) -> None:
+        """Try one address after the other, the next one as soon as one fails or takes long; the first one wins.
+
+        Gives what failed, as sentences, and the addresses that took a connection and have not failed or succeeded.
+        """
         async with trio.open_nursery() as nursery:
             for text in addresses:
                 over = trio.Event()
-                nursery.start_soon(self._dial, peer, text, failures, over, nursery.cancel_scope)
+                nursery.start_soon(self._dial, peer, text, failures, silent, over, nursery.cancel_scope)
                 with trio.move_on_after(STAGGER_SECONDS):
                     await over.wait()
 
     async def _dial(
-        self, peer: PeerId, text: str, failures: list[str], over: trio.Event, others: trio.CancelScope
+        self,
+        peer: PeerId,
+        text: str,
+        failures: list[str],
+        silent: dict[str, None],
+        over: trio.Event,
+        others: trio.CancelScope,
     ) -> None:
+        where = text.partition("/p2p/")[0]
         try:
             address = parse_address(text)
             if address.peer not in ("", peer):
                 raise RemoteProtocolError(f"{text} is the address of another peer")
             stream = await trio.open_tcp_stream(address.host, address.port)
+            silent[where] = None
             await self._stack.swarm.take_socket(stream, peer)
         except RemoteProtocolError as error:
             failures.append(str(error))
         except Exception as error:  # noqa: BLE001 - the border: whatever the system or a handshake raises
-            failures.append(f"{text.partition('/p2p/')[0]}: {_reason(error)}")
+            failures.append(f"{where}: {_reason(error)}")
+            if where in silent and not self._hint and not _knew_libp2p(error):
+                failures[-1] += ANOTHER_KEY
+            silent.pop(where, None)
         else:
             others.cancel()
         over.set()
@@ -545,6 +569,13 @@ async def _close_all(connections: Sequence[GuardedMuxer], reason: str) -> None:
     async with trio.open_nursery() as nursery:
         for connection in connections:
             nursery.start_soon(connection.session.close, reason)
+
+
+def _knew_libp2p(error: BaseException | None) -> bool:
+    """Whether a handshake that failed got as far as Noise, so that both sides have the same swarm key."""
+    while error is not None and not isinstance(error, NoiseFailure):
+        error = error.__cause__
+    return error is not None
 
 
 def _reason(error: BaseException) -> str:

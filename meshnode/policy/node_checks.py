@@ -5,6 +5,7 @@ Fields may be missing: the node may be of another version than the doctor.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -14,6 +15,9 @@ Status = Mapping[str, Any]
 
 HOUR_MS: Final = 3_600_000
 SLOW_MS: Final = 100.0  # a round trip that every token has to wait for
+IS_MESHNODE: Final = "Is meshnode running there?"
+IS_IPFS: Final = "Is the IPFS node running there? Have both nodes the same swarm key, or none?"
+_REACHED: Final = re.compile(r"\S+ can't be reached: ")  # the reason may say it, too
 _LEVELS: Final = {"high": Level.WRONG, "medium": Level.WARNING, "low": Level.OK}
 _REFUSALS: Final = {
     "invite-expired": "Make a new ticket with `meshnode invite`.",
@@ -76,11 +80,12 @@ def check_health(status: Status) -> list[Finding]:
 
 
 def check_unreachable(status: Status) -> list[Finding]:
+    guests = (status.get("content") or {}).get("guests") or {}
     return [
         warning(
             "peer",
-            f"{who} can't be reached: {str(why).rstrip('.')}.",
-            "Is meshnode running there? Do a firewall or router let its TCP port through?",
+            f"{who} can't be reached: {_REACHED.sub('', str(why), count=1).rstrip('.')}.",
+            f"{IS_IPFS if who in guests else IS_MESHNODE} Do a firewall or router let its TCP port through?",
         )
         for who, why in sorted(status.get("unreachable", {}).items())
     ] or [ok("peers", "every known peer is connected")]

@@ -231,6 +231,16 @@ CASES: dict[str, tuple[Check, Level, str]] = {
         WARNING,
         "12D3 can't be reached: connection refused. Is meshnode running there?",
     ),
+    "peers: the reason says it, too": (
+        lambda: node.check_unreachable({"unreachable": {"12D3": "…D3 can't be reached: refused"}}),
+        WARNING,
+        "12D3 can't be reached: refused. Is meshnode running there?",
+    ),
+    "peers: a guest": (
+        lambda: node.check_unreachable({"unreachable": {"Qm": "refused"}, "content": {"guests": {"Qm": False}}}),
+        WARNING,
+        "Qm can't be reached: refused. Is the IPFS node running there?",
+    ),
     "links": (lambda: link(2.0), OK, "1 peer connected"),
     "links: slow": (lambda: link(250.0), WARNING, "attic takes 250 ms"),
     "links: gone": (lambda: link(250.0, connected=False), OK, "0 peers connected"),
