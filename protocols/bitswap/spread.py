@@ -2,17 +2,20 @@
 
 Where the links are slow, each further peer adds its own bandwidth. Where one peer already sends as fast as this
 device can decrypt, hash and write, a further one adds nothing but work for both sides. Which of the two it is
-can't be told from one peer's answers, so it is tried: twice as many peers, for a moment.
+can't be told from one peer's answers, so it is tried: twice as many peers, for a moment. Not while the rate rises by
+itself, as in the first moments of every transfer: that would speak for any number of peers.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 MODEST_RATE: Final = 32 << 20  # bytes per second that every device takes in: below, more peers are asked untried
 SAMPLE_SECONDS: Final = 0.05  # shortest time over which a rate is judged
 SAMPLE_BYTES: Final = 8 << 20  # and the least that must have come in it
 PAUSE_SECONDS: Final = 0.5  # a peer that was fast may be slow for so long: it is mostly this device that paused
+RISING: Final = 1.1  # times the rate of the sample before: such a rate is still going up
 WORTH: Final = 1.25  # twice as many peers stay when they bring so many times as much
 FIRST_REST_SECONDS: Final = 2.0  # after a trial that failed; doubled with each
 LAST_REST_SECONDS: Final = 64.0
@@ -27,6 +30,7 @@ class Spread:
         self._bytes = 0  # what came in it
         self._settling = False  # the sample is not used: it holds what was asked under another width
         self._fast = False  # a sample of this width was fast
+        self._last = 0.0  # bytes per second of the sample before; it is no beginning any more: infinite
         self._before = 0.0  # bytes per second with half as many peers, while more are tried
         self._rest = FIRST_REST_SECONDS
         self._rests_until = 0.0
@@ -54,12 +58,13 @@ class Spread:
         """
         seconds = now - self._since
         if not owed:
+            self._last = 0.0
             self._begin(now, 1)
         elif seconds < SAMPLE_SECONDS or (self.width >= peers and not self._before):
             return
         elif self._bytes < MODEST_RATE * seconds:
             if now >= self.deadline:
-                self._before = 0.0
+                self._before, self._last = 0.0, math.inf
                 self._begin(now, 2 * self.width)
         elif self._bytes >= SAMPLE_BYTES:
             self._judge(now, self._bytes / seconds)
@@ -79,6 +84,10 @@ class Spread:
             self._rest = min(2 * self._rest, LAST_REST_SECONDS)
             width //= 2
         elif now >= self._rests_until:
-            self._before = rate
-            width *= 2
+            if rate <= RISING * self._last:
+                self._before = rate
+                width *= 2
+            else:
+                self._fast = self._last > 0.0  # one sample alone may be what was under way at the beginning
+            self._last = rate
         self._begin(now, width)

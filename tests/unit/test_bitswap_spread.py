@@ -221,3 +221,17 @@ def test_more_peers_stay_while_each_doubling_is_worth_it() -> None:
     for _ in range(400):
         now = feed(spread, now, 100e6 * min(spread.width, 4), 0.01)
     assert spread.width == 4
+
+
+def test_a_rate_that_rises_by_itself_speaks_for_nobody() -> None:
+    """In its first moments every transfer gets faster, with however many peers."""
+    spread = Spread()
+    now, rate, widths = 0.0, 200e6, set()
+    for _ in range(30):
+        now += 0.05
+        rate = min(480e6, 1.3 * rate)
+        spread.arrived(round(rate * 0.05))
+        spread.decide(now, 3, 10 * MIB)
+        widths.add(spread.width)
+    assert spread.width == 1, "what more peers did not bring, they do not keep"
+    assert widths == {1, 2}, "it was tried, once the rate was steady"
