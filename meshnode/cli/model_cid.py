@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from meshnode.cli import client
@@ -15,30 +16,49 @@ from meshnode.core.paths import Paths
 if TYPE_CHECKING:
     from protocols.ids import Cid
 
+MAX_SHOWN: Final = 120  # characters
+MANIFEST: Final = "a model is added by the CID of its manifest, which begins with bafyrei"
+WHERE: Final = "(`meshnode model list` shows it where the model is)"
+_OLD: Final = re.compile(r"Qm[1-9A-HJ-NP-Za-km-z]{44}")  # CIDv0
+_ALIKE: Final = re.compile(r"Qm[1-9A-HJ-NP-Za-km-z]{20,60}|[Bb][Aa][Ff][KYky][A-Za-z0-9]{8,100}|bagu[a-z2-7]{20,100}")
 SEARCH_SECONDS: Final = 120.0  # a node gives up earlier, and says why
 
 
 def manifest_cid(source: str) -> Cid | None:
     """The CID that the source of `model add` is, with or without ipfs://; None for a path or a package.
 
-    Raises ModelError when it is the CID of something that can't be a manifest.
+    Raises ModelError when it is the CID of something that can't be a manifest, or is meant as a CID and is none.
     """
     from protocols.errors import RemoteProtocolError
     from protocols.ids import DAG_CBOR, Cid, cid_codec
 
     text = source.removeprefix("ipfs://").removeprefix("/ipfs/")
+    if not (text != source or _ALIKE.fullmatch(text)) or os.path.lexists(source):
+        return None
     try:
         codec = cid_codec(text)
-    except RemoteProtocolError:
-        return None
-    if Path(source).exists():
-        return None
+    except RemoteProtocolError as error:
+        raise ModelError(_no_cid(text[:MAX_SHOWN], str(error))) from error
     if codec != DAG_CBOR:
-        raise ModelError(
-            f"{text} is the CID of a file; a model is added by the CID of its manifest, which begins with bafyrei "
-            "(`meshnode model list` shows it where the model is)."
-        )
+        raise ModelError(f"{text} is the CID of a file; {MANIFEST} {WHERE}.")
     return Cid(text)
+
+
+def _no_cid(text: str, reason: str) -> str:
+    """What is wrong with a text that is meant as a CID."""
+    from protocols.errors import RemoteProtocolError
+    from protocols.ids import cid_codec
+
+    if _OLD.fullmatch(text):
+        return f"{text} is the CID of a file (CIDv0); {MANIFEST} {WHERE}."
+    try:
+        cid_codec(text.lower())
+    except RemoteProtocolError:
+        return (
+            f"{text} looks like a CID but is not a valid one: {reason.rstrip('.')}. Copy it again, whole; {MANIFEST} "
+            f"and has 59 characters {WHERE}."
+        )
+    return f"{text} looks like a CID but is not a valid one here: write it in lower-case letters, {text.lower()}."
 
 
 def add_by_cid(arguments: argparse.Namespace, cid: Cid) -> int:
