@@ -177,6 +177,7 @@ class Orders:
                 "fetched_bytes": node.content.bytes_fetched,
                 "served_bytes": node.content.bytes_served,
                 "bad_providers": dict(node.content.bad_providers()),
+                "encrypted": node.config.content.encrypt,
                 "guests": {peer: peer in node.host.guests for peer in node.guests.peers},
                 "published": 0 if node.daemon is None else len(node.daemon.published),
                 "room_bytes": store.room_bytes,
@@ -198,12 +199,8 @@ class Orders:
                 "fewest": copies.fewest,
                 "files": len(copies.of_file),
                 "short": len(copies.short),
-                "groups": {
-                    name: copies.of_file.get(file.cid, 0)
-                    for name, file in served.manifest.variants[served.variant]
-                    .groups(0, served.manifest.architecture.layers)
-                    .items()
-                },
+                "planned": copies.planned,
+                "groups": self._copies_by_name(copies.of_file),
             },
             "health": [
                 {"code": w.code, "severity": w.severity.name.lower(), "text": w.text} for w in node.health.current()
@@ -216,6 +213,16 @@ class Orders:
                 str(who): why for who, why in (node.discovery.failures() | node.guests.failures()).items()
             },
         }
+
+    def _copies_by_name(self, of_file: Mapping[Cid, int]) -> dict[str, int]:
+        """Copies of every file of the served model: "layer.7", "graph", "tokenizer.json"."""
+        served = self._node.served()
+        if served is None:
+            return {}
+        variant = served.manifest.variants[served.variant]
+        groups = variant.groups(0, served.manifest.architecture.layers)
+        named = {**groups, "graph": variant.graph, **served.manifest.files}
+        return {name: of_file.get(file.cid, 0) for name, file in named.items()}
 
     def _tiers(self) -> Json:
         """Bytes of the served model by how far away they are: mapped by our engine, on our disk, elsewhere."""

@@ -224,10 +224,12 @@ def find_release(folder: Path, store: BlobStore, wanted: str) -> tuple[Cid, Mani
 def _list(arguments: argparse.Namespace) -> int:
     with open_store(arguments) as store:
         known, bad = known_releases(folder_of(arguments), store)
+        pinned = {cid for cid, files in store.pins().items() if files - {cid}}  # each keeps its manifest anyway
     if not known:
         print("No models. Add one with: meshnode model add PATH (or example:smollm2)")
     for cid, (manifest, _variant) in sorted(known.items(), key=lambda item: item[1][0].created_ms):
-        print(f"{manifest.name:<28} {manifest.version:<12} {', '.join(manifest.variants):<18} {cid}")
+        note = "  pinned" if cid in pinned else ""
+        print(f"{manifest.name:<28} {manifest.version:<12} {', '.join(manifest.variants):<18} {cid}{note}")
     for broken, why in bad.items():
         print(f"The manifest {broken} does not hold: {why}. Add the model again.", file=sys.stderr)
     return 0

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import Any, Final
 
 from meshnode.cli import client
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import folder_of
+
+COUNTED_AFTER_S: Final = 10.0  # a node that has just started does not know yet what the others hold
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,30 +47,40 @@ def words(status: dict[str, Any]) -> str:
         share, total = 100 * p["bytes_done"] // max(1, p["bytes_total"]), _mb(p["bytes_total"])
         lines.append(f"\n{p['phase']} layers {span['first']}-{span['last'] - 1}: {share} % of {total}")
     if status["copies"]:
-        lines += ["", _copies(status["copies"]), _tiers(status["content"])]
+        lines += ["", _copies(status), _tiers(status["content"])]
+    if guests := status["content"].get("guests"):
+        lines += [] if status["copies"] else [""]
+        lines.append(f"ipfs: {sum(guests.values())} of {len(guests)} peers connected")
     if status["health"]:
         lines.append("\n# Health")
         lines += [f"#  - {w['text']}" for w in status["health"]]
     return "\n".join(_shown(line) for line in lines)
 
 
-def _copies(copies: dict[str, Any]) -> str:
+def _copies(status: dict[str, Any]) -> str:
     """How many copies of the model the mesh has."""
+    copies = status["copies"]
+    members = 1 + sum(peer["state"] != "draining" for peer in status["peers"])
+    early = status["uptime_s"] < COUNTED_AFTER_S and (copies["short"] or copies["nodes"] == 1)
+    if early or copies["nodes"] < members:
+        return "copies: being counted"
     if copies["nodes"] == 1:
         return "copies: this node alone holds the model; a second node would keep a copy of every file"
     if not copies["short"]:
         return f"copies: {copies['fewest']} or more of every file"
     thin = [name for name, count in copies["groups"].items() if count < copies["wanted"]]
     groups = f": {', '.join(thin[:4])}{' and others' if len(thin) > 4 else ''}" if thin else ""
+    going = "; copies are being made" if copies.get("planned") else ""
     return (
         f"copies: {copies['short']} of {copies['files']} files have too few (the fewest {copies['fewest']}, "
-        f"wanted {copies['wanted']}){groups}"
+        f"wanted {copies['wanted']}){groups}{going}"
     )
 
 
 def _tiers(content: dict[str, Any]) -> str:
     hot, warm, cold = (_mb(content[f"{kind}_bytes"]) for kind in ("hot", "warm", "cold"))
-    return f"files: {hot} in use (hot), {warm} more on this disk (warm), {cold} elsewhere (cold)"
+    covered = ", encrypted on the disk" if content.get("encrypted") else ""
+    return f"files: {hot} in use (hot), {warm} more on this disk (warm), {cold} elsewhere (cold){covered}"
 
 
 def _line(kind: str, row: dict[str, Any]) -> str:

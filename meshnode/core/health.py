@@ -101,9 +101,9 @@ _REGISTRY: Final = (
     Warning(
         "quota-exceeded",
         _M,
-        "The model files of this node take {held}, more than its content.quota of {quota}: layers in use, "
-        "pinned models and last copies in the mesh stay. Raise content.quota, give other nodes more room, or take a model away "
-        "(`meshnode model unpin`, `meshnode model remove`).",
+        "The model files of this node take {held}, more than its content.quota of {quota}: layers in use, pinned "
+        "models and last copies in the mesh stay. Raise content.quota, give other nodes more room, or take a model "
+        "away (`meshnode model unpin`, `meshnode model remove`).",
     ),
     Warning(
         "few-copies",

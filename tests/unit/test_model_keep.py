@@ -73,6 +73,17 @@ def test_what_another_release_has_too_stays(tmp_path: Path, capsys: pytest.Captu
     assert "tiny v1.0.0-0 is removed" in capsys.readouterr().out
 
 
+def test_a_pinned_model_is_listed_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Paths(tmp_path).create()
+    cid, _ = published(tmp_path, "v1.0.0-0", b"head")
+    words = ["--data", str(tmp_path)]
+    assert main(["model", "list", *words]) == 0
+    assert capsys.readouterr().out.rstrip().endswith(f"{cid}  pinned")
+    assert main(["model", "unpin", "tiny", *words]) == 0
+    assert main(["model", "list", *words]) == 0
+    assert capsys.readouterr().out.rstrip().endswith(cid)
+
+
 def test_verify_names_what_was_damaged_and_removes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Paths(tmp_path).create()
     _, manifest = published(tmp_path, "v1.0.0-0", b"head")
