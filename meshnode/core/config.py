@@ -171,7 +171,7 @@ def _multiaddrs(last: str, example: str, *, lowest_port: int = 0) -> Callable[[o
             raise ValueError(f"{_said(value)} is not a list of addresses like {example}")
         for item in items:
             if not isinstance(item, str) or not pattern.fullmatch(item):
-                raise ValueError(f"{item!r} is not an address like {example}")
+                raise ValueError(_no_multiaddr(item, example))
             _, kind, host, _, port, *_ = item.split("/")
             if not lowest_port <= int(port) <= 65535:
                 raise ValueError(f"{item!r} has the port {port}; {lowest_port} to 65535 are allowed")
@@ -180,6 +180,20 @@ def _multiaddrs(last: str, example: str, *, lowest_port: int = 0) -> Callable[[o
         return tuple(items)
 
     return read
+
+
+def _no_multiaddr(item: object, example: str) -> str:
+    """Why an address is not taken, with what a person can do who copied it from elsewhere."""
+    words = f"{item!r} is not an address like {example}"
+    if not isinstance(item, str):
+        return words
+    if item.rstrip("/").endswith(("...", "…")):
+        return f"{item!r}: the dots stand for the rest of the peer id; write all of it, as its node shows it"
+    if "dnsaddr" in item.split("/"):
+        return f"{words}; {_TAKEN}, and /dnsaddr is not resolved: write one of the addresses that it stands for"
+    if not _TRANSPORTS.isdisjoint(item.split("/")):
+        return f"{words}; {_TAKEN}"
+    return words
 
 
 def _is_ip(text: str, version: int) -> bool:
@@ -218,6 +232,10 @@ def setting(default: T, read: Callable[[object], T], why: str) -> T:
     return result
 
 
+_TAKEN = "only /tcp addresses with ip4, ip6, dns, dns4 or dns6 are taken, and nothing on top of TCP"
+_TRANSPORTS = frozenset(
+    ("udp", "quic", "quic-v1", "ws", "wss", "tls", "webtransport", "webrtc-direct", "p2p-circuit")
+)
 _LISTEN = "/ip4/0.0.0.0/tcp/4331"
 _IPFS_API = "/ip4/127.0.0.1/tcp/5001"
 _GATEWAY = "https://gateway.example"

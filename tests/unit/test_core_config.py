@@ -76,6 +76,20 @@ def test_lists_come_from_file_and_environment(tmp_path: Path) -> None:
         ('[network]\nlisten = ["0.0.0.0:4331"]\n', ["network.listen", "/ip4/0.0.0.0/tcp/4331"]),
         ('[network]\nlisten = ["/ip4/0.0.0.0/tcp/70000"]\n', ["network.listen", "65535"]),
         ('[network]\nbootstrap = ["/ip4/192.0.2.7/tcp/4331"]\n', ["network.bootstrap", "/p2p/"]),
+        (
+            f'[content]\nipfs_peers = ["/ip4/192.0.2.7/udp/4001/quic-v1/p2p/{PEER}"]\n',
+            ["content.ipfs_peers", "only /tcp addresses with ip4, ip6", "like /ip4/192.0.2.7/tcp"],
+        ),
+        (f'[content]\ndht = ["/ip4/192.0.2.7/tcp/4001/ws/p2p/{PEER}"]\n', ["content.dht", "only /tcp addresses"]),
+        (f'[content]\ndht = ["/dns4/a.example/tcp/443/wss/p2p/{PEER}"]\n', ["content.dht", "only /tcp addresses"]),
+        (
+            f'[content]\ndht = ["/dnsaddr/bootstrap.libp2p.io/p2p/{PEER}"]\n',
+            ["content.dht", "only /tcp addresses with ip4", "/dnsaddr is not resolved"],
+        ),
+        (
+            '[content]\nipfs_peers = ["/ip4/192.0.2.7/tcp/4331/p2p/12D3KooW..."]\n',
+            ["content.ipfs_peers", "the dots stand for the rest of the peer id"],
+        ),
         ('[log]\nlevel = "loud"\n', ["log.level", "debug, info"]),
         ('[node]\nname = "a\\nb"\n', ["node.name", "printable"]),
         ("[serve\n", ["config.toml", "TOML"]),
