@@ -18,7 +18,7 @@ from protocols.car.machine import Reader
 from protocols.car.messages import Block, Header
 from protocols.errors import RemoteProtocolError
 from protocols.ids import DAG_CBOR, Cid, cid_from_bytes, cid_to_bytes
-from protocols.manifest.codec import open_manifest
+from protocols.manifest.codec import NotAManifest, open_manifest
 from protocols.manifest.messages import FileRef, Manifest
 
 READ_BYTES: Final = 1 << 20
@@ -71,6 +71,11 @@ def _items(source: Path, progress: Progress | None) -> Iterator[Header | Block]:
     except RemoteProtocolError as error:
         raise ModelError(
             f"{source} can't be imported: {error}. Copy it again, or export it again where it comes from."
+        ) from error
+    except IsADirectoryError as error:
+        raise ModelError(
+            f"{source} is a folder; name one file that `meshnode model export NAME --car FILE` has made. A folder "
+            f"with a model is published with: meshnode model add {source}"
         ) from error
     except OSError as error:
         raise ModelError(f"can't read {source}: {error.strerror or error}") from error
@@ -164,6 +169,11 @@ class _Import:
     def _begin(self, block: bytes) -> None:
         try:
             self._manifest = open_manifest(block)
+        except NotAManifest as error:
+            raise ModelError(
+                f"{self._source} is no exported model: its root is no meshnode manifest. {error} Make such a file "
+                "with: meshnode model export NAME --car FILE"
+            ) from error
         except RemoteProtocolError as error:
             raise ModelError(f"{self._source} is no exported model: {error}") from error
         self._block = block

@@ -6,6 +6,7 @@ from protocols.car.messages import (
     MAX_HEADER_BYTES,
     MAX_SECTION_BYTES,
     MAX_VARINT_BYTES,
+    NO_CAR,
     Block,
     Header,
     decode_header,
@@ -65,6 +66,7 @@ class Reader:
 
     def _length(self) -> tuple[int, int] | None:
         """Where the part at the start of the buffer begins, and its length; None while that is not known."""
+        doubt = "" if self._header else NO_CAR
         length = 0
         for index, byte in enumerate(self._buffer[:MAX_VARINT_BYTES]):
             length |= (byte & 0x7F) << 7 * index
@@ -73,12 +75,12 @@ class Reader:
         else:
             if len(self._buffer) < MAX_VARINT_BYTES:
                 return None
-            raise RemoteProtocolError(f"a length has more than {MAX_VARINT_BYTES} bytes")
+            raise RemoteProtocolError(f"{doubt}a length has more than {MAX_VARINT_BYTES} bytes")
         what, limit = ("block", MAX_SECTION_BYTES) if self._header else ("header", MAX_HEADER_BYTES)
         if byte == 0:
             raise RemoteProtocolError(
-                f"a {what} has no bytes" if index == 0 else "a length is not in its shortest spelling"
+                doubt + (f"a {what} has no bytes" if index == 0 else "a length is not in its shortest spelling")
             )
         if length > limit:
-            raise RemoteProtocolError(f"a {what} of {length} bytes, the limit is {limit}")
+            raise RemoteProtocolError(f"{doubt}a {what} of {length} bytes, the limit is {limit}")
         return index + 1, length

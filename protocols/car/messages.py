@@ -21,6 +21,7 @@ MAX_HEADER_BYTES: Final = 1 << 16
 MAX_BLOCK_BYTES: Final = 2 << 20  # as in Bitswap
 MAX_SECTION_BYTES: Final = CID_BYTES + MAX_BLOCK_BYTES
 MAX_VARINT_BYTES: Final = 9  # github.com/multiformats/unsigned-varint
+NO_CAR: Final = "this is no CAR file: "  # begins the words for a file that is something else
 
 _BEFORE_ROOTS: Final = b"\xa2\x65roots"  # a map of two; its first key
 _BEFORE_CID: Final = b"\xd8\x2a\x58\x25\x00"  # tag 42, 37 bytes, the zero that stands for the binary multibase
@@ -95,7 +96,7 @@ def decode_header(data: bytes) -> Header:
             raise RemoteProtocolError("it is a CAR of version 2; only version 1 is read, so export it as CARv1")
         raise RemoteProtocolError("its header names a version and no roots")
     if not data.startswith(_BEFORE_ROOTS):
-        raise RemoteProtocolError("its header is not the dag-cbor of a CAR")
+        raise RemoteProtocolError(f"{NO_CAR}its header is not the dag-cbor of a CAR")
     at = len(_BEFORE_ROOTS)
     head = data[at : at + 3]
     count = (

@@ -47,6 +47,10 @@ _WORD: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/\-]{0,63}")
 _VERSION: Final = re.compile(r"v(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})-(0|[1-9][0-9]{0,8})")
 
 
+class NotAManifest(RemoteProtocolError):
+    """A block that is something else than a signed manifest."""
+
+
 class _Wrong(ValueError):
     """A value that a manifest can't have; the border decides whose fault it is."""
 
@@ -337,13 +341,17 @@ def open_manifest(data: bytes) -> Manifest:
     """Check a signed block and give its manifest.
 
     Raises:
-      RemoteProtocolError: too large, not canonical dag-cbor, a field missing, unknown or out of its limits, the
-        signature does not hold, or the publisher is not the signer.
+      NotAManifest: not canonical dag-cbor, or that of something else.
+      RemoteProtocolError: too large, a field missing, unknown or out of its limits, the signature does not hold, or
+        the publisher is not the signer.
     """
     if len(data) > MAX_MANIFEST_BYTES:
         raise RemoteProtocolError(f"A manifest of {len(data)} bytes; the limit is {MAX_MANIFEST_BYTES}.")
     try:
         block = _map(_loads(bytes(data)), "a signed manifest", ("key", "manifest", "signature"))
+    except _Wrong as wrong:
+        raise NotAManifest(f"A manifest can't be used: {wrong}.") from None
+    try:
         public, signature = block["key"], block["signature"]
         if not isinstance(public, bytes) or len(public) != 32:
             raise _Wrong("the key of a signed manifest does not have 32 bytes")

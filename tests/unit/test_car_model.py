@@ -348,8 +348,20 @@ def test_foreign_archives(origin: Origin, store: BlobStore, tmp_path: Path) -> N
         import_car(store, write(path, cid, [Block(cid_to_bytes(cid), forged), *items[1:]]))
     with pytest.raises(ModelError, match="can't read"):
         import_car(store, tmp_path / "nowhere.car")
-    with pytest.raises(ModelError, match="can't read"):
+    with pytest.raises(ModelError, match=r"is a folder.*meshnode model add"):
         import_car(store, tmp_path)
+    for root in (b"\xa1\x65hello\x65world", b"\x80"):
+        foreign = cid_of(DAG_CBOR, root)
+        with pytest.raises(ModelError, match=r"is no exported model: its root is no meshnode manifest"):
+            import_car(store, write(path, foreign, [Block(cid_to_bytes(foreign), root)]))
+    for data in (
+        random.Random(1).randbytes(1000),
+        b"PK\x03\x04 an archive of another kind" * 20,
+        b"hello, world" * 20,
+    ):
+        path.write_bytes(data)
+        with pytest.raises(ModelError, match="can't be imported: this is no CAR file: "):
+            import_car(store, path)
     assert store.files() == frozenset() and store.pins() == {}
 
 
