@@ -7,7 +7,7 @@ which then asks for `ADMITTED`, a protocol that exists for nothing else and is a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 from meshnode.core.errors import PeerUnreachable
 from meshnode.net.port import Stream
@@ -44,22 +44,37 @@ async def propose(stream: Stream, protocols: tuple[str, ...]) -> str:
     return ""
 
 
-async def agree(stream: Stream, serves: Callable[[str], bool]) -> str:
+class Accepted(Stream, Protocol):
+    """A stream that a peer opened."""
+
+    @property
+    def unread(self) -> int:
+        """Bytes that `receive_some` gives without waiting."""
+
+
+async def agree(stream: Accepted, serves: Callable[[str], bool]) -> str:
     """As the accepter: the protocol agreed on, "" when the peer gives up.
+
+    Every opener sends its header first, most with a proposal right behind it; to those, header and agreement go in
+    one piece. go-bitswap opens a stream for every single message.
 
     Raises as `propose` does; RemoteProtocolError also after `MAX_PROPOSALS`.
     """
-    await stream.send_all(_line(HEADER))
     if (line := await _read_line(stream)) != HEADER:
         raise RemoteProtocolError(f"{stream.peer} opened a stream with {line[:80]!r}, not with {HEADER}")
+    answer = _line(HEADER)
     for _ in range(MAX_PROPOSALS):
+        if answer and not stream.unread:
+            await stream.send_all(answer)
+            answer = b""
         protocol = await _read_line(stream, end_allowed=True)
         if not protocol:
             return ""
         if serves(protocol):
-            await stream.send_all(_line(protocol))
+            await stream.send_all(answer + _line(protocol))
             return protocol
-        await stream.send_all(_line(NOT_AVAILABLE))
+        answer += _line(NOT_AVAILABLE)
+    await stream.send_all(answer)
     raise RemoteProtocolError(
         f"{stream.peer} proposed {MAX_PROPOSALS} protocols on one stream; we serve none of them"
     )

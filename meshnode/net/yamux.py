@@ -123,6 +123,11 @@ class YamuxStream:
         if self.ended_here:
             raise PeerUnreachable("this side of the stream is closed", peer=self.peer)
 
+    @property
+    def unread(self) -> int:
+        """Bytes that have come and that nobody has read."""
+        return len(self._unread)
+
     async def receive_some(self, max_bytes: int = 65536) -> bytes:
         if self._unread:
             await trio.lowlevel.checkpoint()

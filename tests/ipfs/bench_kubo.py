@@ -2,6 +2,7 @@
 
     make bench-ipfs
 
+The file is one of ours (CIDv1, raw leaves, 1 MiB chunks) or one that Kubo has added by default (CIDv0, 256 KiB).
 Both sides take turns, each time with an empty store and over a connection that is there already. Ours has ended
 when every block is verified and the file is on the disk (fsync). Kubo keeps blocks in its repository and no files, so
 it is measured twice: until the repository holds every block ("pin"), and until the file is written ("get").
@@ -10,6 +11,7 @@ it is measured twice: until the repository holds every block ("pin"), and until 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import statistics
@@ -23,21 +25,40 @@ import trio
 
 from meshnode.bench.machine import line, machine
 from meshnode.core.log import set_up
-from protocols.ids import cid_of_old
+from protocols.ids import Cid, cid_of_old
 from tests.ipfs.test_bitswap_kubo import noise
 from tests.ipfs.world import LIBRARY, Kubo, kubo, ours
 
 MIB: Final = 1 << 20
 SIDES: Final = ("mesh", "get", "pin")
+KINDS: Final = ("mesh", "kubo")  # who made the file
 BAR: Final = 1.0  # our speed by that of Kubo's get, which ends with a file as ours does
 CONNECT_SECONDS: Final = 30
+
+
+async def add(folder: Path, seeder: Kubo, kind: str, data: bytes) -> str:
+    """Have the seeder hold a file; its CID."""
+    if kind == "kubo":
+        payload = folder / "payload"
+        payload.write_bytes(data)
+        name: str = await seeder.call("add", str(payload))
+        payload.unlink()
+        return name
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        async with ours(Path(temporary) / "store", [seeder], share=True) as node:
+            name = node.add(Path(temporary), data)
+            await node.met(seeder.peer)
+            assert await seeder.call("pin", name) == 0
+    return name
 
 
 async def by_us(folder: Path, seeder: Kubo, name: str, size: int) -> float:
     """Seconds that a new node of ours takes."""
     async with ours(folder, [seeder]) as node:
+        await node.met(seeder.peer)
+        cid = cid_of_old(name) if name.startswith("Qm") else Cid(name)
         start = trio.current_time()
-        path = await node.content.fetch(cid_of_old(name), size)
+        path = await node.content.fetch(cid, size)
         seconds = trio.current_time() - start
         assert path.stat().st_size == size
         assert node.content.bad_providers() == {}
@@ -59,12 +80,9 @@ async def measure(folder: Path, sizes_mib: Sequence[int], rounds: int) -> list[d
     """MB/s (10^6 bytes) of both sides for each size; the ratio is the median of those within the rounds."""
     out = []
     async with kubo(folder / "seeder") as seeder:
-        for mib in sizes_mib:
+        for kind, mib in itertools.product(KINDS, sizes_mib):
             size = mib * MIB
-            payload = folder / f"payload-{mib}"
-            payload.write_bytes(noise(size, mib))
-            name = await seeder.call("add", str(payload))
-            payload.unlink()
+            name = await add(folder, seeder, kind, noise(size, mib))
             rows = []
             for number in range(rounds):
                 seconds = {}
@@ -79,6 +97,7 @@ async def measure(folder: Path, sizes_mib: Sequence[int], rounds: int) -> list[d
                 rows.append({side: round(size / 1e6 / seconds[side], 1) for side in SIDES})
             out.append(
                 {
+                    "file": kind,
                     "mib": mib,
                     "mb_s": {side: statistics.median(row[side] for row in rows) for side in SIDES},
                     "ratio_to_get": round(statistics.median(row["mesh"] / row["get"] for row in rows), 2),
@@ -107,8 +126,8 @@ def main() -> int:
     for row in rows:
         speed = row["mb_s"]
         print(
-            f"{row['mib']:4d} MiB from a real Kubo: mesh {speed['mesh']:.0f} MB/s; Kubo's get {speed['get']:.0f} "
-            f"(ratio {row['ratio_to_get']:.2f}), its pin {speed['pin']:.0f} (ratio {row['ratio_to_pin']:.2f})"
+            f"{row['mib']:4d} MiB ({row['file']} file) from a real Kubo: mesh {speed['mesh']:.0f} MB/s; "
+            f"Kubo's get {speed['get']:.0f} (ratio {row['ratio_to_get']:.2f}), its pin {speed['pin']:.0f} (ratio {row['ratio_to_pin']:.2f})"
         )
     if options.json is not None:
         options.json.write_text(json.dumps({"machine": facts, "sizes": rows}, indent=2) + "\n")
