@@ -152,7 +152,9 @@ def open_store(arguments: argparse.Namespace, *, adds: bool = False) -> Iterator
     from meshnode.content.blob_store import BlobStore
     from meshnode.content.disk import available_bytes
     from meshnode.content.sealed import is_sealed, set_sealed
+    from meshnode.core import log
 
+    log.set_up(level="error", format="console")  # what the store notices, the command says in its own words
     config = settings(arguments)
     config.paths.create()
     folder = config.paths.content

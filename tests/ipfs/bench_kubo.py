@@ -127,7 +127,8 @@ def main() -> int:
         speed = row["mb_s"]
         print(
             f"{row['mib']:4d} MiB ({row['file']} file) from a real Kubo: mesh {speed['mesh']:.0f} MB/s; "
-            f"Kubo's get {speed['get']:.0f} (ratio {row['ratio_to_get']:.2f}), its pin {speed['pin']:.0f} (ratio {row['ratio_to_pin']:.2f})"
+            f"Kubo's get {speed['get']:.0f} (ratio {row['ratio_to_get']:.2f}), "
+            f"its pin {speed['pin']:.0f} (ratio {row['ratio_to_pin']:.2f})"
         )
     if options.json is not None:
         options.json.write_text(json.dumps({"machine": facts, "sizes": rows}, indent=2) + "\n")
