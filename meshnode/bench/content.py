@@ -37,6 +37,7 @@ from protocols.unixfs.builder import Builder
 BAR_MB_S: Final = 100
 BAR_RSS_MB: Final = 64
 BAR_TROUBLE: Final = 1.3  # times as long as from the good provider alone
+SETTLE_SECONDS: Final = 2.0  # what a new process still does in the background would be counted, once per provider
 CONNECT_SECONDS: Final = 30
 DEFAULT_HOST: Final = "meshnode.net.libp2p_host:open_host"
 _MB: Final = 1_000_000
@@ -88,8 +89,13 @@ class PeakMemory:
 class Transfers:
     """One fetching node, which meets new providers in every transfer."""
 
-    def __init__(self, host_name: str, source: Path, target: Path, cid: Cid, size: int) -> None:
-        """`source`: the content folder that providers serve; it holds the file `cid` of `size` bytes."""
+    def __init__(self, host_name: str, source: Path, target: Path, cid: Cid, size: int, settle_s: float) -> None:
+        """
+        Args:
+          source: the content folder that providers serve; it holds the file `cid` of `size` bytes.
+          settle_s: seconds between connecting and the transfer; see `SETTLE_SECONDS`.
+        """
+        self._settle_s = settle_s
         self._host_name = host_name
         self._source = source
         self._cid = cid
@@ -120,6 +126,7 @@ class Transfers:
                 with trio.fail_after(CONNECT_SECONDS):
                     await self._host.connect(provider.peer, provider.addresses)
             self._chosen = [provider.peer for provider in started]
+            await trio.sleep(self._settle_s)
             row = await self._measure(case, started)
             for provider in started:
                 await self._host.disconnect(provider.peer, "the transfer has ended")
@@ -162,7 +169,12 @@ def _cid_of(path: Path) -> Cid:
 
 
 def measure(
-    size_mb: int, rounds: int, folder: Path, host: str = DEFAULT_HOST, cases: Sequence[str] = tuple(CASES)
+    size_mb: int,
+    rounds: int,
+    folder: Path,
+    host: str = DEFAULT_HOST,
+    cases: Sequence[str] = tuple(CASES),
+    settle_s: float = SETTLE_SECONDS,
 ) -> dict[str, Any]:
     """Run the whole benchmark below a temporary folder and return its figures (MB are 10^6 bytes).
 
@@ -179,7 +191,7 @@ def measure(
         cid = store.add_file(payload, pin="bench")
         store.close()
         payload.unlink()
-        transfers = Transfers(host, root / "source", root / "target", cid, size_mb * _MB)
+        transfers = Transfers(host, root / "source", root / "target", cid, size_mb * _MB, settle_s)
         rows = trio.run(transfers.run, tuple(cases), rounds)
     summary = {name: _summary([row for row in rows if row["case"] == name], rows) for name in cases}
     return {"machine": facts, "host": host, "size_mb": size_mb, "cases": summary, "rounds": rows}

@@ -58,7 +58,7 @@ class Spread:
         """
         seconds = now - self._since
         if not owed:
-            self._last = 0.0
+            self._last, self._fast = 0.0, False
             self._begin(now, 1)
         elif seconds < SAMPLE_SECONDS or (self.width >= peers and not self._before):
             return

@@ -207,7 +207,7 @@ def test_a_killed_provider_is_replaced_by_the_other(source: tuple[Path, bytes], 
 
 
 def test_the_benchmark_measures(tmp_path: Path) -> None:
-    result = bench.measure(60, 1, tmp_path, HOST)
+    result = bench.measure(60, 1, tmp_path, HOST, settle_s=0.0)
     assert [row["case"] for row in result["rounds"]] == ["one", "three", "trouble", "killed"]
     assert [row["killed"] for row in result["rounds"]] == [False, False, False, True]
     for case in result["cases"].values():

@@ -235,3 +235,17 @@ def test_a_rate_that_rises_by_itself_speaks_for_nobody() -> None:
         widths.add(spread.width)
     assert spread.width == 1, "what more peers did not bring, they do not keep"
     assert widths == {1, 2}, "it was tried, once the rate was steady"
+
+
+def test_a_transfer_that_begins_slowly_is_helped_soon_whatever_the_one_before_was() -> None:
+    """The peer that was fast may not be the one that is asked now."""
+    spread = Spread()
+    now = 0.0
+    for _ in range(60):
+        now += 0.05
+        spread.arrived(24 * MIB)
+        spread.decide(now, 3, 10 * MIB)
+    assert spread.width == 1
+    spread.decide(now + 10, 3, 0)
+    spread.decide(now + 10.06, 3, 10 * MIB)
+    assert spread.width == 2
