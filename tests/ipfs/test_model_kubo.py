@@ -1,0 +1,54 @@
+"""The demonstration model: three empty nodes, the CID of its manifest and a Kubo that is no member; they answer."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import trio
+
+from meshnode.policy.model_facts import facts_of, tight_memory
+from protocols.ids import Cid
+from protocols.manifest.codec import open_manifest
+from tests.ipfs.world import LIBRARY, kubo
+from tests.model.real_mesh import LAYERS, model_folder
+from tests.process.mesh_rig import mesh_of, meshnode, serving, tokens_of
+from tests.process.test_mesh_content import manifest_of
+
+NEEDS = (LIBRARY,)
+pytestmark = [pytest.mark.ipfs, pytest.mark.slow]
+
+QUESTION = [{"role": "user", "content": "Why is the sky blue?"}]
+ASK = {"do": "generate", "messages": QUESTION, "max_tokens": 24, "temperature": 0.0}
+READY_SECONDS = 120.0
+REAL = ("serve.engine", "onnx")
+
+
+async def test_the_real_model_answers_out_of_kubo(tmp_path: Path) -> None:
+    published = await trio.to_thread.run_sync(model_folder, "int4")
+    async with kubo(tmp_path / "kubo") as there:
+        address = there.addresses[0]
+        first, second = tmp_path / "first", tmp_path / "second"
+        settings = (REAL, ("content.ipfs_peers", address), ("content.share", "guests"))
+        with mesh_of(first, 1, published=published, memory=("1GB",), settings=settings) as mesh:
+            (publisher,) = mesh.members
+            right = await trio.to_thread.run_sync(tokens_of, publisher, ASK)
+            status = await trio.to_thread.run_sync(publisher.status)
+            manifest = Cid(status["model"]["manifest"])
+            assert await there.call("pin", manifest) == 0
+            memory = str(tight_memory(facts_of(open_manifest(manifest_of(publisher, manifest)), "int4"), 3))
+        await trio.to_thread.run_sync(shutil.rmtree, first)
+        with mesh_of(second, 3, memory=(memory,), settings=(REAL, ("content.ipfs_peers", address))) as mesh:
+            ran = await trio.to_thread.run_sync(
+                lambda: meshnode("model", "add", manifest, folder=mesh.members[0].folder)
+            )
+            assert ran.code == 0, ran.errors
+            await trio.to_thread.run_sync(mesh.wait_ready, READY_SECONDS)
+            for member in mesh.members:
+                assert await trio.to_thread.run_sync(tokens_of, member, ASK) == right
+            status = await trio.to_thread.run_sync(mesh.members[0].status)
+            spans = serving(status)
+            assert len(spans) == 3
+            assert {layer for span in spans.values() for layer in range(*span)} == set(range(LAYERS))
+            assert len(right) == ASK["max_tokens"]
