@@ -53,5 +53,3 @@ def test_a_manifest_of_the_network_is_served_again_by_its_cid(tmp_path: Path) ->
             "no variant int8"
             in meshnode("model", "add", manifest, "--variant", "int8", folder=member.folder).sentence()
         )
-        sentence = meshnode("model", "add", NOWHERE, folder=member.folder).sentence()
-        assert f"nobody gave {NOWHERE}" in sentence and "content.ipfs_peers" in sentence
