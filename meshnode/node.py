@@ -22,48 +22,48 @@ import structlog
 import trio
 
 from meshnode import __version__
-from meshnode.content.blob_store import BlobStore
-from meshnode.content.cipher import Cipher
-from meshnode.content.disk import available_bytes, remove_abandoned
-from meshnode.content.gateway import Gateway
-from meshnode.content.ipfs_api import IpfsApi
-from meshnode.content.outside import Outside, Source
-from meshnode.content.port import Revealed
-from meshnode.content.sealed import is_sealed, set_sealed
+from meshnode.config.settings import Config
 from meshnode.core.clock import monotonic, wall_ms
-from meshnode.core.config import Config
 from meshnode.core.errors import ConfigError, ContentUnavailable, Declined
 from meshnode.core.health import Health
 from meshnode.core.paths import PUBLISH_PREFIX
 from meshnode.core.service import Service, supervise
 from meshnode.engine.process import EngineProcess
-from meshnode.net.libp2p_host import Libp2pHost
+from meshnode.ipfs.fallback import Outside, Source
+from meshnode.ipfs.gateway import Gateway
+from meshnode.ipfs.rpc import IpfsApi
+from meshnode.membership.identity import Identity
+from meshnode.membership.network import load_network
+from meshnode.net.libp2p.host import Libp2pHost
 from meshnode.net.pipes import Pipes
 from meshnode.net.port import PeerEvent
 from meshnode.net.swarm_key import load_swarm_key
 from meshnode.policy.route import NoRoute, plan_route
-from meshnode.services.answering import AnsweringService, Question, Text
-from meshnode.services.arrival import ArrivalService
-from meshnode.services.content import PATIENCE_SECONDS, ContentService
-from meshnode.services.daemon import DaemonService, Release
+from meshnode.services.content.fetch import PATIENCE_SECONDS, ContentService
+from meshnode.services.dht import RoutingService
 from meshnode.services.directory import DirectoryService, next_incarnation
 from meshnode.services.discovery import DiscoveryService
-from meshnode.services.generation import GenerationService, Receipt, Request, Target
-from meshnode.services.guests import GuestService
+from meshnode.services.external_peers import GuestService
 from meshnode.services.holds import HoldStreams
+from meshnode.services.inference.origin import GenerationService, Receipt, Request, Target
+from meshnode.services.inference.readiness import ReadinessService
+from meshnode.services.inference.stage import StageService
+from meshnode.services.inference.text import AnsweringService, Question, Text
 from meshnode.services.inventory import InventoryService
+from meshnode.services.ipfs_daemon import DaemonService, Release
 from meshnode.services.membership import MembershipService
 from meshnode.services.placement import PlacementConfig, PlacementService
-from meshnode.services.readiness import ReadinessService
+from meshnode.services.releases import ArrivalService
 from meshnode.services.replication import ReplicationService
-from meshnode.services.routing import RoutingService
-from meshnode.services.stage import StageService
 from meshnode.services.visits import Visits
 from meshnode.state import releases
 from meshnode.state.database import Database
-from meshnode.state.identity import Identity
-from meshnode.state.network import load_network
 from meshnode.state.port import Membership
+from meshnode.store.blob_store import BlobStore
+from meshnode.store.cipher import Cipher
+from meshnode.store.disk import available_bytes, remove_abandoned
+from meshnode.store.encryption import is_sealed, set_sealed
+from meshnode.store.port import OpenFile
 from protocols.advert.messages import Advert, RoundTrip
 from protocols.bitswap import messages as bitswap
 from protocols.errors import RemoteProtocolError
@@ -482,11 +482,11 @@ class Node:
         route = self._route(target, 0, frozenset())
         return (None, route.reason) if isinstance(route, NoRoute) else (route, "")
 
-    async def _fetch_readable(self, cid: Cid, size: int) -> Revealed:
+    async def _fetch_readable(self, cid: Cid, size: int) -> OpenFile:
         await self.content.fetch(cid, size)
         return await self._reveal(cid)
 
-    async def _reveal(self, cid: Cid) -> Revealed:
+    async def _reveal(self, cid: Cid) -> OpenFile:
         revealed = await trio.to_thread.run_sync(self.store.reveal, cid)
         if revealed is None:
             raise ContentUnavailable(f"the file {cid} was removed while it was being opened; ask again", cid=cid)

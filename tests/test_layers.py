@@ -11,46 +11,68 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+NO_TORCH = dict.fromkeys(("torch", "transformers", "meshnode.publisher"), "a serving node never imports torch")
+NO_HEAVY = {
+    **NO_TORCH,
+    "libp2p": "one adapter imports libp2p",
+    "onnxruntime": "only the engine process imports onnxruntime",
+}
 PURE = {
+    **NO_HEAVY,
     "trio": "no I/O in a protocol or policy",
     "time": "time comes in as `now`",
     "random": "randomness comes in as an argument",
     "secrets": "randomness comes in as an argument",
     "os": "no environment, no urandom",
     "socket": "no I/O in a protocol or policy",
-    "libp2p": "one adapter imports libp2p",
-    "torch": "a serving node never imports torch",
-    "onnxruntime": "only the engine process imports onnxruntime",
 }
-NO_ADAPTERS = {
-    "libp2p": "one adapter imports libp2p",
-    "torch": "a serving node never imports torch",
-    "onnxruntime": "only the engine process imports onnxruntime",
-    "meshnode.node": "the composition root imports us, not the other way round",
-    "meshnode.cli": "the command line is on top",
-    "meshnode.net.libp2p_host": "services see ports, node.py sees adapters",
-    "meshnode.net.memory_host": "services see ports, node.py sees adapters",
-    "meshnode.content.blob_store": "services see ports, node.py sees adapters",
-    "meshnode.engine.process": "services see ports, node.py sees adapters",
-    "meshnode.models": "publishing runs in a process of its own",
+TOP = {
+    f"meshnode.{name}": "imports point down"
+    for name in ("node", "assemble", "api", "cli", "harness", "bench", "doctor", "client", "sim")
 }
+ADAPTERS = {
+    f"meshnode.{name}": "services see ports, assemble.py sees adapters"
+    for name in (
+        "net.libp2p",
+        "net.lane",
+        "net.memory_host",
+        "store.blob_store",
+        "engine.process",
+        "ipfs.rpc",
+        "ipfs.gateway",
+        "state.database",
+    )
+}
+
+
+def others(*but: str) -> dict[str, str]:
+    """The folders of adapters, which do not know each other."""
+    folders = {"net", "store", "ipfs", "engine", "membership", "state", "text"} - set(but)
+    return {f"meshnode.{name}": "one adapter does not know another" for name in folders}
+
+
+UP = {**TOP, "meshnode.services": "imports point down"}
+LOW = {**UP, **NO_HEAVY}
+# Every folder of the two packages: what it must not import, and why.
 BAD: dict[str, dict[str, str]] = {
     "protocols": {**PURE, "meshnode": "a protocol does not know who runs it"},
-    "meshnode/policy": {**PURE, "meshnode.services": "imports point down", "meshnode.net": "policy is pure"},
-    "meshnode/core": {
-        **NO_ADAPTERS,
-        "meshnode.services": "imports point down",
-        "meshnode.policy": "imports point down",
-        "meshnode.net": "imports point down",
-    },
-    "meshnode/services": NO_ADAPTERS,
-    "meshnode/net": {"torch": "a serving node never imports torch", "meshnode.services": "imports point down"},
-    "meshnode/content": {"libp2p": "one adapter imports libp2p", "meshnode.services": "imports point down"},
-    "meshnode/engine": {
-        "libp2p": "one adapter imports libp2p",
-        "torch": "a serving node never imports torch",
-        "meshnode.services": "imports point down",
-    },
+    "meshnode/model": {**PURE, **UP, **others(), "meshnode.policy": "imports point down"},
+    "meshnode/policy": {**PURE, **UP, **others()},
+    "meshnode/core": {**LOW, **others(), "meshnode.policy": "imports point down"},
+    "meshnode/config": {**LOW, **others()},
+    "meshnode/net": {**UP, **NO_TORCH, **others("net")},
+    "meshnode/store": {**LOW, **others("store")},
+    "meshnode/ipfs": {**LOW, **others("ipfs", "store", "net"), "meshnode.store.blob_store": "it uses the store's port"},
+    "meshnode/engine": {**UP, **NO_TORCH, **others("engine"), "libp2p": "one adapter imports libp2p"},
+    "meshnode/state": {**LOW, **others("state")},
+    "meshnode/membership": {**LOW, **others("membership", "state", "net")},
+    "meshnode/text": {**LOW, **others("text")},
+    "meshnode/publisher": {**UP, "libp2p": "one adapter imports libp2p"},
+    "meshnode/services": {**TOP, **NO_HEAVY, **ADAPTERS},
+    "meshnode/doctor": {**NO_HEAVY, "meshnode.cli": "the command line is on top"},
+    "meshnode/api": {**NO_HEAVY, **ADAPTERS, "meshnode.cli": "the command line is on top"},
+    "meshnode/harness": {"torch": "publishing runs in a process of its own"},
+    "meshnode/bench": {"meshnode.cli": "the command line is on top"},
     "meshnode/cli": {"torch": "commands must start fast", "libp2p": "commands must start fast"},
 }
 
@@ -71,6 +93,11 @@ def imports(path: Path) -> set[str]:
     return names
 
 
+def test_every_folder_has_its_rule() -> None:
+    folders = {f"meshnode/{path.parent.name}" for path in (ROOT / "meshnode").glob("*/__init__.py")}
+    assert folders <= BAD.keys()
+
+
 @pytest.mark.parametrize("folder", BAD)
 def test_layer(folder: str) -> None:
     files = sorted((ROOT / folder).rglob("*.py"))
@@ -83,13 +110,19 @@ def test_layer(folder: str) -> None:
     assert not broken, "\n".join(broken)
 
 
+SERVICES = ROOT / "meshnode/services"
+
+
 def test_services_do_not_know_each_other() -> None:
+    """A service is a file, or a folder whose files know each other. What they see of each other is in port.py."""
     broken = []
-    for path in sorted((ROOT / "meshnode/services").glob("*.py")):
-        others = {f"meshnode.services.{p.stem}" for p in path.parent.glob("*.py")} - {
-            f"meshnode.services.{path.stem}"
+    for path in sorted(SERVICES.rglob("*.py")):
+        own = path.relative_to(SERVICES).parts[0].removesuffix(".py")
+        others = {f"meshnode.services.{p.stem}" for p in SERVICES.iterdir()} - {
+            f"meshnode.services.{own}",
+            "meshnode.services.port",
         }
-        broken += [f"{path.name} imports {name}" for name in sorted(imports(path) & others)]
+        broken += [f"{path.relative_to(SERVICES)} imports {name}" for name in sorted(imports(path) & others)]
     assert not broken, "\n".join(broken)
 
 
@@ -100,7 +133,7 @@ def test_only_the_adapter_imports_libp2p() -> None:
         for path in (ROOT / folder).rglob("*.py")
         if "libp2p" in imports(path)
     }
-    assert users <= {"meshnode/net/libp2p_host.py", "meshnode/net/libp2p_guards.py"}
+    assert users <= {"meshnode/net/libp2p/host.py", "meshnode/net/libp2p/guards.py"}
 
 
 def test_only_the_codec_imports_cbor2() -> None:
@@ -119,10 +152,13 @@ OUTSIDE = {"sqlite3", "socket", "ssl", "subprocess", "mmap", "libp2p", "onnxrunt
 def test_services_see_adapters_through_their_ports() -> None:
     """Of the adapters' folders a service uses ports, and parts that touch nothing outside themselves."""
     broken = []
-    for path in sorted((ROOT / "meshnode/services").glob("*.py")):
+    for path in sorted(SERVICES.rglob("*.py")):
         for name in sorted(imports(path)):
             part = ROOT / (name.replace(".", "/") + ".py")
-            if name.split(".")[1:2] in (["net"], ["content"], ["engine"], ["state"], ["models"]) and part.exists():
+            if (
+                name.split(".")[1:2] in (["net"], ["store"], ["ipfs"], ["engine"], ["state"], ["membership"])
+                and part.exists()
+            ):
                 touched = imports(part) & OUTSIDE
                 broken += (
                     [f"{path.name} imports {name}, which imports {', '.join(sorted(touched))}"] if touched else []

@@ -27,10 +27,10 @@ import trio
 
 from meshnode.bench.machine import line, machine
 from meshnode.bench.provider import QUOTA_BYTES, Provider, host_from, providers
-from meshnode.content.blob_store import BlobStore
 from meshnode.core.log import set_up
 from meshnode.net.port import Host
-from meshnode.services.content import ContentService
+from meshnode.services.content.fetch import ContentService
+from meshnode.store.blob_store import BlobStore
 from protocols.ids import Cid, PeerId
 from protocols.unixfs.builder import Builder
 
@@ -39,7 +39,7 @@ BAR_RSS_MB: Final = 64
 BAR_TROUBLE: Final = 1.3  # times as long as from the good provider alone
 SETTLE_SECONDS: Final = 2.0  # what a new process still does in the background would be counted, once per provider
 CONNECT_SECONDS: Final = 30
-DEFAULT_HOST: Final = "meshnode.net.libp2p_host:open_host"
+DEFAULT_HOST: Final = "meshnode.net.libp2p.host:open_host"
 _MB: Final = 1_000_000
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Final
 
+from meshnode import client
 from meshnode.bench.machine import machine
 from meshnode.bench.single import Single
-from meshnode.cli import client
 from meshnode.harness.mesh import Mesh
 from meshnode.harness.receipt import node_line
-from meshnode.models.quality import sample_tokens
+from meshnode.publisher.quality import sample_tokens
 
 Json = dict[str, Any]
 SHORT: Final = 32  # tokens of a short prompt

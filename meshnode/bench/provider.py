@@ -18,11 +18,11 @@ from typing import Any, Final, cast
 
 import trio
 
-from meshnode.content.blob_store import BlobStore
 from meshnode.core.errors import ConfigError
 from meshnode.core.log import set_up
 from meshnode.net.port import Host, Lane, Stream
-from meshnode.services.content import ContentService
+from meshnode.services.content.fetch import ContentService
+from meshnode.store.blob_store import BlobStore
 from protocols.ids import PeerId
 
 KINDS: Final = ("good", "slow", "liar")

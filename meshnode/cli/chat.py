@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from meshnode.cli import client
+from meshnode import client
 from meshnode.cli.generate import add_sampling, request_of, stream
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import folder_of

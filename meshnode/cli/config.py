@@ -6,7 +6,7 @@ import argparse
 
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import add_settings, settings
-from meshnode.core.config import describe
+from meshnode.config.load import describe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

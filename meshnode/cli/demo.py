@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from meshnode.cli.generate import add_sampling, request_of, stream
 from meshnode.cli.harness import running, summary, write_receipt
 from meshnode.cli.model import VARIANTS
-from meshnode.core.config import format_size
+from meshnode.core.sizes import format_size
 
 if TYPE_CHECKING:
     from meshnode.harness.mesh import Mesh

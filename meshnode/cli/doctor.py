@@ -13,17 +13,16 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
-from meshnode import __version__
-from meshnode.cli import client
+from meshnode import __version__, client
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import PASSPHRASE, folder_of, settings
-from meshnode.core.config import Config
+from meshnode.config.settings import Config
 from meshnode.core.errors import ConfigError
 from meshnode.core.paths import Paths
 
 if TYPE_CHECKING:
-    from meshnode.policy.device_checks import LockFacts
-    from meshnode.policy.finding import Finding
+    from meshnode.doctor.device import LockFacts
+    from meshnode.doctor.finding import Finding
 
 JSON_VERSION: Final = 1
 STATUS_SECONDS: Final = 5.0
@@ -36,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0 when nothing is wrong, else 1."""
-    from meshnode.policy.finding import exit_code
+    from meshnode.doctor.finding import exit_code
 
     found = []
     for finding in examine(arguments):
@@ -72,17 +71,16 @@ def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
 
 
 def _counts(findings: Sequence[Finding]) -> dict[str, int]:
-    from meshnode.policy.finding import Level
+    from meshnode.doctor.finding import Level
 
     return {level.value: sum(f.level is level for f in findings) for level in reversed(Level)}
 
 
 def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
     """Every check, in the order in which things have to be right; each is given out as soon as it is done."""
-    from meshnode.cli import device_facts as facts
     from meshnode.core.clock import wall_ms
-    from meshnode.policy import device_checks as device
-    from meshnode.policy.finding import Level
+    from meshnode.doctor import device, facts
+    from meshnode.doctor.finding import Level
 
     folder = folder_of(arguments)
     yield device.check_python(sys.version_info[:3])
@@ -112,7 +110,7 @@ def _config(arguments: argparse.Namespace, folder: Path) -> tuple[Config, str]:
 
 def _node(folder: Path, holder: int | None) -> tuple[dict[str, Any] | None, Finding]:
     """The status of the running node, and what that means: not OK if somebody listens but gives none."""
-    from meshnode.policy.node_checks import check_control
+    from meshnode.doctor.node import check_control
 
     began = perf_counter()
     try:
@@ -125,9 +123,8 @@ def _node(folder: Path, holder: int | None) -> tuple[dict[str, Any] | None, Find
 
 
 def _data_folder(config: Config, folder: Path, lock: LockFacts, now_ms: int) -> Iterator[Finding]:
-    from meshnode.cli import device_facts as facts
-    from meshnode.content.blob_store import RESERVE_BYTES
-    from meshnode.policy import device_checks as device
+    from meshnode.doctor import device, facts
+    from meshnode.store.blob_store import RESERVE_BYTES
 
     paths = config.paths
     about = facts.folder_facts(folder)
@@ -151,8 +148,7 @@ def _data_folder(config: Config, folder: Path, lock: LockFacts, now_ms: int) -> 
 
 
 def _machine(config: Config, lock: LockFacts, status: dict[str, Any] | None) -> Iterator[Finding]:
-    from meshnode.cli import device_facts as facts
-    from meshnode.policy import device_checks as device
+    from meshnode.doctor import device, facts
 
     if status is not None and status.get("addresses"):  # flags of `start` may have set others than the file
         ports = facts.ports_of_node(status.get("pid"), status["addresses"])
@@ -169,9 +165,9 @@ def _machine(config: Config, lock: LockFacts, status: dict[str, Any] | None) -> 
 
 
 def _engine() -> Iterator[Finding]:
-    from meshnode.cli.device_facts import can_publish
+    from meshnode.doctor import device
+    from meshnode.doctor.facts import can_publish
     from meshnode.engine.trial import try_engines
-    from meshnode.policy import device_checks as device
 
     for trial in try_engines():
         yield device.check_engine(trial.kind, took_ms=trial.took_ms, rss=trial.rss_bytes, problem=trial.problem)
@@ -179,7 +175,7 @@ def _engine() -> Iterator[Finding]:
 
 
 def _running(status: dict[str, Any], now_ms: int) -> Iterator[Finding]:
-    from meshnode.policy import node_checks as node
+    from meshnode.doctor import node
 
     yield node.check_version(status, __version__)
     yield from node.check_unreachable(status)
@@ -190,8 +186,8 @@ def _running(status: dict[str, Any], now_ms: int) -> Iterator[Finding]:
 
 
 def _reach(config: Config, folder: Path) -> Iterator[Finding]:
-    from meshnode.cli import device_facts as facts
-    from meshnode.policy.device_checks import check_reach
+    from meshnode.doctor import facts
+    from meshnode.doctor.device import check_reach
 
     for address, problem in facts.reach(facts.peers_to_reach(config, folder)):
         yield check_reach(address, problem)

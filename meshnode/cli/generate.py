@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from meshnode.cli import client
+from meshnode import client
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import folder_of
 from meshnode.core.errors import ConfigError, DiskError

@@ -209,7 +209,7 @@ def _log_lines(name: str, path: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from meshnode.cli.client import NodeError
+    from meshnode.client import NodeError
     from meshnode.harness.mesh import Mesh
     from meshnode.harness.receipt import node_line
 

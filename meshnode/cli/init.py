@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Make the network, keep the flags in config.toml, print the ticket."""
-    from meshnode.state.enrolment import init_network
+    from meshnode.membership.enrolment import init_network
 
     folder = folder_of(arguments)
     config = settings(arguments)

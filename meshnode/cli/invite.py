@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Final
 
-from meshnode.cli import client
+from meshnode import client
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import folder_of, settings
-from meshnode.core.config import Config
+from meshnode.config.settings import Config
 from meshnode.core.errors import ConfigError
 
 MAX_USES: Final = 1_000_000
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def print_ticket(config: Config, folder: Path, *, uses: int, hours: float) -> None:
     """Write an invite into the ledger and print the command that uses it."""
-    from meshnode.state.enrolment import create_invite
+    from meshnode.membership.enrolment import create_invite
 
     ticket = create_invite(folder, uses=uses, ttl_s=hours * 3600, addresses=addresses(config, folder))
     times = {0: "any number of devices", 1: "one device"}.get(uses, f"{uses} devices")
@@ -50,8 +50,8 @@ def addresses(config: Config, folder: Path) -> list[str]:
     listen on."""
     if client.is_running(folder):
         return list(client.ask_one(folder, {"do": "status"})["addresses"])
+    from meshnode.membership.enrolment import own_peer
     from meshnode.net.addresses import address_of, owned, parse_address, reachable_hosts
-    from meshnode.state.enrolment import own_peer
 
     peer = own_peer(folder)
     if config.network.announce:

@@ -24,12 +24,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     from meshnode import __version__
     from meshnode.core import log
-    from meshnode.net.libp2p_host import Libp2pHost
+    from meshnode.membership.enrolment import describe_ticket, open_identity, open_ticket
+    from meshnode.membership.identity import Identity
+    from meshnode.membership.joining import join
+    from meshnode.net.libp2p.host import Libp2pHost
     from meshnode.net.swarm_key import load_swarm_key
     from meshnode.state.database import Database
-    from meshnode.state.enrolment import describe_ticket, open_identity, open_ticket
-    from meshnode.state.identity import Identity
-    from meshnode.state.joining import join
     from meshnode.state.port import Membership
 
     folder = folder_of(arguments)

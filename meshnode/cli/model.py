@@ -11,16 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from meshnode.cli import client, model_car, model_cid, model_keep
+from meshnode import client
+from meshnode.cli import model_car, model_cid, model_keep
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import ask_passphrase, folder_of, settings
-from meshnode.core.config import format_size
 from meshnode.core.errors import ConfigError, ModelError
 from meshnode.core.paths import PUBLISH_PREFIX, Paths
+from meshnode.core.sizes import format_size
 
 if TYPE_CHECKING:
-    from meshnode.content.blob_store import BlobStore
-    from meshnode.content.cipher import Cipher
+    from meshnode.store.blob_store import BlobStore
+    from meshnode.store.cipher import Cipher
     from protocols.ids import Cid
     from protocols.manifest.messages import Manifest
 
@@ -69,10 +70,10 @@ def _add(arguments: argparse.Namespace) -> int:
     if wanted is not None:
         return model_cid.add_by_cid(arguments, wanted)
 
-    from meshnode.content.disk import locked, remove_abandoned
     from meshnode.core.clock import wall_ms
-    from meshnode.models.release import FIRST_VERSION, release, run_publisher
-    from meshnode.state.identity import Identity
+    from meshnode.membership.identity import Identity
+    from meshnode.publisher.release import FIRST_VERSION, release, run_publisher
+    from meshnode.store.disk import locked, remove_abandoned
     from protocols.errors import LocalProtocolError
     from protocols.manifest.codec import check_release
 
@@ -149,10 +150,10 @@ def open_store(arguments: argparse.Namespace, *, adds: bool = False) -> Iterator
 
     adds: files will be added; where they are to be encrypted, that begins with the first, not with the next start.
     """
-    from meshnode.content.blob_store import BlobStore
-    from meshnode.content.disk import available_bytes
-    from meshnode.content.sealed import is_sealed, set_sealed
     from meshnode.core import log
+    from meshnode.store.blob_store import BlobStore
+    from meshnode.store.disk import available_bytes
+    from meshnode.store.encryption import is_sealed, set_sealed
 
     log.set_up(level="error", format="console")  # what the store notices, the command says in its own words
     config = settings(arguments)
@@ -170,9 +171,9 @@ def open_store(arguments: argparse.Namespace, *, adds: bool = False) -> Iterator
 
 def _cipher(folder: Path) -> Cipher:
     """What the files of this node are encrypted with; asks for the passphrase of its key."""
-    from meshnode.content.cipher import Cipher
-    from meshnode.state.identity import Identity
-    from meshnode.state.network import load_network
+    from meshnode.membership.identity import Identity
+    from meshnode.membership.network import load_network
+    from meshnode.store.cipher import Cipher
 
     return Cipher(Identity.load(folder, ask_passphrase).seed, load_network(folder).network_id)
 

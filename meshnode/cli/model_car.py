@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Final
 
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import folder_of
-from meshnode.core.config import format_size
 from meshnode.core.errors import ModelError
+from meshnode.core.sizes import format_size
 
 if TYPE_CHECKING:
-    from meshnode.content.blob_store import BlobStore
+    from meshnode.store.blob_store import BlobStore
     from protocols.ids import Cid
     from protocols.manifest.messages import FileRef, Manifest
 
@@ -32,7 +32,7 @@ def add_actions(actions: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def export_model(arguments: argparse.Namespace) -> int:
     """Write the CAR; exit code 4 if files of the model are not on this node."""
     from meshnode.cli.model import StepProgress, find_release, open_store
-    from meshnode.content.car_export import export_car, files_of
+    from meshnode.ipfs.car_export import export_car, files_of
 
     with open_store(arguments) as store:
         cid, manifest, _ = find_release(folder_of(arguments), store, arguments.model)
@@ -60,7 +60,7 @@ def export_model(arguments: argparse.Namespace) -> int:
 
 
 def _lacks(store: BlobStore, manifest: Manifest, files: list[FileRef], missing: list[FileRef]) -> str:
-    from meshnode.content.car_export import files_of
+    from meshnode.ipfs.car_export import files_of
 
     whole = [
         name
@@ -80,7 +80,7 @@ def _lacks(store: BlobStore, manifest: Manifest, files: list[FileRef], missing: 
 def import_model(arguments: argparse.Namespace) -> int:
     """Verify and keep what is in the CAR, and have the network serve its smallest variant, or the one it served."""
     from meshnode.cli.model import StepProgress, adopt, open_store
-    from meshnode.content.car_import import import_car
+    from meshnode.ipfs.car_import import import_car
 
     steps = StepProgress()
     with open_store(arguments, adds=True) as store:

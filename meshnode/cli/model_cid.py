@@ -8,7 +8,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Final
 
-from meshnode.cli import client
+from meshnode import client
 from meshnode.cli.settings import folder_of, settings
 from meshnode.core.errors import ConfigError, ModelError
 from meshnode.core.paths import Paths

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Final
 
-from meshnode.cli import client
+from meshnode import client
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import folder_of
-from meshnode.core.config import format_size
 from meshnode.core.errors import ConfigError, ModelError
 from meshnode.core.paths import Paths
+from meshnode.core.sizes import format_size
 
 SILENCE_SECONDS: Final = 120.0  # a node says within this time that a fetch goes on, or that it does not
 
@@ -69,9 +69,9 @@ def unpin_model(arguments: argparse.Namespace) -> int:
 def remove_model(arguments: argparse.Namespace) -> int:
     """Forget the release, free its files; a running node that serves it goes on until it stops."""
     from meshnode.cli.model import find_release, known_releases, open_store
-    from meshnode.content.port import LAST_PIN
     from meshnode.state import releases
     from meshnode.state.database import Database
+    from meshnode.store.port import LAST_PIN
 
     folder = folder_of(arguments)
     if client.is_running(folder):

@@ -10,7 +10,8 @@ from getpass import getpass
 from pathlib import Path
 from typing import Final
 
-from meshnode.core.config import Config, load_config
+from meshnode.config.load import load_config
+from meshnode.config.settings import Config
 from meshnode.core.errors import IdentityError
 
 PASSPHRASE: Final = "MESHNODE_PASSPHRASE"

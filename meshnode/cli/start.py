@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import add_settings, ask_passphrase, folder_of, settings
-from meshnode.core.config import Config
+from meshnode.config.settings import Config
 from meshnode.core.paths import Paths
 
 
@@ -28,12 +28,12 @@ def run_node(config: Config) -> int:
     """Run the node in this process. Ctrl-C or SIGTERM once: leave in good order; twice: at once."""
     import trio
 
+    from meshnode.api.commands import Orders
+    from meshnode.api.control import ControlService
     from meshnode.core import log
     from meshnode.core.memory import give_back
+    from meshnode.membership.identity import Identity
     from meshnode.node import Node
-    from meshnode.orders import Orders
-    from meshnode.services.control import ControlService
-    from meshnode.state.identity import Identity
 
     paths = config.paths
     file = paths.folder / config.log.file if config.log.file else None

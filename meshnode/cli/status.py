@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any, Final
 
-from meshnode.cli import client
+from meshnode import client
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import folder_of
 

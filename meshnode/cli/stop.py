@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from meshnode.cli import client
+from meshnode import client
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import folder_of
 

@@ -20,9 +20,9 @@ import numpy as np
 
 from meshnode.core.errors import Declined, FatalError
 from meshnode.core.memory import give_back
+from meshnode.engine.backend import Stage
 from meshnode.engine.link import Link
 from meshnode.engine.sessions import Sessions
-from meshnode.engine.stage import Stage
 from protocols.enginewire.machine import EngineSide
 from protocols.enginewire.messages import (
     ANSWERS,

@@ -18,9 +18,9 @@ import numpy as np
 import onnx
 
 from meshnode.core.errors import ModelError
+from meshnode.engine.backend import Array
 from meshnode.engine.graph_file import read_graph
 from meshnode.engine.rotary import is_placeholder, parse
-from meshnode.engine.stage import Array
 
 _INLINE_BYTES: Final = 1024  # smaller constants stay in the graph: onnxruntime folds them
 _TYPES: Final[dict[int, np.dtype[Any]]] = {

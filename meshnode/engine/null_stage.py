@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from meshnode.engine.stage import Array
+from meshnode.engine.backend import Array
 
 _PRIME: Final = 8_388_593  # the largest prime below 2**23
 _SPREAD: Final = 20.0  # logits lie in [0, 20)

@@ -20,8 +20,8 @@ import numpy as np
 import onnxruntime as ort
 
 from meshnode.core.errors import ModelError
+from meshnode.engine.backend import Array
 from meshnode.engine.cut import Cut, WeightlessGraph
-from meshnode.engine.stage import Array
 from meshnode.engine.weights import Weights
 from protocols.enginewire.messages import Load
 

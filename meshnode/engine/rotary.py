@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 
 from meshnode.core.errors import ModelError
-from meshnode.engine.stage import Array
+from meshnode.engine.backend import Array
 
 Function = Literal["cos", "sin"]
 

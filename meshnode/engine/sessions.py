@@ -10,8 +10,8 @@ from typing import Final
 import numpy as np
 
 from meshnode.core.errors import Declined
+from meshnode.engine.backend import Array, Stage, Track
 from meshnode.engine.sampling import sample
-from meshnode.engine.stage import Array, Stage, Track
 from protocols.enginewire.messages import BAD_INPUT, BUSY, FENCED, TOO_LONG, Load
 from protocols.pipe.messages import Sampling
 

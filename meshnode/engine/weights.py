@@ -9,8 +9,8 @@ from typing import Final
 import numpy as np
 
 from meshnode.core.errors import ModelError
+from meshnode.engine.backend import Array
 from meshnode.engine.cut import View
-from meshnode.engine.stage import Array
 
 # Norms and biases. Kernels read them in every step, and with one touched page Linux 6.18 maps all the pages that it
 # keeps together in its cache: megabytes of weights that the kernels have packed copies of.

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import psutil
 
-from meshnode.cli import client
+from meshnode import client
 from meshnode.core.errors import FatalError
 
 START_SECONDS: Final = 30.0

@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Final
 
 from meshnode.cli.init import keep_flags
-from meshnode.content.blob_store import BlobStore
+from meshnode.config.values import parse_amount
 from meshnode.core.clock import wall_ms
-from meshnode.core.config import parse_amount
 from meshnode.core.errors import ConfigError, DiskError
 from meshnode.core.paths import Paths
 from meshnode.harness.member import HarnessError, Member, clean_environment
-from meshnode.models.release import release
-from meshnode.policy.model_facts import facts_of, tight_memory
+from meshnode.membership.enrolment import create_invite, init_network, open_identity
+from meshnode.membership.identity import Identity
+from meshnode.membership.network import has_network
+from meshnode.model.facts import facts_of, tight_memory
+from meshnode.publisher.release import release
 from meshnode.state import releases
 from meshnode.state.database import Database
-from meshnode.state.enrolment import create_invite, init_network, open_identity
-from meshnode.state.identity import Identity
-from meshnode.state.network import has_network
+from meshnode.store.blob_store import BlobStore
 from protocols.ids import Cid, PeerId, short
 from protocols.manifest.messages import Manifest
 

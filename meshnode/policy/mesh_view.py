@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from statistics import median_low
 from typing import Final
 
-from meshnode.policy.model_facts import Range
+from meshnode.model.facts import Range
 from meshnode.policy.placement import Node
 from protocols.advert.messages import DRAINING, INTENT, SERVING, Advert, Span
 from protocols.ids import PeerId

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Final
 
-from meshnode.policy.model_facts import ModelFacts, Range
+from meshnode.model.facts import ModelFacts, Range
 from meshnode.policy.placement import Node, Plan, coverage_of, plan, runs, windows_of
 
 KEEP_MILLI: Final = 850  # stay while the bottleneck is at least this part (thousandths) of the planned one

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from meshnode.policy.model_facts import ModelFacts, Range
+from meshnode.model.facts import ModelFacts, Range
 
 HOP_US: Final = 800  # a hop costs at least this: serialising, the pipes to the engine, the wire on loopback
 _WORDS: Final = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")

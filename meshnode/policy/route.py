@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final
 
+from meshnode.model.facts import Range
 from meshnode.policy.mesh_view import layer_us_of
-from meshnode.policy.model_facts import Range
 from meshnode.policy.placement import runs
 from protocols.advert.messages import INTENT, LOADING, SERVING, Advert, Serving
 from protocols.ids import PeerId, short

@@ -7,7 +7,7 @@ from typing import Any, Final, Protocol
 
 import trio
 
-from meshnode.content.port import Content
+from meshnode.store.port import Content
 from protocols.advert.messages import Advert, Head, Holding
 from protocols.ids import Cid, PeerId, cid_to_bytes
 from protocols.manifest.messages import Manifest

@@ -11,18 +11,18 @@ from typing import Any, Final, Protocol
 
 import trio
 
-from meshnode.content.port import Content, Revealed
 from meshnode.core.clock import Wall, wall_ms
-from meshnode.core.config import format_size
 from meshnode.core.errors import ContentUnavailable, Declined, DiskError, EngineLost, FatalError, TransientError
 from meshnode.core.health import Health
 from meshnode.core.log import get_logger
+from meshnode.core.sizes import format_size
 from meshnode.engine.port import Engine, StageReport, StageSpec
+from meshnode.model.facts import ModelFacts, Range, facts_of
 from meshnode.policy.mesh_view import coarse_us, layer_us_of, nodes_of
-from meshnode.policy.model_facts import ModelFacts, Range, facts_of
 from meshnode.policy.moves import Move, abandoned, decide, guards_of, slot_of, still_right, unserved, wanted_plan
 from meshnode.policy.placement import Node, runs
 from meshnode.policy.prediction import Prediction, predict
+from meshnode.store.port import Content, OpenFile
 from protocols.advert.messages import DRAINING, IDLE, INTENT, LOADING, SERVING, Advert, Head, Serving, Span
 from protocols.errors import ProtocolError
 from protocols.ids import Cid, PeerId, short
@@ -72,7 +72,7 @@ class Fetch(Protocol):
         """Have the complete, verified file in the store; `progress` is called with bytes done and in all."""
 
 
-Reveal = Callable[[Cid], Awaitable[Revealed]]  # a file in the store; raises ContentUnavailable
+Reveal = Callable[[Cid], Awaitable[OpenFile]]  # a file in the store; raises ContentUnavailable
 FetchBlock = Callable[[Cid], Awaitable[bytes]]
 
 

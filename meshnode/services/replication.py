@@ -15,12 +15,12 @@ from typing import Any, Final, Protocol
 
 import trio
 
-from meshnode.content.port import LAST_PIN, SPARE_PIN, Content
-from meshnode.core.config import format_size
 from meshnode.core.errors import ContentUnavailable, Declined, DiskError, FatalError, TransientError
 from meshnode.core.health import Health
 from meshnode.core.log import get_logger
+from meshnode.core.sizes import format_size
 from meshnode.policy.replication import Shelf, Standing, assignments, copies, standing
+from meshnode.store.port import LAST_PIN, SPARE_PIN, Content
 from protocols.advert.messages import DRAINING, Advert, Head, Holding
 from protocols.errors import ProtocolError
 from protocols.ids import DAG_CBOR, Cid, PeerId, cid_from_bytes, cid_to_bytes, short

@@ -6,7 +6,7 @@ import secrets
 
 import pytest
 
-from meshnode.net.libp2p_host import Libp2pHost, open_host
+from meshnode.net.libp2p.host import Libp2pHost, open_host
 from tests.conformance.check_host import CHECKS, Check
 
 pytestmark = pytest.mark.net

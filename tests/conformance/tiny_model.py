@@ -58,9 +58,9 @@ _KEPT: list[tempfile.TemporaryDirectory[str]] = []
 
 def make_tiny(folder: Path, *, layers: int = 4, tied: bool = True) -> dict[str, Tiny]:
     """Publish every variant of a random Llama into `folder`. Takes about ten seconds, most of it imports."""
-    from meshnode.models.frequencies import rotary_frequencies
-    from meshnode.models.graph import build_skeleton, plan_graph
-    from meshnode.models.precision import PRECISIONS
+    from meshnode.publisher.frequencies import rotary_frequencies
+    from meshnode.publisher.graph import build_skeleton, plan_graph
+    from meshnode.publisher.precision import PRECISIONS
 
     architecture = Architecture(
         family="llama",

@@ -13,10 +13,10 @@ import cbor2
 import pytest
 import trio
 
-from meshnode.content.ipfs_api import IpfsApi
 from meshnode.core.health import Health
-from meshnode.services import daemon as daemon_service
-from meshnode.services.daemon import DaemonService, Release
+from meshnode.ipfs.rpc import IpfsApi
+from meshnode.services import ipfs_daemon as daemon_service
+from meshnode.services.ipfs_daemon import DaemonService, Release
 from meshnode.state.database import Database
 from protocols.ids import DAG_CBOR, RAW, Cid, cid_of, cid_to_bytes
 from tests.ipfs.test_rpc_js_ipfs import daemon, started

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import trio
 
-from meshnode.content.ipfs_api import IpfsApi
 from meshnode.core.health import Health
-from meshnode.services import guests as guest_service
-from meshnode.services.daemon import DaemonService
+from meshnode.ipfs.rpc import IpfsApi
+from meshnode.services import external_peers as guest_service
+from meshnode.services.ipfs_daemon import DaemonService
 from meshnode.state.database import Database
 from protocols.ids import cid_of_old
 from tests.http_server import site
 from tests.ipfs.world import kubo, ours
 from tests.services.test_content import MIB, noise
-from tests.services.test_daemon import FakeDaemon
+from tests.services.test_ipfs_daemon import FakeDaemon
 
 pytestmark = [pytest.mark.ipfs, pytest.mark.slow]
 

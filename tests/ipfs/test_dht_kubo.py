@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from meshnode.content.blob_store import BlobStore
-from meshnode.net.libp2p_host import Libp2pHost, open_host
-from meshnode.services.content import ContentService
-from meshnode.services.routing import RoutingService
+from meshnode.net.libp2p.host import Libp2pHost, open_host
+from meshnode.services.content.fetch import ContentService
+from meshnode.services.dht import RoutingService
 from meshnode.services.visits import Visits
+from meshnode.store.blob_store import BlobStore
 from protocols.bitswap.messages import PROTOCOL as BITSWAP
 from protocols.ids import Cid, cid_of_old
 from protocols.unixfs.builder import file_cid

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import trio
 
-from meshnode.content import search
-from meshnode.content.blob_store import BlobStore
-from meshnode.content.gateway import Gateway
-from meshnode.content.outside import Outside
 from meshnode.core.errors import ContentUnavailable
 from meshnode.core.health import Health
-from meshnode.services import content
-from meshnode.services.content import ContentService
+from meshnode.ipfs.fallback import Outside
+from meshnode.ipfs.gateway import Gateway
+from meshnode.services.content import fetch as content
+from meshnode.services.content import sources as search
+from meshnode.services.content.fetch import ContentService
+from meshnode.store.blob_store import BlobStore
 from protocols.ids import RAW, Cid, cid_of
 from protocols.unixfs.builder import file_cid
 from tests.ipfs.world import HELIA, NODE, read_line

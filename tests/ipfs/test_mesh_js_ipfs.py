@@ -8,13 +8,13 @@ import pytest
 import trio
 from nacl.signing import SigningKey
 
-from meshnode.content.blob_store import BlobStore
-from meshnode.content.ipfs_api import IpfsApi
-from meshnode.content.outside import Outside
 from meshnode.core.health import Health
-from meshnode.models.release import release
-from meshnode.policy.model_facts import facts_of, tight_memory
-from meshnode.services.content import ContentService
+from meshnode.ipfs.fallback import Outside
+from meshnode.ipfs.rpc import IpfsApi
+from meshnode.model.facts import facts_of, tight_memory
+from meshnode.publisher.release import release
+from meshnode.services.content.fetch import ContentService
+from meshnode.store.blob_store import BlobStore
 from protocols.ids import Cid, peer_id_of
 from protocols.manifest.codec import open_manifest
 from protocols.manifest.messages import FileRef, Manifest

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from meshnode.content.blob_store import BlobStore
 from meshnode.core.paths import Paths
 from meshnode.harness.member import Member
 from meshnode.harness.mesh import QUOTA_BYTES
-from meshnode.policy.model_facts import facts_of, tight_memory
+from meshnode.model.facts import facts_of, tight_memory
+from meshnode.store.blob_store import BlobStore
 from protocols.ids import DAG_CBOR, Cid
 from protocols.manifest.codec import open_manifest
 from protocols.unixfs.builder import file_cid

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from meshnode.policy.model_facts import facts_of, tight_memory
+from meshnode.model.facts import facts_of, tight_memory
 from protocols.ids import Cid
 from protocols.manifest.codec import open_manifest
 from tests.ipfs.world import LIBRARY, kubo

@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from meshnode.content.blob_store import BlobStore
-from meshnode.content.ipfs_api import DaemonRefused, IpfsApi
-from meshnode.content.outside import Outside, SourceFailed, verified
 from meshnode.core.errors import ContentUnavailable
 from meshnode.core.health import Health
-from meshnode.services.content import ContentService
+from meshnode.ipfs.fallback import Outside, SourceFailed, verified
+from meshnode.ipfs.rpc import DaemonRefused, IpfsApi
+from meshnode.services.content.fetch import ContentService
+from meshnode.store.blob_store import BlobStore
 from protocols.ids import RAW, cid_of
 from protocols.unixfs.builder import file_cid
 from tests.ipfs.world import JS_IPFS, NODE

@@ -15,10 +15,10 @@ from typing import Any, Self
 
 import trio
 
-from meshnode.content.blob_store import BlobStore
-from meshnode.net.libp2p_host import Libp2pHost, open_host
-from meshnode.services.content import ContentService
-from meshnode.services.guests import GuestService
+from meshnode.net.libp2p.host import Libp2pHost, open_host
+from meshnode.services.content.fetch import ContentService
+from meshnode.services.external_peers import GuestService
+from meshnode.store.blob_store import BlobStore
 from protocols.bitswap.messages import PROTOCOL
 from protocols.ids import Cid, PeerId
 

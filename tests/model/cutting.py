@@ -14,8 +14,8 @@ import onnxruntime
 
 from meshnode.engine.graph_file import read_graph
 from meshnode.engine.rotary import is_placeholder, parse
-from meshnode.models.expression import Array
-from meshnode.models.publish import publish
+from meshnode.publisher.expression import Array
+from meshnode.publisher.publish import publish
 
 LAYERS = 4
 SHAPE: dict[str, Any] = {

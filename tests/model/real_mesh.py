@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from meshnode import client
 from meshnode.bench.single import stage_spec
-from meshnode.cli import client
 from meshnode.engine.onnx_stage import OnnxStage
 from meshnode.engine.process import load_request
 from meshnode.engine.sessions import Sessions

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meshnode.models.checkpoint import EXAMPLES
+from meshnode.publisher.checkpoint import EXAMPLES
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ import pytest
 from meshnode.core.errors import ModelError
 from meshnode.engine.graph_file import read_graph
 from meshnode.engine.rotary import is_placeholder, parse
-from meshnode.models import publish as publishing
-from meshnode.models.frequencies import Frequencies
+from meshnode.publisher import publish as publishing
+from meshnode.publisher.frequencies import Frequencies
 from tests.model.cutting import Pieces, published, random_checkpoint, reference_greedy, reference_logits
 
 pytestmark = pytest.mark.model

@@ -30,7 +30,15 @@ TOKENS = 24
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2")
-    command = [sys.executable, "-m", "meshnode.models.publish", "--source", "example:smollm2", "--out", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "meshnode.publisher.publish",
+        "--source",
+        "example:smollm2",
+        "--out",
+        str(folder),
+    ]
     for variant in ("int4", "int8", "fp32"):
         command += ["--variant", variant]
     subprocess.run(command, check=True, timeout=600, stdout=subprocess.DEVNULL)
@@ -130,8 +138,8 @@ async def test_fp32_is_transformers(smollm2: Path) -> None:
     import tokenizers
     import torch
 
-    from meshnode.models.calibrate import load_reference
-    from meshnode.models.checkpoint import open_checkpoint
+    from meshnode.publisher.calibrate import load_reference
+    from meshnode.publisher.checkpoint import open_checkpoint
 
     reference = load_reference(open_checkpoint("example:smollm2"))
     tokenizer = tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json"))

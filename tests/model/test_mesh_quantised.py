@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from meshnode.cli import client
+from meshnode import client
 from meshnode.harness.mesh import Mesh
 from meshnode.harness.receipt import complete, node_line
-from meshnode.models.quality import sample_tokens
+from meshnode.publisher.quality import sample_tokens
 from protocols.pipe.messages import Sampling
 from tests.model.real_mesh import LAYERS, PAGES_MB, alone, model_folder, real_mesh
 

@@ -13,9 +13,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from meshnode.core.errors import ConfigError, ModelError
-from meshnode.models import release as releasing
-from meshnode.models.quality import sample_tokens
-from meshnode.models.release import run_publisher
+from meshnode.publisher import release as releasing
+from meshnode.publisher.quality import sample_tokens
+from meshnode.publisher.release import run_publisher
 from tests.model.cutting import Pieces, published, random_checkpoint, reference_greedy
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
@@ -78,8 +78,8 @@ def test_the_index_says_what_a_node_must_know(example: Path) -> None:
 
 
 def test_fp32_says_what_transformers_says(example: Path) -> None:
-    from meshnode.models.calibrate import load_reference
-    from meshnode.models.checkpoint import open_checkpoint
+    from meshnode.publisher.calibrate import load_reference
+    from meshnode.publisher.checkpoint import open_checkpoint
 
     tokenizer = Tokenizer.from_file(str(example / "tokenizer.json"))
     template = jinja2.Environment().from_string((example / "chat_template.jinja").read_text())

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
-from meshnode.models.expression import Array
-from meshnode.models.precision import BLOCK, PRECISIONS, Packing
-from meshnode.models.quantise import Packed, dequantise, packed_shapes, quantise
+from meshnode.publisher.expression import Array
+from meshnode.publisher.precision import BLOCK, PRECISIONS, Packing
+from meshnode.publisher.quantise import Packed, dequantise, packed_shapes, quantise
 
 INT8, INT4 = Packing(8, False), Packing(4, True)
 PACKINGS = pytest.mark.parametrize("packing", [INT8, INT4], ids=["int8", "int4"])

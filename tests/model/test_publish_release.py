@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from nacl.signing import SigningKey
 
-from meshnode.content.blob_store import BlobStore
 from meshnode.core.errors import DiskError, ModelError
-from meshnode.models.release import release
+from meshnode.publisher.release import release
+from meshnode.store.blob_store import BlobStore
 from protocols.ids import DAG_CBOR, cid_codec, peer_id_of
 from protocols.manifest.codec import open_manifest
 
@@ -137,7 +137,7 @@ def test_a_store_that_is_full(folder: Path, tmp_path: Path) -> None:
 
 def test_releasing_needs_no_torch() -> None:
     heavy = "('torch', 'transformers', 'onnx', 'onnxruntime')"
-    code = f"import sys, meshnode.models.release; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, meshnode.publisher.release; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from meshnode.core.errors import ConfigError, DiskError, ModelError
-from meshnode.models import publish as publishing
-from meshnode.models.checkpoint import EXAMPLES, GgufCheckpoint, model_name, open_checkpoint
-from meshnode.models.gguf_file import GgufFile
-from meshnode.models.groups import Group, Stored
+from meshnode.publisher import publish as publishing
+from meshnode.publisher.checkpoint import EXAMPLES, GgufCheckpoint, model_name, open_checkpoint
+from meshnode.publisher.gguf import GgufFile
+from meshnode.publisher.groups import Group, Stored
 from tests.model.cutting import Pieces, byte_tokenizer, published, random_checkpoint, reference_logits
 
 pytestmark = pytest.mark.model

@@ -23,7 +23,7 @@ import trio
 
 from meshnode.core.errors import PeerUnreachable
 from meshnode.core.log import set_up
-from meshnode.net.libp2p_host import Libp2pHost, open_host
+from meshnode.net.libp2p.host import Libp2pHost, open_host
 from meshnode.net.port import Lane, Stream
 from protocols.ids import PeerId
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from meshnode.cli import client
+from meshnode import client
 from meshnode.harness.member import Member, clean_environment
 from meshnode.harness.mesh import Mesh, Plan
 

@@ -13,9 +13,9 @@ import trio
 
 from meshnode.bench.content import DEFAULT_HOST
 from meshnode.bench.provider import Provider, host_from, providers
-from meshnode.content.blob_store import BlobStore
 from meshnode.core.errors import ContentUnavailable
-from meshnode.services.content import ContentService
+from meshnode.services.content.fetch import ContentService
+from meshnode.store.blob_store import BlobStore
 from protocols.ids import Cid, PeerId
 from protocols.unixfs.builder import file_cid
 

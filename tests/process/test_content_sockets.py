@@ -20,11 +20,11 @@ import trio
 
 from meshnode.bench import content as bench
 from meshnode.bench.provider import Provider, host_from, providers
-from meshnode.content.blob_store import BlobStore
 from meshnode.core.errors import ConfigError, PeerUnreachable
 from meshnode.core.log import set_up
 from meshnode.net.port import Handler, Lane, PeerEvent
-from meshnode.services.content import ContentService
+from meshnode.services.content.fetch import ContentService
+from meshnode.store.blob_store import BlobStore
 from protocols.bitswap.client import MAX_WINDOW_BYTES
 from protocols.errors import MeshError
 from protocols.ids import Cid, PeerId

@@ -33,7 +33,7 @@ from libp2p.stream_muxer.yamux.yamux import Yamux
 from libp2p.tools.anyio_service import background_trio_service
 
 from meshnode.core.errors import PeerUnreachable
-from meshnode.net.libp2p_host import open_host
+from meshnode.net.libp2p.host import open_host
 from meshnode.net.port import Lane
 from tests.process.libp2p_victim import (
     COUNT,

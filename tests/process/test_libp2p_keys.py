@@ -10,8 +10,8 @@ import pytest
 import trio
 
 from meshnode.core.errors import PeerUnreachable
-from meshnode.net import libp2p_host
-from meshnode.net.libp2p_host import Libp2pHost, open_host
+from meshnode.net.libp2p import host as libp2p_host
+from meshnode.net.libp2p.host import Libp2pHost, open_host
 from tests.unit.membership_actors import peer_of_key
 
 pytestmark = [pytest.mark.net, pytest.mark.process]

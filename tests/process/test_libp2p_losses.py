@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from meshnode.core.errors import ConfigError, PeerUnreachable
-from meshnode.net.libp2p_host import Libp2pHost, open_host
+from meshnode.net.libp2p.host import Libp2pHost, open_host
 from meshnode.net.port import Lane, Stream
 from protocols.ids import PeerId
 from tests.process.libp2p_victim import COUNT, ECHO, NEVER, PAUSE, PAUSE_SECONDS, Member, Victim, member, served

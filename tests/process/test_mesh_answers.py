@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from meshnode.cli import client
-from meshnode.content.blob_store import BlobStore
+from meshnode import client
 from meshnode.core.paths import Paths
 from meshnode.harness.mesh import QUOTA_BYTES, Mesh
 from meshnode.harness.receipt import question
+from meshnode.store.blob_store import BlobStore
 from protocols.ids import Cid
 from protocols.manifest.codec import open_manifest
 from protocols.manifest.messages import Manifest

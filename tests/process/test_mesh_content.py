@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from meshnode.content.blob_store import BlobStore
 from meshnode.core.paths import Paths
 from meshnode.harness.member import Member
 from meshnode.harness.mesh import QUOTA_BYTES
+from meshnode.store.blob_store import BlobStore
 from protocols.ids import DAG_CBOR, Cid, short
 from tests.process.mesh_rig import LAYERS, NO_COPIES, READY_SECONDS, Json, mesh_of, serving, small_model, tokens_of
 

@@ -9,10 +9,11 @@ import pytest
 import trio
 
 from meshnode.core.errors import Declined, PeerUnreachable
-from meshnode.net import direct, heartbeat, pipes
-from meshnode.net.libp2p_guards import IDENTIFY, IDENTIFY_PUSH, MESHSUB, PING
-from meshnode.net.libp2p_host import Libp2pHost, open_host
-from meshnode.net.multistream import ADMITTED
+from meshnode.net import heartbeat, pipes
+from meshnode.net.lane import lane as direct
+from meshnode.net.libp2p.guards import IDENTIFY, IDENTIFY_PUSH, MESHSUB, PING
+from meshnode.net.libp2p.host import Libp2pHost, open_host
+from meshnode.net.libp2p.multistream import ADMITTED
 from protocols.bitswap.messages import PROTOCOL as BITSWAP
 from protocols.ids import Cid, PeerId
 from protocols.kad.messages import PROTOCOLS as KAD

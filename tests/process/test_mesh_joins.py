@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from meshnode.cli.client import NodeError
+from meshnode.client import NodeError
 from meshnode.harness.member import Member
 from meshnode.harness.mesh import Mesh
 from tests.process.mesh_rig import LAYERS, READY_SECONDS, mesh_of, serving, small_model, tokens_of

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from meshnode.cli import client
-from meshnode.cli.client import NodeError
+from meshnode import client
+from meshnode.client import NodeError
 from meshnode.harness.member import Member
 from meshnode.harness.mesh import Mesh
 from protocols.ids import PeerId, short

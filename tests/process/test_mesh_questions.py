@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from meshnode.content.blob_store import BlobStore
 from meshnode.core.paths import Paths
 from meshnode.harness.member import Member
 from meshnode.harness.mesh import QUOTA_BYTES, Mesh
 from meshnode.state import releases
 from meshnode.state.database import Database
+from meshnode.store.blob_store import BlobStore
 from protocols.ids import DAG_CBOR, Cid
 from tests.process.mesh_rig import CONTEXT, READY_SECONDS, mesh_of, meshnode, small_model, tokens_of
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from meshnode.cli import client
-from meshnode.cli.client import NodeError
+from meshnode import client
+from meshnode.client import NodeError
 from meshnode.harness.member import Member, clean_environment
 from meshnode.harness.mesh import Mesh
-from meshnode.state.enrolment import create_invite
+from meshnode.membership.enrolment import create_invite
 from tests.process.mesh_rig import ENDLESS, READY_SECONDS, mesh_of, meshnode, small_model, tokens_of
 
 pytestmark = [pytest.mark.net, pytest.mark.process]

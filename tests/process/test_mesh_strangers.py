@@ -12,7 +12,7 @@ import pytest
 
 from meshnode.harness.member import Member
 from meshnode.harness.mesh import Mesh, free_ports
-from meshnode.state.enrolment import create_invite
+from meshnode.membership.enrolment import create_invite
 from tests.process.mesh_rig import READY_SECONDS, Json, mesh_of, meshnode, small_model, tokens_of
 
 pytestmark = [pytest.mark.net, pytest.mark.process]

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from nacl.signing import SigningKey
 
-from meshnode.content.blob_store import BlobStore
 from meshnode.core.paths import Paths
-from meshnode.models.release import release
+from meshnode.publisher.release import release
 from meshnode.state import releases
 from meshnode.state.database import Database
+from meshnode.store.blob_store import BlobStore
 from protocols.ids import Cid, peer_id_of
 from protocols.manifest.messages import Manifest
 from tests.process.mesh_rig import READY_SECONDS, mesh_of, meshnode, small_model, tokens_of

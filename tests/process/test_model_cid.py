@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from meshnode.content.blob_store import BlobStore
 from meshnode.core.paths import Paths
 from meshnode.harness.mesh import QUOTA_BYTES
 from meshnode.state import releases
 from meshnode.state.database import Database
+from meshnode.store.blob_store import BlobStore
 from protocols.ids import DAG_CBOR, RAW, cid_of
 from tests.process.mesh_rig import mesh_of, meshnode, small_model
 

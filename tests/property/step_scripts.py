@@ -14,7 +14,7 @@ from itertools import groupby
 import numpy as np
 from hypothesis import strategies as st
 
-from meshnode.engine.stage import Array, Track
+from meshnode.engine.backend import Array, Track
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meshnode.engine.backend import Array, Stage
 from meshnode.engine.null_stage import NullStage
 from meshnode.engine.onnx_stage import OnnxStage
 from meshnode.engine.process import load_request
-from meshnode.engine.stage import Array, Stage
 from tests.conformance.tiny_model import VARIANTS, tiny_models
 from tests.property.step_scripts import Script, scripts, segmentations
 

@@ -18,12 +18,12 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from meshnode.content.gateway import Gateway
-from meshnode.content.http_reply import HttpTrouble, ask, http_client
-from meshnode.content.ipfs_api import MAX_JSON_BYTES, DaemonRefused, IpfsApi
-from meshnode.content.outside import Outside
 from meshnode.core.errors import ContentUnavailable
 from meshnode.core.health import Health
+from meshnode.ipfs.fallback import Outside
+from meshnode.ipfs.gateway import Gateway
+from meshnode.ipfs.http import HttpTrouble, ask, http_client
+from meshnode.ipfs.rpc import MAX_JSON_BYTES, DaemonRefused, IpfsApi
 from protocols.bitswap.messages import MAX_BLOCK_BYTES
 from protocols.ids import RAW, cid_of
 from tests.hostile import mutated

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshnode.content.blob_store import BlobStore
-from meshnode.content.car_import import import_car
 from meshnode.core.errors import ModelError
+from meshnode.ipfs.car_import import import_car
+from meshnode.store.blob_store import BlobStore
 from protocols.car.machine import Reader
 from protocols.car.messages import (
     MAX_HEADER_BYTES,

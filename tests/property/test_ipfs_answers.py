@@ -11,11 +11,11 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from meshnode.content.gateway import Gateway
-from meshnode.content.ipfs_api import DaemonRefused, IpfsApi
-from meshnode.content.outside import Outside
 from meshnode.core.errors import ContentUnavailable
 from meshnode.core.health import Health
+from meshnode.ipfs.fallback import Outside
+from meshnode.ipfs.gateway import Gateway
+from meshnode.ipfs.rpc import DaemonRefused, IpfsApi
 from protocols.car.messages import Block, Header, encode_block, encode_header
 from protocols.ids import DAG_CBOR, RAW, cid_of
 from protocols.unixfs.builder import Builder

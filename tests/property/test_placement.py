@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
+from meshnode.model.facts import ModelFacts, Range
 from meshnode.policy.chunking import chunks
 from meshnode.policy.mesh_view import nodes_of
-from meshnode.policy.model_facts import ModelFacts, Range
 from meshnode.policy.moves import Move, decide
 from meshnode.policy.placement import Node, cover, plan, windows_of
 from protocols.advert.messages import SERVING, Advert, Serving, Span

@@ -12,14 +12,14 @@ import trio
 from meshnode.core.clock import VirtualWall
 from meshnode.core.health import Health
 from meshnode.core.paths import Paths
+from meshnode.membership.enrolment import create_invite, init_network, open_identity
+from meshnode.membership.identity import Identity
+from meshnode.membership.joining import join
+from meshnode.membership.network import load_network
 from meshnode.net.memory_host import MemoryHost, MemoryNetwork
 from meshnode.net.port import Stream
 from meshnode.services.membership import MembershipService
 from meshnode.state.database import Database
-from meshnode.state.enrolment import create_invite, init_network, open_identity
-from meshnode.state.identity import Identity
-from meshnode.state.joining import join
-from meshnode.state.network import load_network
 from protocols.ids import PeerId
 
 ECHO = "/test/echo/1"  # stands for every protocol that only members may use

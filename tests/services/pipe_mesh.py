@@ -19,8 +19,8 @@ from meshnode.engine.sessions import Sessions
 from meshnode.net.memory_host import MemoryHost, MemoryNetwork
 from meshnode.net.pipes import Pipes
 from meshnode.policy.route import NoRoute, plan_route
-from meshnode.services.generation import GenerationService, Receipt, Request, Target
-from meshnode.services.stage import StageService
+from meshnode.services.inference.origin import GenerationService, Receipt, Request, Target
+from meshnode.services.inference.stage import StageService
 from protocols.advert.messages import SERVING, Serving, Span
 from protocols.enginewire.messages import BAD_INPUT
 from protocols.errors import RemoteProtocolError

@@ -14,13 +14,13 @@ from typing import Any
 
 import trio
 
-from meshnode.content.port import Revealed, StoreUsage
 from meshnode.core.clock import VirtualWall
 from meshnode.core.errors import EngineLost, PeerUnreachable
 from meshnode.core.health import Health
 from meshnode.engine.port import StageReport, StageSpec
-from meshnode.policy.model_facts import ModelFacts, Range, facts_of
+from meshnode.model.facts import ModelFacts, Range, facts_of
 from meshnode.services.placement import PlacementConfig, PlacementService
+from meshnode.store.port import OpenFile, StoreUsage
 from protocols.advert.messages import LEASE_MS, RENEW_MS, Advert, Head, Serving
 from protocols.ids import RAW, Cid, PeerId, cid_of
 from protocols.intent.messages import Answer, Hold
@@ -128,13 +128,13 @@ class FakeContent:
     def path(self, cid: Cid) -> Path | None:
         return Path(cid) if self._everything or cid in self.held else None
 
-    def reveal(self, cid: Cid) -> Revealed | None:
+    def reveal(self, cid: Cid) -> OpenFile | None:
         raise NotImplementedError
 
-    async def opened(self, cid: Cid) -> Revealed:
+    async def opened(self, cid: Cid) -> OpenFile:
         await trio.lowlevel.checkpoint()
         assert cid in self.held
-        return Revealed(Path(cid))
+        return OpenFile(Path(cid))
 
     def block(self, cid: Cid) -> bytes | None:
         return b"manifest" if self._everything else None

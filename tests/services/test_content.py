@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from meshnode.content.blob_store import BlobStore
 from meshnode.core.errors import ContentUnavailable, DiskError, ModelError, PeerUnreachable
 from meshnode.net.port import Handler, Lane, PeerEvent
-from meshnode.services.content import ContentService
+from meshnode.services.content.fetch import ContentService
+from meshnode.store.blob_store import BlobStore
 from protocols.bitswap.client import MAX_WINDOW_BYTES
 from protocols.bitswap.messages import PROTOCOL, Block, Entry, Message, frame_parts
 from protocols.errors import MeshError

@@ -14,8 +14,8 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from meshnode.api.control import MAX_CLIENTS, MAX_REQUEST_BYTES, REQUEST_SECONDS, ControlService, Json
 from meshnode.core.errors import ConfigError, Declined, ModelError, PeerUnreachable
-from meshnode.services.control import MAX_CLIENTS, MAX_REQUEST_BYTES, REQUEST_SECONDS, ControlService, Json
 from protocols.errors import RemoteProtocolError
 
 

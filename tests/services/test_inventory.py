@@ -9,8 +9,8 @@ from typing import cast
 import trio
 from trio.testing import MockClock
 
-from meshnode.content.port import Content, StoreUsage
 from meshnode.services.inventory import InventoryService
+from meshnode.store.port import Content, StoreUsage
 from protocols.ids import DAG_CBOR, RAW, Cid, PeerId, cid_of, cid_to_bytes
 from protocols.manifest.messages import Architecture, FileRef, Manifest, Variant
 from tests.services.directory_mesh import open_mesh

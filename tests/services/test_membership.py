@@ -14,13 +14,13 @@ from trio.testing import MockClock
 
 from meshnode.core.errors import Declined, IdentityError, PeerUnreachable
 from meshnode.core.paths import Paths
+from meshnode.membership.enrolment import open_ticket, withdraw_member
+from meshnode.membership.identity import Identity
+from meshnode.membership.joining import join
+from meshnode.membership.network import load_network, save_network
 from meshnode.net.port import Stream
 from meshnode.services.membership import REVIEW_SECONDS, Refusal
 from meshnode.state.database import Database
-from meshnode.state.enrolment import open_ticket, withdraw_member
-from meshnode.state.identity import Identity
-from meshnode.state.joining import join
-from meshnode.state.network import load_network, save_network
 from protocols.frame import FrameReader
 from protocols.ids import PeerId, short
 from protocols.membership import HELLO, PROTOCOL, ROLES

@@ -12,7 +12,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from meshnode.policy.model_facts import tight_memory
+from meshnode.model.facts import tight_memory
 from protocols.advert.messages import DRAINING, IDLE, SERVING
 from protocols.intent.messages import HOLD_MS, Held, Hold
 from tests.services.placement_world import MB, World, make_manifest

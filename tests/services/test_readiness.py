@@ -14,8 +14,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.core.health import Health
 from meshnode.policy.route import NoRoute
-from meshnode.services.generation import Request
-from meshnode.services.readiness import AGAIN_SECONDS, PROBE_SECONDS, Readiness, ReadinessService
+from meshnode.services.inference.origin import Request
+from meshnode.services.inference.readiness import AGAIN_SECONDS, PROBE_SECONDS, Readiness, ReadinessService
 from protocols.pipe.messages import Token
 from tests.services.pipe_mesh import GREEDY, Mesh, open_mesh
 

@@ -12,11 +12,11 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from meshnode.content.blob_store import BlobStore
 from meshnode.core.errors import ContentUnavailable, DiskError
 from meshnode.core.health import Health
 from meshnode.services.inventory import InventoryService
 from meshnode.services.replication import LATE_SECONDS, SETTLE_SECONDS, ReplicationService
+from meshnode.store.blob_store import BlobStore
 from protocols.advert.messages import Head
 from protocols.ids import DAG_CBOR, Cid, PeerId, cid_to_bytes
 from protocols.manifest.messages import Architecture, FileRef, Manifest, Variant

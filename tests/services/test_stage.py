@@ -14,7 +14,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from meshnode.core.errors import Declined, PeerUnreachable
-from meshnode.services.stage import MAX_SESSIONS, MAX_UNTOLD, MAX_WAITING_STEPS, StageService
+from meshnode.services.inference.stage import MAX_SESSIONS, MAX_UNTOLD, MAX_WAITING_STEPS, StageService
 from protocols.advert.messages import Span
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId

@@ -8,11 +8,11 @@ import pytest
 import trio
 
 from meshnode.cli.invite import addresses
-from meshnode.core.config import load_config
+from meshnode.config.load import load_config
 from meshnode.core.errors import ConfigError
+from meshnode.membership.enrolment import init_network, own_peer
 from meshnode.net.addresses import owned, parse_address
-from meshnode.net.libp2p_host import Libp2pHost, open_host
-from meshnode.state.enrolment import init_network, own_peer
+from meshnode.net.libp2p.host import Libp2pHost, open_host
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from meshnode.content import blob_store
-from meshnode.content.blob_store import BlobStore
-from meshnode.content.partial import PartialFile
 from meshnode.core.errors import Declined, DiskError, ModelError
+from meshnode.store import blob_store
+from meshnode.store.blob_store import BlobStore
+from meshnode.store.partial import PartialFile
 from protocols.errors import RemoteProtocolError
 from protocols.ids import DAG_CBOR, Cid, cid_matches, cid_to_bytes
 from protocols.unixfs.builder import Builder, Tree, file_cid
@@ -215,7 +215,7 @@ def test_kill_at_any_block_loses_at_most_that_block(tmp_path: Path) -> None:
         """
         import os, signal, sys
         from pathlib import Path
-        from meshnode.content.blob_store import BlobStore
+        from meshnode.store.blob_store import BlobStore
         from tests.unit.test_blob_store import fetch
         fetch(BlobStore(Path(sys.argv[1]), 1 << 30), Path(sys.argv[2]).read_bytes(), blocks=4)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from meshnode.cli.main import _parser
-from meshnode.core.config import DEFAULT_PORT, DIRECT_PORT, load_config
+from meshnode.config.load import load_config
+from meshnode.config.settings import DEFAULT_PORT, DIRECT_PORT
 from meshnode.core.errors import ConfigError, IdentityError
 
 FOLDER = Path(__file__).resolve().parents[2] / "bootstrap"

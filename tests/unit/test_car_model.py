@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 from nacl.signing import SigningKey
 
-import meshnode.content.blob_store
-from meshnode.content import car_export, car_import
-from meshnode.content.blob_store import BlobStore
-from meshnode.content.car_export import export_car, files_of
-from meshnode.content.car_import import Imported, import_car
+import meshnode.store.blob_store
 from meshnode.core.errors import ConfigError, Declined, DiskError, ModelError
-from meshnode.models.release import release
+from meshnode.ipfs import car_export, car_import
+from meshnode.ipfs.car_export import export_car, files_of
+from meshnode.ipfs.car_import import Imported, import_car
+from meshnode.publisher.release import release
+from meshnode.store.blob_store import BlobStore
 from protocols.car.machine import Reader
 from protocols.car.messages import Block, Header, encode_block, encode_header
 from protocols.ids import DAG_CBOR, DAG_PB, RAW, Cid, cid_from_bytes, cid_of, cid_to_bytes, peer_id_of
@@ -371,7 +371,7 @@ def test_no_room(origin: Origin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         import_car(store, origin.car)
     check_nothing(store, origin)
     store.quota_bytes = QUOTA_BYTES
-    monkeypatch.setattr(meshnode.content.blob_store, "RESERVE_BYTES", 1 << 62)
+    monkeypatch.setattr(meshnode.store.blob_store, "RESERVE_BYTES", 1 << 62)
     with pytest.raises(DiskError, match="free some space"):
         import_car(store, origin.car)
     check_nothing(store, origin)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshnode.content.car_tree import CarTree
+from meshnode.ipfs.car_tree import CarTree
 from protocols.car.messages import Block, DamagedBlock, Header, encode_block, encode_header
 from protocols.errors import RemoteProtocolError
 from protocols.ids import RAW, cid_of, cid_to_bytes

@@ -18,10 +18,12 @@ from typing import Any
 import pytest
 
 from meshnode.cli.main import _parser
-from meshnode.core.config import DEFAULT_PORT, DIRECT_PORT, load_config, parse_size
-from meshnode.policy.device_checks import OVERHEAD_BYTES
-from meshnode.state.enrolment import open_ticket
-from meshnode.state.network import load_network
+from meshnode.config.load import load_config
+from meshnode.config.settings import DEFAULT_PORT, DIRECT_PORT
+from meshnode.core.sizes import parse_size
+from meshnode.doctor.device import OVERHEAD_BYTES
+from meshnode.membership.enrolment import open_ticket
+from meshnode.membership.network import load_network
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "containers"

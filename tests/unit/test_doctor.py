@@ -14,15 +14,13 @@ from typing import Any
 import pytest
 
 from meshnode import __version__
-from meshnode.cli import device_facts
 from meshnode.cli.doctor import as_json, line, summary
 from meshnode.cli.main import main
-from meshnode.core.config import load_config
+from meshnode.config.load import load_config
 from meshnode.core.paths import Paths
-from meshnode.engine import trial
-from meshnode.policy import device_checks as device
-from meshnode.policy import node_checks as node
-from meshnode.policy.device_checks import (
+from meshnode.doctor import device, node
+from meshnode.doctor import facts as device_facts
+from meshnode.doctor.device import (
     FolderFacts,
     KeyFacts,
     LockFacts,
@@ -31,9 +29,10 @@ from meshnode.policy.device_checks import (
     PortFacts,
     PrivateFile,
 )
-from meshnode.policy.finding import Finding, Level, exit_code, ok, warning, wrong
-from meshnode.state.enrolment import init_network
-from meshnode.state.network import network_path
+from meshnode.doctor.finding import Finding, Level, exit_code, ok, warning, wrong
+from meshnode.engine import trial
+from meshnode.membership.enrolment import init_network
+from meshnode.membership.network import network_path
 
 OK, WARNING, WRONG = Level.OK, Level.WARNING, Level.WRONG
 GB = 10**9
@@ -520,7 +519,7 @@ def test_the_command_beside_a_running_node(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the node says is shown."""
-    from meshnode.cli import client
+    from meshnode import client
 
     status = {
         "software": __version__,

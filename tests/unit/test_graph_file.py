@@ -12,13 +12,13 @@ import pytest
 
 from meshnode.core.errors import ModelError
 from meshnode.engine import graph_file
+from meshnode.engine.backend import Array
 from meshnode.engine.cut import WeightlessGraph
 from meshnode.engine.graph_file import MAX_GRAPH_BYTES, pack_graph, read_graph
 from meshnode.engine.onnx_stage import OnnxStage
 from meshnode.engine.port import StageSpec
 from meshnode.engine.process import load_request
 from meshnode.engine.rotary import Rotary, is_placeholder, parse
-from meshnode.engine.stage import Array
 from tests.conformance.tiny_model import tiny_models
 
 MODEL = onnx.ModelProto(ir_version=11, producer_name="meshnode", graph=onnx.GraphProto(name="model" * 1000))

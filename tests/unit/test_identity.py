@@ -9,7 +9,7 @@ from nacl.signing import SigningKey
 
 from meshnode.core.errors import IdentityError
 from meshnode.core.paths import Paths
-from meshnode.state.identity import Identity
+from meshnode.membership.identity import Identity
 from protocols.envelope import open_record
 from protocols.ids import peer_id_of
 

@@ -11,10 +11,10 @@ from nacl.signing import SigningKey
 
 from meshnode.cli.main import main
 from meshnode.cli.model_keep import remove_model
-from meshnode.content.blob_store import BlobStore
 from meshnode.core.paths import Paths
 from meshnode.state import releases
 from meshnode.state.database import Database
+from meshnode.store.blob_store import BlobStore
 from protocols.ids import DAG_CBOR, Cid, peer_id_of
 from protocols.manifest.codec import sign_manifest
 from protocols.manifest.messages import FileRef, Manifest

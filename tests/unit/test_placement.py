@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from meshnode.bench.placement import case_of, measure, petals, planned
+from meshnode.model.facts import ModelFacts, facts_of, tight_memory
 from meshnode.policy.mesh_view import UNMEASURED_LAYER_US, coarse_us, nodes_of
-from meshnode.policy.model_facts import ModelFacts, facts_of, tight_memory
 from meshnode.policy.moves import Move, Stay, abandoned, decide, guards_of, outranked, rank, still_right, unserved
 from meshnode.policy.placement import Node, cover, plan, windows_of
 from meshnode.policy.prediction import predict

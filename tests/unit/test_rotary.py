@@ -9,8 +9,8 @@ import onnx
 import pytest
 
 from meshnode.core.errors import ModelError
+from meshnode.engine.backend import Array
 from meshnode.engine.rotary import LOCATION, MAX_TABLE_BYTES, Function, Rotary, is_placeholder, parse
-from meshnode.engine.stage import Array
 
 # float32 little endian, as transformers has them for SmolLM2 (theta 100000, 64 columns a head)
 SMOLLM2 = np.frombuffer(

@@ -8,8 +8,7 @@ import pytest
 
 from meshnode.core.errors import ConfigError, IdentityError
 from meshnode.core.paths import Paths
-from meshnode.state.database import Database
-from meshnode.state.enrolment import (
+from meshnode.membership.enrolment import (
     create_invite,
     describe_ticket,
     init_network,
@@ -18,8 +17,16 @@ from meshnode.state.enrolment import (
     restored_trust,
     withdraw_member,
 )
-from meshnode.state.identity import Identity
-from meshnode.state.network import founder_path, has_network, load_founder, load_network, network_path, save_network
+from meshnode.membership.identity import Identity
+from meshnode.membership.network import (
+    founder_path,
+    has_network,
+    load_founder,
+    load_network,
+    network_path,
+    save_network,
+)
+from meshnode.state.database import Database
 from meshnode.state.port import Membership
 from protocols.codec import encode
 from protocols.membership import ROLES, Untrusted

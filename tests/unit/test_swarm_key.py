@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nacl.bindings import crypto_secretbox
 
-from meshnode.core.config import load_config
+from meshnode.config.load import load_config
 from meshnode.core.errors import ConfigError
 from meshnode.net.swarm_key import GREETING, Cover, hsalsa20, load_swarm_key, parse_swarm_key, xsalsa20
 from protocols.errors import RemoteProtocolError

@@ -1,0 +1,579 @@
+"""py-libp2p 0.8.1 made fit for an open network: subclasses that replace its weak parts, nothing patched in place.
+
+What the release does as shipped, and which class here stands in for it:
+
+- an exception in any task of the swarm or of pubsub ends the process: `GuardedManager`, `GuardedHost`;
+- an accepted connection holds one of 250 places until the host stops, even after it was closed; dials wait
+  250 ms and blacklist a peer for a minute: `GuardedSwarm` upgrades sockets itself and nothing else;
+- Yamux neither enforces windows nor tells a reset from an end: `GuardedMuxer` over our own `YamuxSession`;
+- reads give up after 100 short pieces (`read_exactly`): `PlainWire.read` returns what was asked for, whole;
+- hundreds of peers are dialled at whatever addresses others have told: `IdleConnector`;
+- gossip goes to every peer that connects, drops bursts, and delivers a message twice that came from two sides
+  at once: `GuardedPubsub`;
+- identify is asked of every peer and believed: never asked here; answered with what the asker may use, which
+  Helia goes by.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import trio
+from libp2p.abc import IMuxedConn, IMuxedStream
+from libp2p.connection_types import ConnectionType
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
+from libp2p.host.basic_host import BasicHost
+from libp2p.host.ping import ID as PING
+from libp2p.identity.identify.identify import ID as IDENTIFY
+from libp2p.identity.identify.identify import _mk_identify_protobuf
+from libp2p.identity.identify_push.identify_push import ID_PUSH as IDENTIFY_PUSH
+from libp2p.io.abc import ReadWriteCloser
+from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.network.auto_connector import AutoConnector
+from libp2p.network.config import ConnectionConfig
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.exceptions import SwarmException
+from libp2p.network.swarm import Swarm
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStore
+from libp2p.pubsub.gossipsub import GossipSub
+from libp2p.pubsub.pubsub import Pubsub
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
+from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamEOF, MuxedStreamReset
+from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
+from libp2p.tools.anyio_service.trio_manager import TrioManager
+from libp2p.transport.upgrader import TransportUpgrader
+from libp2p.utils import varint
+from multiaddr import Multiaddr
+
+from meshnode.core.errors import Declined, PeerUnreachable
+from meshnode.core.log import get_logger
+from meshnode.net.addresses import Address, address_of
+from meshnode.net.libp2p.yamux import YamuxSession, YamuxStream
+from meshnode.net.port import MAX_GOSSIP_BYTES
+from meshnode.net.swarm_key import Cover
+from protocols.ids import PeerId
+
+__all__ = ["IDENTIFY", "MESHSUB", "PING", "GuardedMuxer", "Libp2pStack", "Source"]
+
+MESHSUB: Final = "/meshsub/1.2.0"
+MAX_CONNECTIONS: Final = 1024
+READ_BYTES: Final = 1 << 17
+DEGREE: Final = (8, 6, 12)  # gossip partners per topic: wanted, at least, at most
+GOSSIP_PER_SECOND: Final = 1000.0  # messages per peer and topic; the library's 10 drops bursts of its own node
+GOSSIP_QUEUE: Final = 256  # messages waiting for one peer
+RPC_BYTES: Final = 4 * MAX_GOSSIP_BYTES
+RESTART_SECONDS: Final = 1.0
+FLUSH_SECONDS: Final = 0.5
+
+_log = get_logger("net")
+
+Source = Callable[[PeerId, tuple[str, ...]], Awaitable[YamuxStream]]  # opens a stream with one of some protocols
+Offers = Callable[[PeerId], Sequence[str]]  # the protocols that a peer may use
+
+
+class PlainWire(ReadWriteCloser):  # type: ignore[misc]  # the library has no types here
+    """A TCP stream as the library wants it. `read(n)` returns n bytes, fewer only at the end."""
+
+    def __init__(self, stream: trio.SocketStream, cover: Cover | None = None) -> None:
+        """`cover`: of a private network, over all that comes and goes."""
+        self._stream = stream
+        self._cover = cover
+        self._buffer = bytearray()
+        host, port = stream.socket.getpeername()[:2]
+        self.remote = address_of(host, port)
+        self.local_host: str = stream.socket.getsockname()[0]
+
+    async def read(self, n: int | None = None) -> bytes:
+        wanted = 1 if n is None else n
+        while len(self._buffer) < wanted:
+            try:
+                data = await self._stream.receive_some(READ_BYTES)
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                raise ConnectionClosedError(_reason(error)) from error
+            if not data:
+                break
+            self._buffer += data if self._cover is None else self._cover.open(data)
+        data = bytes(self._buffer if n is None else self._buffer[:n])
+        del self._buffer[: len(data)]
+        return data
+
+    async def write(self, data: bytes) -> None:
+        try:
+            await self._stream.send_all(data if self._cover is None else self._cover.seal(data))
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise ConnectionClosedError(_reason(error)) from error
+
+    async def close_write(self) -> None:
+        try:
+            await self._stream.send_eof()
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise ConnectionClosedError(_reason(error)) from error
+
+    async def close(self) -> None:
+        await trio.aclose_forcefully(self._stream)
+
+    def get_remote_address(self) -> tuple[str, int]:
+        return self.remote.host, self.remote.port
+
+
+class SecuredWire:
+    """A Noise session as `YamuxSession` wants it."""
+
+    def __init__(self, session: Any, plain: PlainWire) -> None:
+        self._session = session
+        self.plain = plain
+
+    async def read(self) -> bytes:
+        data: bytes = await self._session.read(None)
+        return data
+
+    async def write(self, data: bytes) -> None:
+        await self._session.write(data)
+
+    async def close_write(self) -> None:
+        await self.plain.close_write()
+
+    async def close(self) -> None:
+        await self.plain.close()
+
+
+class GuardedStream(IMuxedStream):  # type: ignore[misc]  # the library has no types here
+    """One of our streams for the library's own protocols."""
+
+    def __init__(self, stream: YamuxStream, muxed_conn: GuardedMuxer) -> None:
+        self.stream = stream
+        self.muxed_conn = muxed_conn
+
+    async def read(self, n: int | None = None) -> bytes:
+        try:
+            data = await self.stream.receive_some(READ_BYTES if n is None or n < 0 else n)
+        except PeerUnreachable as error:
+            raise MuxedStreamReset(str(error)) from error
+        if not data:
+            raise MuxedStreamEOF("the stream has ended")
+        return data
+
+    async def write(self, data: bytes) -> None:
+        try:
+            await self.stream.send_all(data)
+        except PeerUnreachable as error:
+            raise MuxedStreamReset(str(error)) from error
+
+    async def close(self) -> None:
+        try:
+            await self.stream.send_eof()
+        except PeerUnreachable as error:
+            raise MuxedStreamReset(str(error)) from error
+
+    async def reset(self) -> None:
+        await self.stream.reset()
+
+    def set_deadline(self, ttl: int) -> None:
+        raise NotImplementedError("cancel scopes do that")
+
+    def get_remote_address(self) -> tuple[str, int]:
+        return self.muxed_conn.get_remote_address()
+
+    async def __aenter__(self) -> GuardedStream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stream.aclose()
+
+
+class GuardedMuxer(IMuxedConn):  # type: ignore[misc]  # the library has no types here
+    """One connection: the library's view of a `YamuxSession`."""
+
+    def __init__(self, wire: SecuredWire, peer_id: Any, *, initiator: bool, watcher: ConnectionWatcher) -> None:
+        self.peer_id = peer_id
+        self.session = YamuxSession(PeerId(str(peer_id)), wire, initiator=initiator)
+        self.remote: Address = wire.plain.remote
+        self.local_host = wire.plain.local_host
+        self.initiator = initiator
+        self.event_started = trio.Event()
+        self.on_close: Callable[[], Awaitable[None]] | None = None
+        self._watcher = watcher
+
+    @property
+    def peer(self) -> PeerId:
+        return self.session.peer
+
+    @property
+    def is_initiator(self) -> bool:
+        return self.initiator
+
+    @property
+    def is_established(self) -> bool:
+        return self.event_started.is_set() and not self.session.ended
+
+    @property
+    def is_closed(self) -> bool:
+        return bool(self.session.ended)
+
+    async def start(self) -> None:
+        """Run the connection until it ends."""
+        self._watcher.connection_up(self)
+        self.event_started.set()
+        try:
+            await self.session.run()
+        finally:
+            self._watcher.connection_over(self)
+        if self.on_close is not None:
+            await self.on_close()
+
+    async def close(self) -> None:
+        await self.session.close("this host has closed the connection")
+
+    async def open_stream(self) -> GuardedStream:
+        await trio.lowlevel.checkpoint()
+        try:
+            return GuardedStream(self.session.open(), self)
+        except PeerUnreachable as error:
+            raise MuxedConnUnavailable(str(error)) from error
+
+    async def accept_stream(self) -> GuardedStream:
+        try:
+            return GuardedStream(await self.session.accept(), self)
+        except PeerUnreachable as error:
+            raise MuxedConnUnavailable(str(error)) from error
+
+    def get_transport_addresses(self) -> list[Any]:
+        return [Multiaddr(str(self.remote))]
+
+    def get_connection_type(self) -> Any:
+        return ConnectionType.DIRECT
+
+    def get_remote_address(self) -> tuple[str, int]:
+        return self.remote.host, self.remote.port
+
+
+class ConnectionWatcher:
+    """Is told of every connection. Must not raise."""
+
+    def connection_up(self, connection: GuardedMuxer) -> None:
+        raise NotImplementedError
+
+    def connection_over(self, connection: GuardedMuxer) -> None:
+        raise NotImplementedError
+
+
+class IdleConnector(AutoConnector):  # type: ignore[misc]  # the library has no types here
+    """Dials nobody. The library's own dials any address that a peer has told us, until it has hundreds."""
+
+    async def maybe_connect(self) -> None:
+        """Whom to dial is decided by us."""
+
+    async def run_background_task(self, nursery: trio.Nursery) -> None:
+        """Nothing to do."""
+
+
+class GuardedSwarm(Swarm):  # type: ignore[misc]  # the library has no types here
+    """The library's book of connections. Dialling and listening are done by the host."""
+
+    def __init__(
+        self, peer_id: Any, peerstore: Any, upgrader: Any, watcher: ConnectionWatcher, swarm_key: bytes
+    ) -> None:
+        config = ConnectionConfig(
+            max_connections=MAX_CONNECTIONS,
+            high_watermark=MAX_CONNECTIONS,
+            low_watermark=0,
+            min_connections=0,  # nobody is dialled but by us
+            max_connections_per_peer=8,
+        )
+        super().__init__(peer_id, peerstore, upgrader, transports=[], connection_config=config)
+        self.auto_connector = IdleConnector(self)
+        self._watcher = watcher
+        self._swarm_key = swarm_key
+
+    async def take_socket(self, stream: trio.SocketStream, dialled: PeerId | None) -> None:
+        """Make a connection of a TCP stream: Noise, then Yamux. Plaintext is not spoken.
+
+        Raises whatever the handshake raises; the stream is closed then.
+        """
+        plain = PlainWire(stream, Cover(self._swarm_key) if self._swarm_key else None)
+        initiator = dialled is not None
+        try:
+            raw = RawConnection(plain, initiator)
+            expected = ID.from_string(dialled) if dialled is not None else None
+            secured = await self.upgrader.upgrade_security(raw, initiator, expected)
+            await self.upgrader.muxer_multistream.select_transport(secured)
+            muxer = GuardedMuxer(
+                SecuredWire(secured, plain), secured.get_remote_peer(), initiator=initiator, watcher=self._watcher
+            )
+            await self.add_conn(muxer, direction="outbound" if initiator else "inbound")
+        except BaseException:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                await plain.close()
+            raise
+
+    async def notify_opened_stream(self, stream: Any) -> None:
+        """Nobody is interested."""
+
+    async def notify_closed_stream(self, stream: Any) -> None:
+        """Nobody is interested."""
+
+
+class GuardedHost(BasicHost):  # type: ignore[misc]  # the library has no types here
+    """The library's host, as its own protocols see it. Streams are agreed on and opened by ours."""
+
+    def __init__(
+        self, swarm: GuardedSwarm, addresses: Callable[[], tuple[str, ...]], source: Source, offers: Offers
+    ) -> None:
+        self._our_addresses = addresses
+        self._source = source
+        self._offers = offers
+        self.serve: Callable[[Any, YamuxStream], Awaitable[None]] | None = None
+        super().__init__(swarm, disable_identify_address_discovery=True)
+        self.remove_stream_handler(IDENTIFY_PUSH)
+        self.set_stream_handler(IDENTIFY, self._answer_identify)
+
+    async def _answer_identify(self, net_stream: Any) -> None:
+        """Protocols that the asker may use: those of the library and of our own table alike."""
+        stream: YamuxStream = net_stream.muxed_stream.stream
+        answer = _mk_identify_protobuf(self, net_stream.muxed_stream.muxed_conn.get_transport_addresses()[0])
+        answer.protocols[:] = self._offers(stream.peer)
+        data = answer.SerializeToString()
+        await stream.send_all(varint.encode_uvarint(len(data)) + data)
+        await stream.send_eof()
+
+    def get_transport_addrs(self) -> list[Any]:
+        return [Multiaddr(address.partition("/p2p/")[0]) for address in self._our_addresses()]
+
+    async def _swarm_stream_handler(self, net_stream: Any) -> None:
+        stream: YamuxStream = net_stream.muxed_stream.stream
+        try:
+            if self.serve is not None:
+                await self.serve(net_stream, stream)
+        except Exception as error:  # noqa: BLE001 - the border: the library would end the process
+            _log.warning("stream.contained", peer=stream.peer, reason=_reason(error))
+            stream.reset_nowait()
+
+    async def new_stream(self, peer_id: Any, protocol_ids: Sequence[Any]) -> Any:
+        """For pubsub. Raises SwarmException, upon which it tries again while the peer is connected."""
+        peer = PeerId(str(peer_id))
+        connections = [c for c in self.get_network().get_connections(peer_id) if not c.is_closed]
+        if not connections:
+            raise SwarmException(f"{peer} is not connected")
+        try:
+            stream = await self._source(peer, tuple(str(name) for name in protocol_ids))
+        except (PeerUnreachable, Declined) as error:
+            raise SwarmException(str(error)) from error
+        connection = next((c for c in connections if c.muxed_conn.session is stream.session), connections[0])
+        net_stream = await connection._add_stream(GuardedStream(stream, connection.muxed_conn))
+        net_stream.set_protocol(protocol_ids[0])
+        return net_stream
+
+    def _schedule_identify(self, peer_id: Any, *, reason: str) -> None:
+        """What a peer says about itself comes in signed adverts, not by identify."""
+
+    async def _push_identify_to_all_peers(self) -> None:
+        """As above."""
+
+
+class GuardedPubsub(Pubsub):  # type: ignore[misc]  # the library has no types here
+    """Gossip with admitted peers only; every message delivered once."""
+
+    def __init__(self, host: GuardedHost, router: Any, admits: Callable[[PeerId], bool]) -> None:
+        super().__init__(host, router, strict_signing=True, max_inbound_rpc_size=RPC_BYTES)
+        # The release starts at the seconds since 1970: after a restart its numbers, and so its message ids, repeat.
+        self.counter = time.time_ns()
+        self._admits = admits
+        self._in_work: dict[bytes, PeerId] = {}  # message id -> who brought it
+        self._greeting: set[Any] = set()
+        self.deliver: Callable[[str, PeerId, bytes], None] | None = None
+
+    async def _handle_new_peer(self, peer_id: Any) -> None:
+        if not self._admits(PeerId(str(peer_id))) or peer_id in self._greeting:
+            return
+        self._greeting.add(peer_id)
+        try:
+            await super()._handle_new_peer(peer_id)
+            if peer_id in self.peer_queues:
+                self.peer_queues[peer_id]._queue.max_size = GOSSIP_QUEUE
+        finally:
+            self._greeting.discard(peer_id)
+
+    def greet(self, peer: PeerId) -> None:
+        """Start gossip with a peer that is connected and admitted."""
+        peer_id = ID.from_string(peer)
+        if peer_id not in self.peers and self.manager.is_running:
+            self.manager.run_task(self._handle_new_peer_with_retry, peer_id, 1.0)
+
+    async def push_msg(self, msg_forwarder: Any, msg: Any) -> None:
+        """Check, deliver and pass on a message, once even when several peers bring it at the same time."""
+        name = self._msg_id_constructor(msg)
+        if name in self._in_work or len(msg.data) > MAX_GOSSIP_BYTES or len(msg.topicIDs) != 1:
+            return
+        self._in_work[name] = PeerId(str(msg_forwarder))
+        try:
+            await super().push_msg(msg_forwarder, msg)
+        except Exception as error:  # noqa: BLE001 - the border: the library re-raises on keys it can't decode
+            _log.warning("gossip.contained", peer=str(msg_forwarder), reason=_reason(error))
+        finally:
+            del self._in_work[name]
+
+    def notify_subscriptions(self, publish_message: Any) -> None:
+        """A message was found good: give it to its subscriber, unless it is our own."""
+        forwarder = self._in_work[self._msg_id_constructor(publish_message)]
+        if self.deliver is not None and forwarder != str(self.my_id):
+            self.deliver(publish_message.topicIDs[0], forwarder, publish_message.data)
+
+
+class GuardedManager(TrioManager):  # type: ignore[misc]  # the library has no types here
+    """Runs the tasks of a library service; what they raise is logged and goes no further."""
+
+    def run_task(self, async_fn: Any, *args: Any, daemon: bool = False, name: Any = None, **more: Any) -> None:
+        if more.get("_internal"):
+            super().run_task(async_fn, *args, daemon=daemon, name=name, **more)
+        elif self._task_nursery is not None and self.is_running:
+            self._task_nursery.start_soon(self._contain, async_fn, args, daemon)
+
+    async def _contain(self, async_fn: Any, args: tuple[Any, ...], daemon: bool) -> None:
+        while True:
+            try:
+                await async_fn(*args)
+                return
+            except Exception as error:  # noqa: BLE001 - the border: the library would stop the service
+                name = getattr(async_fn, "__qualname__", repr(async_fn))
+                _log.warning("task.contained", task=name, reason=_reason(error))
+            if not daemon:
+                return
+            await trio.sleep(RESTART_SECONDS)
+
+
+class GuardedUpgrader(TransportUpgrader):  # type: ignore[misc]  # the library has no types here
+    """Noise and Yamux, nothing else."""
+
+    def __init__(self, key_pair: Any) -> None:
+        noise = NoiseTransport(key_pair, noise_privkey=create_noise_key_pair().private_key)
+        super().__init__({NOISE: noise}, {})
+        self.muxer_multistream = MuxerMultistream({YAMUX: GuardedMuxer})
+
+
+@asynccontextmanager
+async def _background(service: Any) -> AsyncIterator[None]:
+    """Run a library service while the block runs."""
+    manager = GuardedManager(service)
+    service._manager = manager
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(manager.run)
+        await manager.wait_started()
+        try:
+            yield
+        finally:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 2):
+                await manager.stop()
+            nursery.cancel_scope.cancel()
+
+
+class Libp2pStack:
+    """Swarm, host and gossip of the library, put together.
+
+    Args:
+      seed: the 32 bytes of the Ed25519 node key.
+      watcher: told of connections.
+      addresses: where we listen, for identify and gossip's peer records.
+      source: opens a stream for the library.
+      offers: the protocols that a peer is told that it may use.
+      admits: whether a peer may gossip with us.
+      swarm_key: of a private IPFS network; empty: none.
+    """
+
+    def __init__(
+        self,
+        seed: bytes,
+        watcher: ConnectionWatcher,
+        addresses: Callable[[], tuple[str, ...]],
+        source: Source,
+        offers: Offers,
+        admits: Callable[[PeerId], bool],
+        swarm_key: bytes,
+    ) -> None:
+        _silence()
+        key_pair = create_new_key_pair(seed)
+        peer_id = ID.from_pubkey(key_pair.public_key)
+        peerstore = PeerStore()
+        peerstore.add_key_pair(peer_id, key_pair)
+        self.peer = PeerId(str(peer_id))
+        self.swarm = GuardedSwarm(peer_id, peerstore, GuardedUpgrader(key_pair), watcher, swarm_key)
+        self.host = GuardedHost(self.swarm, addresses, source, offers)
+        degree, low, high = DEGREE
+        self.router = GossipSub(
+            [MESHSUB],
+            degree,
+            low,
+            high,
+            heartbeat_interval=1,
+            prune_back_off=10,
+            adaptive_gossip_enabled=False,
+            eclipse_protection_enabled=False,  # counts addresses; the nodes of one home share theirs
+            max_messages_per_topic_per_second=GOSSIP_PER_SECOND,
+        )
+        self.pubsub = GuardedPubsub(self.host, self.router, admits)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Everything runs while the block runs; connections are closed when it ends."""
+        async with _background(self.swarm):
+            await self.swarm.event_background_nursery_created.wait()
+            async with _background(self.pubsub), _background(self.router):
+                await self.pubsub.wait_until_ready()
+                try:
+                    yield
+                finally:
+                    with trio.CancelScope(shield=True, deadline=trio.current_time() + 2):
+                        await self.host.close()
+
+    async def subscribe(self, topic: str, validator: Callable[[PeerId, bytes], bool]) -> None:
+        """Follow a topic. The validator must not raise."""
+
+        async def valid(forwarder: Any, message: Any) -> bool:
+            await trio.lowlevel.checkpoint()
+            return forwarder == self.pubsub.my_id or validator(PeerId(str(forwarder)), message.data)
+
+        self.pubsub.set_topic_validator(topic, valid, True)  # a synchronous one would end the process if it raised
+        await self.pubsub.subscribe(topic)
+
+    async def flush_gossip(self) -> None:
+        """Wait until what was published has been handed to the connections; half a second at most."""
+        with trio.move_on_after(FLUSH_SECONDS):
+            while any(len(queue) for queue in self.pubsub.peer_queues.values()):  # noqa: ASYNC110  # no event there
+                await trio.sleep(FLUSH_SECONDS / 50)
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """What the library itself handles."""
+        return tuple(str(name) for name in self.host.multiselect.handlers if name)
+
+    def serves(self, protocol: str) -> bool:
+        """Whether the library itself handles this protocol."""
+        return protocol in self.host.multiselect.handlers
+
+    async def handle(self, protocol: str, net_stream: Any, stream: YamuxStream) -> None:
+        """Let the library handle a stream that was agreed on."""
+        net_stream.set_protocol(protocol)
+        try:
+            await self.host.multiselect.handlers[protocol](net_stream)
+        finally:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                await stream.aclose()
+
+
+def _silence() -> None:
+    """What matters comes back to us as an exception; the rest would let strangers write into our logs."""
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("libp2p."):
+            logging.getLogger(name).setLevel(logging.NOTSET)
+    logging.getLogger("libp2p").setLevel(logging.CRITICAL)
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,0 +1,185 @@
+"""Questions in words: text or chat turns in, text out, through the generation that is given."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from meshnode.core.errors import Declined, ModelError
+from meshnode.core.memory import give_back
+from meshnode.store.port import OpenFile
+from meshnode.text.stops import StopStrings
+from protocols.ids import Cid
+from protocols.manifest.messages import Manifest
+from protocols.pipe.messages import Sampling
+
+if TYPE_CHECKING:
+    from meshnode.text.tokenizer import Tokenizer
+
+MAX_TEXT: Final = 1 << 20  # characters of a question: far above any context
+MAX_TURNS: Final = 1024
+MAX_STOPS: Final = 16
+ROLES: Final = frozenset({"system", "user", "assistant", "tool"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is asked: exactly one of `turns`, `text` and `tokens`."""
+
+    turns: tuple[Mapping[str, str], ...] | None = None  # chat: {"role", "content"}
+    text: str | None = None  # continued as it stands
+    tokens: tuple[int, ...] | None = None
+    max_tokens: int = 512
+    sampling: Sampling
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A piece of the answer: the token, and the text that it completes (maybe none)."""
+
+    text: str
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The end: why it ended, and what was asked in tokens."""
+
+    reason: str
+    prompt: tuple[int, ...]
+
+
+def check(question: Question) -> None:
+    """Raises Declined `bad-request` with a sentence about the first thing that is wrong."""
+    given = [x for x in (question.turns, question.text, question.tokens) if x is not None]
+    if len(given) != 1:
+        raise Declined("bad-request", "a question has either chat turns, or text, or token ids")
+    if question.max_tokens < 1:
+        raise Declined("bad-request", f"max_tokens is {question.max_tokens}; at least 1 is needed")
+    if len(question.stop) > MAX_STOPS or any(not s or len(s) > 256 for s in question.stop):
+        raise Declined("bad-request", f"at most {MAX_STOPS} stop strings of 1 to 256 characters are possible")
+    if question.text is not None and not question.text:
+        raise Declined("bad-request", "the prompt is empty")
+    if question.tokens is not None and not question.tokens:
+        raise Declined("bad-request", "the prompt is empty")
+    if question.text is not None and len(question.text) > MAX_TEXT:
+        raise Declined("too-long", f"the prompt has {len(question.text)} characters; {MAX_TEXT} are possible")
+    if question.turns is not None:
+        if not question.turns or len(question.turns) > MAX_TURNS:
+            raise Declined("bad-request", f"a conversation has 1 to {MAX_TURNS} turns, not {len(question.turns)}")
+        for turn in question.turns:
+            role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
+            if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
+                raise Declined("bad-request", f"a turn has a role ({', '.join(sorted(ROLES))}) and a content in text")
+        if sum(len(turn["content"]) for turn in question.turns) > MAX_TEXT:
+            raise Declined("too-long", f"the conversation has more than {MAX_TEXT} characters")
+    for text in (question.text or "", *(turn["content"] for turn in question.turns or ())):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+            raise Declined(
+                "bad-request", f"character {error.start} of a text is half a surrogate pair, which is no text"
+            ) from error
+
+
+def _prompt(tokenizer: Tokenizer, question: Question) -> tuple[int, ...]:
+    if question.tokens is not None:
+        return question.tokens
+    if question.text is not None:
+        return tokenizer.encode(question.text)
+    return tokenizer.chat(question.turns or ())
+
+
+Generate = Callable[[tuple[int, ...], int, Sampling], AsyncGenerator[int | str, None]]  # tokens, at last the reason
+
+
+class AnsweringService:
+    """Holds the tokenizer of the served model, loaded when the first question comes."""
+
+    name = "answering"
+
+    def __init__(
+        self,
+        *,
+        manifest: Callable[[], tuple[Cid, Manifest] | None],
+        fetch: Callable[[Cid, int], Awaitable[OpenFile]],
+    ) -> None:
+        self._manifest = manifest
+        self._fetch = fetch
+        self._loaded: tuple[Cid, Tokenizer] | None = None
+        self._loading = trio.Lock()
+
+    async def tokenizer(self) -> Tokenizer:
+        """Of the model that is served now. Raises Declined `no-model`, ContentUnavailable, ModelError."""
+        served = self._manifest()
+        if served is None:
+            raise Declined("no-model", "the network serves no model yet; add one with: meshnode model add PATH")
+        cid, manifest = served
+        async with self._loading:
+            if self._loaded is None or self._loaded[0] != cid:
+                self._loaded = (cid, await self._load(manifest))
+            return self._loaded[1]
+
+    async def _load(self, manifest: Manifest) -> Tokenizer:
+        if "tokenizer.json" not in manifest.files:
+            raise Declined(
+                "no-tokenizer", f"the model {manifest.name} was published without a tokenizer; ask in tokens"
+            )
+        vocabulary = manifest.files["tokenizer.json"]
+        template_ref = manifest.files.get("chat_template.jinja")
+        shape = manifest.architecture
+        with ExitStack() as opened:
+            path = opened.enter_context(await self._fetch(vocabulary.cid, vocabulary.size))
+            template_path: Path | None = None
+            if template_ref is not None:
+                template_path = opened.enter_context(await self._fetch(template_ref.cid, template_ref.size))
+
+            def load() -> Tokenizer:
+                from meshnode.text.tokenizer import Tokenizer  # 10 MB that a node which is never asked does without
+
+                template: str | None = None
+                if template_path is not None:
+                    try:
+                        template = template_path.read_text(encoding="utf-8")
+                    except UnicodeDecodeError as error:
+                        raise ModelError(
+                            f"the chat template of {manifest.name} can't be read: {error}; publish the model again"
+                        ) from error
+                tokenizer = Tokenizer(path, template, bos_ids=shape.bos_ids, eos_ids=shape.eos_ids)
+                give_back()
+                return tokenizer
+
+            return await trio.to_thread.run_sync(load)
+
+    async def answer(self, question: Question, generate: Generate) -> AsyncGenerator[Text | Answer, None]:
+        """The answer piece by piece, at last its end. Use it in `contextlib.aclosing`.
+
+        `generate` is closed before its end when a stop string is met.
+
+        Raises what `generate` raises, and Declined `bad-request`.
+        """
+        check(question)
+        tokenizer = await self.tokenizer()
+        # In a thread: a long text takes a second, and the template came with the model.
+        prompt = await trio.to_thread.run_sync(_prompt, tokenizer, question, abandon_on_cancel=True)
+        words, stops = tokenizer.stream(prompt), StopStrings(question.stop)
+        reason = ""
+        async with aclosing(generate(prompt, question.max_tokens, question.sampling)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, str):
+                    reason = piece
+                    continue
+                shown, met = stops.feed(words.feed(piece))
+                yield Text(shown, piece)
+                if met:
+                    yield Answer("stop", prompt)
+                    return
+        if rest := stops.rest():
+            yield Text(rest, -1)
+        yield Answer(reason, prompt)
