@@ -8,36 +8,27 @@ Nesting is the shutdown order: what is opened last is cancelled first.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import random
-from collections.abc import AsyncGenerator
-from contextlib import ExitStack, aclosing
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Final
+from typing import Final
 
-import psutil
 import structlog
 import trio
 
 from meshnode import __version__
 from meshnode.config.settings import Config
-from meshnode.core.clock import monotonic, wall_ms
-from meshnode.core.errors import ConfigError, ContentUnavailable, Declined
+from meshnode.core.clock import Wall
+from meshnode.core.errors import ContentUnavailable, Declined
 from meshnode.core.health import Health
-from meshnode.core.paths import PUBLISH_PREFIX
 from meshnode.core.service import Service, supervise
-from meshnode.engine.process import EngineProcess
+from meshnode.engine.port import Engine, StageSpec
 from meshnode.ipfs.fallback import Outside, Source
-from meshnode.ipfs.gateway import Gateway
 from meshnode.ipfs.rpc import IpfsApi
 from meshnode.membership.identity import Identity
-from meshnode.membership.network import load_network
-from meshnode.net.libp2p.host import Libp2pHost
 from meshnode.net.pipes import Pipes
-from meshnode.net.port import PeerEvent
-from meshnode.net.swarm_key import load_swarm_key
+from meshnode.net.port import Host, PeerEvent
 from meshnode.policy.route import NoRoute, plan_route
 from meshnode.services.content.fetch import PATIENCE_SECONDS, ContentService
 from meshnode.services.dht import RoutingService
@@ -57,13 +48,8 @@ from meshnode.services.releases import ArrivalService
 from meshnode.services.replication import ReplicationService
 from meshnode.services.visits import Visits
 from meshnode.state import releases
-from meshnode.state.database import Database
-from meshnode.state.port import Membership
-from meshnode.store.blob_store import BlobStore
-from meshnode.store.cipher import Cipher
-from meshnode.store.disk import available_bytes, remove_abandoned
-from meshnode.store.encryption import is_sealed, set_sealed
-from meshnode.store.port import OpenFile
+from meshnode.state.port import Membership, State
+from meshnode.store.port import OpenFile, Store
 from protocols.advert.messages import Advert, RoundTrip
 from protocols.bitswap import messages as bitswap
 from protocols.errors import RemoteProtocolError
@@ -91,76 +77,82 @@ class Served:
     manifest: Manifest
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What this device is."""
+
+    name: str  # for people
+    free_memory_bytes: int  # at the start
+    cpus: int
+    tags: tuple[str, ...]  # "cpu", "gpu", "mains", "battery"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a node is made of. `assemble.py` makes them of real things, `sim/` of things in memory."""
+
+    identity: Identity
+    membership: Membership  # our place in the network
+    host: Host
+    store: Store
+    state: State
+    engine: Callable[[StageSpec], Engine]  # a new engine for a span
+    sources: tuple[Source, ...]  # asked for what no peer gives, in this order
+    daemon: IpfsApi | None  # the operator's own, one of the sources
+    machine: Machine
+    health: Health
+    wall: Wall
+    rng: random.Random
+
+
 class Node:
     """One running node."""
 
-    def __init__(self, config: Config, identity: Identity, stack: ExitStack) -> None:
-        """Opens the data folder's files (closed by `stack`) and builds every part; nothing runs yet.
-
-        Raises FatalError: the folder is in use, no membership, no room.
-        """
-        paths = config.paths
+    def __init__(self, parts: Parts, config: Config) -> None:
+        """Wires every service over the parts; nothing runs yet. `config`: what the owner has set."""
+        self.parts = parts
         self.config = config
+        identity, wall, rng = parts.identity, parts.wall, parts.rng
         self.identity = identity
-        _lock(paths.lock, stack)
-        self.membership_file: Membership = load_network(paths.folder)
-        self.database = stack.enter_context(Database(paths.state))
-        quota = config.content.quota.of(available_bytes(paths.content))
-        remove_abandoned(paths.cache, PUBLISH_PREFIX)
-        cipher = Cipher(identity.seed, self.membership_file.network_id)
-        if is_sealed(paths.content) != config.content.encrypt:
-            log.info("content.converting", encrypt=config.content.encrypt)
-        set_sealed(paths.content, cipher, config.content.encrypt)
-        self.store = BlobStore(paths.content, quota, cipher=cipher)
-        stack.callback(self.store.close)
-        self.health = Health(monotonic)
-        self.began_ms = wall_ms()
+        self.membership_file = parts.membership
+        self.database = parts.state
+        self.store = parts.store
+        self.health = parts.health
+        self.host = parts.host
+        self.began_ms = wall()
         self.incarnation = next_incarnation(self.database, identity.peer_id, self.began_ms)
-        rng = random.Random(os.urandom(16))
-        name = config.node.name or self.membership_file.name or os.uname().nodename
-
-        self.host = Libp2pHost(
-            identity.seed,
-            config.network.listen,
-            lane_port=config.network.direct_port,
-            announce=config.network.announce,
-            swarm_key=load_swarm_key(config.network.swarm_key),
-        )
         self.membership = MembershipService(
             self.host,
             identity,
             self.membership_file,
             self.database,
-            wall_ms,
+            wall,
             __version__,
-            node_name=name,
+            node_name=parts.machine.name,
             health=self.health,
             take_in=lambda peer: self.visits.take_in(peer),
         )
-        memory = config.serve.memory.of(psutil.virtual_memory().available)
+        memory = config.serve.memory.of(parts.machine.free_memory_bytes)
         self.directory = DirectoryService(
             self.host,
             identity.sign,
             f"/meshnode/records/{self.membership_file.network_id}",
-            wall_ms,
+            wall,
             self.membership.roles_of,
-            self._first_advert(name, memory),
+            self._first_advert(parts.machine, memory),
             self.database,
             health=self.health,
             rng=rng,
         )
         self.discovery = DiscoveryService(
-            self.host, self.database, config.network.bootstrap, self.directory.addresses, rng, wall_ms
+            self.host, self.database, config.network.bootstrap, self.directory.addresses, rng, wall
         )
         self.guests = GuestService(self.host, config.content.ipfs_peers, (bitswap.PROTOCOL,), rng, health=self.health)
         anyone = config.content.share == "anyone"
         offers = ((bitswap.PROTOCOL,) if anyone else ()) + (kad.PROTOCOLS if config.content.dht_serve else ())
         self.visits = Visits(self.host, self._is_member, self._is_guest, offers, entrance=membership.PROTOCOL)
         self.routing = self._join_dht(rng) if config.content.dht or config.content.dht_serve else None
-        ipfs = IpfsApi(config.content.ipfs_api, self.health) if config.content.ipfs_api else None
-        gateways = [Gateway(url, self.health) for url in config.content.gateways]
-        self.sources: tuple[Source, ...] = (*gateways,) if ipfs is None else (ipfs, *gateways)
-        outside = Outside(self.sources) if self.sources else None
+        outside = Outside(parts.sources) if parts.sources else None
         self.content = ContentService(
             self.host,
             self.store,
@@ -177,7 +169,7 @@ class Node:
             tree_outside=None if outside is None else outside.tree,
             outside_so_far=None if outside is None else outside.so_far,
         )
-        self.daemon = None if ipfs is None else self._look_after(ipfs)
+        self.daemon = None if parts.daemon is None else self._look_after(parts.daemon)
         self.pipes = Pipes(self.host)
         holds = HoldStreams(self.host)
         self.placement = PlacementService(
@@ -189,7 +181,7 @@ class Node:
             reveal=self._reveal,
             content=self.store,
             open_manifest=open_manifest,
-            engine_factory=EngineProcess,
+            engine_factory=parts.engine,
             config=PlacementConfig(
                 memory_bytes=memory,
                 max_layers=config.serve.layers,
@@ -201,6 +193,7 @@ class Node:
             health=self.health,
             draw=rng.random,
             holds=holds,
+            wall=wall,
         )
         holds.serve(self.placement.answer_hold)
         self.stage = StageService(
@@ -303,21 +296,21 @@ class Node:
             f"{served.manifest.name} {served.manifest.version}", served.cid, tuple(served.manifest.all_files())
         )
 
-    def _first_advert(self, name: str, memory: int) -> Advert:
+    def _first_advert(self, machine: Machine, memory: int) -> Advert:
         return Advert(
             peer=self.identity.peer_id,
             incarnation=self.incarnation,
             sequence=0,
             issued_ms=0,
-            name=name[:64],
+            name=machine.name[:64],
             software=__version__,
             roles=(),
             addresses=(),
-            cpus=os.cpu_count() or 1,
+            cpus=machine.cpus,
             memory_bytes=memory,
             disk_free_bytes=self.store.usage().room_bytes,
             max_layers=self.config.serve.layers,
-            tags=("cpu", *_power()),
+            tags=machine.tags,
             serving=None,
         )
 
@@ -340,7 +333,7 @@ class Node:
                 self.visits,
                 *(() if self.routing is None else (self.routing,)),
                 self.pipes,
-                *self.sources,
+                *self.parts.sources,
                 *(() if self.daemon is None else (self.daemon,)),
             ):
                 await ground.start(supervise, below)
@@ -548,19 +541,3 @@ class Node:
             )
         self.directory.publish_head(name=release.name, version=release.version, manifest=manifest, variant=variant)
         releases.wait_no_longer(self.database)
-
-
-def _lock(path: Path, stack: ExitStack) -> None:
-    """One node per data folder. The lock goes with the process."""
-    file: IO[str] = stack.enter_context(path.open("a"))
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise ConfigError(
-            f"a node already runs in the data folder {path.parent}; stop it, or choose another folder with --data"
-        ) from error
-
-
-def _power() -> tuple[str, ...]:
-    battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
-    return () if battery is None else ("mains",) if battery.power_plugged else ("battery",)

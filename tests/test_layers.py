@@ -62,7 +62,11 @@ BAD: dict[str, dict[str, str]] = {
     "meshnode/config": {**LOW, **others()},
     "meshnode/net": {**UP, **NO_TORCH, **others("net")},
     "meshnode/store": {**LOW, **others("store")},
-    "meshnode/ipfs": {**LOW, **others("ipfs", "store", "net"), "meshnode.store.blob_store": "it uses the store's port"},
+    "meshnode/ipfs": {
+        **LOW,
+        **others("ipfs", "store", "net"),
+        "meshnode.store.blob_store": "it uses the store's port",
+    },
     "meshnode/engine": {**UP, **NO_TORCH, **others("engine"), "libp2p": "one adapter imports libp2p"},
     "meshnode/state": {**LOW, **others("state")},
     "meshnode/membership": {**LOW, **others("membership", "state", "net")},

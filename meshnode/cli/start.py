@@ -30,6 +30,7 @@ def run_node(config: Config) -> int:
 
     from meshnode.api.commands import Orders
     from meshnode.api.control import ControlService
+    from meshnode.assemble import assemble
     from meshnode.core import log
     from meshnode.core.memory import give_back
     from meshnode.membership.identity import Identity
@@ -42,7 +43,7 @@ def run_node(config: Config) -> int:
 
     async def serve() -> None:
         with ExitStack() as stack:
-            node = Node(config, identity, stack)
+            node = Node(assemble(config, identity, stack), config)
             orders = Orders(node)
             control = ControlService(paths.control_socket, orders.commands(), orders.wording)
             async with trio.open_nursery() as nursery:

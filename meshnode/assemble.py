@@ -1,0 +1,97 @@
+"""A node's parts, made of real things: files, sockets, processes. The only file that knows every adapter."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from meshnode.config.settings import Config
+from meshnode.core.clock import monotonic, wall_ms
+from meshnode.core.errors import ConfigError
+from meshnode.core.health import Health
+from meshnode.core.log import get_logger
+from meshnode.core.paths import PUBLISH_PREFIX
+from meshnode.engine.process import EngineProcess
+from meshnode.ipfs.gateway import Gateway
+from meshnode.ipfs.rpc import IpfsApi
+from meshnode.membership.identity import Identity
+from meshnode.membership.network import load_network
+from meshnode.net.libp2p.host import Libp2pHost
+from meshnode.net.swarm_key import load_swarm_key
+from meshnode.node import Machine, Parts
+from meshnode.state.database import Database
+from meshnode.store.blob_store import BlobStore
+from meshnode.store.cipher import Cipher
+from meshnode.store.disk import available_bytes, remove_abandoned
+from meshnode.store.encryption import is_sealed, set_sealed
+
+_log = get_logger("assemble")
+
+
+def assemble(config: Config, identity: Identity, stack: ExitStack) -> Parts:
+    """Open the data folder's files (closed by `stack`) and make every part; nothing runs yet.
+
+    Raises FatalError: the folder is in use, no membership, no room.
+    """
+    paths = config.paths
+    _lock(paths.lock, stack)
+    membership = load_network(paths.folder)
+    database = stack.enter_context(Database(paths.state))
+    remove_abandoned(paths.cache, PUBLISH_PREFIX)
+    cipher = Cipher(identity.seed, membership.network_id)
+    if is_sealed(paths.content) != config.content.encrypt:
+        _log.info("content.converting", encrypt=config.content.encrypt)
+    set_sealed(paths.content, cipher, config.content.encrypt)
+    store = BlobStore(paths.content, config.content.quota.of(available_bytes(paths.content)), cipher=cipher)
+    stack.callback(store.close)
+    health = Health(monotonic)
+    daemon = IpfsApi(config.content.ipfs_api, health) if config.content.ipfs_api else None
+    gateways = tuple(Gateway(url, health) for url in config.content.gateways)
+    return Parts(
+        identity=identity,
+        membership=membership,
+        host=Libp2pHost(
+            identity.seed,
+            config.network.listen,
+            lane_port=config.network.direct_port,
+            announce=config.network.announce,
+            swarm_key=load_swarm_key(config.network.swarm_key),
+        ),
+        store=store,
+        state=database,
+        engine=EngineProcess,
+        sources=gateways if daemon is None else (daemon, *gateways),
+        daemon=daemon,
+        machine=this_machine(config.node.name or membership.name or os.uname().nodename),
+        health=health,
+        wall=wall_ms,
+        rng=random.Random(os.urandom(16)),
+    )
+
+
+def this_machine(name: str) -> Machine:
+    battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+    power = () if battery is None else ("mains",) if battery.power_plugged else ("battery",)
+    return Machine(
+        name=name,
+        free_memory_bytes=psutil.virtual_memory().available,
+        cpus=os.cpu_count() or 1,
+        tags=("cpu", *power),
+    )
+
+
+def _lock(path: Path, stack: ExitStack) -> None:
+    """One node per data folder. The lock goes with the process."""
+    file: IO[str] = stack.enter_context(path.open("a"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ConfigError(
+            f"a node already runs in the data folder {path.parent}; stop it, or choose another folder with --data"
+        ) from error
