@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import structlog
@@ -209,7 +209,7 @@ class Node:
         self.pipes.report_to(self._lose)
         self.answering = AnsweringService(manifest=self._manifest, fetch=self._fetch_readable)
         self.readiness = ReadinessService(
-            chain=self._chain, changed=self.directory.changed, probe=self._probe, health=self.health
+            chain=self._chain, changed=self.directory.changes.wait, probe=self._probe, health=self.health
         )
         self.inventory = InventoryService(self.directory, self.store, open_manifest)
         self.replication = ReplicationService(
@@ -393,7 +393,7 @@ class Node:
             before = self.directory.me().round_trips
             trips = self._round_trips(before)
             if trips != before:
-                self.directory.update(round_trips=trips)
+                self.directory.advertise(replace(self.directory.me(), round_trips=trips))
             await trio.sleep(UPKEEP_SECONDS)
 
     def _name_liars(self) -> None:
@@ -466,7 +466,7 @@ class Node:
     def _chain(self) -> tuple[object, str]:
         target = self._target()
         if target is None:
-            head = self.directory.head()
+            head = self.directory.announcement()
             if head is None and (manifest := self.arrival.awaited) is not None:
                 return None, f"the manifest {manifest} of the model that was added here has not arrived yet"
             if head is None:
@@ -539,5 +539,5 @@ class Node:
             raise Declined(
                 "no-model", f"{release.name} has no variant {variant}; it has {', '.join(release.variants)}"
             )
-        self.directory.publish_head(name=release.name, version=release.version, manifest=manifest, variant=variant)
+        self.directory.announce(name=release.name, version=release.version, manifest=manifest, variant=variant)
         releases.wait_no_longer(self.database)

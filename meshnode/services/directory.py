@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import trio
 
@@ -18,8 +18,9 @@ from meshnode.core.clock import Wall
 from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.core.health import Health
 from meshnode.core.log import get_logger
+from meshnode.core.signal import Changes
 from meshnode.net.port import Host, PeerEvent, Stream
-from protocols.advert.messages import ADVERT, HEAD, RENEW_MS, Advert, Head, Holding
+from protocols.advert.messages import ADVERT, HEAD, RENEW_MS, Advert, Announcement, Holding
 from protocols.advert.validate import check_advert, check_head
 from protocols.advert.view import Outcome, View
 from protocols.codec import encode
@@ -120,8 +121,7 @@ class DirectoryService:
         self._view = View(roles_of)
         self._me = replace(initial, peer=self._us, sequence=0, issued_ms=0)
         self._listens = not initial.addresses  # our addresses are those of the host, once it listens
-        self._version = 0
-        self._changed = trio.Event()
+        self.changes = Changes()
         self._dirty = trio.Event()
         self._head_record = b""  # our head, gossiped with the next `_head_left` adverts
         self._head_left = 0
@@ -153,15 +153,15 @@ class DirectoryService:
         """Our own advert, with changes that are not published yet."""
         return self._me
 
-    def heads(self) -> dict[PeerId, Head]:
-        """The newest head of every publisher, retired ones too, sorted by publisher."""
+    def announcements(self) -> dict[PeerId, Announcement]:
+        """The newest announcement of every publisher, those taken back too, sorted by publisher."""
         entries = self._view.alive(HEAD, self._now())
-        return {peer: entry.body for peer, entry in entries.items() if isinstance(entry.body, Head)}
+        return {peer: entry.body for peer, entry in entries.items() if isinstance(entry.body, Announcement)}
 
-    def head(self) -> Head | None:
-        """The release that the network serves: the newest head that is not retired."""
-        heads = [head for head in self.heads().values() if not head.retired]
-        return min(heads, key=lambda head: (-head.created_ms, head.manifest, head.peer), default=None)
+    def announcement(self) -> Announcement | None:
+        """The release that the network serves: the newest announcement that is not taken back."""
+        held = [one for one in self.announcements().values() if not one.retired]
+        return min(held, key=lambda one: (-one.created_ms, one.manifest, one.peer), default=None)
 
     def addresses(self) -> dict[PeerId, tuple[str, ...]]:
         """Where the others say they listen."""
@@ -186,35 +186,21 @@ class DirectoryService:
         entry = self._view.get(ADVERT, peer)
         return None if entry is None else max(0.0, self._now() - entry.since)
 
-    @property
-    def version(self) -> int:
-        """Goes up whenever a live advert says something else, or somebody appears, vanishes, or a head changes."""
-        return self._version
+    # What we say
 
-    async def changed(self, version: int | None = None) -> int:
-        """Wait until `version` (None: the current one) is outdated; the current one.
-
-        With the version that was current before you read, no change is missed. If cancelled: nothing happened.
-        """
-        seen = self._version if version is None else version
-        while self._version == seen:
-            await self._changed.wait()
-        return self._version
-
-    # What others say
-
-    def update(self, **fields: Any) -> None:
-        """Change fields of our advert; it is published within `COALESCE_S`, a few times per second at most.
+    def advertise(self, advert: Advert) -> None:
+        """Publish `dataclasses.replace(directory.me(), ...)` within `COALESCE_S`, a few times per second at most.
 
         Raises LocalProtocolError for a value that others would refuse; nothing is changed then.
         """
-        fixed = {"peer", "incarnation", "sequence", "issued_ms"} & fields.keys()
-        if fixed:
-            raise LocalProtocolError(f"{', '.join(sorted(fixed))} of an advert can't be changed")
-        self._set_me(replace(self._me, **fields))
+        if _fixed(advert) != _fixed(self._me):
+            raise LocalProtocolError("peer, incarnation, sequence and date of an advert are not the caller's to set")
+        self._set_me(advert)
 
-    def publish_head(self, *, name: str, version: str, manifest: Cid, variant: str, retired: bool = False) -> Head:
-        """Say that the network serves this release from now on (or no longer). Replaces our head before.
+    def announce(
+        self, *, name: str, version: str, manifest: Cid, variant: str, retired: bool = False
+    ) -> Announcement:
+        """Say that the network serves this release from now on (or no longer). Replaces what we said before.
 
         Raises Declined `forbidden` without the role "publish", LocalProtocolError for a value that others
         would refuse.
@@ -225,8 +211,8 @@ class DirectoryService:
         incarnation, sequence = (self._me.incarnation, 0) if mine is None else mine.version
         if incarnation < self._me.incarnation:
             incarnation, sequence = self._me.incarnation, 0
-        newest = max((head.created_ms for head in self.heads().values()), default=0)
-        head = Head(
+        newest = max((one.created_ms for one in self.announcements().values()), default=0)
+        head = Announcement(
             peer=self._us,
             incarnation=incarnation,
             sequence=sequence + 1,
@@ -365,9 +351,7 @@ class DirectoryService:
 
     def _note_change(self) -> None:
         self._lively = frozenset(self._view.alive(ADVERT, self._now()))
-        self._version += 1
-        self._changed.set()
-        self._changed = trio.Event()
+        self.changes.notify()
 
     def _now(self) -> float:
         return trio.current_time()
@@ -456,6 +440,10 @@ class DirectoryService:
                 case Finished(sent, taken):
                     self._synced.add(stream.peer)
                     _log.debug("sync.finished", peer=stream.peer, sent=sent, taken=taken)
+
+
+def _fixed(advert: Advert) -> tuple[object, ...]:
+    return advert.peer, advert.incarnation, advert.sequence, advert.issued_ms
 
 
 async def _close(stream: Stream) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Protocol
+from dataclasses import replace
+from typing import Final
 
 import trio
 
+from meshnode.services.port import Directory
 from meshnode.store.port import Content
-from protocols.advert.messages import Advert, Head, Holding
-from protocols.ids import Cid, PeerId, cid_to_bytes
+from protocols.advert.messages import Announcement, Holding
+from protocols.ids import Cid, cid_to_bytes
 from protocols.manifest.messages import Manifest
 
 LOOK_SECONDS: Final = 0.5  # between looks at the store
@@ -17,19 +19,6 @@ MAX_FILES: Final = 1024  # of one manifest that an advert can name (protocols/ad
 MAX_NAMES: Final = 1280  # of all: they fill most of a signed record
 MAX_MANIFESTS: Final = 16
 ROOM_CHANGE: Final = 0.1  # room is advertised again when it changed by this share of itself
-
-
-class Directory(Protocol):
-    """What the inventory needs of the directory of adverts."""
-
-    def me(self) -> Advert: ...
-
-    def head(self) -> Head | None:
-        """What the network serves."""
-
-    def heads(self) -> Mapping[PeerId, Head]: ...
-
-    def update(self, **fields: Any) -> None: ...
 
 
 class InventoryService:
@@ -55,20 +44,15 @@ class InventoryService:
 
     def _look(self) -> None:
         me = self._directory.me()
-        changes: dict[str, object] = {}
-        holdings = self._sayable(self.holdings())
-        if holdings != me.holdings:
-            changes["holdings"] = holdings
         room = self._store.usage().room_bytes
         if abs(room - me.disk_free_bytes) > ROOM_CHANGE * me.disk_free_bytes:
-            changes["disk_free_bytes"] = room
-        if changes:
-            self._directory.update(**changes)
+            me = replace(me, disk_free_bytes=room)
+        self._directory.advertise(replace(me, holdings=self._sayable(self.holdings())))
 
     def holdings(self) -> tuple[Holding, ...]:
         """What we hold of every release that a head names, and whose manifest is here."""
         files = self._store.files()
-        manifests = sorted({head.manifest for head in self._directory.heads().values()})
+        manifests = sorted({head.manifest for head in self._directory.announcements().values()})
         if self._seen[0] != (files, manifests):
             out: list[Holding] = []
             for manifest in manifests:
@@ -84,7 +68,7 @@ class InventoryService:
         names = [len(holding.cids) for holding in holdings]
         if sum(names) <= MAX_NAMES and max(names, default=0) <= MAX_FILES and len(names) <= MAX_MANIFESTS:
             return holdings
-        head = self._directory.head()
+        head = self._directory.announcement()
         served = "" if head is None else head.manifest
         needed = frozenset[bytes]() if head is None else self._needed(head)
         out: list[Holding] = []
@@ -96,7 +80,7 @@ class InventoryService:
                 out.append(Holding(manifest=holding.manifest, cids=tuple(sorted(first))))
         return tuple(sorted(out, key=lambda holding: holding.manifest))
 
-    def _needed(self, head: Head) -> frozenset[bytes]:
+    def _needed(self, head: Announcement) -> frozenset[bytes]:
         """Files of the served variant, as far as its manifest is here."""
         if self._served[:2] != (head.manifest, head.variant):
             block = self._store.block(Cid(head.manifest))

@@ -22,8 +22,9 @@ from meshnode.policy.mesh_view import coarse_us, layer_us_of, nodes_of
 from meshnode.policy.moves import Move, abandoned, decide, guards_of, slot_of, still_right, unserved, wanted_plan
 from meshnode.policy.placement import Node, runs
 from meshnode.policy.prediction import Prediction, predict
+from meshnode.services.port import Directory
 from meshnode.store.port import Content, OpenFile
-from protocols.advert.messages import DRAINING, IDLE, INTENT, LOADING, SERVING, Advert, Head, Serving, Span
+from protocols.advert.messages import DRAINING, IDLE, INTENT, LOADING, SERVING, Head, Serving, Span
 from protocols.errors import ProtocolError
 from protocols.ids import Cid, PeerId, short
 from protocols.intent import machine as intent
@@ -47,20 +48,6 @@ QUEUE_STEP_US: Final = 3_000  # a change of the wait for the engine that is wort
 GOODBYE_S: Final = 5.0  # for ending the engines when the node stops
 
 _log = get_logger("placement")
-
-
-class Directory(Protocol):
-    """What placement needs of the directory of adverts."""
-
-    def live(self) -> Mapping[PeerId, Advert]: ...
-
-    def head(self) -> Head | None: ...
-
-    async def changed(self) -> object:
-        """Return after the next change of an advert or the head."""
-
-    def update(self, **fields: Any) -> None:
-        """Change fields of our own advert and publish it."""
 
 
 class Holds(Protocol):
@@ -276,7 +263,7 @@ class PlacementService:
         self._left = True
         stage, self._stage = self._stage, None
         self._published = Serving(state=IDLE, span=None, target=None)
-        self._directory.update(leaving=True, serving=self._published)
+        self._directory.advertise(replace(self._directory.me(), leaving=True, serving=self._published))
         if stage is not None:
             await stage.engine.stop()
 
@@ -286,7 +273,10 @@ class PlacementService:
         """Serve until cancelled. Engines are ended on the way out."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            self._directory.update(memory_bytes=self._config.memory_bytes, max_layers=self._config.max_layers)
+            me = replace(
+                self._directory.me(), memory_bytes=self._config.memory_bytes, max_layers=self._config.max_layers
+            )
+            self._directory.advertise(me)
             self._publish()
             for pin in PINS:
                 self._content.unpin(pin)
@@ -312,7 +302,7 @@ class PlacementService:
 
     async def _watch(self) -> None:
         while True:
-            await self._directory.changed()
+            await self._directory.changes.wait()
             self._wake()
 
     def _wake(self) -> None:
@@ -444,7 +434,7 @@ class PlacementService:
 
     def _check_head(self) -> None:
         assert self._nursery is not None
-        head = self._directory.head()
+        head = self._directory.announcement()
         wanted = None if head is None or head.retired else (head.manifest, head.variant)
         if wanted == self._manifest_wanted:
             return
@@ -729,7 +719,8 @@ class PlacementService:
         now = (self._layer_decode_us, self._layer_prefill_us)
         if any(abs(new - old) * 10 > old for new, old in zip(now, self._advertised_us, strict=True)):
             self._advertised_us = now
-            self._directory.update(layer_decode_us=now[0], layer_prefill_us=now[1])
+            me = replace(self._directory.me(), layer_decode_us=now[0], layer_prefill_us=now[1])
+            self._directory.advertise(me)
 
     # Ending
 
@@ -826,7 +817,7 @@ class PlacementService:
         )
         if serving != self._published:
             self._published = serving
-            self._directory.update(serving=serving)
+            self._directory.advertise(replace(self._directory.me(), serving=serving))
 
     def _assess(self, release: _Release, nodes: tuple[Node, ...]) -> None:
         """Prediction and health: computed when the mesh changed."""

@@ -11,7 +11,7 @@ from typing import Protocol
 from meshnode.core.signal import Changes
 from meshnode.model.release import ServedRelease
 from meshnode.store.port import OpenFile
-from protocols.advert.messages import Advert, Head
+from protocols.advert.messages import Advert, Announcement
 from protocols.ids import Cid, PeerId
 from protocols.manifest.messages import FileRef
 
@@ -37,8 +37,11 @@ class Directory(Protocol):
         Raises LocalProtocolError for a value that others would refuse; nothing is changed then.
         """
 
-    def announcement(self) -> Head | None:
+    def announcement(self) -> Announcement | None:
         """Which release the network is told to serve: the newest word of a publisher that is not taken back."""
+
+    def announcements(self) -> Mapping[PeerId, Announcement]:
+        """The newest announcement of every publisher, those taken back too, sorted by publisher."""
 
     def providers(self, cid: Cid) -> Sequence[PeerId]:
         """Peers that say they have a file or block, never ourselves; the best first."""

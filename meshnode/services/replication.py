@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import inf
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import trio
 
@@ -20,6 +20,7 @@ from meshnode.core.health import Health
 from meshnode.core.log import get_logger
 from meshnode.core.sizes import format_size
 from meshnode.policy.replication import Shelf, Standing, assignments, copies, standing
+from meshnode.services.port import Directory
 from meshnode.store.port import LAST_PIN, SPARE_PIN, Content
 from protocols.advert.messages import DRAINING, Advert, Head, Holding
 from protocols.errors import ProtocolError
@@ -40,20 +41,6 @@ _MANIFEST: Final = bytes((1, DAG_CBOR))  # begins the CID of one
 _text_of = lru_cache(maxsize=8192)(cid_from_bytes)
 
 _log = get_logger("replication")
-
-
-class Directory(Protocol):
-    """What replication needs of the directory of adverts."""
-
-    def live(self) -> Mapping[PeerId, Advert]: ...
-
-    def me(self) -> Advert: ...
-
-    async def changed(self) -> object:
-        """Return after the next change of an advert or the head."""
-
-    def update(self, **fields: Any) -> None:
-        """Change fields of our own advert and publish it."""
 
 
 class Fetch(Protocol):
@@ -168,10 +155,11 @@ class ReplicationService:
         if not self._only_here():
             return
         _log.info("copies.handing_over", files=len(self._only_here()))
-        self._directory.update(tags=(*self._directory.me().tags, HANDOVER))
+        me = self._directory.me()
+        self._directory.advertise(replace(me, tags=(*me.tags, HANDOVER)))
         with trio.move_on_after(limit_s):
             while self._only_here():
-                await self._directory.changed()
+                await self._directory.changes.wait()
         if left := self._only_here():
             _log.warning("copies.lost", files=len(left), reason="nobody took them over in time")
 

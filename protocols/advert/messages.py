@@ -1,4 +1,4 @@
-"""What a node says about itself (Advert) and which model the network serves (Head). See SPEC.md.
+"""What a node says about itself (Advert) and which model the network serves (Announcement). See SPEC.md.
 
 Both travel as signed records of the domains "advert" and "head". One writer per record; the higher
 (incarnation, sequence) wins, so the view of the mesh is a state-based CRDT.
@@ -90,8 +90,8 @@ class Advert:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
-    """A publisher's word: the network serves this release. Does not expire; the newest head wins
+class Announcement:
+    """A publisher's word: the network serves this release. Does not expire; the newest one wins
     (created_ms, then the lower manifest CID)."""
 
     peer: str = at(1, limit=64)  # the publisher, the signer of the record
@@ -103,3 +103,6 @@ class Head:
     manifest: str = at(7, limit=64)
     variant: str = at(8, limit=32)
     retired: bool = at(9, default=False)  # taken back
+
+
+Head = Announcement  # the name on the wire

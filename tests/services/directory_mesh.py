@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -54,12 +54,16 @@ class Node:
     def sees(self) -> list[PeerId]:
         return list(self.directory.live())
 
+    def says(self, **fields: Any) -> None:
+        """Change fields of our own advert."""
+        self.directory.advertise(replace(self.directory.me(), **fields))
+
     async def until(self, check: Callable[[DirectoryService], object], within: float) -> None:
         """Wait for changes of the directory until `check` holds. Raises trio.TooSlowError."""
-        version = self.directory.version
+        version = self.directory.changes.version
         with trio.fail_after(within):
             while not check(self.directory):
-                version = await self.directory.changed(version)
+                version = await self.directory.changes.wait(version)
 
     async def sees_exactly(self, nodes: Iterable[Node], within: float) -> None:
         wanted = sorted(node.peer for node in nodes)

@@ -7,7 +7,7 @@ and tells holes that a node's own move made from holes that a crash made.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ import trio
 from meshnode.core.clock import VirtualWall
 from meshnode.core.errors import EngineLost, PeerUnreachable
 from meshnode.core.health import Health
+from meshnode.core.signal import Changes
 from meshnode.engine.port import StageReport, StageSpec
 from meshnode.model.facts import ModelFacts, Range, facts_of
 from meshnode.services.placement import PlacementConfig, PlacementService
 from meshnode.store.port import OpenFile, StoreUsage
-from protocols.advert.messages import LEASE_MS, RENEW_MS, Advert, Head, Serving
+from protocols.advert.messages import LEASE_MS, RENEW_MS, Advert, Announcement, Serving
 from protocols.ids import RAW, Cid, PeerId, cid_of
 from protocols.intent.messages import Answer, Hold
 from protocols.manifest.messages import Architecture, FileRef, Manifest, Variant
@@ -181,28 +182,30 @@ class FakeDirectory:
         self._world = world
         self.advert = advert
         self.known: dict[PeerId, tuple[Advert, float]] = {}
-        self._change = trio.Event()
+        self.changes = Changes()
+
+    def me(self) -> Advert:
+        return self.advert
 
     def live(self) -> Mapping[PeerId, Advert]:
         limit = trio.current_time() - LEASE_MS / 1000
         live = {peer: advert for peer, (advert, at) in self.known.items() if at > limit and not advert.leaving}
         return {**live, PeerId(self.advert.peer): self.advert}
 
-    def head(self) -> Head | None:
+    def announcement(self) -> Announcement | None:
         return self._world.head
 
-    async def changed(self) -> None:
-        await self._change.wait()
+    def announcements(self) -> Mapping[PeerId, Announcement]:
+        return {} if self._world.head is None else {PeerId(self._world.head.peer): self._world.head}
 
-    def notify(self) -> None:
-        self._change.set()
-        self._change = trio.Event()
+    def providers(self, cid: Cid) -> Sequence[PeerId]:
+        raise NotImplementedError
 
-    def update(self, **fields: Any) -> None:
-        self.advert = replace(self.advert, **fields, sequence=self.advert.sequence + 1)
+    def advertise(self, advert: Advert) -> None:
+        self.advert = replace(advert, sequence=advert.sequence + 1)
         self._world.changed(self.advert)
         self._world.gossip(self.advert)
-        self.notify()
+        self.changes.notify()
 
     def renew(self) -> None:
         self.advert = replace(self.advert, sequence=self.advert.sequence + 1)
@@ -214,7 +217,7 @@ class FakeDirectory:
             return
         self.known[PeerId(advert.peer)] = (advert, trio.current_time())
         if old is None or replace(old[0], sequence=0) != replace(advert, sequence=0):
-            self.notify()
+            self.changes.notify()
 
 
 @dataclass
@@ -250,7 +253,7 @@ class World:
     ) -> None:
         self.manifest = manifest or make_manifest()
         self.facts: ModelFacts = facts_of(self.manifest, "int4")
-        self.head: Head | None = Head(
+        self.head: Announcement | None = Announcement(
             peer="publisher",
             incarnation=1,
             sequence=1,
@@ -308,7 +311,7 @@ class World:
                         if advert.peer != member.peer and at > trio.current_time() - LEASE_MS / 1000:
                             member.directory.hear(advert)
                     member.directory.hear(other.directory.advert)
-            member.directory.notify()  # leases run out without a message
+            member.directory.changes.notify()  # leases run out without a message
 
     async def ask(self, asker: PeerId, peer: PeerId, hold: Hold) -> Answer:
         await trio.sleep(self._rng.uniform(*self._delay))

@@ -36,10 +36,10 @@ async def all_see(nodes: list[Node], within: float) -> None:
 async def never_changes_its_mind(node: Node, nodes: list[Node], seconds: float) -> None:
     """Whatever changes in the next seconds, the peers seen stay the same."""
     with trio.move_on_after(seconds):
-        version = node.directory.version
+        version = node.directory.changes.version
         while True:
             assert node.sees == sorted(n.peer for n in nodes)
-            version = await node.directory.changed(version)
+            version = await node.directory.changes.wait(version)
 
 
 async def test_five_nodes_in_a_line_agree(autojump_clock: MockClock, rng: random.Random) -> None:
@@ -47,7 +47,7 @@ async def test_five_nodes_in_a_line_agree(autojump_clock: MockClock, rng: random
         nodes = await five(mesh)
         await mesh.line(*nodes)
         await all_see(nodes, within=5)
-        nodes[0].directory.update(cpus=7)
+        nodes[0].says(cpus=7)
         for node in nodes:
             await node.until(lambda d: d.live()[nodes[0].peer].cpus == 7, within=1)
         views = [{peer: replace(a, sequence=0, issued_ms=0) for peer, a in n.directory.live().items()} for n in nodes]
@@ -63,7 +63,7 @@ async def test_loss_of_a_fifth_changes_nobody_s_mind(autojump_clock: MockClock, 
         async with trio.open_nursery() as nursery:
             for node in nodes:
                 nursery.start_soon(never_changes_its_mind, node, nodes, 300)
-        nodes[0].directory.update(cpus=7)
+        nodes[0].says(cpus=7)
         for node in nodes:
             await node.until(lambda d: d.live()[nodes[0].peer].cpus == 7, within=6)
 
@@ -77,7 +77,7 @@ async def test_a_partition_and_its_end(autojump_clock: MockClock, rng: random.Ra
         mesh.network.partition([n.peer for n in one], [n.peer for n in other])
         await all_see(one, within=3.5)
         await all_see(other, within=3.5)
-        one[0].directory.update(cpus=7)
+        one[0].says(cpus=7)
         await never_changes_its_mind(other[0], other, 60)
         mesh.network.heal()
         await mesh.line(one[0], other[0])
@@ -137,9 +137,9 @@ async def test_news_of_a_lost_neighbour_is_asked_for(autojump_clock: MockClock, 
         mesh.network.set_gossip_loss(1.0)
         await one.host.disconnect(three.peer, "test")
         await two.host.disconnect(three.peer, "test")
-        three.directory.update(cpus=7)
+        three.says(cpus=7)
         with trio.move_on_after(3 * COALESCE_S):  # published, but nobody hears it
-            await one.directory.changed()
+            await one.directory.changes.wait()
         await mesh.line(two, three)  # now they sync
         await two.until(lambda d: d.live()[three.peer].cpus == 7, within=1.4)
         assert one.directory.live()[three.peer].cpus == 0
@@ -152,8 +152,8 @@ async def test_what_gossip_lost_comes_by_the_next_sync(autojump_clock: MockClock
         await mesh.line(one, other)
         await all_see([one, other], within=3)
         mesh.network.set_gossip_loss(1.0)
-        head = one.directory.publish_head(name="m", version="v1.0.0-0", manifest=MANIFEST, variant="int4")
-        await other.until(lambda d: d.head() == head, within=1.2 * SYNC_SECONDS + 1)
+        head = one.directory.announce(name="m", version="v1.0.0-0", manifest=MANIFEST, variant="int4")
+        await other.until(lambda d: d.announcement() == head, within=1.2 * SYNC_SECONDS + 1)
 
 
 async def test_who_says_goodbye_is_gone_at_once(autojump_clock: MockClock, rng: random.Random) -> None:
@@ -184,7 +184,7 @@ async def test_a_restarted_node_takes_the_place_of_its_former_self(
         hostile = await mesh.bare(9, one)
         await hostile.publish(TOPIC, signed(2, replace(before, sequence=999)))
         with trio.move_on_after(5):
-            await one.directory.changed()
+            await one.directory.changes.wait()
         assert one.directory.live()[again.peer].incarnation == after.incarnation
 
 
@@ -200,7 +200,7 @@ async def test_a_replayed_advert_does_not_raise_the_dead(autojump_clock: MockClo
         for _ in range(20):
             await hostile.publish(TOPIC, last)
             with trio.move_on_after(1) as silence:
-                await one.directory.changed()
+                await one.directory.changes.wait()
             assert silence.cancelled_caught
         assert one.sees == [one.peer]
 
@@ -231,7 +231,7 @@ async def test_forged_damaged_and_strange_records_have_no_effect(
             await hostile.publish(TOPIC, record)
         await never_changes_its_mind(one, [one, other], 5)
         assert replace(one.directory.live()[other.peer], sequence=0, issued_ms=0) == before
-        assert one.directory.head() is None
+        assert one.directory.announcement() is None
         assert other.sees == one.sees
 
 
@@ -275,19 +275,17 @@ async def test_heads_need_the_role_and_the_newest_counts(autojump_clock: MockClo
         await mesh.line(one, two, three)
         await all_see([one, two, three], within=5)
         with pytest.raises(Declined, match="lacks the role publish"):
-            three.directory.publish_head(name="m", version="v1.0.0-0", manifest=MANIFEST, variant="int4")
-        first = one.directory.publish_head(name="m", version="v1.0.0-0", manifest=MANIFEST, variant="int4")
-        await three.until(lambda d: d.head() == first, within=1)
-        second = two.directory.publish_head(name="m", version="v1.1.0-0", manifest=OTHER_MANIFEST, variant="int4")
-        await three.until(lambda d: d.head() == second, within=1)
-        await one.until(lambda d: d.head() == second, within=1)
-        assert set(three.directory.heads()) == {one.peer, two.peer}
-        two.directory.publish_head(
-            name="m", version="v1.1.0-0", manifest=OTHER_MANIFEST, variant="int4", retired=True
-        )
-        await three.until(lambda d: d.head() == first, within=1)
+            three.directory.announce(name="m", version="v1.0.0-0", manifest=MANIFEST, variant="int4")
+        first = one.directory.announce(name="m", version="v1.0.0-0", manifest=MANIFEST, variant="int4")
+        await three.until(lambda d: d.announcement() == first, within=1)
+        second = two.directory.announce(name="m", version="v1.1.0-0", manifest=OTHER_MANIFEST, variant="int4")
+        await three.until(lambda d: d.announcement() == second, within=1)
+        await one.until(lambda d: d.announcement() == second, within=1)
+        assert set(three.directory.announcements()) == {one.peer, two.peer}
+        two.directory.announce(name="m", version="v1.1.0-0", manifest=OTHER_MANIFEST, variant="int4", retired=True)
+        await three.until(lambda d: d.announcement() == first, within=1)
         mesh.roles[one.peer] = frozenset({"serve"})  # the certificate was withdrawn
-        await three.until(lambda d: d.head() is None, within=6)
+        await three.until(lambda d: d.announcement() is None, within=6)
 
 
 async def test_a_head_outlives_restarts_and_reaches_who_comes_late(
@@ -296,31 +294,31 @@ async def test_a_head_outlives_restarts_and_reaches_who_comes_late(
     async with open_mesh(rng) as mesh:
         publisher, keeper = await mesh.start(1, roles=["publish"]), await mesh.start(2)
         await mesh.line(publisher, keeper)
-        head = publisher.directory.publish_head(name="m", version="v1.0.0-0", manifest=MANIFEST, variant="int4")
-        await keeper.until(lambda d: d.head() == head, within=3)
+        head = publisher.directory.announce(name="m", version="v1.0.0-0", manifest=MANIFEST, variant="int4")
+        await keeper.until(lambda d: d.announcement() == head, within=3)
         await publisher.stop()
         await keeper.stop()
         keeper = await mesh.start(2)
-        assert keeper.directory.head() == head
+        assert keeper.directory.announcement() == head
         late = await mesh.start(3)
         await mesh.line(late, keeper)
-        await late.until(lambda d: d.head() == head, within=3)
+        await late.until(lambda d: d.announcement() == head, within=3)
         publisher = await mesh.start(1, roles=["publish"])
-        assert publisher.directory.head() == head
-        newer = publisher.directory.publish_head(name="m", version="v1.0.1-0", manifest=MANIFEST, variant="int8")
+        assert publisher.directory.announcement() == head
+        newer = publisher.directory.announce(name="m", version="v1.0.1-0", manifest=MANIFEST, variant="int8")
         assert (newer.incarnation, newer.created_ms) > (head.incarnation, head.created_ms)
         await mesh.line(publisher, late)
-        await late.until(lambda d: d.head() == newer, within=3)
+        await late.until(lambda d: d.announcement() == newer, within=3)
 
 
 async def test_a_wrong_head_is_our_own_mistake(autojump_clock: MockClock, rng: random.Random) -> None:
     async with open_mesh(rng) as mesh:
         one = await mesh.start(1, roles=["publish"])
         with pytest.raises(LocalProtocolError, match="no version"):
-            one.directory.publish_head(name="m", version="1", manifest=MANIFEST, variant="int4")
+            one.directory.announce(name="m", version="1", manifest=MANIFEST, variant="int4")
         with pytest.raises(LocalProtocolError, match="no model name"):
-            one.directory.publish_head(name="M", version="v1.0.0-0", manifest=MANIFEST, variant="int4")
-        assert one.directory.heads() == {}
+            one.directory.announce(name="M", version="v1.0.0-0", manifest=MANIFEST, variant="int4")
+        assert one.directory.announcements() == {}
 
 
 async def test_many_changes_are_published_as_few_adverts(autojump_clock: MockClock, rng: random.Random) -> None:
@@ -332,15 +330,15 @@ async def test_many_changes_are_published_as_few_adverts(autojump_clock: MockClo
         before = other.directory.live()[one.peer].sequence
         began = trio.current_time()
         for cpus in range(1, 21):
-            one.directory.update(cpus=cpus)
+            one.says(cpus=cpus)
         assert one.directory.me().cpus == one.directory.live()[one.peer].cpus == 20
         await other.until(lambda d: d.live()[one.peer].cpus == 20, within=0.2)
         assert other.directory.live()[one.peer].sequence <= before + 2
-        version = one.directory.version
-        one.directory.update(cpus=20)
-        assert one.directory.version == version
+        version = one.directory.changes.version
+        one.says(cpus=20)
+        assert one.directory.changes.version == version
         while trio.current_time() < began + 10:  # somebody who changes all the time
-            one.directory.update(cpus=one.directory.me().cpus + 1)
+            one.says(cpus=one.directory.me().cpus + 1)
             with trio.move_on_after(0.1):
                 await trio.sleep_forever()
         assert other.directory.live()[one.peer].sequence - before < 30
@@ -351,14 +349,14 @@ async def test_a_change_reaches_a_waiting_service_once(autojump_clock: MockClock
         one, other = await mesh.start(1), await mesh.start(2)
         await mesh.line(one, other)
         await one.sees_exactly([one, other], within=3)
-        version = one.directory.version
+        version = one.directory.changes.version
         with trio.move_on_after(20):  # renewals alone wake nobody
-            await one.directory.changed(version)
-        assert one.directory.version == version
-        other.directory.update(cpus=3)
+            await one.directory.changes.wait(version)
+        assert one.directory.changes.version == version
+        other.says(cpus=3)
         with trio.fail_after(1):
-            assert await one.directory.changed(version) == version + 1
-            assert await one.directory.changed(version) == version + 1  # nothing is missed
+            assert await one.directory.changes.wait(version) == version + 1
+            assert await one.directory.changes.wait(version) == version + 1  # nothing is missed
 
 
 @pytest.mark.parametrize(
@@ -385,7 +383,7 @@ async def test_a_value_that_others_would_refuse_is_refused_here(
         one = await mesh.start(1)
         before = one.directory.me()
         with pytest.raises(LocalProtocolError):
-            one.directory.update(**fields)
+            one.says(**fields)
         assert replace(one.directory.me(), sequence=0, issued_ms=0) == replace(before, sequence=0, issued_ms=0)
 
 
@@ -405,7 +403,7 @@ async def test_providers_are_connected_peers_first(autojump_clock: MockClock, rn
         assert two.peer in one.directory.providers(other)
         assert one.peer not in one.directory.providers(wanted)
         assert one.directory.providers(file_cid("nobody's")) == []
-        one.directory.update(holdings=())
+        one.says(holdings=())
         await two.until(lambda d: one.peer not in d.providers(wanted), within=1)
 
 
@@ -415,7 +413,7 @@ async def test_more_holdings_than_a_record_takes_are_cut(autojump_clock: MockClo
         await mesh.line(one, other)
         await other.sees_exactly([one, other], within=3)
         cids = sorted(cid_to_bytes(cid_of(RAW, b"%d" % i)) for i in range(3000))
-        one.directory.update(
+        one.says(
             holdings=(
                 Holding(manifest=MANIFEST, cids=tuple(cids[:1000])),
                 Holding(manifest=OTHER_MANIFEST, cids=tuple(cids[1000:2000])),

@@ -90,8 +90,10 @@ async def test_of_too_many_files_those_of_the_served_variant_are_named(
         await mesh.full(one, two)
         for node, release in ((two, old), (one, new)):
             cid = cid_of(DAG_CBOR, release.name.encode())
-            node.directory.publish_head(name=release.name, version="v1.0.0-0", manifest=cid, variant="int4")
-            await one.until(lambda directory, cid=cid: any(h.manifest == cid for h in directory.heads().values()), 5)
+            node.directory.announce(name=release.name, version="v1.0.0-0", manifest=cid, variant="int4")
+            await one.until(
+                lambda directory, cid=cid: any(h.manifest == cid for h in directory.announcements().values()), 5
+            )
         inventory = InventoryService(one.directory, store, full.opened())
         nursery.start_soon(inventory.run)
 

@@ -244,7 +244,7 @@ async def test_a_new_release_replaces_the_old_one(autojump_clock: MockClock) -> 
         assert w.head is not None
         w.head = type(w.head)(**{**_fields(w.head), "manifest": "bafyother", "sequence": 2})
         w.manifest = make_manifest(8)
-        member.directory.notify()
+        member.directory.changes.notify()
         with trio.fail_after(20):
             await w.until(lambda: (s := member.service.engine()) is not None and s.span.manifest == "bafyother")
         stage = member.service.engine()
@@ -260,7 +260,7 @@ async def test_a_retired_release_is_no_longer_served(autojump_clock: MockClock) 
         member = await w.join("a", 500 * MB)
         await w.covered(10)
         w.head = None
-        member.directory.notify()
+        member.directory.changes.notify()
         with trio.fail_after(5):
             await w.until(lambda: member.service.engine() is None)
         await trio.sleep(2)
@@ -275,7 +275,7 @@ async def test_an_old_span_ends_only_after_its_sessions(autojump_clock: MockCloc
         assert stage is not None
         stage.enter()
         w.head = None
-        member.directory.notify()
+        member.directory.changes.notify()
         await trio.sleep(10)
         assert not member.engines[0].stopped
         stage.leave()

@@ -145,14 +145,14 @@ class World:
             cid = member.store.add_file(path, pin=str(MANIFEST))
             refs[name] = FileRef(cid=cid, size=path.stat().st_size)
         self.manifest = manifest_of(refs)
-        member.node.directory.publish_head(name="tiny", version="v1.0.0-0", manifest=MANIFEST, variant="int4")
+        member.node.directory.announce(name="tiny", version="v1.0.0-0", manifest=MANIFEST, variant="int4")
 
     def _opened(self) -> Manifest:
         assert self.manifest is not None
         return self.manifest
 
     def _released(self, node: Node) -> tuple[Head, Manifest] | None:
-        head = node.directory.head()
+        head = node.directory.announcement()
         return None if head is None or self.manifest is None else (head, self.manifest)
 
     async def _fetch(self, member: Member, cid: Cid, size: int) -> None:
