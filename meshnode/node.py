@@ -34,6 +34,7 @@ from meshnode.ipfs.gateway import Gateway
 from meshnode.ipfs.rpc import IpfsApi
 from meshnode.membership.identity import Identity
 from meshnode.membership.network import load_network
+from meshnode.membership.port import Membership
 from meshnode.net.libp2p.host import Libp2pHost
 from meshnode.net.pipes import Pipes
 from meshnode.net.port import PeerEvent
@@ -58,7 +59,6 @@ from meshnode.services.replication import ReplicationService
 from meshnode.services.visits import Visits
 from meshnode.state import releases
 from meshnode.state.database import Database
-from meshnode.state.port import Membership
 from meshnode.store.blob_store import BlobStore
 from meshnode.store.cipher import Cipher
 from meshnode.store.disk import available_bytes, remove_abandoned
