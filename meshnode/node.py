@@ -27,6 +27,7 @@ from meshnode.engine.port import Engine, StageSpec
 from meshnode.ipfs.fallback import Outside, Source
 from meshnode.ipfs.rpc import IpfsApi
 from meshnode.membership.identity import Identity
+from meshnode.membership.port import Membership
 from meshnode.net.pipes import Pipes
 from meshnode.net.port import Host, PeerEvent
 from meshnode.policy.route import NoRoute, plan_route
@@ -48,7 +49,7 @@ from meshnode.services.releases import ArrivalService
 from meshnode.services.replication import ReplicationService
 from meshnode.services.visits import Visits
 from meshnode.state import releases
-from meshnode.state.port import Membership, State
+from meshnode.state.port import State
 from meshnode.store.port import OpenFile, Store
 from protocols.advert.messages import Advert, RoundTrip
 from protocols.bitswap import messages as bitswap

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -11,6 +12,7 @@ from meshnode.cli.main import add_data
 from meshnode.cli.settings import folder_of, settings
 from meshnode.config.settings import Config
 from meshnode.core.errors import ConfigError
+from meshnode.core.paths import Paths
 
 MAX_USES: Final = 1_000_000
 MAX_HOURS: Final = 24 * 3660  # ten years
@@ -32,12 +34,21 @@ def run(arguments: argparse.Namespace) -> int:
 
 def print_ticket(config: Config, folder: Path, *, uses: int, hours: float) -> None:
     """Write an invite into the ledger and print the command that uses it."""
-    from meshnode.membership.enrolment import create_invite
-
-    ticket = create_invite(folder, uses=uses, ttl_s=hours * 3600, addresses=addresses(config, folder))
+    ticket = make_ticket(folder, uses=uses, ttl_s=hours * 3600, addresses=addresses(config, folder))
     times = {0: "any number of devices", 1: "one device"}.get(uses, f"{uses} devices")
     print(f"On the next device, within {hours:g} hours (this ticket is a secret; it lets in {times}):\n")
     print(f"    meshnode join {ticket}\n")
+
+
+def make_ticket(folder: Path, *, uses: int, ttl_s: float, addresses: Sequence[str]) -> str:
+    """A ticket of a data folder's node. Raises what `create_invite` raises."""
+    from meshnode.membership.enrolment import create_invite
+    from meshnode.membership.network import load_network
+    from meshnode.state.database import Database
+
+    membership = load_network(folder)
+    with Database(Paths(folder).state) as state:
+        return create_invite(membership, state, uses=uses, ttl_s=ttl_s, addresses=addresses)
 
 
 def knows_addresses(config: Config) -> bool:

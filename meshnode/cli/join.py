@@ -27,10 +27,10 @@ def run(arguments: argparse.Namespace) -> int:
     from meshnode.membership.enrolment import describe_ticket, open_identity, open_ticket
     from meshnode.membership.identity import Identity
     from meshnode.membership.joining import join
+    from meshnode.membership.port import Membership
     from meshnode.net.libp2p.host import Libp2pHost
     from meshnode.net.swarm_key import load_swarm_key
     from meshnode.state.database import Database
-    from meshnode.state.port import Membership
 
     folder = folder_of(arguments)
     config = settings(arguments)

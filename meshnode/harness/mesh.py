@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Final
 
 from meshnode.cli.init import keep_flags
+from meshnode.cli.invite import make_ticket
 from meshnode.config.values import parse_amount
 from meshnode.core.clock import wall_ms
 from meshnode.core.errors import ConfigError, DiskError
 from meshnode.core.paths import Paths
 from meshnode.harness.member import HarnessError, Member, clean_environment
-from meshnode.membership.enrolment import create_invite, init_network, open_identity
+from meshnode.membership.enrolment import init_network, open_identity
 from meshnode.membership.identity import Identity
 from meshnode.membership.network import has_network
 from meshnode.model.facts import facts_of, tight_memory
@@ -283,7 +284,7 @@ class Mesh:
 
     def _join(self, founder: Member, members: Sequence[Member]) -> None:
         """Redeem a ticket of the founder for each, with the real command."""
-        ticket = create_invite(founder.folder, uses=0, ttl_s=600, addresses=[founder.address])
+        ticket = make_ticket(founder.folder, uses=0, ttl_s=600, addresses=[founder.address])
         command = [sys.executable, "-P", "-m", "meshnode", "join", ticket, "--data"]
         running = [
             subprocess.Popen(

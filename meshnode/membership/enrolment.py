@@ -12,12 +12,12 @@ from nacl.signing import SigningKey
 
 from meshnode.core.clock import Wall, wall_ms
 from meshnode.core.errors import ConfigError, IdentityError
-from meshnode.core.paths import Paths
 from meshnode.membership.identity import Identity
 from meshnode.membership.keyfile import SEED_BYTES, Passphrase
 from meshnode.membership.network import has_network, load_founder, load_network, save_founder, save_network
-from meshnode.state.database import Database
-from meshnode.state.port import Invite, Membership, keep_withdrawal, restore_withdrawals
+from meshnode.membership.port import Invite, Membership
+from meshnode.membership.withdrawals import keep_withdrawal, restore_withdrawals
+from meshnode.state.port import Records, State
 from protocols.codec import decode
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import PeerId, public_key_of, short
@@ -114,7 +114,8 @@ def open_identity(
 
 
 def create_invite(
-    folder: Path,
+    membership: Membership,
+    state: State,
     *,
     roles: Iterable[str] = DEFAULT_ROLES,
     uses: int = 1,
@@ -127,15 +128,15 @@ def create_invite(
     """Write an invite into the ledger of this node; the text of the ticket that redeems it.
 
     Args:
+      state: holds the ledger, and what was withdrawn.
       roles: what the new members may do; only roles that this node has itself.
       uses: how many devices; 0 is any number.
       ttl_s: seconds until the ticket expires; 0 is never.
       addresses: multiaddrs with /p2p/<peer id> where this node listens; bootstrap peers after them.
       member_ttl_s: seconds until the certificates expire that it gives; 0 is never.
 
-    Raises IdentityError (no network here, not an admin, too far from the founders), ConfigError (a value), DiskError.
+    Raises IdentityError (not an admin, too far from the founders), ConfigError (a value), DiskError.
     """
-    membership = load_network(folder)
     now = clock()
     if not 0 <= uses <= 1_000_000 or ttl_s < 0 or member_ttl_s < 0:
         raise ConfigError(f"a ticket for {uses} devices and {ttl_s:.0f} s: both are 0 (no limit) or more")
@@ -144,60 +145,58 @@ def create_invite(
             "a ticket needs at least one address where this node can be reached; start the node first, or set "
             "network.listen"
         )
-    with Database(Paths(folder).state) as database:
-        standing = own_standing(membership, restored_trust(membership, database, now), now)
-        try:
-            wanted = ordered_roles(roles)
-        except LocalProtocolError as error:
-            raise ConfigError(str(error)) from error
-        if ADMIN not in standing.roles:
-            raise IdentityError(
-                "this node may not invite: its certificate lacks the role admin. Make the ticket on an admin's node."
-            )
-        if missing := set(wanted) - standing.roles:
-            raise IdentityError(f"this node can't give the role {min(missing)!r}: it does not have it itself")
-        if standing.distance >= MAX_CHAIN:
-            raise IdentityError(
-                f"this node was invited at {standing.distance} removes from the founder and can't invite further "
-                f"({MAX_CHAIN} is the limit). Make the ticket on a node nearer to the founder."
-            )
-        secret = random_bytes(INVITE_SECRET_BYTES)
-        invite = Invite(
-            id=random_bytes(INVITE_BYTES),
-            secret_hash=hashlib.sha256(secret).digest(),
-            roles=wanted,
-            uses=uses,
-            created_ms=now,
-            expires_ms=now + round(ttl_s * 1000) if ttl_s else 0,
-            member_ms=round(member_ttl_s * 1000),
+    standing = own_standing(membership, restored_trust(membership, state, now), now)
+    try:
+        wanted = ordered_roles(roles)
+    except LocalProtocolError as error:
+        raise ConfigError(str(error)) from error
+    if ADMIN not in standing.roles:
+        raise IdentityError(
+            "this node may not invite: its certificate lacks the role admin. Make the ticket on an admin's node."
         )
-        network = membership.network
-        ticket = Ticket(
-            network=membership.network_id,
-            name=network.name,
-            founders=network.founders,
-            issuer=standing.peer,
-            addresses=tuple(dict.fromkeys(addresses))[:MAX_ADDRESSES],
-            invite=invite.id,
-            secret=secret,
-            roles=wanted,
-            uses=uses,
-            expires_ms=invite.expires_ms,
+    if missing := set(wanted) - standing.roles:
+        raise IdentityError(f"this node can't give the role {min(missing)!r}: it does not have it itself")
+    if standing.distance >= MAX_CHAIN:
+        raise IdentityError(
+            f"this node was invited at {standing.distance} removes from the founder and can't invite further "
+            f"({MAX_CHAIN} is the limit). Make the ticket on a node nearer to the founder."
         )
-        text = format_ticket(ticket)
-        try:
-            parse_ticket(text)
-        except RemoteProtocolError as error:
-            raise ConfigError(f"no ticket can be made: {error}") from error
-        database.add_invite(invite)
+    secret = random_bytes(INVITE_SECRET_BYTES)
+    invite = Invite(
+        id=random_bytes(INVITE_BYTES),
+        secret_hash=hashlib.sha256(secret).digest(),
+        roles=wanted,
+        uses=uses,
+        created_ms=now,
+        expires_ms=now + round(ttl_s * 1000) if ttl_s else 0,
+        member_ms=round(member_ttl_s * 1000),
+    )
+    network = membership.network
+    ticket = Ticket(
+        network=membership.network_id,
+        name=network.name,
+        founders=network.founders,
+        issuer=standing.peer,
+        addresses=tuple(dict.fromkeys(addresses))[:MAX_ADDRESSES],
+        invite=invite.id,
+        secret=secret,
+        roles=wanted,
+        uses=uses,
+        expires_ms=invite.expires_ms,
+    )
+    text = format_ticket(ticket)
+    try:
+        parse_ticket(text)
+    except RemoteProtocolError as error:
+        raise ConfigError(f"no ticket can be made: {error}") from error
+    state.add_invite(invite)
     return text
 
 
 def own_peer(folder: Path, *, clock: Wall = wall_ms) -> PeerId:
     """The peer id of a data folder's node, read from its certificate (no key needed). Raises IdentityError."""
     membership = load_network(folder)
-    with Database(Paths(folder).state) as database:
-        return own_standing(membership, restored_trust(membership, database, clock()), clock()).peer
+    return own_standing(membership, membership.trust(), clock()).peer
 
 
 def open_ticket(text: str) -> Ticket:
@@ -215,6 +214,7 @@ def describe_ticket(text: str, *, clock: Wall = wall_ms) -> str:
 
 def withdraw_member(
     folder: Path,
+    state: Records,
     peer: str,
     *,
     keeps: Iterable[str] = (),
@@ -238,30 +238,29 @@ def withdraw_member(
         raise ConfigError(str(error)) from error
     founder = load_founder(folder, passphrase)
     key = founder or Identity.load(folder, passphrase).signing_key
-    with Database(Paths(folder).state) as database:
-        trust = restored_trust(membership, database, now)
-        if founder is None:
-            _check_authority(own_standing(membership, trust, now), trust, PeerId(peer), database, now)
-        record = sign_withdrawal(
-            key,
-            Withdrawal(
-                network=trust.id,
-                peer=peer,
-                keeps=kept,
-                issued_ms=now,
-                reason=reason[:200],
-                chain=() if founder else membership.chain,
-            ),
-        )
-        trust.withdraw(record, now)
-        keep_withdrawal(database, record)
+    trust = restored_trust(membership, state, now)
+    if founder is None:
+        _check_authority(own_standing(membership, trust, now), trust, PeerId(peer), state, now)
+    record = sign_withdrawal(
+        key,
+        Withdrawal(
+            network=trust.id,
+            peer=peer,
+            keeps=kept,
+            issued_ms=now,
+            reason=reason[:200],
+            chain=() if founder else membership.chain,
+        ),
+    )
+    trust.withdraw(record, now)
+    keep_withdrawal(state, record)
     return record
 
 
-def _check_authority(ours: Standing, trust: Trust, peer: PeerId, database: Database, now_ms: int) -> None:
+def _check_authority(ours: Standing, trust: Trust, peer: PeerId, state: Records, now_ms: int) -> None:
     if ADMIN not in ours.roles:
         raise IdentityError("this node may not withdraw memberships: its certificate lacks the role admin")
-    data = database.record(MEMBER, peer)
+    data = state.record(MEMBER, peer)
     if data is None:
         return
     try:
@@ -275,10 +274,10 @@ def _check_authority(ours: Standing, trust: Trust, peer: PeerId, database: Datab
         )
 
 
-def restored_trust(membership: Membership, database: Database, now_ms: int) -> Trust:
+def restored_trust(membership: Membership, state: Records, now_ms: int) -> Trust:
     """The judge of chains, with every withdrawal that this node has kept."""
     trust = membership.trust()
-    restore_withdrawals(trust, database, now_ms)
+    restore_withdrawals(trust, state, now_ms)
     return trust
 
 

@@ -10,8 +10,8 @@ from meshnode.core.clock import Wall, wall_ms
 from meshnode.core.errors import Declined, IdentityError, PeerUnreachable
 from meshnode.membership.enrolment import open_ticket, own_standing
 from meshnode.membership.network import has_network, load_network, save_network
+from meshnode.membership.port import Membership
 from meshnode.net.port import Host, Stream
-from meshnode.state.port import Membership
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId, short
 from protocols.membership import Ticket, Trust, network_id, open_network

@@ -17,7 +17,7 @@ from meshnode.core.errors import IdentityError
 from meshnode.core.paths import Paths
 from meshnode.membership.files import read_private, write_private
 from meshnode.membership.keyfile import Passphrase, load_key, save_key
-from meshnode.state.port import Membership
+from meshnode.membership.port import Membership
 from protocols.codec import at, decode, encode
 from protocols.errors import RemoteProtocolError
 from protocols.membership.messages import MAX_CHAIN, MAX_RECORD, SECRET_BYTES

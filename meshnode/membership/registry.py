@@ -12,7 +12,9 @@ from typing import Final
 from meshnode.core.clock import Wall
 from meshnode.core.errors import Declined, IdentityError
 from meshnode.core.log import get_logger
-from meshnode.state.port import Membership, Signer, State, keep_withdrawal, restore_withdrawals
+from meshnode.membership.port import Membership, Signer
+from meshnode.membership.withdrawals import keep_withdrawal, restore_withdrawals
+from meshnode.state.port import State
 from protocols.codec import decode, encode
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId, short

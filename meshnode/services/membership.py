@@ -20,9 +20,10 @@ from meshnode.core.clock import Wall
 from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.core.health import Health
 from meshnode.core.log import get_logger
+from meshnode.membership.port import Membership, Signer
 from meshnode.membership.registry import Registry, packed
 from meshnode.net.port import Host, PeerEvent, Stream
-from meshnode.state.port import Membership, Signer, State
+from meshnode.state.port import State
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import PeerId, short
 from protocols.membership import Credentials, HelloMachine, Member, Standing, Untrusted

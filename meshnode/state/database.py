@@ -8,8 +8,6 @@ for another one for at most two seconds.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -17,14 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from meshnode.core.errors import ConfigError, Declined, DiskError
-from meshnode.state.port import Invite
-from protocols.ids import PeerId, short
-from protocols.membership.trust import day
+from meshnode.core.errors import ConfigError, DiskError
+from meshnode.membership.port import Invite
+from meshnode.state.invites import check_invite
+from meshnode.state.port import MAX_ADDRESSES, MAX_PEERS
+from protocols.ids import PeerId
 
-BUSY_SECONDS: Final = 2.0
-MAX_ADDRESSES: Final = 8  # kept per peer, last seen first
-MAX_PEERS: Final = 256  # kept, last seen first
+BUSY_S: Final = 2.0
 
 # Numbered from 1, append only: a file written by any earlier version is brought up to date when it is opened.
 MIGRATIONS: Final = (
@@ -61,7 +58,7 @@ class Database:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite's side files take the mode of this one
-            self._db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+            self._db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
         except (OSError, sqlite3.Error) as error:
             raise DiskError(f"the state file {path} can't be opened: {error}") from error
         try:
@@ -122,7 +119,6 @@ class Database:
     # Invites
 
     def add_invite(self, invite: Invite) -> None:
-        """Write a new invite into the ledger."""
         with self._transaction():
             self._db.execute(
                 f"INSERT INTO invites ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -138,7 +134,6 @@ class Database:
             )
 
     def invites(self) -> tuple[Invite, ...]:
-        """The ledger, oldest first."""
         with self._guard():
             rows = self._db.execute(
                 f"SELECT {_COLUMNS}, (SELECT count(*) FROM redemptions WHERE invite = id) FROM invites "
@@ -147,12 +142,11 @@ class Database:
         return tuple(_invite(row) for row in rows)
 
     def revoke_invite(self, invite: bytes) -> bool:
-        """Strike an invite from the ledger; whether it was there."""
         with self._transaction():
             return self._db.execute("DELETE FROM invites WHERE id = ?", (invite,)).rowcount > 0
 
     def redeem(self, invite: bytes, secret: bytes, peer: PeerId, wall_ms: int, *, not_before_ms: int = 0) -> Invite:
-        """See `port.Ledger`. One transaction, flushed to the disk: a power cut does not give a use back."""
+        """See `membership/port.py`. One transaction, flushed to the disk: a power cut does not give a use back."""
         with self._guard():
             self._db.execute("PRAGMA synchronous=FULL")
         try:
@@ -167,42 +161,14 @@ class Database:
             f"SELECT {_COLUMNS}, (SELECT count(*) FROM redemptions WHERE invite = id) FROM invites WHERE id = ?",
             (id_,),
         ).fetchone()
-        # One sentence for "unknown" and "wrong secret": a guesser learns nothing.
-        if row is None or not hmac.compare_digest(row[1], hashlib.sha256(secret).digest()):
-            raise Declined(
-                "forbidden",
-                "this node has no such invite. It may have been revoked, or made on another node: a ticket is "
-                "redeemed at the node that made it",
-                peer=peer,
-            )
-        invite = _invite(row)
-        if invite.expires_ms and invite.expires_ms <= wall_ms:
-            raise Declined(
-                "invite-expired",
-                f"the ticket expired on {day(invite.expires_ms)}; ask for a new one (meshnode invite)",
-                peer=peer,
-            )
-        if not_before_ms and invite.created_ms <= not_before_ms:
-            raise Declined(
-                "forbidden",
-                f"rights of {short(peer)} were withdrawn on {day(not_before_ms)}, after this ticket was made; only a "
-                "new ticket can give it new ones",
-                peer=peer,
-            )
         mine = self._db.execute("SELECT 1 FROM redemptions WHERE invite = ? AND peer = ?", (id_, peer)).fetchone()
+        known = None if row is None else _invite(row)
+        invite = check_invite(known, secret, peer, wall_ms, not_before_ms=not_before_ms, again=mine is not None)
         if mine is None:
-            if invite.uses and invite.used >= invite.uses:
-                times = "once" if invite.uses == 1 else f"{invite.uses} times"
-                raise Declined(
-                    "invite-used",
-                    f"the ticket was used {times}, which is all it allows; ask for a new one (meshnode invite)",
-                    peer=peer,
-                )
             self._db.execute("INSERT INTO redemptions VALUES (?, ?, ?)", (id_, peer, wall_ms))
         return invite
 
     def next_serial(self) -> int:
-        """See `port.Ledger`."""
         with self._transaction():
             (value,) = self._db.execute(
                 "INSERT INTO counters VALUES ('serial', 1) ON CONFLICT (name) DO UPDATE SET value = value + 1 "
@@ -213,7 +179,6 @@ class Database:
     # Peers
 
     def remember_peer(self, peer: PeerId, addresses: Sequence[str], wall_ms: int) -> None:
-        """Note where a peer was met just now. The oldest addresses and peers above the limits are dropped."""
         with self._transaction():
             self._db.executemany(
                 "INSERT INTO peers VALUES (?, ?, ?) "
@@ -232,7 +197,6 @@ class Database:
             )
 
     def known_peers(self) -> dict[PeerId, tuple[str, ...]]:
-        """See `port.Peers`."""
         with self._guard():
             rows = self._db.execute("SELECT peer, address FROM peers ORDER BY seen_ms DESC, peer, address").fetchall()
         out: dict[PeerId, tuple[str, ...]] = {}
@@ -247,7 +211,6 @@ class Database:
     # Signed records
 
     def put_record(self, kind: str, signer: str, data: bytes) -> None:
-        """Keep one record per (kind, signer); the new one takes the place of the old one."""
         with self._transaction():
             self._db.execute("INSERT OR REPLACE INTO records VALUES (?, ?, ?)", (kind, signer, data))
 
@@ -259,7 +222,6 @@ class Database:
         return None if row is None else bytes(row[0])
 
     def records(self, kind: str) -> dict[str, bytes]:
-        """Data by signer, ordered by signer."""
         with self._guard():
             rows = self._db.execute(
                 "SELECT signer, data FROM records WHERE kind = ? ORDER BY signer", (kind,)

@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from meshnode import client
+from meshnode.cli.invite import make_ticket
 from meshnode.client import NodeError
 from meshnode.harness.member import Member, clean_environment
 from meshnode.harness.mesh import Mesh
-from meshnode.membership.enrolment import create_invite
 from tests.process.mesh_rig import ENDLESS, READY_SECONDS, mesh_of, meshnode, small_model, tokens_of
 
 pytestmark = [pytest.mark.net, pytest.mark.process]
@@ -95,7 +95,7 @@ def test_a_disk_that_takes_no_layer(mesh: Mesh, tmp_path: Path) -> None:
     mesh.wait_ready(READY_SECONDS)
     folder = tmp_path / "short"
     founder = mesh.members[0]
-    ticket = create_invite(founder.folder, uses=1, ttl_s=600, addresses=[founder.address])
+    ticket = make_ticket(founder.folder, uses=1, ttl_s=600, addresses=[founder.address])
     assert meshnode("join", ticket, "--listen", "/ip4/127.0.0.1/tcp/0", folder=folder).code == 0
     command = f"ulimit -f {ULIMIT_KIB}; exec {sys.executable} -m meshnode start --engine null --data {folder}"
     log = tmp_path / "log"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from meshnode.cli.invite import make_ticket
 from meshnode.harness.member import Member
 from meshnode.harness.mesh import Mesh, free_ports
-from meshnode.membership.enrolment import create_invite
 from tests.process.mesh_rig import READY_SECONDS, Json, mesh_of, meshnode, small_model, tokens_of
 
 pytestmark = [pytest.mark.net, pytest.mark.process]
@@ -42,7 +42,7 @@ def founder(mesh: Mesh, usual: list[int]) -> Iterator[Member]:
 
 
 def ticket_of(founder: Member, *, uses: int = 1, ttl_s: float = 600) -> str:
-    return create_invite(founder.folder, uses=uses, ttl_s=ttl_s, addresses=[founder.address])
+    return make_ticket(founder.folder, uses=uses, ttl_s=ttl_s, addresses=[founder.address])
 
 
 def test_a_node_of_another_network(founder: Member, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_tampered_tickets(founder: Member, tmp_path: Path) -> None:
 def test_nobody_at_the_address(founder: Member, tmp_path: Path) -> None:
     port = free_ports(1)[0]
     elsewhere = f"/ip4/127.0.0.1/tcp/{port}/p2p/{founder.peer_id}"
-    ticket = create_invite(founder.folder, uses=1, ttl_s=600, addresses=[elsewhere])
+    ticket = make_ticket(founder.folder, uses=1, ttl_s=600, addresses=[elsewhere])
     sentence = meshnode("join", ticket, folder=tmp_path / "data").sentence()
     assert "can't be reached" in sentence
     assert str(port) in sentence

@@ -95,7 +95,8 @@ class Mesh:
     ) -> str:
         """A ticket that a running node has made."""
         return create_invite(
-            node.folder,
+            load_network(node.folder),
+            node.database,
             roles=roles,
             uses=int(more.get("uses", 1)),
             ttl_s=more.get("ttl_s", 3600.0),

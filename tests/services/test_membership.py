@@ -409,7 +409,7 @@ async def test_withdrawn_roles_are_gone_at_once_and_the_connection_stays(
         ticket = mesh.ticket(ann)
         bob = await mesh.enter("bob", ticket)
         await bob.meet(ann)
-        withdraw_member(ann.folder, bob.peer_id, keeps=("serve",), reason="too slow", clock=mesh.wall)
+        withdraw_member(ann.folder, ann.database, bob.peer_id, keeps=("serve",), reason="too slow", clock=mesh.wall)
         with trio.fail_after(REVIEW_SECONDS + 1):
             await until(ann, lambda: ann.membership.members()[bob.peer_id].standing.roles == {"serve"})
             await until(bob, lambda: bob.membership.standing.roles == {"serve"})

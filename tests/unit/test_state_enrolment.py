@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,8 +27,8 @@ from meshnode.membership.network import (
     network_path,
     save_network,
 )
+from meshnode.membership.port import Membership
 from meshnode.state.database import Database
-from meshnode.state.port import Membership
 from protocols.codec import encode
 from protocols.membership import ROLES, Untrusted
 from protocols.membership.messages import MEMBER, Certificate, Chain
@@ -47,6 +48,20 @@ def address(folder: Path) -> str:
 def home(tmp_path: Path) -> Path:
     init_network(tmp_path / "home", "home", node_name="attic", clock=clock)
     return tmp_path / "home"
+
+
+def state_of(folder: Path) -> Database:
+    return Database(Paths(folder).state)
+
+
+def ticket_of(folder: Path, **wanted: Any) -> str:
+    with state_of(folder) as state:
+        return create_invite(load_network(folder), state, clock=clock, **wanted)
+
+
+def withdraw(folder: Path, peer: str, **how: Any) -> None:
+    with state_of(folder) as state:
+        withdraw_member(folder, state, peer, clock=clock, **how)
 
 
 def as_member(home: Path, folder: Path, name: str, roles: tuple[str, ...]) -> Membership:
@@ -99,12 +114,12 @@ def test_a_passphrase_covers_the_founder_too(tmp_path: Path) -> None:
 
 
 def test_an_invite_is_in_the_ledger_and_its_secret_only_in_the_ticket(home: Path) -> None:
-    text = create_invite(home, roles=("train", "serve"), uses=3, ttl_s=60, addresses=[address(home)], clock=clock)
+    text = ticket_of(home, roles=("train", "serve"), uses=3, ttl_s=60, addresses=[address(home)])
     ticket = open_ticket(text)
     assert (ticket.roles, ticket.uses, ticket.expires_ms) == (("serve", "train"), 3, NOW_MS + 60_000)
     assert ticket.issuer == Identity.load(home).peer_id
     assert ticket.network == load_network(home).network_id
-    with Database(Paths(home).state) as database:
+    with state_of(home) as database:
         (invite,) = database.invites()
     assert (invite.id, invite.roles, invite.uses) == (ticket.invite, ("serve", "train"), 3)
     assert all(ticket.secret not in file.read_bytes() for file in home.glob("state.sqlite*"))
@@ -116,22 +131,22 @@ def test_an_invite_is_in_the_ledger_and_its_secret_only_in_the_ticket(home: Path
     [{"uses": -1}, {"ttl_s": -1.0}, {"roles": ("king",)}, {"addresses": []}, {"addresses": ["/ip4/127.0.0.1/tcp/1"]}],
 )
 def test_an_invite_that_makes_no_sense(home: Path, wrong: dict[str, object]) -> None:
-    arguments: dict[str, object] = {"addresses": [address(home)], **wrong}
+    arguments = {"addresses": [address(home)], **wrong}
     with pytest.raises(ConfigError):
-        create_invite(home, **arguments)  # type: ignore[arg-type]
-    with Database(Paths(home).state) as database:
+        ticket_of(home, **arguments)
+    with state_of(home) as database:
         assert database.invites() == ()
 
 
 def test_who_may_not_invite(home: Path, tmp_path: Path) -> None:
     with pytest.raises(IdentityError, match="belongs to no network"):
-        create_invite(tmp_path / "nobody", addresses=["/x"])
+        ticket_of(tmp_path / "nobody", addresses=["/x"])
     as_member(home, tmp_path / "bob", "bob", ("serve",))
     with pytest.raises(IdentityError, match="lacks the role admin"):
-        create_invite(tmp_path / "bob", addresses=["/x"], clock=clock)
+        ticket_of(tmp_path / "bob", addresses=["/x"])
     as_member(home, tmp_path / "cleo", "cleo", ("serve", "admin"))
     with pytest.raises(IdentityError, match="'train'"):
-        create_invite(tmp_path / "cleo", roles=("serve", "train"), addresses=["/x"], clock=clock)
+        ticket_of(tmp_path / "cleo", roles=("serve", "train"), addresses=["/x"])
 
 
 def test_the_last_of_a_chain_can_not_invite_further(home: Path, tmp_path: Path) -> None:
@@ -142,13 +157,13 @@ def test_the_last_of_a_chain_can_not_invite_further(home: Path, tmp_path: Path) 
         tmp_path / "cleo", Membership(network_record=member.network_record, secret=member.secret, chain=chain)
     )
     with pytest.raises(IdentityError, match="nearer to the founder"):
-        create_invite(tmp_path / "cleo", addresses=["/x"], clock=clock)
+        ticket_of(tmp_path / "cleo", addresses=["/x"])
 
 
 def test_withdrawing_is_kept_and_judged(home: Path, tmp_path: Path) -> None:
     member = as_member(home, tmp_path / "bob", "bob", ("serve",))
-    withdraw_member(home, peer_of_key("bob"), reason="sold", clock=clock)
-    with Database(Paths(home).state) as database:
+    withdraw(home, peer_of_key("bob"), reason="sold")
+    with state_of(home) as database:
         trust = restored_trust(load_network(home), database, NOW_MS)
     with pytest.raises(Untrusted, match="sold"):
         trust.check(member.chain, NOW_MS)
@@ -157,20 +172,20 @@ def test_withdrawing_is_kept_and_judged(home: Path, tmp_path: Path) -> None:
 def test_without_the_founder_key_only_those_further_away_can_be_withdrawn(home: Path, tmp_path: Path) -> None:
     founder_path(home).unlink()
     identity = Identity.load(home)
-    with Database(Paths(home).state) as database:
+    with state_of(home) as database:
         database.put_record(MEMBER, identity.peer_id, encode(Chain(certificates=load_network(home).chain)))
     with pytest.raises(IdentityError, match="founder's key"):
-        withdraw_member(home, identity.peer_id, clock=clock)
+        withdraw(home, identity.peer_id)
     member = as_member(home, tmp_path / "bob", "bob", ("serve", "train"))
-    withdraw_member(home, peer_of_key("bob"), keeps=("serve",), clock=clock)
-    with Database(Paths(home).state) as database:
+    withdraw(home, peer_of_key("bob"), keeps=("serve",))
+    with state_of(home) as database:
         assert restored_trust(load_network(home), database, NOW_MS).check(member.chain, NOW_MS).roles == {"serve"}
 
 
 def test_withdrawing_nonsense(home: Path) -> None:
     for peer, keeps in (("12D3nobody", ()), (peer_of_key("bob"), ("king",))):
         with pytest.raises(ConfigError):
-            withdraw_member(home, peer, keeps=keeps, clock=clock)
+            withdraw(home, peer, keeps=keeps)
 
 
 def test_a_damaged_or_open_membership_file(home: Path) -> None:

@@ -1,0 +1,82 @@
+"""What services see of a node's membership: its place in the network, its key, and the invites it has given out.
+
+`network.py` reads the membership, `identity.py` the key; the ledger is part of the node's state (`meshnode/state`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from nacl.signing import SigningKey
+
+from protocols.ids import PeerId
+from protocols.membership import Network, Trust, network_id, open_network
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Membership:
+    """Our place in a network."""
+
+    network_record: bytes = field(repr=False)  # signed by a founder
+    secret: bytes = field(repr=False)  # the network secret, 32 bytes
+    chain: tuple[bytes, ...] = field(repr=False)  # ends with our certificate
+    name: str = ""  # of this node, as it asked to be called
+
+    @property
+    def network(self) -> Network:
+        return open_network(self.network_record)
+
+    @property
+    def network_id(self) -> str:
+        return network_id(self.network)
+
+    def trust(self) -> Trust:
+        """A new judge of chains, without withdrawals."""
+        return Trust(self.network)
+
+
+class Signer(Protocol):
+    """The node key."""
+
+    @property
+    def peer_id(self) -> PeerId: ...
+
+    @property
+    def signing_key(self) -> SigningKey: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Invite:
+    """One line of the ledger. The secret itself is only in the ticket."""
+
+    id: bytes
+    secret_hash: bytes = field(repr=False)  # SHA-256
+    roles: tuple[str, ...]
+    uses: int  # 0: any number
+    created_ms: int  # UTC milliseconds
+    expires_ms: int  # of the ticket; 0: never
+    member_ms: int = 0  # how long a certificate lasts that it gives, milliseconds; 0: for ever
+    used: int = 0  # different peers that redeemed it
+
+
+class Ledger(Protocol):
+    """The invites of this node, and who redeemed them."""
+
+    def add_invite(self, invite: Invite) -> None: ...
+
+    def invites(self) -> tuple[Invite, ...]:
+        """Oldest first."""
+
+    def revoke_invite(self, invite: bytes) -> bool:
+        """Strike an invite from the ledger; whether it was there."""
+
+    def redeem(self, invite: bytes, secret: bytes, peer: PeerId, wall_ms: int, *, not_before_ms: int = 0) -> Invite:
+        """Use an invite once for `peer`; the same peer may do it again while the invite has not expired.
+
+        `not_before_ms`: rights were taken from the peer then; only an invite made later gives it new ones.
+        Raises Declined `forbidden` (unknown here, wrong secret, made too early), `invite-expired`, `invite-used`.
+        """
+
+    def next_serial(self) -> int:
+        """1, 2, 3, ...: counts the certificates that this node signed."""
