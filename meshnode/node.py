@@ -40,10 +40,10 @@ from meshnode.net.port import PeerEvent
 from meshnode.net.swarm_key import load_swarm_key
 from meshnode.policy.route import NoRoute, plan_route
 from meshnode.services.content.fetch import PATIENCE_SECONDS, ContentService
-from meshnode.services.dht import RoutingService
+from meshnode.services.dht import DhtClient, DhtSettings
 from meshnode.services.directory import DirectoryService, next_incarnation
 from meshnode.services.discovery import DiscoveryService
-from meshnode.services.external_peers import GuestService
+from meshnode.services.external_peers import ExternalPeers, ExternalSettings
 from meshnode.services.holds import HoldStreams
 from meshnode.services.inference.origin import GenerationService, Receipt, Request, Target
 from meshnode.services.inference.readiness import ReadinessService
@@ -55,7 +55,6 @@ from meshnode.services.membership import MembershipService
 from meshnode.services.placement import PlacementConfig, PlacementService
 from meshnode.services.releases import ArrivalService
 from meshnode.services.replication import ReplicationService
-from meshnode.services.visits import Visits
 from meshnode.state import releases
 from meshnode.state.database import Database
 from meshnode.state.port import Membership
@@ -67,8 +66,7 @@ from meshnode.store.port import OpenFile
 from protocols.advert.messages import Advert, RoundTrip
 from protocols.bitswap import messages as bitswap
 from protocols.errors import RemoteProtocolError
-from protocols.ids import DAG_CBOR, Cid, PeerId, cid_codec, cid_from_bytes, short
-from protocols.kad import messages as kad
+from protocols.ids import DAG_CBOR, Cid, PeerId, cid_codec, short
 from protocols.manifest.codec import open_manifest
 from protocols.manifest.messages import Manifest
 from protocols.membership import messages as membership
@@ -126,6 +124,18 @@ class Node:
             announce=config.network.announce,
             swarm_key=load_swarm_key(config.network.swarm_key),
         )
+        anyone = config.content.share == "anyone"
+        self.external = ExternalPeers(
+            self.host,
+            ExternalSettings(
+                addresses=config.content.ipfs_peers,
+                protocols=(bitswap.PROTOCOL,),
+                offers=(bitswap.PROTOCOL,) if anyone else (),
+                entrance=membership.PROTOCOL,
+            ),
+            rng,
+            health=self.health,
+        )
         self.membership = MembershipService(
             self.host,
             identity,
@@ -135,7 +145,7 @@ class Node:
             __version__,
             node_name=name,
             health=self.health,
-            take_in=lambda peer: self.visits.take_in(peer),
+            strangers=self.external,
         )
         memory = config.serve.memory.of(psutil.virtual_memory().available)
         self.directory = DirectoryService(
@@ -152,11 +162,20 @@ class Node:
         self.discovery = DiscoveryService(
             self.host, self.database, config.network.bootstrap, self.directory.addresses, rng, wall_ms
         )
-        self.guests = GuestService(self.host, config.content.ipfs_peers, (bitswap.PROTOCOL,), rng, health=self.health)
-        anyone = config.content.share == "anyone"
-        offers = ((bitswap.PROTOCOL,) if anyone else ()) + (kad.PROTOCOLS if config.content.dht_serve else ())
-        self.visits = Visits(self.host, self._is_member, self._is_guest, offers, entrance=membership.PROTOCOL)
-        self.routing = self._join_dht(rng) if config.content.dht or config.content.dht_serve else None
+        self.inventory = InventoryService(self.directory, self.store, open_manifest)
+        self.dht = (
+            DhtClient(
+                self.host,
+                self.external,
+                self.membership,
+                DhtSettings(seeds=config.content.dht, protocols=(bitswap.PROTOCOL,)),
+                rng,
+                shared=self.inventory if anyone else None,
+                health=self.health,
+            )
+            if config.content.dht
+            else None
+        )
         ipfs = IpfsApi(config.content.ipfs_api, self.health) if config.content.ipfs_api else None
         gateways = [Gateway(url, self.health) for url in config.content.gateways]
         self.sources: tuple[Source, ...] = (*gateways,) if ipfs is None else (ipfs, *gateways)
@@ -165,13 +184,13 @@ class Node:
             self.host,
             self.store,
             self.directory.providers,
-            guests=self.guests.peers,
+            guests=self.external.configured,
             share_with_guests=config.content.share != "members",
             share_with_anyone=anyone,
             is_member=lambda peer: peer in self.membership.members(),
-            patience=PATIENCE_SECONDS if self.routing is None else DHT_PATIENCE_SECONDS,
-            seek=None if self.routing is None else self.routing.bring,
-            sought=None if self.routing is None else self.routing.sought,
+            patience=PATIENCE_SECONDS if self.dht is None else DHT_PATIENCE_SECONDS,
+            seek=None if self.dht is None else self.dht.find,
+            sought=None if self.dht is None else self.dht.so_far,
             advice=self._advice,
             outside=None if outside is None else outside.block,
             tree_outside=None if outside is None else outside.tree,
@@ -218,7 +237,6 @@ class Node:
         self.readiness = ReadinessService(
             chain=self._chain, changed=self.directory.changed, probe=self._probe, health=self.health
         )
-        self.inventory = InventoryService(self.directory, self.store, open_manifest)
         self.replication = ReplicationService(
             us=identity.peer_id,
             directory=self.directory,
@@ -243,12 +261,6 @@ class Node:
         self.stopping = trio.Event()
         self.ended = trio.Event()
 
-    def _is_member(self, peer: PeerId) -> bool:
-        return bool(self.membership.roles_of(peer))
-
-    def _is_guest(self, peer: PeerId) -> bool:
-        return peer in self.guests.peers
-
     def _advice(self, cid: Cid) -> str:
         """What our owner may not know when nobody gives a manifest; it may be on IPFS."""
         content = self.config.content
@@ -259,33 +271,12 @@ class Node:
             "asks nobody outside its network now"
         )
 
-    def _join_dht(self, rng: random.Random) -> RoutingService:
-        content = self.config.content
-        return RoutingService(
-            self.host,
-            self.visits,
-            lambda peer: self._is_member(peer) or self._is_guest(peer),
-            content.dht,
-            (bitswap.PROTOCOL,),
-            rng,
-            provides=self._public if content.share == "anyone" else tuple,
-            serve=content.dht_serve,
-            listen=self.config.network.listen,
-            health=self.health,
-        )
-
-    def _public(self) -> tuple[Cid, ...]:
-        """The manifests and files of the models that the network serves, as far as they are here."""
-        holdings = self.inventory.holdings()
-        manifests = [Cid(holding.manifest) for holding in holdings]
-        return (*manifests, *(cid_from_bytes(cid) for holding in holdings for cid in holding.cids))
-
     def _look_after(self, ipfs: IpfsApi) -> DaemonService:
         """The operator's own daemon."""
         return DaemonService(
             ipfs,
             self.host,
-            self.guests,
+            self.external,
             self.store,
             self.database,
             self.health,
@@ -336,9 +327,8 @@ class Node:
                 self.directory,
                 self.membership,
                 self.discovery,
-                self.guests,
-                self.visits,
-                *(() if self.routing is None else (self.routing,)),
+                self.external,
+                *(() if self.dht is None else (self.dht,)),
                 self.pipes,
                 *self.sources,
                 *(() if self.daemon is None else (self.daemon,)),
@@ -410,7 +400,7 @@ class Node:
                 continue
             self._liars.add(peer)
             advert = self.directory.live().get(peer)
-            guest = peer in self.guests.peers
+            guest = peer in self.external.configured
             self.health.set(
                 "bad-provider",
                 peer=f"{advert.name} ({short(peer)})" if advert is not None and advert.name else short(peer),

@@ -7,6 +7,7 @@ from typing import Any, Final, Protocol
 
 import trio
 
+from meshnode.core.signal import Changes
 from meshnode.store.port import Content
 from protocols.advert.messages import Advert, Head, Holding
 from protocols.ids import Cid, PeerId, cid_to_bytes
@@ -44,6 +45,7 @@ class InventoryService:
         self._releases: dict[Cid, dict[Cid, bytes]] = {}
         self._served: tuple[str, str, frozenset[bytes]] = ("", "", frozenset())
         self._seen: tuple[object, tuple[Holding, ...]] = (None, ())
+        self.changes = Changes()  # of what `holdings` says
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the advert right until cancelled."""
@@ -76,7 +78,10 @@ class InventoryService:
                 held = tuple(sorted(data for cid, data in wanted.items() if cid in files))
                 if held:
                     out.append(Holding(manifest=manifest, cids=held))
+            changed = tuple(out) != self._seen[1]
             self._seen = ((files, manifests), tuple(out))
+            if changed:
+                self.changes.notify()
         return self._seen[1]
 
     def _sayable(self, holdings: tuple[Holding, ...]) -> tuple[Holding, ...]:
