@@ -32,10 +32,10 @@ from meshnode.net.pipes import Pipes
 from meshnode.net.port import Host, PeerEvent
 from meshnode.policy.route import NoRoute, plan_route
 from meshnode.services.content.fetch import PATIENCE_SECONDS, ContentService
-from meshnode.services.dht import RoutingService
+from meshnode.services.dht import DhtClient, DhtSettings
 from meshnode.services.directory import DirectoryService, next_incarnation
 from meshnode.services.discovery import DiscoveryService
-from meshnode.services.external_peers import GuestService
+from meshnode.services.external_peers import ExternalPeers, ExternalSettings
 from meshnode.services.holds import HoldStreams
 from meshnode.services.inference.origin import GenerationService, Receipt, Request, Target
 from meshnode.services.inference.readiness import ReadinessService
@@ -47,15 +47,13 @@ from meshnode.services.membership import MembershipService
 from meshnode.services.placement import PlacementConfig, PlacementService
 from meshnode.services.releases import ArrivalService
 from meshnode.services.replication import ReplicationService
-from meshnode.services.visits import Visits
 from meshnode.state import releases
 from meshnode.state.port import State
 from meshnode.store.port import OpenFile, Store
 from protocols.advert.messages import Advert, RoundTrip
 from protocols.bitswap import messages as bitswap
 from protocols.errors import RemoteProtocolError
-from protocols.ids import DAG_CBOR, Cid, PeerId, cid_codec, cid_from_bytes, short
-from protocols.kad import messages as kad
+from protocols.ids import DAG_CBOR, Cid, PeerId, cid_codec, short
 from protocols.manifest.codec import open_manifest
 from protocols.manifest.messages import Manifest
 from protocols.membership import messages as membership
@@ -122,6 +120,18 @@ class Node:
         self.host = parts.host
         self.began_ms = wall()
         self.incarnation = next_incarnation(self.database, identity.peer_id, self.began_ms)
+        anyone = config.content.share == "anyone"
+        self.external = ExternalPeers(
+            self.host,
+            ExternalSettings(
+                addresses=config.content.ipfs_peers,
+                protocols=(bitswap.PROTOCOL,),
+                offers=(bitswap.PROTOCOL,) if anyone else (),
+                entrance=membership.PROTOCOL,
+            ),
+            rng,
+            health=self.health,
+        )
         self.membership = MembershipService(
             self.host,
             identity,
@@ -131,7 +141,7 @@ class Node:
             __version__,
             node_name=parts.machine.name,
             health=self.health,
-            take_in=lambda peer: self.visits.take_in(peer),
+            strangers=self.external,
         )
         memory = config.serve.memory.of(parts.machine.free_memory_bytes)
         self.directory = DirectoryService(
@@ -148,23 +158,32 @@ class Node:
         self.discovery = DiscoveryService(
             self.host, self.database, config.network.bootstrap, self.directory.addresses, rng, wall
         )
-        self.guests = GuestService(self.host, config.content.ipfs_peers, (bitswap.PROTOCOL,), rng, health=self.health)
-        anyone = config.content.share == "anyone"
-        offers = ((bitswap.PROTOCOL,) if anyone else ()) + (kad.PROTOCOLS if config.content.dht_serve else ())
-        self.visits = Visits(self.host, self._is_member, self._is_guest, offers, entrance=membership.PROTOCOL)
-        self.routing = self._join_dht(rng) if config.content.dht or config.content.dht_serve else None
+        self.inventory = InventoryService(self.directory, self.store, open_manifest)
+        self.dht = (
+            DhtClient(
+                self.host,
+                self.external,
+                self.membership,
+                DhtSettings(seeds=config.content.dht, protocols=(bitswap.PROTOCOL,)),
+                rng,
+                shared=self.inventory if anyone else None,
+                health=self.health,
+            )
+            if config.content.dht
+            else None
+        )
         outside = Outside(parts.sources) if parts.sources else None
         self.content = ContentService(
             self.host,
             self.store,
             self.directory.providers,
-            guests=self.guests.peers,
+            guests=self.external.configured,
             share_with_guests=config.content.share != "members",
             share_with_anyone=anyone,
             is_member=lambda peer: peer in self.membership.members(),
-            patience=PATIENCE_SECONDS if self.routing is None else DHT_PATIENCE_SECONDS,
-            seek=None if self.routing is None else self.routing.bring,
-            sought=None if self.routing is None else self.routing.sought,
+            patience=PATIENCE_SECONDS if self.dht is None else DHT_PATIENCE_SECONDS,
+            seek=None if self.dht is None else self.dht.find,
+            sought=None if self.dht is None else self.dht.so_far,
             advice=self._advice,
             outside=None if outside is None else outside.block,
             tree_outside=None if outside is None else outside.tree,
@@ -212,7 +231,6 @@ class Node:
         self.readiness = ReadinessService(
             chain=self._chain, changed=self.directory.changes.wait, probe=self._probe, health=self.health
         )
-        self.inventory = InventoryService(self.directory, self.store, open_manifest)
         self.replication = ReplicationService(
             us=identity.peer_id,
             directory=self.directory,
@@ -237,12 +255,6 @@ class Node:
         self.stopping = trio.Event()
         self.ended = trio.Event()
 
-    def _is_member(self, peer: PeerId) -> bool:
-        return bool(self.membership.roles_of(peer))
-
-    def _is_guest(self, peer: PeerId) -> bool:
-        return peer in self.guests.peers
-
     def _advice(self, cid: Cid) -> str:
         """What our owner may not know when nobody gives a manifest; it may be on IPFS."""
         content = self.config.content
@@ -253,33 +265,12 @@ class Node:
             "asks nobody outside its network now"
         )
 
-    def _join_dht(self, rng: random.Random) -> RoutingService:
-        content = self.config.content
-        return RoutingService(
-            self.host,
-            self.visits,
-            lambda peer: self._is_member(peer) or self._is_guest(peer),
-            content.dht,
-            (bitswap.PROTOCOL,),
-            rng,
-            provides=self._public if content.share == "anyone" else tuple,
-            serve=content.dht_serve,
-            listen=self.config.network.listen,
-            health=self.health,
-        )
-
-    def _public(self) -> tuple[Cid, ...]:
-        """The manifests and files of the models that the network serves, as far as they are here."""
-        holdings = self.inventory.holdings()
-        manifests = [Cid(holding.manifest) for holding in holdings]
-        return (*manifests, *(cid_from_bytes(cid) for holding in holdings for cid in holding.cids))
-
     def _look_after(self, ipfs: IpfsApi) -> DaemonService:
         """The operator's own daemon."""
         return DaemonService(
             ipfs,
             self.host,
-            self.guests,
+            self.external,
             self.store,
             self.database,
             self.health,
@@ -330,9 +321,8 @@ class Node:
                 self.directory,
                 self.membership,
                 self.discovery,
-                self.guests,
-                self.visits,
-                *(() if self.routing is None else (self.routing,)),
+                self.external,
+                *(() if self.dht is None else (self.dht,)),
                 self.pipes,
                 *self.parts.sources,
                 *(() if self.daemon is None else (self.daemon,)),
@@ -404,7 +394,7 @@ class Node:
                 continue
             self._liars.add(peer)
             advert = self.directory.live().get(peer)
-            guest = peer in self.guests.peers
+            guest = peer in self.external.configured
             self.health.set(
                 "bad-provider",
                 peer=f"{advert.name} ({short(peer)})" if advert is not None and advert.name else short(peer),

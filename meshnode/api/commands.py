@@ -178,16 +178,15 @@ class Orders:
                 "served_bytes": node.content.bytes_served,
                 "bad_providers": dict(node.content.bad_providers()),
                 "encrypted": node.config.content.encrypt,
-                "guests": {peer: peer in node.host.guests for peer in node.guests.peers},
+                "guests": {peer: peer in node.host.guests for peer in node.external.configured},
                 "published": 0 if node.daemon is None else len(node.daemon.published),
                 "room_bytes": store.room_bytes,
-                "visitors": len(node.visits.visitors),
+                "visitors": len(node.external.came),
                 "dht": None
-                if node.routing is None
+                if node.dht is None
                 else {
-                    "peers": node.routing.known_peers,
-                    "provided": sum(count > 0 for count in node.routing.provided.values()),
-                    "records": node.routing.records,
+                    "peers": node.dht.known_peers,
+                    "provided": sum(count > 0 for count in node.dht.provided.values()),
                 },
                 **self._tiers(),
             },
@@ -210,7 +209,7 @@ class Orders:
                 for r in node.membership.refusals
             ],
             "unreachable": {
-                str(who): why for who, why in (node.discovery.failures() | node.guests.failures()).items()
+                str(who): why for who, why in (node.discovery.failures() | node.external.failures()).items()
             },
         }
 

@@ -139,11 +139,6 @@ class ContentSection:
         "peers of a Kademlia DHT, like the one of IPFS, asked who has what nobody known gives; with content.share = "
         "anyone they are told what this node gives; empty: none; they learn what this node fetches",
     )
-    dht_serve: bool = setting(
-        False,
-        yes_or_no,
-        "also answer the questions of others in the DHT and keep their provider records, for up to 48 h",
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

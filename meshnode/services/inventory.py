@@ -8,6 +8,7 @@ from typing import Final
 
 import trio
 
+from meshnode.core.signal import Changes
 from meshnode.services.port import Directory
 from meshnode.store.port import Content
 from protocols.advert.messages import Announcement, Holding
@@ -33,6 +34,7 @@ class InventoryService:
         self._releases: dict[Cid, dict[Cid, bytes]] = {}
         self._served: tuple[str, str, frozenset[bytes]] = ("", "", frozenset())
         self._seen: tuple[object, tuple[Holding, ...]] = (None, ())
+        self.changes = Changes()  # of what `holdings` says
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the advert right until cancelled."""
@@ -60,7 +62,10 @@ class InventoryService:
                 held = tuple(sorted(data for cid, data in wanted.items() if cid in files))
                 if held:
                     out.append(Holding(manifest=manifest, cids=held))
+            changed = tuple(out) != self._seen[1]
             self._seen = ((files, manifests), tuple(out))
+            if changed:
+                self.changes.notify()
         return self._seen[1]
 
     def _sayable(self, holdings: tuple[Holding, ...]) -> tuple[Holding, ...]:

@@ -8,7 +8,7 @@ are ever taken away.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -19,6 +19,7 @@ from meshnode.core.errors import DiskError, ModelError, TransientError
 from meshnode.core.health import Health
 from meshnode.core.log import get_logger
 from meshnode.ipfs.fallback import SourceFailed
+from meshnode.services.port import ExternalPeers
 from meshnode.state.port import Records
 from meshnode.store.port import Content
 from protocols.ids import Cid, PeerId, short
@@ -68,14 +69,6 @@ class Daemon(Protocol):
     async def unpin(self, cid: Cid) -> None: ...
 
 
-class Guests(Protocol):
-    """Where guests are made and dismissed."""
-
-    def add(self, peer: PeerId, addresses: Sequence[str], setting: str) -> None: ...
-
-    async def remove(self, peer: PeerId, setting: str, reason: str) -> None: ...
-
-
 class Place(Protocol):
     """What is needed of the network host."""
 
@@ -107,7 +100,7 @@ class DaemonService:
         self,
         daemon: Daemon,
         host: Place,
-        guests: Guests,
+        external: ExternalPeers,
         content: Content,
         records: Records,
         health: Health,
@@ -126,7 +119,7 @@ class DaemonService:
         """
         self._daemon = daemon
         self._host = host
-        self._guests = guests
+        self._external = external
         self._content = content
         self._records = records
         self._health = health
@@ -172,14 +165,14 @@ class DaemonService:
         if self._peer is None or trio.current_time() - self._met_at >= MEET_SECONDS:
             peer, addresses = await self._daemon.identity()
             if peer != self._peer:
-                await self._leave()
+                self._leave()
             if peer == self._host.peer_id or self._is_member(peer):
                 # As a guest, a member would lose its place in the network.
                 reason = f"it says that it is {peer}, which is a node of this network"
                 self._health.set("ipfs-daemon", address=self._daemon.address, reason=reason)
                 raise SourceFailed(reason)
             self._peer, self._met_at = peer, trio.current_time()
-            self._guests.add(peer, addresses, SETTING)
+            self._external.configure(peer, addresses, SETTING)
             self._welcome(peer)
         if self._peer not in self._host.guests:
             self._introduced = False
@@ -187,11 +180,11 @@ class DaemonService:
             await self._introduce()
         return self._peer
 
-    async def _leave(self) -> None:
+    def _leave(self) -> None:
         self._kept.clear()
         self._introduced = False
         if self._peer is not None:
-            await self._guests.remove(self._peer, SETTING, "the daemon has another peer id now")
+            self._external.release(self._peer, SETTING, "the daemon has another peer id now")
             self._peer = None
 
     async def _introduce(self) -> None:

@@ -23,6 +23,7 @@ from meshnode.core.log import get_logger
 from meshnode.membership.port import Membership, Signer
 from meshnode.membership.registry import Registry, packed
 from meshnode.net.port import Host, PeerEvent, Stream
+from meshnode.services.port import Strangers
 from meshnode.state.port import State
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import PeerId, short
@@ -103,11 +104,11 @@ class MembershipService:
         node_name: str = "",
         health: Health | None = None,
         random_bytes: Callable[[int], bytes] = secrets.token_bytes,
-        take_in: Callable[[PeerId], bool] | None = None,
+        strangers: Strangers | None = None,
     ) -> None:
         """Registers the protocol and the topic: make it before `host.run`.
 
-        `take_in`: asked about a peer that does not speak our protocol at all, which every node does: whether it
+        `strangers`: asked about a peer that does not speak our protocol at all, which every node does: whether it
         stays, as a guest.
 
         Raises IdentityError when our own certificate does not hold.
@@ -119,7 +120,7 @@ class MembershipService:
         self._clock = clock
         self._health = health
         self._random_bytes = random_bytes
-        self._take_in = take_in
+        self._strangers = strangers
         self._credentials = Credentials(
             peer=self._us,
             name=(node_name or membership.name)[:64],
@@ -219,7 +220,8 @@ class MembershipService:
                         turned = await self._ask(peer)
                     except (PeerUnreachable, Declined) as error:
                         broken = str(error)
-                        if isinstance(error, Declined) and self._take_in is not None and self._take_in(peer):
+                        speaks = not isinstance(error, Declined)
+                        if not speaks and self._strangers is not None and self._strangers.take_in(peer):
                             return
                     else:
                         if turned is not None:

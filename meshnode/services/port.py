@@ -6,12 +6,13 @@ Whoever implements a protocol is a service of its own folder or file; `node.py` 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from meshnode.core.signal import Changes
 from meshnode.model.release import ServedRelease
 from meshnode.store.port import OpenFile
-from protocols.advert.messages import Advert, Announcement
+from protocols.advert.messages import Advert, Announcement, Holding
 from protocols.ids import Cid, PeerId
 from protocols.manifest.messages import FileRef
 
@@ -73,3 +74,50 @@ class Content(Protocol):
 
     async def block(self, cid: Cid) -> bytes:
         """One small block (a manifest); it is kept in the store. Raises ContentUnavailable, DiskError."""
+
+
+class Members(Protocol):
+    """Who belongs to our network (`membership.py`)."""
+
+    def roles_of(self, peer: PeerId) -> frozenset[str]:
+        """Roles of any peer whose certificate we have seen and that holds now; empty for everybody else."""
+
+
+class Strangers(Protocol):
+    """What becomes of connected peers that are of no network of ours (`external_peers.py`)."""
+
+    def take_in(self, peer: PeerId) -> bool:
+        """Let a connected peer stay that does not speak our hello at all. Whether it may."""
+
+
+class ExternalPeers(Protocol):
+    """Peers outside the network and why each is kept connected (`external_peers.py`)."""
+
+    @property
+    def configured(self) -> tuple[PeerId, ...]:
+        """Those that a setting names, connected or not."""
+
+    def configure(self, peer: PeerId, addresses: Sequence[str], setting: str) -> None:
+        """Keep a peer connected because `setting` names it, or learn where it is found now."""
+
+    def release(self, peer: PeerId, setting: str, reason: str) -> None:
+        """`setting` does not name it any more; its connections are closed unless there is another reason."""
+
+    def use(
+        self, peer: PeerId, addresses: Sequence[str], protocols: Sequence[str] = ()
+    ) -> AbstractAsyncContextManager[None]:
+        """Be connected to a peer, which is no member and may use these protocols meanwhile.
+
+        Raises PeerUnreachable. If cancelled: the peer is let go.
+        """
+
+
+class Inventory(Protocol):
+    """What this node has on disk (`inventory.py`)."""
+
+    @property
+    def changes(self) -> Changes:
+        """Whenever `holdings` changes."""
+
+    def holdings(self) -> tuple[Holding, ...]:
+        """What we hold of every release that is announced, and whose manifest is here."""

@@ -1,10 +1,10 @@
 """The walk towards a key: whom to ask next, and when it is over. A state machine without I/O.
 
-Rule 1: a candidate's standing changes by TRANSITIONS and nowhere else.
+Rule 1: a candidate's status changes by TRANSITIONS and nowhere else.
 Rule 2: no clock, no randomness, no await. Time comes in as `now` (seconds, monotonic), a wish to be woken goes out
 as `deadline`, orders go out as effects.
 Rule 3: what answers say costs a bounded amount: candidates, questions and providers have limits, and so has the
-whole walk in time, however many nearer peers a liar invents.
+whole walk in time, however many nearer peers a hostile one invents.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from protocols.kad.messages import Kind, Peer, place, place_of
 K: Final = 20  # peers that hold a record (libp2p specs, kad-dht)
 ALPHA: Final = 3  # questions under way, not counting slow ones (Kademlia paper)
 MAX_UNDER_WAY: Final = 8  # questions under way with the slow ones
-SLOW_SECONDS: Final = 1.5  # a question this old makes room for another; on the open network many peers are gone
-LOOKUP_SECONDS: Final = 60.0
+SLOW_S: Final = 1.5  # a question this old makes room for another; on the open network many peers are gone
+LOOKUP_S: Final = 60.0
 MAX_ASKED: Final = 100
 MAX_CANDIDATES: Final = 256
 MAX_FOUND: Final = 32
 
 
-class Standing(Enum):
-    """Where one candidate stands."""
+class Status(Enum):
+    """What has come of one candidate."""
 
     NEW = "new"
     ASKED = "asked"
@@ -38,7 +38,7 @@ class Standing(Enum):
     FAILED = "failed"
 
 
-class Turn(Enum):
+class Verb(Enum):
     """What happens to a candidate."""
 
     ASK = "ask"
@@ -47,13 +47,13 @@ class Turn(Enum):
     FAIL = "fail"
 
 
-TRANSITIONS: Final[dict[tuple[Standing, Turn], Standing]] = {
-    (Standing.NEW, Turn.ASK): Standing.ASKED,
-    (Standing.ASKED, Turn.LATE): Standing.SLOW,
-    (Standing.ASKED, Turn.ANSWER): Standing.ANSWERED,
-    (Standing.ASKED, Turn.FAIL): Standing.FAILED,
-    (Standing.SLOW, Turn.ANSWER): Standing.ANSWERED,
-    (Standing.SLOW, Turn.FAIL): Standing.FAILED,
+TRANSITIONS: Final[dict[tuple[Status, Verb], Status]] = {
+    (Status.NEW, Verb.ASK): Status.ASKED,
+    (Status.ASKED, Verb.LATE): Status.SLOW,
+    (Status.ASKED, Verb.ANSWER): Status.ANSWERED,
+    (Status.ASKED, Verb.FAIL): Status.FAILED,
+    (Status.SLOW, Verb.ANSWER): Status.ANSWERED,
+    (Status.SLOW, Verb.FAIL): Status.FAILED,
 }
 
 
@@ -117,14 +117,14 @@ Effect = Ask | Found | Done
 class _Candidate:
     peer: Peer
     distance: int
-    standing: Standing = Standing.NEW
+    status: Status = Status.NEW
     asked_at: float = 0.0
 
-    def turn(self, turn: Turn) -> None:
-        after = TRANSITIONS.get((self.standing, turn))
+    def step(self, verb: Verb) -> None:
+        after = TRANSITIONS.get((self.status, verb))
         if after is None:
-            raise LocalProtocolError(f"{turn.value} to {self.peer.id}, which is {self.standing.value}")
-        self.standing = after
+            raise LocalProtocolError(f"{verb.value} to {self.peer.id}, which is {self.status.value}")
+        self.status = after
 
 
 class Lookup:
@@ -140,7 +140,7 @@ class Lookup:
         self.over = False
         self._us = us
         self._target = place(key)
-        self._ends = now + LOOKUP_SECONDS
+        self._ends = now + LOOKUP_S
         self._wanted = wanted
         self._asked = 0
         self._candidates: dict[PeerId, _Candidate] = {}
@@ -158,16 +158,16 @@ class Lookup:
             case Begin(seeds):
                 self._learn(seeds)
             case Answered(peer, closer, providers):
-                self._asked_one(peer).turn(Turn.ANSWER)
+                self._asked_one(peer).step(Verb.ANSWER)
                 self._learn(closer)
                 out += self._note(providers)
             case Failed(peer):
-                self._asked_one(peer).turn(Turn.FAIL)
+                self._asked_one(peer).step(Verb.FAIL)
             case Tick():
-                for candidate in self._with(Standing.ASKED):
+                for candidate in self._with(Status.ASKED):
                     # The same sum as the deadline's: a difference may be rounded to just below.
-                    if now >= candidate.asked_at + SLOW_SECONDS:
-                        candidate.turn(Turn.LATE)
+                    if now >= candidate.asked_at + SLOW_S:
+                        candidate.step(Verb.LATE)
         reason = self._reason(now)
         if not reason:
             out += self._ask(now)
@@ -177,7 +177,7 @@ class Lookup:
             self.deadline = None
             out.append(Done(self._closest(), reason))
             return tuple(out)
-        late = min((c.asked_at + SLOW_SECONDS for c in self._with(Standing.ASKED)), default=self._ends)
+        late = min((c.asked_at + SLOW_S for c in self._with(Status.ASKED)), default=self._ends)
         self.deadline = min(self._ends, late)
         return tuple(out)
 
@@ -191,8 +191,8 @@ class Lookup:
             raise LocalProtocolError(f"{peer} was not asked")
         return self._candidates[peer]
 
-    def _with(self, *standings: Standing) -> Iterator[_Candidate]:
-        return (c for c in self._candidates.values() if c.standing in standings)
+    def _with(self, *statuses: Status) -> Iterator[_Candidate]:
+        return (c for c in self._candidates.values() if c.status in statuses)
 
     def _learn(self, peers: Iterable[Peer]) -> None:
         for peer in peers:
@@ -200,7 +200,7 @@ class Lookup:
                 self._candidates[peer.id] = _Candidate(peer, place_of(peer.id) ^ self._target)
         spare = len(self._candidates) - MAX_CANDIDATES
         if spare > 0:
-            new = sorted(self._with(Standing.NEW), key=lambda c: c.distance)
+            new = sorted(self._with(Status.NEW), key=lambda c: c.distance)
             for candidate in new[-spare:]:
                 del self._candidates[candidate.peer.id]
 
@@ -215,21 +215,21 @@ class Lookup:
 
     def _nearest(self) -> list[_Candidate]:
         """The K nearest that have not failed."""
-        alive = [c for c in self._candidates.values() if c.standing is not Standing.FAILED]
+        alive = [c for c in self._candidates.values() if c.status is not Status.FAILED]
         return sorted(alive, key=lambda c: c.distance)[:K]
 
     def _closest(self) -> tuple[Peer, ...]:
-        answered = sorted(self._with(Standing.ANSWERED), key=lambda c: c.distance)
+        answered = sorted(self._with(Status.ANSWERED), key=lambda c: c.distance)
         return tuple(c.peer for c in answered[:K])
 
     def _ask(self, now: float) -> Iterator[Ask]:
-        fresh = sum(1 for _ in self._with(Standing.ASKED))
-        under_way = fresh + sum(1 for _ in self._with(Standing.SLOW))
+        fresh = sum(1 for _ in self._with(Status.ASKED))
+        under_way = fresh + sum(1 for _ in self._with(Status.SLOW))
         for candidate in self._nearest():
             if fresh >= ALPHA or under_way >= MAX_UNDER_WAY or self._asked >= MAX_ASKED:
                 return
-            if candidate.standing is Standing.NEW:
-                candidate.turn(Turn.ASK)
+            if candidate.status is Status.NEW:
+                candidate.step(Verb.ASK)
                 candidate.asked_at = now
                 self._asked += 1
                 fresh += 1
@@ -241,12 +241,12 @@ class Lookup:
         if sum(self._found.values()) >= self._wanted:
             return "enough providers were found"
         if now >= self._ends:
-            return f"{LOOKUP_SECONDS:.0f} s are over"
-        if any(self._with(Standing.ASKED, Standing.SLOW)):
-            waits = any(c.standing is not Standing.ANSWERED for c in self._nearest())
+            return f"{LOOKUP_S:.0f} s are over"
+        if any(self._with(Status.ASKED, Status.SLOW)):
+            waits = any(c.status is not Status.ANSWERED for c in self._nearest())
             return "" if waits else "the nearest peers have answered"
         if self._asked >= MAX_ASKED:
             return f"{MAX_ASKED} peers were asked"
-        if any(c.standing is Standing.NEW for c in self._nearest()):
+        if any(c.status is Status.NEW for c in self._nearest()):
             return ""
-        return "the nearest peers have answered" if any(self._with(Standing.ANSWERED)) else "nobody answered"
+        return "the nearest peers have answered" if any(self._with(Status.ANSWERED)) else "nobody answered"

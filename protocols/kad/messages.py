@@ -19,8 +19,6 @@ from protocols.protobuf import as_bytes, as_int, fields, put_field, put_varint, 
 
 PROTOCOL: Final = "/ipfs/kad/1.0.0"  # among public addresses
 LAN_PROTOCOL: Final = "/ipfs/lan/kad/1.0.0"  # among private ones (Kubo runs both side by side)
-PROTOCOLS: Final = (PROTOCOL, LAN_PROTOCOL)
-MAX_REQUEST_BYTES: Final = 1 << 14
 MAX_ANSWER_BYTES: Final = 1 << 18  # 20 peers with 30 addresses each, and a few hundred providers
 MAX_KEY_BYTES: Final = 80  # what Kubo takes
 MAX_PEERS: Final = 32  # read of each list, the rest is skipped; Kubo sends 20, the sought peer, all providers
@@ -59,16 +57,6 @@ class Message:
 def block_key(cid: bytes) -> bytes:
     """What providers of a block are filed under: the multihash of its binary CIDv1, whatever its codec."""
     return cid[2:]
-
-
-def is_multihash(key: bytes) -> bool:
-    """Whether a key can name a block: hash function and length as varints, then that many bytes."""
-    try:
-        _, at = take_varint(key, 0, len(key))
-        length, at = take_varint(key, at, len(key))
-    except RemoteProtocolError:
-        return False
-    return 0 < length == len(key) - at
 
 
 def place(key: bytes) -> int:
@@ -165,8 +153,7 @@ def decode(data: Buffer) -> Message:
 class MessageReader:
     """Takes bytes as they come, gives whole messages (undecoded). Holds at most one message and one read."""
 
-    def __init__(self, limit: int = MAX_ANSWER_BYTES) -> None:
-        self._limit = limit
+    def __init__(self) -> None:
         self._buffer = bytearray()
 
     def feed(self, data: Buffer) -> Iterator[bytes]:
@@ -183,8 +170,8 @@ class MessageReader:
                     raise RemoteProtocolError("the length of a DHT message is above every limit")
                 return
             length, _ = take_varint(self._buffer, 0, head)
-            if length > self._limit:
-                raise RemoteProtocolError(f"a DHT message of {length} bytes; the limit is {self._limit}")
+            if length > MAX_ANSWER_BYTES:
+                raise RemoteProtocolError(f"a DHT message of {length} bytes; the limit is {MAX_ANSWER_BYTES}")
             if len(self._buffer) < head + length:
                 return
             message = bytes(self._buffer[head : head + length])

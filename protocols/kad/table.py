@@ -24,9 +24,6 @@ class Table:
     def __len__(self) -> int:
         return sum(len(bucket) for bucket in self._buckets)
 
-    def __contains__(self, peer: PeerId) -> bool:
-        return peer in self._bucket(place_of(peer))
-
     def answered(self, peer: Peer) -> None:
         """A peer that we dialled at these addresses has answered: it serves the DHT."""
         if peer.id == self._us or not peer.addresses:

@@ -17,12 +17,13 @@ import trio
 
 from meshnode.net.libp2p.host import Libp2pHost, open_host
 from meshnode.services.content.fetch import ContentService
-from meshnode.services.dht import RoutingService
-from meshnode.services.visits import Visits
+from meshnode.services.dht import DhtClient, DhtSettings
+from meshnode.services.external_peers import ExternalPeers, ExternalSettings
 from meshnode.store.blob_store import BlobStore
 from protocols.bitswap.messages import PROTOCOL as BITSWAP
 from protocols.ids import Cid, cid_of_old
 from protocols.unixfs.builder import file_cid
+from tests.dht_peer import Network, Shared
 from tests.ipfs.world import Kubo, kubo
 from tests.process.mesh_rig import (
     NO_COPIES,
@@ -45,15 +46,15 @@ class Ours:
 
     host: Libp2pHost
     store: BlobStore
-    routing: RoutingService
+    dht: DhtClient
     content: ContentService
     searches: trio.CancelScope  # ends what the DHT part does by itself
 
     async def provided(self, cid: Cid) -> None:
         """Wait until a DHT peer has our record."""
         with trio.fail_after(FIND_SECONDS):
-            while not self.routing.provided.get(cid):  # noqa: ASYNC110 - the service tells nobody
-                await trio.sleep(0.1)
+            while not self.dht.provided.get(cid):
+                await self.dht.changes.wait()
 
 
 @asynccontextmanager
@@ -62,29 +63,26 @@ async def ours(folder: Path, seed: Kubo, provides: Path | None = None) -> AsyncI
     host = open_host(os.urandom(32))
     store = BlobStore(folder, 1 << 40)
     public = () if provides is None else (store.add_file(provides, pin="test"),)
-    visits = Visits(host, lambda peer: False, lambda peer: False, (BITSWAP,) if public else ())
-    routing = RoutingService(
+    external = ExternalPeers(host, ExternalSettings(offers=(BITSWAP,) if public else ()), random.Random(1))
+    dht = DhtClient(
         host,
-        visits,
-        lambda peer: False,
-        seed.addresses,
-        (BITSWAP,),
+        external,
+        Network(()),
+        DhtSettings(seeds=seed.addresses, protocols=(BITSWAP,)),
         random.Random(1),
-        provides=lambda: public,
+        shared=Shared(public),
     )
-    content = ContentService(
-        host, store, lambda _: (), patience=30, seek=routing.bring, share_with_anyone=bool(public)
-    )
+    content = ContentService(host, store, lambda _: (), patience=30, seek=dht.find, share_with_anyone=bool(public))
     async with AsyncExitStack() as stack:
         stack.callback(store.close)
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
-        for part in (host, visits, content):
+        for part in (host, external, content):
             await nursery.start(part.run)
         searches = await stack.enter_async_context(trio.open_nursery())
         stack.callback(searches.cancel_scope.cancel)
-        await searches.start(routing.run)
-        yield Ours(host, store, routing, content, searches.cancel_scope)
+        await searches.start(dht.run)
+        yield Ours(host, store, dht, content, searches.cancel_scope)
 
 
 async def introduced(one: Kubo, other: Kubo, folder: Path) -> None:
@@ -92,7 +90,7 @@ async def introduced(one: Kubo, other: Kubo, folder: Path) -> None:
     assert await one.call("connect", other.addresses[0]) == 0
     async with ours(folder, one) as node:
         with trio.fail_after(FIND_SECONDS):
-            while node.routing.known_peers < 2:  # noqa: ASYNC110 - Kubo tells nobody
+            while node.dht.known_peers < 2:  # noqa: ASYNC110 - Kubo tells nobody
                 await trio.sleep(0.1)
 
 

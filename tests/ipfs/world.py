@@ -17,7 +17,7 @@ import trio
 
 from meshnode.net.libp2p.host import Libp2pHost, open_host
 from meshnode.services.content.fetch import ContentService
-from meshnode.services.external_peers import GuestService
+from meshnode.services.external_peers import ExternalPeers, ExternalSettings
 from meshnode.store.blob_store import BlobStore
 from protocols.bitswap.messages import PROTOCOL
 from protocols.ids import Cid, PeerId
@@ -127,7 +127,7 @@ class Ours:
     host: Libp2pHost
     store: BlobStore
     content: ContentService
-    guests: GuestService
+    guests: ExternalPeers
 
     def add(self, folder: Path, data: bytes) -> Cid:
         """Into the store, as publishing does."""
@@ -164,11 +164,12 @@ async def ours(
     """A node of ours with these guests, connected to all of them if it is to `meet` them."""
     known = tuple(guests)
     host = open_host(os.urandom(32), swarm_key=swarm_key)
-    service = GuestService(
-        host, [address for guest in known for address in guest.addresses], (PROTOCOL,), random.Random(1)
-    )
+    addresses = tuple(address for guest in known for address in guest.addresses)
+    service = ExternalPeers(host, ExternalSettings(addresses=addresses, protocols=(PROTOCOL,)), random.Random(1))
     store = BlobStore(folder, 1 << 40)
-    content = ContentService(host, store, providers, patience=patience, guests=service.peers, share_with_guests=share)
+    content = ContentService(
+        host, store, providers, patience=patience, guests=service.configured, share_with_guests=share
+    )
     node = Ours(host, store, content, service)
     async with AsyncExitStack() as stack:
         stack.callback(store.close)

@@ -1,4 +1,4 @@
-"""Three networks that know nothing of each other but one bootstrap peer, which serves the DHT to everybody."""
+"""Two networks that know nothing of each other but one server of the DHT."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from meshnode.net.libp2p.host import Libp2pHost, open_host
 from meshnode.net.libp2p.multistream import ADMITTED
 from protocols.bitswap.messages import PROTOCOL as BITSWAP
 from protocols.ids import Cid, PeerId
-from protocols.kad.messages import PROTOCOLS as KAD
+from protocols.kad.messages import LAN_PROTOCOL
+from protocols.kad.messages import PROTOCOL as KAD
 from protocols.membership.messages import PROTOCOL as HELLO
+from tests.dht_peer import dht_in_a_thread
 from tests.process.mesh_rig import NO_COPIES, READY_SECONDS, mesh_of, meshnode, serving, small_model, tokens_of
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
@@ -29,9 +31,8 @@ MEMBERS_ONLY = (heartbeat.PROTOCOL, direct.PROTOCOL, pipes.PROTOCOL, "/meshnode/
 def test_a_network_fetches_the_public_model_of_another(tmp_path: Path) -> None:
     published = small_model(tmp_path / "model")
     files = {path.read_bytes() for path in published.iterdir() if path.name != "index.json"}
-    with mesh_of(tmp_path / "meeting", 1, settings=(("content.dht_serve", True),)) as meeting:
-        bootstrap = meeting.members[0]
-        dht = ("content.dht", bootstrap.status()["addresses"][0])
+    with dht_in_a_thread() as server:
+        dht = ("content.dht", server)
         public = (dht, ("content.share", "anyone"))
         with mesh_of(tmp_path / "public", 1, published=published, settings=public) as giving:
             giver = giving.members[0]
@@ -41,7 +42,6 @@ def test_a_network_fetches_the_public_model_of_another(tmp_path: Path) -> None:
                 PROVIDE_SECONDS,
                 "to name itself in the DHT for every file",
             )
-            assert bootstrap.status()["content"]["dht"]["records"] == provided["content"]["dht"]["provided"]
             with mesh_of(tmp_path / "asking", 1, settings=(dht, *NO_COPIES)) as asking:
                 asker = asking.members[0]
                 manifest = Cid(provided["model"]["manifest"])
@@ -51,7 +51,7 @@ def test_a_network_fetches_the_public_model_of_another(tmp_path: Path) -> None:
                 assert tokens_of(asker) == answer
                 assert len(serving(asker.status())) == 1
                 # Nobody is a member of another's network, or takes another for one.
-                for member in (bootstrap, giver, asker):
+                for member in (giver, asker):
                     status = member.status()
                     assert status["peers"] == [] and status["refusals"] == []
                 assert giver.status()["content"]["served_bytes"] >= sum(map(len, files))
@@ -78,7 +78,18 @@ async def test_strangers_get_blocks_and_nothing_else(tmp_path: Path) -> None:
 async def allowed(stranger: Libp2pHost, peer: PeerId) -> set[str]:
     """Which of everything that a node serves to anybody is agreed on."""
     out = set()
-    for protocol in (HELLO, BITSWAP, PING, IDENTIFY, IDENTIFY_PUSH, MESHSUB, ADMITTED, *MEMBERS_ONLY, *KAD):
+    for protocol in (
+        HELLO,
+        BITSWAP,
+        PING,
+        IDENTIFY,
+        IDENTIFY_PUSH,
+        MESHSUB,
+        ADMITTED,
+        *MEMBERS_ONLY,
+        KAD,
+        LAN_PROTOCOL,
+    ):
         try:
             stream = await stranger.open_stream(peer, protocol)
         except (Declined, PeerUnreachable):

@@ -11,16 +11,24 @@ from pathlib import Path
 import pytest
 import trio
 import trio.lowlevel
+import trio.testing
 from trio.testing import MockClock
 
-from meshnode.core.errors import ContentUnavailable, Declined
+from meshnode.core.errors import ContentUnavailable, Declined, PeerUnreachable
 from meshnode.core.health import Health
 from meshnode.net import heartbeat
 from meshnode.net.libp2p import host as libp2p_host
 from meshnode.net.memory_host import MemoryHost, MemoryNetwork
 from meshnode.net.port import Stream
 from meshnode.services.content.fetch import ContentService
-from meshnode.services.external_peers import FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS, GuestService
+from meshnode.services.external_peers import (
+    FIRST_PAUSE_S,
+    LAST_PAUSE_S,
+    LINGER_S,
+    MAX_CAME,
+    ExternalPeers,
+    ExternalSettings,
+)
 from meshnode.store.blob_store import BlobStore
 from protocols.bitswap.messages import (
     PROTOCOL,
@@ -36,7 +44,9 @@ from protocols.bitswap.messages import (
 )
 from protocols.bitswap.server import Server
 from protocols.ids import DAG_PB, RAW, Cid, PeerId, cid_from_bytes, cid_of, cid_to_bytes
+from protocols.membership.messages import PROTOCOL as HELLO
 from protocols.unixfs.builder import Builder, file_cid
+from tests.services.membership_mesh import ECHO, open_mesh
 from tests.unit.membership_actors import peer_of_key
 
 US, MEMBER, GUEST, OTHER = (peer_of_key(name) for name in ("us", "member", "guest", "other guest"))
@@ -253,18 +263,24 @@ async def test_a_guest_may_not_ask_for_anything_else(tmp_path: Path) -> None:
                 await guest.host.open_stream(US, protocol)
 
 
+def settings_of(*peers: MemoryHost) -> ExternalSettings:
+    return ExternalSettings(
+        addresses=tuple(address for peer in peers for address in peer.addresses), protocols=(PROTOCOL,)
+    )
+
+
 async def test_guests_are_dialled_again_ever_more_rarely(autojump_clock: MockClock) -> None:
     network = MemoryNetwork()
     us, guest = network.host(US), network.host(GUEST)
-    service = GuestService(us, guest.addresses, (PROTOCOL,), random.Random(1))
-    assert service.peers == (GUEST,)
+    service = ExternalPeers(us, settings_of(guest), random.Random(1))
+    assert service.configured == (GUEST,)
     async with trio.open_nursery() as nursery:
         await nursery.start(us.run)
         await nursery.start(service.run)
         await trio.sleep(300)
         assert "does not answer" in service.failures()[GUEST]
         await nursery.start(guest.run)
-        with trio.fail_after(LAST_PAUSE_SECONDS + 1):
+        with trio.fail_after(1.5 * LAST_PAUSE_S + 1):
             await connection(us, connected=True)
         assert us.peers == () and us.guests == (GUEST,)
         assert service.failures() == {}
@@ -274,7 +290,7 @@ async def test_guests_are_dialled_again_ever_more_rarely(autojump_clock: MockClo
         await trio.lowlevel.checkpoint()
         guest = network.host(GUEST)
         await nursery.start(guest.run)
-        with trio.fail_after(4 * FIRST_PAUSE_SECONDS):
+        with trio.fail_after(4 * FIRST_PAUSE_S):
             await connection(us, connected=True)
         nursery.cancel_scope.cancel()
 
@@ -283,9 +299,7 @@ async def test_a_guest_out_of_reach_stands_in_the_health_until_it_comes(autojump
     network = MemoryNetwork()
     us, guest = network.host(US), network.host(GUEST)
     health = Health(trio.current_time)
-    service = GuestService(
-        us, guest.addresses, (PROTOCOL,), random.Random(1), health=health, wall=lambda: 1_795_000_000_000
-    )
+    service = ExternalPeers(us, settings_of(guest), random.Random(1), health=health, wall=lambda: 1_795_000_000_000)
     async with trio.open_nursery() as nursery:
         await nursery.start(us.run)
         await nursery.start(service.run)
@@ -310,25 +324,26 @@ async def test_guests_are_added_moved_and_removed_while_it_runs(autojump_clock: 
     network = MemoryNetwork()
     us, guest, other = network.host(US), network.host(GUEST), network.host(OTHER)
     health = Health(trio.current_time)
-    service = GuestService(us, (), (PROTOCOL,), random.Random(1), health=health)
+    service = ExternalPeers(us, settings_of(), random.Random(1), health=health)
     async with trio.open_nursery() as nursery:
         for host in (us, guest):
             await nursery.start(host.run)
         await nursery.start(service.run)
-        service.add(GUEST, other.addresses, "content.ipfs_api")
+        service.configure(GUEST, other.addresses, "content.ipfs_api")
         await trio.sleep(40)
         [shown] = health.current()
         assert "content.ipfs_api" in shown.text
-        service.add(GUEST, guest.addresses, "content.ipfs_api")
-        with trio.fail_after(LAST_PAUSE_SECONDS + 1):
+        service.configure(GUEST, guest.addresses, "content.ipfs_api")
+        with trio.fail_after(1.5 * LAST_PAUSE_S + 1):
             await connection(us, connected=True)
-        assert service.peers == (GUEST,)
+        assert service.configured == (GUEST,)
         assert health.current() == []
-        await service.remove(GUEST, "content.ipfs_peers", "that setting does not name it")
-        assert service.peers == (GUEST,)
-        await service.remove(GUEST, "content.ipfs_api", "it has another name now")
-        assert (us.guests, service.peers) == ((), ())
-        await service.remove(GUEST, "content.ipfs_api", "twice")
+        service.release(GUEST, "content.ipfs_peers", "that setting does not name it")
+        assert service.configured == (GUEST,)
+        service.release(GUEST, "content.ipfs_api", "it has another name now")
+        await connection(us, connected=False)
+        assert (us.guests, service.configured) == ((), ())
+        service.release(GUEST, "content.ipfs_api", "twice")
         await trio.sleep(100)
         assert (us.guests, us.peers, service.failures(), health.current()) == ((), (), {}, [])
         nursery.cancel_scope.cancel()
@@ -427,7 +442,11 @@ async def test_a_guest_that_hangs_is_dropped_and_dialled_again(monkeypatch: pyte
         [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
         nursery.start_soon(trio.serve_listeners, wire.serve, [listener])
         port = listener.socket.getsockname()[1]
-        service = GuestService(us, [f"/ip4/127.0.0.1/tcp/{port}/p2p/{guest.peer_id}"], (PROTOCOL,), random.Random(1))
+        service = ExternalPeers(
+            us,
+            ExternalSettings(addresses=(f"/ip4/127.0.0.1/tcp/{port}/p2p/{guest.peer_id}",), protocols=(PROTOCOL,)),
+            random.Random(1),
+        )
         await nursery.start(service.run)
         events = us.guest_events()
         with trio.fail_after(60):
@@ -463,3 +482,184 @@ async def test_a_guest_is_not_sent_away_as_a_stranger_is(monkeypatch: pytest.Mon
         ]
         assert us.guests == (guest.peer_id,)
         nursery.cancel_scope.cancel()
+
+
+# Peers that are used, and peers that come
+
+
+class Node:
+    def __init__(self, host: MemoryHost, anyone: bool) -> None:
+        self.host = host
+        settings = ExternalSettings(protocols=(PROTOCOL,), offers=(PROTOCOL,) if anyone else ())
+        self.external = ExternalPeers(host, settings, random.Random(1))
+
+
+class Meeting:
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.network = MemoryNetwork()
+        self._nursery = nursery
+
+    async def host(self, name: str) -> MemoryHost:
+        host = self.network.host(peer_of_key(name))
+        await self._nursery.start(host.run)
+        return host
+
+    async def start(self, name: str, *, anyone: bool = False) -> Node:
+        node = Node(await self.host(name), anyone)
+        await self._nursery.start(node.external.run)
+        return node
+
+
+@asynccontextmanager
+async def meeting() -> AsyncIterator[Meeting]:
+    async with trio.open_nursery() as nursery:
+        yield Meeting(nursery)
+        nursery.cancel_scope.cancel()
+
+
+async def silent(stream: Stream) -> None:
+    await trio.sleep_forever()
+
+
+async def test_a_peer_is_a_guest_as_long_as_anybody_wants_it(autojump_clock: MockClock) -> None:
+    async with meeting() as it:
+        us = await it.start("us")
+        server = await it.host("server")
+        us.host.handle("/a", silent)
+        us.host.handle("/b", silent)
+        async with us.external.use(server.peer_id, server.addresses, ["/a"]):
+            async with us.external.use(server.peer_id, server.addresses, ["/b"]):
+                await (await server.open_stream(US, "/a")).aclose()
+                await (await server.open_stream(US, "/b")).aclose()
+            await (await server.open_stream(US, "/a")).aclose()
+            with pytest.raises(Declined):
+                await server.open_stream(US, "/b")
+        lingering = us.host.guests
+        assert lingering == (server.peer_id,), "it stays for the next question"
+        with pytest.raises(Declined):
+            await server.open_stream(US, "/a")
+        await trio.sleep(2 * LINGER_S)
+        left = us.host.guests
+        assert left == ()
+        gone = peer_of_key("nobody")
+        with pytest.raises(PeerUnreachable):
+            async with us.external.use(gone, ["/ip4/10.9.9.9/tcp/1"]):
+                pytest.fail("there is nobody")
+        await trio.testing.wait_all_tasks_blocked()
+        assert us.host.roster.guests == {} and us.external._reasons == {}
+
+
+async def test_a_peer_that_is_wanted_again_while_it_leaves_stays(autojump_clock: MockClock) -> None:
+    async with meeting() as it:
+        us = await it.start("us")
+        server = await it.host("server")
+        async with us.external.use(server.peer_id, server.addresses):
+            pass
+        await trio.sleep(LINGER_S)  # it leaves at this very moment
+        async with us.external.use(server.peer_id, server.addresses, ["/a"]):
+            await trio.testing.wait_all_tasks_blocked()
+            assert us.host.guests == (server.peer_id,)
+
+
+async def test_a_configured_peer_outlives_its_use_and_its_visit(autojump_clock: MockClock) -> None:
+    async with meeting() as it:
+        us = await it.start("us")
+        server = await it.host("server")
+        async with us.external.use(server.peer_id, server.addresses):
+            us.external.configure(server.peer_id, server.addresses, "content.ipfs_api")
+        await trio.sleep(2 * LINGER_S)
+        assert us.host.guests == (server.peer_id,)
+        assert us.host.roster.guests[server.peer_id] == {PROTOCOL}
+        async with us.external.use(server.peer_id, server.addresses, ["/a"]):
+            us.external.release(server.peer_id, "content.ipfs_api", "it moved")
+            await trio.sleep(2 * LINGER_S)
+            assert us.host.guests == (server.peer_id,)
+            assert us.host.roster.guests[server.peer_id] == {"/a"}
+        await trio.sleep(2 * LINGER_S)
+        assert us.host.guests == ()
+
+
+async def test_visitors_are_few_and_are_forgotten(autojump_clock: MockClock) -> None:
+    async with meeting() as it:
+        us = await it.start("us", anyone=True)
+        us.host.handle(PROTOCOL, silent, open_to_strangers=True)
+        us.host.handle("/members/only", silent)
+        strangers = [await it.host(f"stranger {number}") for number in range(MAX_CAME + 2)]
+        for host in strangers:
+            await host.connect(US, us.host.addresses)
+            assert us.external.take_in(host.peer_id)
+            await trio.testing.wait_all_tasks_blocked()
+        assert us.host.peers == () and len(us.host.guests) == MAX_CAME
+        assert us.external.came == tuple(host.peer_id for host in strangers[2:])
+        late = strangers[-1]
+        await (await late.open_stream(US, PROTOCOL)).aclose()
+        with pytest.raises(Declined):
+            await late.open_stream(US, "/members/only")
+        it.network.kill(late.peer_id)
+        await trio.sleep(1)
+        assert late.peer_id not in us.external.came and late.peer_id not in us.host.roster.guests
+        assert not us.external.take_in(late.peer_id), "it is not connected"
+
+
+async def test_strangers_are_not_taken_in_unless_something_is_for_them(autojump_clock: MockClock) -> None:
+    async with meeting() as it:
+        us = await it.start("us")
+        stranger = await it.host("stranger")
+        await stranger.connect(US, us.host.addresses)
+        assert not us.external.take_in(stranger.peer_id)
+        assert us.host.peers == (stranger.peer_id,)
+
+
+async def test_a_peer_without_our_protocol_is_taken_in_and_another_network_is_not(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    async with open_mesh(tmp_path) as mesh:
+        ann = await mesh.found("ann")
+        external = ExternalPeers(ann.host, ExternalSettings(offers=(PROTOCOL,), entrance=HELLO), random.Random(1))
+        ann.membership._strangers = external
+        ann.host.handle(PROTOCOL, silent, open_to_strangers=True)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(external.run)
+            stranger = mesh.network.host(peer_of_key("stranger"))
+            await nursery.start(stranger.run)
+            await stranger.connect(ann.peer_id, ann.host.addresses)
+            # It is served at once, before and after it has been looked at.
+            await (await stranger.open_stream(ann.peer_id, PROTOCOL)).aclose()
+            with trio.fail_after(5):
+                events = ann.host.guest_events()
+                while not external.came:
+                    await events.receive()
+            await trio.sleep(120)
+            assert ann.host.guests == (stranger.peer_id,) and ann.host.peers == ()
+            assert ann.membership.refusals == () and ann.membership.members() == {}
+            await (await stranger.open_stream(ann.peer_id, PROTOCOL)).aclose()
+            with pytest.raises(Declined):
+                await stranger.open_stream(ann.peer_id, ECHO)
+            # A node of another network speaks our protocol and is sent away; one with a ticket gets in.
+            eve = await mesh.found("eve", network="elsewhere")
+            await eve.connect(ann)
+            await trio.sleep(20)
+            assert eve.peer_id not in (*external.came, *ann.host.peers)
+            assert [refusal.peer for refusal in ann.membership.refusals] == [eve.peer_id]
+            bob = await mesh.enter("bob", mesh.ticket(ann))
+            await trio.sleep(1)
+            await bob.meet(ann)
+            assert await bob.call(ann) == b"hello"
+            nursery.cancel_scope.cancel()
+
+
+async def test_by_default_a_peer_without_our_protocol_is_sent_away(autojump_clock: MockClock, tmp_path: Path) -> None:
+    async with open_mesh(tmp_path) as mesh:
+        ann = await mesh.found("ann")
+        ann.membership._strangers = ExternalPeers(ann.host, ExternalSettings(), random.Random(1))
+        ann.host.handle(PROTOCOL, silent)
+        async with trio.open_nursery() as nursery:
+            stranger = mesh.network.host(peer_of_key("stranger"))
+            await nursery.start(stranger.run)
+            await stranger.connect(ann.peer_id, ann.host.addresses)
+            with pytest.raises(Declined):
+                await stranger.open_stream(ann.peer_id, PROTOCOL)
+            await trio.sleep(30)
+            assert ann.host.peers == ann.host.guests == ()
+            assert [refusal.code for refusal in ann.membership.refusals] == ["stranger"]
+            nursery.cancel_scope.cancel()

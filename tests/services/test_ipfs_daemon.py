@@ -16,7 +16,7 @@ from meshnode.core.health import Health
 from meshnode.ipfs.rpc import IpfsApi
 from meshnode.net.memory_host import MemoryHost, MemoryNetwork
 from meshnode.services import ipfs_daemon as daemon
-from meshnode.services.external_peers import GuestService
+from meshnode.services.external_peers import ExternalPeers, ExternalSettings
 from meshnode.services.ipfs_daemon import DaemonService, Release
 from meshnode.state.database import Database
 from meshnode.store.blob_store import BlobStore
@@ -142,7 +142,9 @@ class World:
         self.health = Health()
         self.release: Release | None = FIRST
         self.welcomed: list[PeerId] = []
-        self.guests = GuestService(host, (), (PROTOCOL,), random.Random(1), health=self.health)
+        self.guests = ExternalPeers(
+            host, ExternalSettings(protocols=(PROTOCOL,)), random.Random(1), health=self.health
+        )
         self.api = IpfsApi(here.multiaddr, self.health, call_seconds=0.5, margin_seconds=0, check_seconds=3600)
         self.folder = folder
 
@@ -212,7 +214,7 @@ async def test_the_daemon_is_a_guest_and_is_told_where_we_are(tmp_path: Path) ->
     async with world(tmp_path) as it:
         async with it.running(publish=False):
             await until(lambda: it.fake.dialled)
-            assert it.guests.peers == (DAEMON,)
+            assert it.guests.configured == (DAEMON,)
             assert set(it.welcomed) == {DAEMON}
             assert set(it.fake.dialled) == set(it.host.addresses)
             await until(lambda: it.guests.failures())  # nobody listens there in this test
@@ -221,10 +223,10 @@ async def test_the_daemon_is_a_guest_and_is_told_where_we_are(tmp_path: Path) ->
 
 async def test_a_daemon_with_another_identity_takes_the_place_of_the_first(tmp_path: Path) -> None:
     async with world(tmp_path) as it, it.running():
-        await until(lambda: it.guests.peers == (DAEMON,))
+        await until(lambda: it.guests.configured == (DAEMON,))
         it.fake.peer = OTHER
         it.fake.address = "/ip4/127.0.0.1/tcp/4002"
-        await until(lambda: it.guests.peers == (OTHER,))
+        await until(lambda: it.guests.configured == (OTHER,))
         assert it.welcomed[-1] == OTHER
 
 
@@ -234,7 +236,7 @@ async def test_a_daemon_that_says_it_is_one_of_us_is_no_guest(tmp_path: Path, pe
         it.hold(*FILES)
         await until(lambda: it.texts("ipfs-daemon"))
         assert "a node of this network" in it.texts("ipfs-daemon")[0]
-        assert it.guests.peers == ()
+        assert it.guests.configured == ()
         assert it.fake.added == []
 
 

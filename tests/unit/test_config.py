@@ -132,11 +132,11 @@ def test_the_description_is_a_config_file_with_the_same_meaning(tmp_path: Path) 
 
 def test_a_dht(tmp_path: Path) -> None:
     content = load_config(tmp_path, {}).content
-    assert (content.dht, content.dht_serve, content.share) == ((), False, "members")
+    assert (content.dht, content.share) == ((), "members")
     peer = "/dns4/dht.example/tcp/4001/p2p/QmUBDEuBZRC6fRU5wXxA4xxtDwHU2SBAFkcGTPWwDkFKCp"
-    text = f'[content]\ndht = ["{peer}"]\ndht_serve = true\nshare = "anyone"\n'
+    text = f'[content]\ndht = ["{peer}"]\nshare = "anyone"\n'
     content = load_config(written(tmp_path, text), {}).content
-    assert (content.dht, content.dht_serve, content.share) == ((peer,), True, "anyone")
+    assert (content.dht, content.share) == ((peer,), "anyone")
     for wrong in (peer.rpartition("/p2p/")[0], peer.replace("tcp", "udp"), peer.replace("4001", "0")):
         with pytest.raises(ConfigError, match=r"content\.dht"):
             load_config(tmp_path, {"MESHNODE_CONTENT__DHT": wrong})

@@ -11,15 +11,14 @@ import pytest
 from protocols import kad
 from protocols.errors import LocalProtocolError
 from protocols.ids import PeerId, base58_encode
-from protocols.kad.address import peer_bytes
 from protocols.kad.lookup import (
     ALPHA,
-    LOOKUP_SECONDS,
+    LOOKUP_S,
     MAX_ASKED,
     MAX_CANDIDATES,
     MAX_FOUND,
     MAX_UNDER_WAY,
-    SLOW_SECONDS,
+    SLOW_S,
     TRANSITIONS,
     Answered,
     Ask,
@@ -31,16 +30,7 @@ from protocols.kad.lookup import (
     Lookup,
     Tick,
 )
-from protocols.kad.messages import Kind, Message, Peer, place, place_of
-from protocols.kad.scope import LAN
-from protocols.kad.server import (
-    MAX_ADDRESSES,
-    MAX_KEY_RECORDS,
-    MAX_PEER_RECORDS,
-    RECORD_SECONDS,
-    ProviderStore,
-    Server,
-)
+from protocols.kad.messages import Kind, Peer, place, place_of
 from protocols.kad.table import BUCKETS, MAX_FAILURES, Table
 
 KEY = b"\x12\x20" + bytes([1] * 32)
@@ -121,20 +111,20 @@ def test_failures_are_walked_around() -> None:
 def test_slow_peers_make_room() -> None:
     walk = lookup()
     walk.handle(Begin(tuple(NEAREST[:20])), 0.0)
-    assert walk.deadline == SLOW_SECONDS
+    assert walk.deadline == SLOW_S
     total = ALPHA
     now = 0.0
     while total < MAX_UNDER_WAY:
-        now += SLOW_SECONDS
+        now += SLOW_S
         more = asked(walk.handle(Tick(), now))
         assert len(more) == min(ALPHA, MAX_UNDER_WAY - total)
         total += len(more)
-    now += SLOW_SECONDS
+    now += SLOW_S
     assert walk.handle(Tick(), now) == ()
-    assert walk.deadline == LOOKUP_SECONDS
+    assert walk.deadline == LOOKUP_S
     # A late answer still counts.
     assert len(asked(walk.handle(Answered(NEAREST[0].id), now))) == 1
-    (done,) = walk.handle(Tick(), LOOKUP_SECONDS)
+    (done,) = walk.handle(Tick(), LOOKUP_S)
     assert done == Done((NEAREST[0],), "60 s are over")
     assert walk.handle(Answered(NEAREST[1].id), now) == ()
 
@@ -224,84 +214,3 @@ def test_the_table_keeps_old_peers_and_forgets_those_that_fail() -> None:
     table.answered(US)
     table.answered(Peer(kept.id))
     assert len(table) == size - 1
-
-
-def server() -> tuple[Server, Table, ProviderStore]:
-    table, store = Table(US.id), ProviderStore()
-    return Server(US.id, table, store, lambda: US.addresses, LAN.takes), table, store
-
-
-def test_a_peer_provides_for_itself_alone() -> None:
-    it, _, store = server()
-    one, other = CROWD[:2]
-
-    def add(sender: Peer, *providers: Peer, key: bytes = KEY) -> None:
-        assert it.answer(sender.id, Message(kind=Kind.ADD_PROVIDER, key=key, providers=providers), 0.0) is None
-
-    add(one, other)
-    add(one, Peer(one.id))
-    add(one, Peer(one.id, ("/ip4/127.0.0.1/tcp/1", "/dns4/node.example/tcp/1")))
-    add(one, one, key=b"anything")
-    assert not len(store)
-    add(one, other, Peer(one.id, ("/ip4/127.0.0.1/tcp/1", "/ip4/10.9.9.9/tcp/1")))
-    answer = it.answer(other.id, Message(kind=Kind.GET_PROVIDERS, key=KEY), 1.0)
-    assert answer is not None and answer.providers == (Peer(one.id, ("/ip4/10.9.9.9/tcp/1",)),)
-
-
-def test_questions_and_answers() -> None:
-    it, table, _ = server()
-    for one in CROWD:
-        table.answered(one)
-    near = table.nearest(place(KEY))
-    for kind in (Kind.FIND_NODE, Kind.GET_PROVIDERS, Kind.GET_VALUE):
-        answer = it.answer(near[0].id, Message(kind=kind, key=KEY), 0.0)
-        assert answer is not None and answer.kind is kind
-        assert answer.closer == table.nearest(place(KEY), K + 1)[1:], "the asker is not told of itself"
-    ours = it.answer(CROWD[0].id, Message(kind=Kind.FIND_NODE, key=peer_bytes(US.id)), 0.0)
-    assert ours is not None and ours.closer == (US,)
-    assert it.answer(CROWD[0].id, Message(kind=Kind.PING), 0.0) == Message(kind=Kind.PING)
-    assert it.answer(CROWD[0].id, Message(kind=Kind.PUT_VALUE, key=b"/pk/a"), 0.0) is None
-
-
-def test_records_expire_unless_they_are_renewed() -> None:
-    store = ProviderStore()
-    one, other = CROWD[:2]
-    assert store.add(KEY, one, 0.0) and store.add(KEY, other, 0.0)
-    moved = Peer(one.id, ("/ip4/10.7.7.7/tcp/1",))
-    assert store.add(KEY, moved, RECORD_SECONDS / 2)
-    assert store.providers(KEY, RECORD_SECONDS - 1) == (moved, other)
-    assert store.providers(KEY, RECORD_SECONDS) == (moved,)
-    assert store.providers(KEY, 2 * RECORD_SECONDS) == ()
-    store.add(bytes(34), CROWD[2], 2 * RECORD_SECONDS)
-    assert len(store) == 1, "what has expired leaves no trace"
-
-
-def test_the_store_is_bounded() -> None:
-    store = ProviderStore(capacity=MAX_PEER_RECORDS + MAX_KEY_RECORDS)
-    for number, one in enumerate(CROWD[: MAX_KEY_RECORDS + 1]):
-        assert store.add(KEY, one, 0.0) is (number < MAX_KEY_RECORDS)
-    assert store.add(KEY, CROWD[0], 1.0), "who is there may renew"
-    late = CROWD[-1]
-    for number in range(MAX_PEER_RECORDS + 1):
-        assert store.add(number.to_bytes(4, "big"), late, 0.0) is (number < MAX_PEER_RECORDS)
-    assert len(store) == MAX_PEER_RECORDS + MAX_KEY_RECORDS
-    assert store.add(b"one too many", CROWD[-2], 0.0), "at the cost of who has most"
-    assert len(store) == MAX_PEER_RECORDS + MAX_KEY_RECORDS
-    assert set(store.providers(KEY, 1.0)) == {*CROWD[:MAX_KEY_RECORDS]}
-
-
-def test_a_full_store_takes_nothing_from_who_has_no_more() -> None:
-    store = ProviderStore(capacity=4)
-    for number in range(4):
-        assert store.add(number.to_bytes(4, "big"), CROWD[number // 2], 0.0)
-    assert store.add(b"new", CROWD[2], 0.0)
-    assert not store.add(b"newer", CROWD[2], 0.0), "it would have as many as the others"
-    assert len(store) == 4
-    assert store.add(b"newer", CROWD[2], 2 * RECORD_SECONDS), "room again when others expire"
-
-
-def test_of_many_addresses_a_few_are_kept() -> None:
-    store = ProviderStore()
-    many = Peer(CROWD[0].id, tuple(f"/ip4/10.0.0.{n}/tcp/1" for n in range(16)))
-    assert store.add(KEY, many, 0.0)
-    assert store.providers(KEY, 0.0) == (Peer(many.id, many.addresses[:MAX_ADDRESSES]),)

@@ -1,7 +1,7 @@
-"""The two networks that a DHT can span, and which addresses belong to each.
+"""The two networks of the libp2p DHT, and which addresses belong to each: Amino among public ones, and the LAN.
 
-A peer on the open network must not make us dial a device beside us, or ourselves; so an address that an answer
-names is dialled only where the network it came from can lie there. Names are never dialled: they lead anywhere.
+A peer on Amino must not make us dial a device next to us, or ourselves; so an address in an answer is dialled only
+if the network that the answer came from can lie there. Names are never dialled: they lead anywhere.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ _PUBLIC_6: Final = ipaddress.IPv6Network("2000::/3")
 
 
 @dataclass(frozen=True, slots=True)
-class Scope:
-    """One network."""
+class DhtNetwork:
+    """One of them."""
 
-    name: str
+    name: str  # for people
     protocol: str
     private: bool = False  # private addresses belong to it
     loopback: bool = False  # so do those of this machine itself
 
     def takes(self, address: str) -> bool:
-        """Whether an address (/ip4/192.0.2.1/tcp/4331) that a peer names may be dialled, or told to others."""
+        """Whether an address (/ip4/192.0.2.1/tcp/4331) in an answer may be dialled, or one of ours may be named."""
         _, kind, host, *_ = address.split("/")
         if kind not in ("ip4", "ip6"):
             return False
@@ -41,9 +41,9 @@ class Scope:
         return _is_public(ip)
 
 
-OPEN: Final = Scope("the open network", PROTOCOL)
-LAN: Final = Scope("the local network", LAN_PROTOCOL, private=True)
-MACHINE: Final = Scope("this machine", LAN_PROTOCOL, private=True, loopback=True)
+AMINO: Final = DhtNetwork("the public network", PROTOCOL)
+LAN: Final = DhtNetwork("the local network", LAN_PROTOCOL, private=True)
+LAN_HERE: Final = DhtNetwork("the local network", LAN_PROTOCOL, private=True, loopback=True)
 
 
 def _is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
@@ -58,10 +58,13 @@ def is_private(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     return any(ip.version == network.version and ip in network for network in _PRIVATE)
 
 
-def scope_of(address: str) -> Scope:
-    """The network that a peer at this address belongs to, as its owner has written it; a name is a public one."""
+def network_of(address: str) -> DhtNetwork:
+    """The network that a peer at this address belongs to, as its owner has written it; a name is a public one.
+
+    LAN_HERE for an address of this machine: whoever names one means that others on this machine count.
+    """
     _, kind, host, *_ = address.split("/")
     if kind not in ("ip4", "ip6"):
-        return OPEN
+        return AMINO
     ip = ipaddress.ip_address(host)
-    return MACHINE if ip.is_loopback else LAN if is_private(ip) else OPEN
+    return LAN_HERE if ip.is_loopback else LAN if is_private(ip) else AMINO
