@@ -17,6 +17,7 @@ from meshnode.core.errors import ConfigError
 from meshnode.core.health import Health
 from meshnode.core.log import get_logger
 from meshnode.core.paths import PUBLISH_PREFIX
+from meshnode.core.workers import Threads
 from meshnode.engine.process import EngineProcess
 from meshnode.ipfs.gateway import Gateway
 from meshnode.ipfs.rpc import IpfsApi
@@ -72,6 +73,7 @@ def assemble(config: Config, identity: Identity, stack: ExitStack) -> Parts:
         health=health,
         wall=wall_ms,
         rng=random.Random(os.urandom(16)),
+        workers=Threads(),
     )
 
 

@@ -23,6 +23,7 @@ from meshnode.core.clock import Wall
 from meshnode.core.errors import ContentUnavailable, Declined
 from meshnode.core.health import Health
 from meshnode.core.service import Service, supervise
+from meshnode.core.workers import Workers
 from meshnode.engine.port import Engine, StageSpec
 from meshnode.ipfs.fallback import Outside, Source
 from meshnode.ipfs.rpc import IpfsApi
@@ -102,6 +103,7 @@ class Parts:
     health: Health
     wall: Wall
     rng: random.Random
+    workers: Workers  # for what blocks: disks, hashes
 
 
 class Node:
@@ -185,6 +187,7 @@ class Node:
             seek=None if self.dht is None else self.dht.find,
             sought=None if self.dht is None else self.dht.so_far,
             advice=self._advice,
+            workers=parts.workers,
             outside=None if outside is None else outside.block,
             tree_outside=None if outside is None else outside.tree,
             outside_so_far=None if outside is None else outside.so_far,
@@ -227,7 +230,7 @@ class Node:
         )
         self.pipes.deliver_to(self._deliver)
         self.pipes.report_to(self._lose)
-        self.answering = AnsweringService(manifest=self._manifest, fetch=self._fetch_readable)
+        self.answering = AnsweringService(manifest=self._manifest, fetch=self._fetch_readable, workers=parts.workers)
         self.readiness = ReadinessService(
             chain=self._chain, changed=self.directory.changes.wait, probe=self._probe, health=self.health
         )
@@ -471,7 +474,7 @@ class Node:
         return await self._reveal(cid)
 
     async def _reveal(self, cid: Cid) -> OpenFile:
-        revealed = await trio.to_thread.run_sync(self.store.reveal, cid)
+        revealed = await self.parts.workers.run(self.store.reveal, cid)
         if revealed is None:
             raise ContentUnavailable(f"the file {cid} was removed while it was being opened; ask again", cid=cid)
         return revealed

@@ -78,6 +78,7 @@ BAD: dict[str, dict[str, str]] = {
     "meshnode/doctor": {**NO_HEAVY, "meshnode.cli": "the command line is on top"},
     "meshnode/api": {**NO_HEAVY, **ADAPTERS, "meshnode.cli": "the command line is on top"},
     "meshnode/harness": {"torch": "publishing runs in a process of its own"},
+    "meshnode/sim": {**NO_HEAVY, "meshnode.cli": "the command line is on top"},
     "meshnode/bench": {"meshnode.cli": "the command line is on top"},
     "meshnode/cli": {"torch": "commands must start fast", "libp2p": "commands must start fast"},
 }

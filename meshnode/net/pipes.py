@@ -7,7 +7,6 @@ only hands messages on, it neither computes nor sends, so two nodes whose pipes 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -38,8 +37,8 @@ log = structlog.get_logger()
 
 
 def now_us() -> int:
-    """The clock that `sent_us` speaks of: monotonic microseconds of this machine."""
-    return time.monotonic_ns() // 1000
+    """The clock that `sent_us` speaks of: monotonic microseconds of this node."""
+    return int(trio.current_time() * 1e6)
 
 
 class ClockOffset:

@@ -12,12 +12,13 @@ import itertools
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Final, TypeVar, TypeVarTuple, Unpack
+from typing import Final, Unpack
 
 import trio
 
 from meshnode.core.errors import ContentUnavailable, Declined, DiskError, PeerUnreachable
 from meshnode.core.log import get_logger
+from meshnode.core.workers import Args, Result, Threads, Workers
 from meshnode.net.port import Host, Lane, PeerEvent, Stream
 from meshnode.services.content.outbox import Outbox
 from meshnode.services.content.sources import FromOutside, Search, Session, SoFar, TreeFromOutside
@@ -62,8 +63,6 @@ INLINE_BYTES: Final = 1 << 15  # so little is hashed at once, without a thread
 BLOCK_HINT_BYTES: Final = 1 << 16  # a single block of unknown size counts as this in a peer's window
 BUSY_SECONDS: Final = 0.3  # between looks at a file that another process is fetching
 
-Args = TypeVarTuple("Args")
-Result = TypeVar("Result")
 Progress = Callable[[int, int], None]  # (bytes verified and written, bytes in all)
 Offer = Callable[[PeerId], Awaitable[None]]
 Seek = Callable[[Cid, Offer], Awaitable[None]]  # offers peers that may have a root and are connected, until cancelled
@@ -105,6 +104,7 @@ class ContentService:
         advice: SoFar | None = None,
         share_with_anyone: bool = False,
         is_member: Callable[[PeerId], bool] = lambda peer: True,
+        workers: Workers = Threads(),
     ) -> None:
         """
         Args:
@@ -120,6 +120,7 @@ class ContentService:
           advice: what else its reader can do about a block that nobody gives, a clause after "ask again".
           share_with_anyone: whether everybody who connects gets our blocks, strangers among them.
           is_member: whether a peer comes before strangers.
+          workers: where disks and hashes are waited for.
         """
         self._host = host
         self._store = store
@@ -144,6 +145,7 @@ class ContentService:
         self._fetches: dict[Cid, _Fetch] = {}
         self._inboxes: dict[int, trio.MemorySendChannel[tuple[bytes, Buffer]]] = {}
         self._numbers = itertools.count(1)
+        self._workers = workers
         self._threads = trio.CapacityLimiter(6)
         self._answers = trio.CapacityLimiter(ANSWERS)
         self._began = 0.0
@@ -646,7 +648,7 @@ class ContentService:
         self._nursery.start_soon(task, *args)
 
     async def _in_thread(self, call: Callable[[Unpack[Args]], Result], *args: *Args) -> Result:
-        return await trio.to_thread.run_sync(call, *args, limiter=self._threads)
+        return await self._workers.run(call, *args, limiter=self._threads)
 
 
 def _remember(peers: dict[PeerId, None], peer: PeerId) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Final, Protocol
@@ -53,7 +52,7 @@ class _Session:
         self.scope = trio.CancelScope()
         self.ended = trio.Event()
         self.waiting_rows = 0
-        self.send, self.receive = trio.open_memory_channel[tuple[Step, bytes, int, int]](MAX_WAITING_STEPS)
+        self.send, self.receive = trio.open_memory_channel[tuple[Step, bytes, int, float]](MAX_WAITING_STEPS)
 
 
 class StageService:
@@ -187,7 +186,7 @@ class StageService:
         try:
             if session.waiting_rows > 2 * machine.opening.capacity:  # all of them, and all of them once more
                 raise trio.WouldBlock
-            session.send.send_nowait((step, body, network_us, time.monotonic_ns()))
+            session.send.send_nowait((step, body, network_us, trio.current_time()))
         except trio.WouldBlock:
             self._refuse(session, "busy", f"too many steps of one session wait for the engine of {self._us}")
 
@@ -235,14 +234,14 @@ class StageService:
         patience = session.machine.patience
         while True:
             with trio.move_on_after(patience) as silence:
-                step, body, network_us, arrived_ns = await session.receive.receive()
+                step, body, network_us, arrived = await session.receive.receive()
             if silence.cancelled_caught:
                 self._refuse(session, "idle", f"no step came to {self._us} for {patience:.0f} s")
                 return
             session.waiting_rows -= step.rows
-            await self._run_step(session, step, body, network_us, arrived_ns)
+            await self._run_step(session, step, body, network_us, arrived)
 
-    async def _run_step(self, session: _Session, step: Step, body: bytes, network_us: int, arrived_ns: int) -> None:
+    async def _run_step(self, session: _Session, step: Step, body: bytes, network_us: int, arrived: float) -> None:
         machine = session.machine
         result = await session.served.engine.step(
             SessionId(step.session),
@@ -252,7 +251,7 @@ class StageService:
             sample=step.sample and machine.is_last,
             prefill=step.prefill,
         )
-        spent_us = (time.monotonic_ns() - arrived_ns) // 1000
+        spent_us = round((trio.current_time() - arrived) * 1e6)
         queue_us = max(0, spent_us - result.compute_us)
         self._queue_us += QUEUE_WEIGHT * (queue_us - self._queue_us)
         times = HopTime(network_us=network_us, queue_us=queue_us, compute_us=result.compute_us)

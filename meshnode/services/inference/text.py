@@ -12,6 +12,7 @@ import trio
 
 from meshnode.core.errors import Declined, ModelError
 from meshnode.core.memory import give_back
+from meshnode.core.workers import Threads, Workers
 from meshnode.store.port import OpenFile
 from meshnode.text.stops import StopStrings
 from protocols.ids import Cid
@@ -109,9 +110,11 @@ class AnsweringService:
         *,
         manifest: Callable[[], tuple[Cid, Manifest] | None],
         fetch: Callable[[Cid, int], Awaitable[OpenFile]],
+        workers: Workers = Threads(),
     ) -> None:
         self._manifest = manifest
         self._fetch = fetch
+        self._workers = workers
         self._loaded: tuple[Cid, Tokenizer] | None = None
         self._loading = trio.Lock()
 
@@ -155,7 +158,7 @@ class AnsweringService:
                 give_back()
                 return tokenizer
 
-            return await trio.to_thread.run_sync(load)
+            return await self._workers.run(load)
 
     async def answer(self, question: Question, generate: Generate) -> AsyncGenerator[Text | Answer, None]:
         """The answer piece by piece, at last its end. Use it in `contextlib.aclosing`.
@@ -167,7 +170,7 @@ class AnsweringService:
         check(question)
         tokenizer = await self.tokenizer()
         # In a thread: a long text takes a second, and the template came with the model.
-        prompt = await trio.to_thread.run_sync(_prompt, tokenizer, question, abandon_on_cancel=True)
+        prompt = await self._workers.run(_prompt, tokenizer, question, abandon_on_cancel=True)
         words, stops = tokenizer.stream(prompt), StopStrings(question.stop)
         reason = ""
         async with aclosing(generate(prompt, question.max_tokens, question.sampling)) as pieces:

@@ -1,0 +1,112 @@
+"""The null engine inside this process, in virtual time: for simulations and tests."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import trio
+
+from meshnode.core.errors import Declined, EngineLost
+from meshnode.engine.null_stage import NullStage
+from meshnode.engine.port import StageReport, StageSpec, StepResult
+from meshnode.engine.process import load_request
+from meshnode.engine.sessions import Sessions
+from protocols.enginewire.messages import BAD_INPUT
+from protocols.errors import RemoteProtocolError
+from protocols.ids import SessionId
+from protocols.pipe.messages import Sampling
+
+RSS_BYTES: Final = 100_000_000  # what a small engine process takes
+
+
+class LocalEngine:
+    """The port `Engine` without a process: a step costs time of trio's clock and no other."""
+
+    def __init__(self, spec: StageSpec, *, load_s: float = 0.1, step_s: float = 0.001) -> None:
+        """`load_s`, `step_s`: seconds that opening the span and each call take."""
+        self._spec = spec
+        self._load_s = load_s
+        self._step_s = step_s
+        shape = spec.architecture
+        stage = NullStage(layers=shape.layers, hidden=shape.hidden, vocab=shape.vocab)
+        self._sessions = Sessions(stage, load_request(spec))
+        self._one_at_a_time = trio.Lock()
+        self._running = False
+        self._lost = trio.Event()
+        self._reason = ""
+
+    @property
+    def spec(self) -> StageSpec:
+        return self._spec
+
+    @property
+    def rss_bytes(self) -> int:
+        return RSS_BYTES if self._running else 0
+
+    async def start(self) -> StageReport:
+        await trio.sleep(self._load_s)
+        self._check()
+        self._running = True
+        step_us = round(self._step_s * 1e6)
+        return StageReport(
+            pid=0, load_ms=round(self._load_s * 1000), weight_bytes=0, decode_us=step_us, prefill_us=step_us // 10
+        )
+
+    async def open(
+        self,
+        session: SessionId,
+        *,
+        first: int,
+        last: int,
+        capacity: int,
+        sampling: Sampling | None,
+        prompt: tuple[int, ...],
+    ) -> None:
+        async with self._one_at_a_time:
+            await self._pass_time()
+            tokens = np.asarray(prompt, np.int32)
+            self._sessions.open(session, first=first, last=last, capacity=capacity, sampling=sampling, prompt=tokens)
+
+    async def step(
+        self, session: SessionId, *, position: int, rows: int, data: bytes, sample: bool, prefill: bool = False
+    ) -> StepResult:
+        async with self._one_at_a_time:
+            await self._pass_time()
+            try:
+                out, token = self._sessions.step(
+                    session, position=position, rows=rows, body=data, sample_after=sample, prefill=prefill
+                )
+            except Declined as error:
+                if error.code == BAD_INPUT:
+                    raise RemoteProtocolError(str(error)) from None
+                raise
+        return StepResult(data=out.tobytes(), token=token, compute_us=round(self._step_s * 1e6))
+
+    async def close(self, session: SessionId) -> None:
+        async with self._one_at_a_time:
+            self._sessions.close(session)
+        await trio.lowlevel.checkpoint()
+
+    async def stop(self) -> None:
+        self.lose("it was stopped")
+        await trio.lowlevel.checkpoint()
+
+    async def wait_lost(self) -> str:
+        await self._lost.wait()
+        return self._reason
+
+    def lose(self, reason: str) -> None:
+        """It is gone at once, as if its process had been killed."""
+        self._running = False
+        self._reason = self._reason or reason
+        self._lost.set()
+
+    async def _pass_time(self) -> None:
+        self._check()
+        await trio.sleep(self._step_s)
+        self._check()
+
+    def _check(self) -> None:
+        if self._lost.is_set():
+            raise EngineLost(f"the engine is gone: {self._reason}")
