@@ -25,7 +25,7 @@ from meshnode.core.health import Health
 from meshnode.core.service import Service, supervise
 from meshnode.core.workers import Workers
 from meshnode.engine.port import Engine, StageSpec
-from meshnode.ipfs.fallback import Outside, Source
+from meshnode.ipfs.fallback import Fallback, Source
 from meshnode.ipfs.rpc import IpfsApi
 from meshnode.membership.identity import Identity
 from meshnode.membership.port import Membership
@@ -174,7 +174,7 @@ class Node:
             if config.content.dht
             else None
         )
-        outside = Outside(parts.sources) if parts.sources else None
+        outside = Fallback(parts.sources) if parts.sources else None
         self.content = ContentService(
             self.host,
             self.store,

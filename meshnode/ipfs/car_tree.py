@@ -6,22 +6,21 @@ is. One section is in memory at a time, beside the names of the blocks that are 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Final
 
 import trio
 
 from meshnode.core.errors import ContentUnavailable
 from meshnode.core.sizes import format_size
-from meshnode.ipfs.fallback import SourceFailed, Take, WrongBlock
-from meshnode.ipfs.http import Answer, HttpTrouble
+from meshnode.ipfs.fallback import OnBlock, SourceFailed, WrongBlock
+from meshnode.ipfs.http import Body, HttpTrouble
 from protocols.car.machine import Reader
 from protocols.car.messages import Block, DamagedBlock, Header
 from protocols.errors import RemoteProtocolError
 from protocols.ids import DAG_PB, Cid, cid_from_bytes, cid_to_bytes
 from protocols.unixfs import node
 
-BEGIN_SECONDS: Final = 6.0  # whoever has to look for a file first is better asked for its blocks one by one
+BEGIN_S: Final = 6.0  # whoever has to look for a file first is better asked for its blocks one by one
 CONTENT_TYPE: Final = "application/vnd.ipld.car"
 SLACK_BYTES: Final = 4 << 20  # beside the file: header, names, inner nodes of a small one
 INNER_SHARE: Final = 64  # inner nodes and names are less than a 64th of a file in chunks of 256 KiB
@@ -87,12 +86,12 @@ def _links(block: Block) -> tuple[bytes, ...]:
         return ()
 
 
-async def take_tree(name: str, answer: Answer, root: Cid, size: int, take: Take, seconds: float) -> None:
+async def take_tree(name: str, answer: Body, root: Cid, size: int, on_block: OnBlock, seconds: float) -> None:
     """Pass on the blocks of a file while they come.
 
     Args:
       name: who sends it, for errors.
-      seconds: what the sender may take for each block; the time that `take` needs is ours.
+      seconds: what the sender may take for each block; the time that `on_block` needs is ours.
 
     Raises WrongBlock (a block is forged), UnusableCar, SourceFailed (nothing came), ContentUnavailable (it broke
     off on the way). If cancelled: what was taken stays taken.
@@ -103,7 +102,7 @@ async def take_tree(name: str, answer: Answer, root: Cid, size: int, take: Take,
     async def count(cid: bytes, data: bytes) -> None:
         nonlocal came
         came = True
-        await take(cid, data)
+        await on_block(cid, data)
 
     try:
         await _pump(answer, tree, count, seconds)
@@ -120,9 +119,7 @@ async def take_tree(name: str, answer: Answer, root: Cid, size: int, take: Take,
         raise ContentUnavailable(f"{name} did not give all of {root}: {error}", cid=root) from error
 
 
-async def _pump(
-    answer: Answer, tree: CarTree, take: Callable[[bytes, bytes], Awaitable[None]], seconds: float
-) -> None:
+async def _pump(answer: Body, tree: CarTree, on_block: OnBlock, seconds: float) -> None:
     left = seconds
     while True:
         began = trio.current_time()
@@ -135,5 +132,5 @@ async def _pump(
         left = max(0.0, left - (trio.current_time() - began))
         tree.feed(data)
         while (block := tree.next()) is not None:
-            await take(block.cid, block.data)
+            await on_block(block.cid, block.data)
             left = seconds

@@ -1,6 +1,6 @@
-"""Blocks from outside the mesh: an IPFS daemon, HTTP gateways. Asked only for what no peer gives.
+"""Blocks from sources outside the mesh, an IPFS daemon or HTTP gateways, asked only for what no peer gives.
 
-Nothing here is trusted: `Outside.block` hashes what a source gave before anybody sees it.
+No source is trusted: what it gives is hashed here before anybody sees it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import trio
 from meshnode.core.errors import ContentUnavailable
 from meshnode.core.log import get_logger
 from meshnode.core.service import Service
+from protocols.backoff import Backoff
 from protocols.bitswap.messages import MAX_BLOCK_BYTES
 from protocols.ids import Cid, cid_matches, short
 
 Result = TypeVar("Result")
-Take = Callable[[bytes, bytes], Awaitable[None]]  # (binary CID, verified block)
+OnBlock = Callable[[bytes, bytes], Awaitable[None]]  # takes (binary CID, verified block)
 
-FIRST_REST_SECONDS: Final = 5.0  # for a source that failed; doubles with each further failure
-LAST_REST_SECONDS: Final = 300.0
+FIRST_PAUSE_S: Final = 5.0  # for a source that failed
+LAST_PAUSE_S: Final = 300.0
+
+_log = get_logger("fallback")
 
 
 class SourceFailed(ContentUnavailable):
@@ -43,14 +46,14 @@ class Source(Service, Protocol):
         If cancelled: the request is dropped.
         """
 
-    async def tree(self, root: Cid, size: int, take: Take) -> None:
+    async def tree(self, root: Cid, size: int, on_block: OnBlock) -> None:
         """Hand over the blocks of a file of `size` bytes in one go, parents first, each verified.
 
         Raises ContentUnavailable (it does not have all of them or can't do this), SourceFailed, WrongBlock.
         If cancelled: what was taken stays taken.
         """
 
-    def lied(self, cid: Cid) -> None:
+    def sent_bad_data(self, cid: Cid) -> None:
         """Told when what it gave was not the block; it says so in the health of the node."""
 
 
@@ -61,8 +64,31 @@ def verified(name: str, cid: Cid, block: bytes) -> bytes:
     return block
 
 
+class _Candidate:
+    """A source, and how it has done."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.name = source.name
+        self.backoff = Backoff(FIRST_PAUSE_S, LAST_PAUSE_S)
+        self.not_before = 0.0
+        self.failure = ""  # the last one
+
+    def fail(self, reason: str) -> None:
+        if trio.current_time() < self.not_before:
+            return  # several tasks asked it at the same time; that is one failure
+        pause = self.backoff.next()
+        self.not_before = trio.current_time() + pause
+        self.failure = reason
+        _log.info("source.failed", source=self.name, reason=reason, pause_s=pause)
+
+    def succeed(self) -> None:
+        self.backoff.reset()
+        self.not_before = 0.0
+
+
 @dataclass(slots=True, eq=False)
-class _Round:
+class _Question:
     """One question to the sources, while it is under way."""
 
     cid: Cid
@@ -70,32 +96,28 @@ class _Round:
     words: list[str] = field(default_factory=list)  # what the others said
 
 
-class Outside:
-    """Several sources as one: the one that gave a block last is asked first, a liar never again."""
+class Fallback:
+    """Several sources as one: the one that gave a block last is asked first; one that sent bad data never again."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         """`sources`: in the order in which they are asked at first."""
-        self._sources = list(sources)
-        self._failures: Counter[str] = Counter()  # in a row
-        self._reasons: dict[str, str] = {}  # why a source rests
-        self._lies: dict[str, str] = {}  # of sources that are not asked any more
-        self._rounds: list[_Round] = []
-        self._rests_until: dict[str, float] = {}
-        self._log = get_logger("outside")
+        self._candidates = [_Candidate(source) for source in sources]
+        self._excluded: dict[str, str] = {}  # sources that are not asked any more, and what they did
+        self._questions: list[_Question] = []
         self.bytes_from: Counter[str] = Counter()  # verified, by name of the source
 
     @property
     def names(self) -> tuple[str, ...]:
         """The sources that may still be asked, in their present order."""
-        return tuple(source.name for source in self._sources)
+        return tuple(candidate.name for candidate in self._candidates)
 
     def so_far(self, cid: Cid) -> str:
         """What the sources have said to a question for this block that is still under way; empty without one."""
-        for asked in self._rounds:
-            if asked.cid == cid:
-                last = [f"{name} was not asked yet" for name in asked.due[1:]]
-                now = [f"{name} has not answered yet" for name in asked.due[:1]]
-                return "; ".join((*asked.words, *now, *last))
+        for question in self._questions:
+            if question.cid == cid:
+                last = [f"{name} was not asked yet" for name in question.due[1:]]
+                now = [f"{name} has not answered yet" for name in question.due[:1]]
+                return "; ".join((*question.words, *now, *last))
         return ""
 
     async def block(self, cid: Cid) -> bytes:
@@ -111,7 +133,7 @@ class Outside:
 
         return await self._first(cid, ask, lambda: False)
 
-    async def tree(self, root: Cid, size: int, take: Take) -> None:
+    async def tree(self, root: Cid, size: int, on_block: OnBlock) -> None:
         """The verified blocks of a whole file, parents first, from the first source that gives them in one go.
 
         Raises ContentUnavailable: some or all are still missing; ask for them one by one. A further source is
@@ -124,7 +146,7 @@ class Outside:
                 nonlocal taken
                 taken += 1
                 self.bytes_from[source.name] += len(data)
-                await take(cid, data)
+                await on_block(cid, data)
 
             await source.tree(root, size, count)
 
@@ -134,61 +156,51 @@ class Outside:
         self, cid: Cid, ask: Callable[[Source], Awaitable[Result]], enough: Callable[[], bool]
     ) -> Result:
         """What the first source gives that does; after a failure the others are asked unless that is `enough`."""
-        sources = tuple(self._sources)
-        this = _Round(cid, [source.name for source in sources], list(self._lies.values()))
-        self._rounds.append(this)
+        candidates = tuple(self._candidates)
+        question = _Question(cid, [one.name for one in candidates], list(self._excluded.values()))
+        self._questions.append(question)
         try:
-            for source in sources:
+            for candidate in candidates:
                 if enough():
                     break
                 try:
-                    result = await self._ask(source, cid, ask)
+                    result = await self._ask(candidate, cid, ask)
                 except ContentUnavailable as error:
-                    this.words.append(str(error))
-                    this.due.pop(0)
+                    question.words.append(str(error))
+                    question.due.pop(0)
                 else:
-                    self._prefer(source)
+                    self._prefer(candidate)
                     return result
         finally:
-            self._rounds.remove(this)
-        said = "; ".join(this.words) or "no source is left to ask"
+            self._questions.remove(question)
+        said = "; ".join(question.words) or "no source is left to ask"
         raise ContentUnavailable(f"no source outside the mesh gave {cid}: {said}", cid=cid)
 
-    async def _ask(self, source: Source, cid: Cid, ask: Callable[[Source], Awaitable[Result]]) -> Result:
+    async def _ask(self, candidate: _Candidate, cid: Cid, ask: Callable[[Source], Awaitable[Result]]) -> Result:
         """Raises ContentUnavailable with a clause that names the source."""
-        name = source.name
-        if trio.current_time() < self._rests_until.get(name, 0.0):
-            raise ContentUnavailable(f"{name} failed a moment ago: {self._reasons[name]}", cid=cid)
+        name = candidate.name
+        if trio.current_time() < candidate.not_before:
+            raise ContentUnavailable(f"{name} failed a moment ago: {candidate.failure}", cid=cid)
         try:
-            return await ask(source)
+            return await ask(candidate.source)
         except WrongBlock as error:
-            self._drop(source, cid, str(error))
+            self._exclude(candidate, cid, str(error))
             raise
         except SourceFailed as error:
-            self._rest(source, str(error))
+            candidate.fail(str(error))
             raise ContentUnavailable(f"{name}: {error}", cid=cid) from error
         except ContentUnavailable as error:
             raise ContentUnavailable(f"{name} does not have it", cid=cid) from error
 
-    def _prefer(self, source: Source) -> None:
-        self._failures.pop(source.name, None)
-        self._rests_until.pop(source.name, None)
-        if source in self._sources:  # it may have lied to another task meanwhile
-            self._sources.remove(source)
-            self._sources.insert(0, source)
+    def _prefer(self, candidate: _Candidate) -> None:
+        candidate.succeed()
+        if candidate in self._candidates:  # another task may have excluded it meanwhile
+            self._candidates.remove(candidate)
+            self._candidates.insert(0, candidate)
 
-    def _rest(self, source: Source, reason: str) -> None:
-        if trio.current_time() < self._rests_until.get(source.name, 0.0):
-            return  # several tasks asked it at once; that is one failure
-        self._failures[source.name] += 1
-        pause = min(LAST_REST_SECONDS, FIRST_REST_SECONDS * 2 ** (self._failures[source.name] - 1))
-        self._rests_until[source.name] = trio.current_time() + pause
-        self._reasons[source.name] = reason
-        self._log.info("source.failed", source=source.name, reason=reason, pause_s=pause)
-
-    def _drop(self, source: Source, cid: Cid, deed: str) -> None:
-        if source in self._sources:
-            self._lies[source.name] = f"{deed}, so it is not asked again"
-            self._sources.remove(source)
-            self._log.warning("source.lied", source=source.name, cid=short(cid))
-            source.lied(cid)
+    def _exclude(self, candidate: _Candidate, cid: Cid, what: str) -> None:
+        if candidate in self._candidates:
+            self._excluded[candidate.name] = f"{what}, so it is not asked again"
+            self._candidates.remove(candidate)
+            _log.warning("source.bad_data", source=candidate.name, cid=short(cid))
+            candidate.source.sent_bad_data(cid)

@@ -14,13 +14,13 @@ import trio
 from meshnode.core.errors import ContentUnavailable
 from meshnode.core.health import Health
 from meshnode.core.log import get_logger
-from meshnode.ipfs.car_tree import BEGIN_SECONDS, CONTENT_TYPE, UnusableCar, take_tree
-from meshnode.ipfs.fallback import SourceFailed, Take
+from meshnode.ipfs.car_tree import BEGIN_S, CONTENT_TYPE, UnusableCar, take_tree
+from meshnode.ipfs.fallback import OnBlock, SourceFailed
 from meshnode.ipfs.http import MAX_REDIRECTS, Answer, HttpTrouble, ask, http_client, opened
 from protocols.bitswap.messages import MAX_BLOCK_BYTES
 from protocols.ids import Cid, short
 
-BLOCK_SECONDS: Final = 15.0  # a gateway may have to find the block itself
+BLOCK_S: Final = 15.0  # a gateway may have to find the block itself
 _OK: Final = 200
 _NOT_THERE: Final = (400, 404, 410, 412, 451, 504)  # about this block; any other status is about the gateway
 _NO_CARS: Final = (406, 415, 501)  # it is well and does not make them
@@ -33,7 +33,7 @@ _log = get_logger("gateway")
 class Gateway:
     """Fetches raw blocks and CAR files by HTTP GET. Implements the port `Source`."""
 
-    def __init__(self, url: str, health: Health, *, seconds: float = BLOCK_SECONDS) -> None:
+    def __init__(self, url: str, health: Health, *, seconds: float = BLOCK_S) -> None:
         """
         Args:
           url: the part before /ipfs/, as in the setting content.gateways.
@@ -74,7 +74,7 @@ class Gateway:
         self._answers()
         return reply.body
 
-    async def tree(self, root: Cid, size: int, take: Take) -> None:
+    async def tree(self, root: Cid, size: int, on_block: OnBlock) -> None:
         """Hand over the blocks of a file while its CAR comes in. See the port."""
         if self._no_cars:
             raise ContentUnavailable(f"{self.name} gives no CAR files: {self._no_cars}", cid=root)
@@ -87,7 +87,7 @@ class Gateway:
                 self._check(answer.status, root)
                 if answer.content_type.partition(";")[0].strip().lower() != CONTENT_TYPE:
                     raise UnusableCar(f"it answers with {answer.content_type[:60]!r} to a wish for one", cid=root)
-                await take_tree(self.name, answer, root, size, take, self._seconds)
+                await take_tree(self.name, answer, root, size, on_block, self._seconds)
         except UnusableCar as error:
             self._no_cars = str(error)
             _log.info("gateway.without_cars", gateway=self.name, reason=self._no_cars)
@@ -96,7 +96,7 @@ class Gateway:
 
     async def _open_car(self, stack: AsyncExitStack, root: Cid) -> Answer:
         try:
-            with trio.fail_after(min(self._seconds, BEGIN_SECONDS)):
+            with trio.fail_after(min(self._seconds, BEGIN_S)):
                 return await stack.enter_async_context(
                     opened(
                         self._client,
@@ -131,6 +131,7 @@ class Gateway:
     def _answers(self) -> None:
         self._health.clear("gateway-unusable", gateway=self.name)
 
-    def lied(self, cid: Cid) -> None:
+    def sent_bad_data(self, cid: Cid) -> None:
+        """See the port."""
         self._answers()
         self._health.set("gateway-lied", gateway=self.name, cid=short(cid))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import httpx
 import trio
@@ -21,6 +21,17 @@ _IDENTITY: Final = {"Accept-Encoding": "identity"}  # a compressed answer could 
 
 class HttpTrouble(TransientError):
     """There is no usable answer. The text is a clause: "it can't be reached (Connection refused)"."""
+
+
+class Refusal(TransientError):
+    """Whoever was asked is well and says no. The text holds its words."""
+
+
+class Body(Protocol):
+    """An answer that is still coming in."""
+
+    async def receive(self) -> bytes:
+        """The next bytes; b"" at the end. Raises HttpTrouble. If cancelled: it can't be used any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +149,14 @@ def _in_words() -> Iterator[None]:
     try:
         yield
     except httpx.ConnectError as error:
-        raise HttpTrouble(f"it can't be reached ({_clip(error)})") from error
+        raise HttpTrouble(f"it can't be reached ({clip(error)})") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise HttpTrouble(f"its answer broke off or is no HTTP ({_clip(error) or type(error).__name__})") from error
+        raise HttpTrouble(f"its answer broke off or is no HTTP ({clip(error) or type(error).__name__})") from error
 
 
-def _clip(error: Exception) -> str:
-    """What an error says; the library quotes what the server sent, however long that is."""
-    return "".join(c if c.isprintable() else " " for c in str(error)[:MAX_WORDS])
+def clip(words: object) -> str:
+    """What an error says, for people; a library quotes what the server sent, however long that is."""
+    return "".join(c if c.isprintable() else " " for c in str(words)[:MAX_WORDS])
 
 
 def _next(url: httpx.URL, response: httpx.Response) -> httpx.URL:

@@ -14,7 +14,7 @@ import trio
 
 from meshnode.core.errors import ContentUnavailable
 from meshnode.core.health import Health
-from meshnode.ipfs.fallback import Outside
+from meshnode.ipfs.fallback import Fallback
 from meshnode.ipfs.gateway import Gateway
 from meshnode.services.content import fetch as content
 from meshnode.services.content import sources as search
@@ -73,7 +73,7 @@ async def helia_gateway() -> AsyncIterator[HeliaGateway]:
 
 async def reader(net: Network, gateway: Gateway, folder: str) -> ContentService:
     """A node that knows nobody but this gateway."""
-    outside = Outside([gateway])
+    outside = Fallback([gateway])
     service = ContentService(
         net.host(ME),  # type: ignore[arg-type]
         BlobStore(net.folder / folder, QUOTA),
@@ -115,9 +115,9 @@ async def test_what_it_does_not_have_is_no_reason_for_alarm(tmp_path: Path) -> N
         gateway = Gateway(there.url, health, seconds=3)
         await net.nursery.start(gateway.run)
         with trio.fail_after(30), pytest.raises(ContentUnavailable):
-            await Outside([gateway]).block(cid_of(RAW, b"nobody has this"))
+            await Fallback([gateway]).block(cid_of(RAW, b"nobody has this"))
         with trio.fail_after(30), pytest.raises(ContentUnavailable):
-            await Outside([gateway]).tree(file_cid(noise(5 * MIB)), 5 * MIB, _none)
+            await Fallback([gateway]).tree(file_cid(noise(5 * MIB)), 5 * MIB, _none)
     assert health.current() == []
 
 

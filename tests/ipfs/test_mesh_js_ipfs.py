@@ -9,7 +9,7 @@ import trio
 from nacl.signing import SigningKey
 
 from meshnode.core.health import Health
-from meshnode.ipfs.fallback import Outside
+from meshnode.ipfs.fallback import Fallback
 from meshnode.ipfs.rpc import IpfsApi
 from meshnode.model.facts import facts_of, tight_memory
 from meshnode.publisher.release import release
@@ -51,7 +51,7 @@ async def test_a_published_model_goes_there_and_a_node_without_peers_gets_all_of
         await there.put(block, cid)
         await there.pin(cid)  # walks the whole of it
         async with network(tmp_path) as net:
-            outside = Outside([there])
+            outside = Fallback([there])
             mine = ContentService(
                 net.host(ME),  # type: ignore[arg-type]
                 BlobStore(tmp_path / "reader", QUOTA),

@@ -19,7 +19,7 @@ import trio
 
 from meshnode.core.errors import ContentUnavailable
 from meshnode.core.health import Health
-from meshnode.ipfs.fallback import Outside, SourceFailed, verified
+from meshnode.ipfs.fallback import Fallback, SourceFailed, verified
 from meshnode.ipfs.rpc import DaemonRefused, IpfsApi
 from meshnode.services.content.fetch import ContentService
 from meshnode.store.blob_store import BlobStore
@@ -142,7 +142,7 @@ async def test_a_node_without_peers_gets_a_file_from_it(tmp_path: Path) -> None:
                 net.host(ME),  # type: ignore[arg-type]
                 store,
                 lambda _: (),
-                outside=Outside([daemon_api]).block,
+                outside=Fallback([daemon_api]).block,
             )
             await net.nursery.start(me.run)
             assert (await me.fetch(cid, len(data))).read_bytes() == data

@@ -12,6 +12,7 @@ import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import repeat
+from pathlib import Path
 
 import pytest
 import trio
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from meshnode.core.errors import ContentUnavailable
 from meshnode.core.health import Health
-from meshnode.ipfs.fallback import Outside
+from meshnode.ipfs.fallback import Fallback
 from meshnode.ipfs.gateway import Gateway
 from meshnode.ipfs.http import HttpTrouble, ask, http_client
 from meshnode.ipfs.rpc import MAX_JSON_BYTES, DaemonRefused, IpfsApi
@@ -39,6 +40,7 @@ class Wire:
 
     def __init__(self) -> None:
         self.pieces: Iterable[bytes] = ()
+        self.has_version = False  # a daemon that says who it is, and is hostile then
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=50)
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -57,7 +59,8 @@ class Wire:
                 if not piece:
                     return
                 head += piece
-            for piece in self.pieces:
+            version = self.has_version and b"/api/v0/version" in head
+            for piece in [ok(b'{"Version":"0.22.0"}')] if version else self.pieces:
                 connection.sendall(piece)
 
     def close(self) -> None:
@@ -162,7 +165,7 @@ async def fetch(wire: Wire, seconds: float) -> None:
     )
     for source in (Gateway(f"http://127.0.0.1:{wire.port}", health, seconds=seconds), api):
         with trio.fail_after(30), pytest.raises(ContentUnavailable) as caught:
-            await Outside([source]).block(CID)
+            await Fallback([source]).block(CID)
         assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
 
 
@@ -178,6 +181,56 @@ async def test_an_answer_that_never_ends(wire: Wire, what: str) -> None:
     wire.pieces = Again(ENDLESS[what])
     with bounded(24 * MIB):
         await fetch(wire, SECONDS)
+
+
+@pytest.mark.parametrize("what", [*ENDED, *ENDLESS])
+async def test_what_a_daemon_sends_in_place_of_a_block(
+    wire: Wire, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bounded in memory and in time, all of it; no thread and no connection stays behind."""
+    monkeypatch.setattr(wire, "has_version", True)
+    wire.pieces = ENDED[what] if what in ENDED else Again(ENDLESS[what])
+    seconds = 5.0 if what in ENDED else SECONDS
+    api = IpfsApi(
+        f"/ip4/127.0.0.1/tcp/{wire.port}", Health(), block_seconds=seconds, call_seconds=seconds, margin_seconds=0
+    )
+
+    async def refuse(_cid: bytes, _block: bytes) -> None:
+        raise AssertionError("there is no block to take")
+
+    with bounded(24 * MIB):
+        assert await api.version()
+        with trio.fail_after(seconds + 2):
+            try:
+                assert await Fallback([api]).block(CID) == BLOCK, "a wrong head may be overlooked"
+            except ContentUnavailable as error:
+                assert str(error).isprintable() and len(str(error)) < 1000
+        with trio.fail_after(2 * seconds + 2), pytest.raises(ContentUnavailable) as caught:
+            await api.tree(CID, len(BLOCK), refuse)
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
+    await no_threads(api)
+
+
+async def no_threads(api: IpfsApi) -> None:
+    """Wait until every thread of its calls has ended."""
+    with trio.fail_after(5):
+        while api._client._threads.borrowed_tokens:  # noqa: ASYNC110 - a thread that was abandoned tells nobody
+            await trio.sleep(0.02)
+
+
+async def test_an_upload_that_nobody_takes_can_be_given_up(
+    wire: Wire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "has_version", True)
+    wire.pieces = Again(lambda: _drip(b"", b""))
+    (tmp_path / "file").write_bytes(bytes(32 * MIB))
+    api = IpfsApi(f"/ip4/127.0.0.1/tcp/{wire.port}", Health())
+    assert await api.version()
+    with bounded(24 * MIB):
+        with trio.move_on_after(SECONDS) as limit:
+            await api.add(tmp_path / "file")
+        assert limit.cancelled_caught
+        await no_threads(api)
 
 
 @given(mutated(st.sampled_from([ok(BLOCK), ok(b"9\r\nthe block\r\n0\r\n\r\n", b"Transfer-Encoding: chunked")])))

@@ -14,7 +14,7 @@ import trio.lowlevel
 from meshnode.core.errors import ContentUnavailable
 from meshnode.core.health import Health
 from meshnode.ipfs import gateway as gateway_module
-from meshnode.ipfs.fallback import Outside
+from meshnode.ipfs.fallback import Fallback
 from meshnode.ipfs.gateway import Gateway
 from meshnode.ipfs.rpc import IpfsApi
 from meshnode.services.content import fetch as content
@@ -183,7 +183,7 @@ TROUBLES: dict[str, Callable[[World, Request, Cid], None]] = {
 
 
 async def reader(
-    net: Network, outside: Outside, providers: Sequence[str] = (), patience: float = 10
+    net: Network, outside: Fallback, providers: Sequence[str] = (), patience: float = 10
 ) -> ContentService:
     """A node without a file of its own."""
     store = BlobStore(net.folder / "reader", QUOTA)
@@ -208,7 +208,7 @@ async def test_a_file_that_no_peer_has_comes_from_a_gateway(tmp_path: Path) -> N
         async with network(tmp_path) as net:
             gateway = Gateway(here.url, Health())
             await net.nursery.start(gateway.run)
-            me = await reader(net, Outside([gateway]))
+            me = await reader(net, Fallback([gateway]))
             path = await me.fetch(file_cid(data), len(data))
             assert path.read_bytes() == data
     assert (world.cars, world.given) == (1, 0)
@@ -221,7 +221,7 @@ async def test_a_gateway_without_car_files_gives_the_blocks(tmp_path: Path) -> N
         async with network(tmp_path) as net:
             gateway = Gateway(here.url, Health())
             await net.nursery.start(gateway.run)
-            me = await reader(net, Outside([gateway]))
+            me = await reader(net, Fallback([gateway]))
             for part in data:
                 assert (await me.fetch(file_cid(part), len(part))).read_bytes() == part
     assert sum("format=car" in path for path in here.paths) == 1
@@ -235,7 +235,7 @@ async def test_a_small_file_and_the_rest_of_a_large_one_come_block_by_block(tmp_
         async with network(tmp_path) as net:
             gateway = Gateway(here.url, Health())
             await net.nursery.start(gateway.run)
-            me = await reader(net, Outside([gateway]))
+            me = await reader(net, Fallback([gateway]))
             assert (await me.fetch(file_cid(small), len(small))).read_bytes() == small
             assert world.cars == 0
             with trio.CancelScope() as scope:
@@ -257,7 +257,7 @@ async def test_a_car_that_is_not_what_it_should_be_costs_nothing_but_time(
     tmp_path: Path, trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file comes whole from the blocks, of the same gateway unless it lied."""
-    monkeypatch.setattr(gateway_module, "BEGIN_SECONDS", 1.0)
+    monkeypatch.setattr(gateway_module, "BEGIN_S", 1.0)
     data = noise(9 * MIB + 5)
     world = World(tmp_path, data, noise(MIB, 7))
     health = Health()
@@ -274,7 +274,7 @@ async def test_a_car_that_is_not_what_it_should_be_costs_nothing_but_time(
             gateways = [Gateway(bad.url, health, seconds=1.0), Gateway(good.url, health)]
             for gateway in gateways:
                 await net.nursery.start(gateway.run)
-            outside = Outside(gateways)
+            outside = Fallback(gateways)
             me = await reader(net, outside)
             tracemalloc.start()
             try:
@@ -314,7 +314,7 @@ async def test_a_peer_that_comes_ends_the_car(tmp_path: Path) -> None:
             gateway = Gateway(here.url, Health())
             await net.nursery.start(gateway.run)
             providers: list[PeerId] = []
-            me = await reader(net, Outside([gateway]), providers)
+            me = await reader(net, Fallback([gateway]), providers)
             async with trio.open_nursery() as nursery:
 
                 async def appear() -> None:
@@ -337,7 +337,7 @@ async def test_the_daemon_exports_a_file_in_one_go(tmp_path: Path) -> None:
         async with network(tmp_path) as net:
             daemon = IpfsApi(here.multiaddr, health)
             await net.nursery.start(daemon.run)
-            me = await reader(net, Outside([daemon]))
+            me = await reader(net, Fallback([daemon]))
             assert (await me.fetch(file_cid(data), len(data))).read_bytes() == data
     assert (world.cars, world.given) == (1, 0)
     assert health.current() == []
@@ -358,7 +358,7 @@ async def test_a_daemon_that_can_not_export_gives_the_blocks(tmp_path: Path) -> 
         async with network(tmp_path) as net:
             daemon = IpfsApi(here.multiaddr, health)
             await net.nursery.start(daemon.run)
-            me = await reader(net, Outside([daemon]))
+            me = await reader(net, Fallback([daemon]))
             assert (await me.fetch(file_cid(data), len(data))).read_bytes() == data
     assert (world.cars, world.given) == (0, 11)
     assert health.current() == []
@@ -372,7 +372,7 @@ async def test_a_block_that_no_peer_has_comes_from_the_daemon(tmp_path: Path) ->
         async with network(tmp_path) as net:
             daemon = IpfsApi(here.multiaddr, Health())
             await net.nursery.start(daemon.run)
-            me = await reader(net, Outside([daemon]))
+            me = await reader(net, Fallback([daemon]))
             assert await me.fetch_block(cid) == manifest
 
 
@@ -384,7 +384,7 @@ async def test_what_a_peer_gives_is_not_asked_outside(tmp_path: Path) -> None:
             gateway = Gateway(here.url, Health())
             await net.nursery.start(gateway.run)
             await net.node(A, data)
-            me = await reader(net, Outside([gateway]), (A,))
+            me = await reader(net, Fallback([gateway]), (A,))
             assert (await me.fetch(file_cid(data), len(data))).read_bytes() == data
     assert here.paths == []
 
@@ -400,7 +400,7 @@ async def test_where_nobody_else_could_have_it_the_outside_is_asked_at_once(
         async with network(tmp_path) as net:
             gateway = Gateway(here.url, Health())
             await net.nursery.start(gateway.run)
-            me = await reader(net, Outside([gateway]))
+            me = await reader(net, Fallback([gateway]))
             with trio.move_on_after(0.5) as limit:
                 await me.fetch(file_cid(data[1]), len(data[1]))
             assert limit.cancelled_caught and not here.paths
@@ -418,7 +418,7 @@ async def test_the_rest_comes_from_outside_when_the_peer_dies(tmp_path: Path) ->
             await net.nursery.start(gateway.run)
             _, _, host = await net.node(A, data)
             host.rate = 40 * MIB
-            me = await reader(net, Outside([gateway]), (A,))
+            me = await reader(net, Fallback([gateway]), (A,))
 
             def watch(done: int, size: int) -> None:
                 if done >= size * 0.4 and A in net.hosts:
@@ -433,14 +433,14 @@ async def test_a_lying_gateway_spoils_nothing_and_is_named(tmp_path: Path) -> No
     data = noise(5 * MIB)
     world = World(tmp_path, data)
     health = Health()
-    with site(lambda request: request.reply(b"nonsense")) as liar, site(world.blocks_only) as honest:
+    with site(lambda request: request.reply(b"nonsense")) as hostile, site(world.blocks_only) as honest:
         async with network(tmp_path) as net:
-            gateways = [Gateway(liar.url, health), Gateway(honest.url, health)]
+            gateways = [Gateway(hostile.url, health), Gateway(honest.url, health)]
             for gateway in gateways:
                 await net.nursery.start(gateway.run)
-            me = await reader(net, Outside(gateways))
+            me = await reader(net, Fallback(gateways))
             assert (await me.fetch(file_cid(data), len(data))).read_bytes() == data
-    assert len(liar.paths) == 2  # for a CAR file, which is no lie, and for a block
+    assert len(hostile.paths) == 2  # for a CAR file, which is not bad data, and for a block
     assert [shown.code for shown in health.current()] == ["gateway-lied"]
 
 
@@ -459,7 +459,7 @@ async def test_when_nobody_has_it_the_error_says_what_the_sources_said(
         async with network(tmp_path) as net:
             gateway = Gateway(here.url, Health())
             await net.nursery.start(gateway.run)
-            me = await reader(net, Outside([gateway]), patience=1)
+            me = await reader(net, Fallback([gateway]), patience=1)
             data = noise(2 * MIB)
             with pytest.raises(ContentUnavailable, match=word) as caught:
                 await me.fetch(file_cid(data), len(data))
@@ -471,21 +471,21 @@ async def test_the_error_names_every_source_and_why_it_gave_nothing(tmp_path: Pa
     """One lied, one fails, one never answers, and so the last one was not asked."""
     cid = file_cid(b"nobody has this")
     with (
-        site(lambda request: request.reply(b"nonsense")) as liar,
+        site(lambda request: request.reply(b"nonsense")) as hostile,
         site(lambda request: request.reply(b"", 500)) as broken,
         site(silence) as silent,
         site(lambda request: request.reply(b"", 404)) as empty,
     ):
         async with network(tmp_path) as net:
-            gateways = [Gateway(here.url, Health()) for here in (liar, broken, silent, empty)]
+            gateways = [Gateway(here.url, Health()) for here in (hostile, broken, silent, empty)]
             for gateway in gateways:
                 await net.nursery.start(gateway.run)
-            me = await reader(net, Outside(gateways), patience=2)
+            me = await reader(net, Fallback(gateways), patience=2)
             for lied in ("gave 8 bytes that are not the block", "so it is not asked again"):
                 with pytest.raises(ContentUnavailable) as caught:
                     await me.fetch_block(cid)
                 text = str(caught.value)
-                assert f"{liar.url} gave" in text and lied in text
+                assert f"{hostile.url} gave" in text and lied in text
                 assert f"{broken.url}" in text and "HTTP 500" in text
                 assert f"{silent.url} has not answered yet" in text
                 assert f"{empty.url} was not asked yet" in text
@@ -499,7 +499,7 @@ async def test_two_fetches_share_what_comes_from_outside_and_one_may_end(tmp_pat
         async with network(tmp_path) as net:
             gateway = Gateway(here.url, Health())
             await net.nursery.start(gateway.run)
-            me = await reader(net, Outside([gateway]))
+            me = await reader(net, Fallback([gateway]))
             async with trio.open_nursery() as nursery:
                 scope = trio.CancelScope()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -12,10 +13,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from meshnode.core.errors import ContentUnavailable, ModelError
+from meshnode.core.errors import ConfigError, ContentUnavailable, ModelError
 from meshnode.core.health import Health
 from meshnode.core.service import Service
-from meshnode.ipfs.fallback import Outside, Source, SourceFailed, WrongBlock, verified
+from meshnode.ipfs.fallback import Fallback, Source, SourceFailed, WrongBlock, verified
 from meshnode.ipfs.gateway import Gateway
 from meshnode.ipfs.rpc import DaemonRefused, IpfsApi
 from protocols.bitswap.messages import MAX_BLOCK_BYTES
@@ -34,7 +35,7 @@ def good(request: Request) -> None:
     request.reply(BLOCK)
 
 
-def lie(request: Request) -> None:
+def wrong(request: Request) -> None:
     request.reply(b"something else")
 
 
@@ -127,7 +128,7 @@ async def test_the_health_names_a_gateway_that_fails_until_it_answers(scene: str
                     await gateway.block(CID)
                 assert health.current(1e12) == []
                 gateway._seconds = patience(reason)
-            gateway.lied(CID)
+            gateway.sent_bad_data(CID)
             assert [shown.code for shown in health.current(1e12)] == ["gateway-lied"]
 
 
@@ -193,24 +194,24 @@ def test_what_is_not_the_block_is_never_accepted() -> None:
         verified("a", cid_of(RAW, large), large)
 
 
-async def test_a_liar_is_dropped_named_and_the_next_one_asked() -> None:
+async def test_a_source_with_bad_data_is_dropped_named_and_the_next_one_asked() -> None:
     health = Health()
-    with site(lie) as liar, site(good) as honest:
-        sources = [Gateway(liar.url, health, seconds=5), Gateway(honest.url, health, seconds=5)]
-        outside = Outside(sources)
+    with site(wrong) as hostile, site(good) as honest:
+        sources = [Gateway(hostile.url, health, seconds=5), Gateway(honest.url, health, seconds=5)]
+        outside = Fallback(sources)
         async with running(*sources):
             for _ in range(3):
                 assert await outside.block(CID) == BLOCK
-        assert len(liar.paths) == 1
+        assert len(hostile.paths) == 1
     assert outside.names == (honest.url,)
     assert outside.bytes_from == {honest.url: 3 * len(BLOCK)}
-    assert [liar.url in text for text in texts(health, "gateway-lied")] == [True]
+    assert [hostile.url in text for text in texts(health, "gateway-lied")] == [True]
 
 
 async def test_who_gave_the_last_block_is_asked_first_and_who_failed_rests() -> None:
     with site(status(404)) as empty, site(status(500)) as broken, site(good) as full:
         sources = [Gateway(here.url, Health(), seconds=5) for here in (empty, broken, full)]
-        outside = Outside(sources)
+        outside = Fallback(sources)
         async with running(*sources):
             assert await outside.block(CID) == BLOCK
             assert outside.names[0] == full.url
@@ -222,7 +223,7 @@ async def test_who_gave_the_last_block_is_asked_first_and_who_failed_rests() -> 
 
 async def test_nobody_to_ask_is_an_answer() -> None:
     with pytest.raises(ContentUnavailable, match="no source is left"):
-        await Outside([]).block(CID)
+        await Fallback([]).block(CID)
 
 
 # ---------------------------------------------------------------- the daemon
@@ -354,6 +355,33 @@ async def test_a_daemon_that_can_not_be_used_is_one_health_entry(here: Site, dae
     assert health.current() == []
 
 
+async def test_a_daemon_leads_nowhere_else(here: Site, daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a redirect nor a proxy of the environment; no file's path is told."""
+    with site(good) as elsewhere:
+        for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+            monkeypatch.setenv(name, elsewhere.url)
+        daemon.calls["block/get"] = lambda request: request.reply(b"", 307, Location=f"{elsewhere.url}/block")
+        async with api(here.multiaddr, Health()) as daemon_api:
+            with pytest.raises(SourceFailed, match="HTTP 307"):
+                await daemon_api.block(CID)
+        assert elsewhere.paths == []
+
+
+async def test_the_path_of_a_file_is_not_told(here: Site, tmp_path: Path) -> None:
+    (tmp_path / "secret name").write_bytes(b"a layer")
+    async with api(here.multiaddr, Health()) as daemon_api:
+        await daemon_api.add(tmp_path / "secret name")
+    [body] = [body for body in here.bodies if b"a layer" in body]
+    assert b"secret" not in body and b"Abspath" not in body
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ipfshttpclient", None)
+    monkeypatch.delitem(sys.modules, "meshnode.ipfs.bounded_client", raising=False)
+    with pytest.raises(ConfigError, match=r"pip install 'meshnode\[ipfs\]'"):
+        IpfsApi("/ip4/127.0.0.1/tcp/5001", Health())
+
+
 async def test_a_daemon_that_is_down() -> None:
     health = Health()
     async with api(f"/ip4/127.0.0.1/tcp/{dead_port()}", health) as daemon_api:
@@ -392,12 +420,12 @@ async def test_a_daemon_that_breaks_on_a_block(here: Site, daemon: Daemon, scene
     assert len(texts(health, "ipfs-daemon")) == 1
 
 
-async def test_a_lying_daemon_is_not_asked_again_and_stays_named(here: Site, daemon: Daemon) -> None:
-    daemon.calls["block/get"] = lie
+async def test_a_daemon_with_bad_data_is_not_asked_again_and_stays_named(here: Site, daemon: Daemon) -> None:
+    daemon.calls["block/get"] = wrong
     health = Health()
     async with api(here.multiaddr, health) as daemon_api:
         sources: list[Source] = [daemon_api]
-        outside = Outside(sources)
+        outside = Fallback(sources)
         for _ in range(2):
             with pytest.raises(ContentUnavailable):
                 await outside.block(CID)

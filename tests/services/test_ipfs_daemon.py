@@ -309,7 +309,7 @@ async def test_the_daemon_moves_with_the_network_and_keeps_what_is_its_owners(tm
             assert set(it.fake.pins) == {FIRST.manifest, FILE_CIDS[0], SECOND.manifest, *FILE_CIDS[2:]}
 
 
-@pytest.mark.parametrize("spelling", [("format", "dag-cbor"), ("cid-codec", "dag-cbor"), ("format", "cbor")])
+@pytest.mark.parametrize("spelling", [("format", "dag-cbor"), ("cid-codec", "dag-cbor")])
 async def test_every_daemon_is_told_the_codec_in_its_own_words(tmp_path: Path, spelling: tuple[str, str]) -> None:
     async with world(tmp_path, FakeDaemon(spelling=spelling)) as it:
         it.hold()

@@ -9,7 +9,7 @@ from typing import Final
 import trio
 
 from meshnode.core.errors import ContentUnavailable
-from meshnode.ipfs.fallback import Take
+from meshnode.ipfs.fallback import OnBlock
 from protocols.ids import DAG_PB, Cid, cid_from_bytes, cid_to_bytes
 
 BLOCKS_AT_ONCE: Final = 4
@@ -19,7 +19,7 @@ PAUSE_SECONDS: Final = 0.5  # at least, between attempts that found nothing
 
 FromOutside = Callable[[Cid], Awaitable[bytes]]  # one verified block; raises ContentUnavailable
 SoFar = Callable[[Cid], str]  # what was said to a question for a block that is under way; empty: there is none
-TreeFromOutside = Callable[[Cid, int, Take], Awaitable[None]]  # (root, bytes of the file, taker); raises the same
+TreeFromOutside = Callable[[Cid, int, OnBlock], Awaitable[None]]  # (root, bytes of the file, taker); raises the same
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
