@@ -29,6 +29,8 @@ from meshnode.ipfs.fallback import Fallback, Source
 from meshnode.ipfs.rpc import IpfsApi
 from meshnode.membership.identity import Identity
 from meshnode.membership.port import Membership
+from meshnode.model.facts import facts_of
+from meshnode.model.release import ServedRelease
 from meshnode.net.pipes import Pipes
 from meshnode.net.port import Host, PeerEvent
 from meshnode.policy.route import NoRoute, plan_route
@@ -43,7 +45,7 @@ from meshnode.services.inference.readiness import ReadinessService
 from meshnode.services.inference.stage import StageService
 from meshnode.services.inference.text import AnsweringService, Question, Text
 from meshnode.services.inventory import InventoryService
-from meshnode.services.ipfs_daemon import DaemonService, Release
+from meshnode.services.ipfs_daemon import IpfsDaemonService, Publication
 from meshnode.services.membership import MembershipService
 from meshnode.services.placement import PlacementConfig, PlacementService
 from meshnode.services.releases import ArrivalService
@@ -268,27 +270,18 @@ class Node:
             "asks nobody outside its network now"
         )
 
-    def _look_after(self, ipfs: IpfsApi) -> DaemonService:
+    def _look_after(self, ipfs: IpfsApi) -> IpfsDaemonService:
         """The operator's own daemon."""
-        return DaemonService(
+        publication = Publication(
             ipfs,
-            self.host,
-            self.external,
             self.store,
             self.database,
             self.health,
-            welcome=self.content.welcome,
-            is_member=lambda peer: bool(self.membership.roles_of(peer)),
-            release=self._release_for_daemon,
-            publish=self.config.content.ipfs_publish,
+            held=self.inventory,
+            releases=_Releases(self) if self.config.content.ipfs_publish else None,
         )
-
-    def _release_for_daemon(self) -> Release | None:
-        served = self.served()
-        if served is None:
-            return None
-        return Release(
-            f"{served.manifest.name} {served.manifest.version}", served.cid, tuple(served.manifest.all_files())
+        return IpfsDaemonService(
+            ipfs, self.host, self.external, self.membership, self.content, publication, self.health
         )
 
     def _first_advert(self, machine: Machine, memory: int) -> Advert:
@@ -535,3 +528,18 @@ class Node:
             )
         self.directory.announce(name=release.name, version=release.version, manifest=manifest, variant=variant)
         releases.wait_no_longer(self.database)
+
+
+class _Releases:
+    """What the network serves, for those who wait for it. Until `services/releases.py` says so."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self.changes = node.directory.changes
+
+    @property
+    def current(self) -> ServedRelease | None:
+        served = self._node.served()
+        if served is None:
+            return None
+        return ServedRelease(served.cid, served.variant, served.manifest, facts_of(served.manifest, served.variant))

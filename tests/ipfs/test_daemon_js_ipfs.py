@@ -16,12 +16,13 @@ import trio
 from meshnode.core.health import Health
 from meshnode.ipfs.rpc import IpfsApi
 from meshnode.services import ipfs_daemon as daemon_service
-from meshnode.services.ipfs_daemon import DaemonService, Release
+from meshnode.services.ipfs_daemon import IpfsDaemonService, Publication
 from meshnode.state.database import Database
 from protocols.ids import DAG_CBOR, RAW, Cid, cid_of, cid_to_bytes
 from tests.ipfs.test_rpc_js_ipfs import daemon, started
 from tests.ipfs.world import JS_IPFS, NODE, Ours, ours
 from tests.services.test_content import MIB, noise
+from tests.services.test_ipfs_daemon import Model, Release, Us
 
 pytestmark = [pytest.mark.ipfs, pytest.mark.slow]
 
@@ -31,7 +32,7 @@ NOWHERE = cid_of(RAW, b"a layer of a variant that nobody holds")
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LOOK_SECONDS", "MEET_SECONDS", "FIRST_PAUSE_SECONDS", "FIRST_REST_SECONDS"):
+    for name in ("MEET_S", "FIRST_PAUSE_S", "FIRST_REST_S"):
         monkeypatch.setattr(daemon_service, name, 0.2)
 
 
@@ -49,25 +50,19 @@ class Beside:
         self.health = Health()
         self.api = IpfsApi(address, self.health, call_seconds=20)
         self.state = state
-        self.release: Release | None = None
+        self.model = Model()
         self.sent: list[Cid] = []
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[DaemonService]:
+    async def running(self) -> AsyncIterator[IpfsDaemonService]:
         """From one start of the node to its end."""
         node = self.node
         with Database(self.state) as records:
-            service = DaemonService(
-                self.api,
-                node.host,
-                node.guests,
-                node.store,
-                records,
-                self.health,
-                welcome=node.content.welcome,
-                is_member=lambda _: False,
-                release=lambda: self.release,
-                publish=True,
+            publication = Publication(
+                self.api, node.store, records, self.health, held=self.model, releases=self.model
+            )
+            service = IpfsDaemonService(
+                self.api, node.host, node.guests, Us(), node.content, publication, self.health
             )
             async with trio.open_nursery() as nursery:
                 await nursery.start(service.run)
@@ -76,8 +71,9 @@ class Beside:
 
     def serve(self, *files: Cid) -> Release:
         block = manifest_of(*files)
-        self.release = Release("a model v1.0.0-0", self.node.store.put_block(block, DAG_CBOR), (*files, NOWHERE))
-        return self.release
+        release = Release("a model int4", self.node.store.put_block(block, DAG_CBOR), (*files, NOWHERE))
+        self.model.serve(release)
+        return release
 
 
 async def until(true: Callable[[], object], seconds: float = 60) -> None:
@@ -97,22 +93,22 @@ async def test_the_served_model_is_kept_under_its_cids_and_let_go(tmp_path: Path
         tracemalloc.start()
         try:
             async with it.running() as service:
-                await until(lambda: service.published == {first.manifest, large, common, own})
+                await until(lambda: service.published == {first.cid, large, common, own})
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
         assert peak < 24 * MIB  # the file has 192
         assert await it.api.pinned(large) and await it.api.pinned(common)
-        assert await it.api.pinned(first.manifest, recursive=False)
-        assert await it.api.block(first.manifest) == node.store.block(first.manifest)
+        assert await it.api.pinned(first.cid, recursive=False)
+        assert await it.api.block(first.cid) == node.store.block(first.cid)
         leaf = cid_of(RAW, noise(192 * MIB + 3, 192)[:MIB])
         assert cid_of(RAW, await it.api.block(leaf)) == leaf
 
         second = it.serve(common, later)  # while the node was away
         async with it.running() as service:
-            await until(lambda: service.published == {second.manifest, common, later})
+            await until(lambda: service.published == {second.cid, common, later})
         assert not await it.api.pinned(large)
-        assert not await it.api.pinned(first.manifest, recursive=False)
+        assert not await it.api.pinned(first.cid, recursive=False)
         assert await it.api.pinned(own)
         assert it.health.current() == []
 
@@ -124,7 +120,7 @@ async def test_a_daemon_that_was_away_is_supplied_again(tmp_path: Path) -> None:
         one, two = (node.add(tmp_path, noise(3 * MIB, number)) for number in (1, 2))
         first = it.serve(one)
         async with it.running() as service:
-            await until(lambda: service.published == {first.manifest, one})
+            await until(lambda: service.published == {first.cid, one})
             process.kill()
             await process.wait()
             await until(lambda: [shown.code for shown in it.health.current()] == ["ipfs-daemon"])
@@ -135,9 +131,9 @@ async def test_a_daemon_that_was_away_is_supplied_again(tmp_path: Path) -> None:
             config.write_text(json.dumps(settings))
             shutil.rmtree(folder / "repo" / "repo.lock", ignore_errors=True)  # it was killed
             async with started(folder):
-                await until(lambda: service.published == {second.manifest, one, two})
+                await until(lambda: service.published == {second.cid, one, two})
                 assert it.health.current() == []
-                assert not await it.api.pinned(first.manifest, recursive=False)
+                assert not await it.api.pinned(first.cid, recursive=False)
 
 
 async def test_without_a_muxer_in_common_it_is_named_and_used_through_its_rpc(tmp_path: Path) -> None:
@@ -150,4 +146,4 @@ async def test_without_a_muxer_in_common_it_is_named_and_used_through_its_rpc(tm
             assert (await it.api.identity())[1]
             await until(lambda: "yamux" in "".join(node.guests.failures().values()))
             assert node.host.guests == ()
-            assert await it.api.block(release.manifest)
+            assert await it.api.block(release.cid)

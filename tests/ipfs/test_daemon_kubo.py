@@ -14,13 +14,13 @@ import trio
 from meshnode.core.health import Health
 from meshnode.ipfs.rpc import IpfsApi
 from meshnode.services import external_peers as guest_service
-from meshnode.services.ipfs_daemon import DaemonService
+from meshnode.services.ipfs_daemon import IpfsDaemonService, Publication
 from meshnode.state.database import Database
 from protocols.ids import cid_of_old
 from tests.http_server import site
 from tests.ipfs.world import kubo, ours
 from tests.services.test_content import MIB, noise
-from tests.services.test_ipfs_daemon import FakeDaemon
+from tests.services.test_ipfs_daemon import FakeDaemon, Model, Us
 
 pytestmark = [pytest.mark.ipfs, pytest.mark.slow]
 
@@ -32,18 +32,9 @@ async def test_the_operators_kubo_gets_and_gives_blocks(tmp_path: Path) -> None:
         name = await there.call("add", str(tmp_path / "theirs"))
         health = Health()
         with site(FakeDaemon(there.peer, there.addresses[0])) as rpc, Database(tmp_path / "state") as records:
-            service = DaemonService(
-                IpfsApi(rpc.multiaddr, health),
-                node.host,
-                node.guests,
-                node.store,
-                records,
-                health,
-                welcome=node.content.welcome,
-                is_member=lambda _: False,
-                release=lambda: None,
-                publish=False,
-            )
+            api = IpfsApi(rpc.multiaddr, health)
+            publication = Publication(api, node.store, records, health, held=Model(), releases=None)
+            service = IpfsDaemonService(api, node.host, node.guests, Us(), node.content, publication, health)
             async with trio.open_nursery() as nursery:
                 await nursery.start(service.run)
                 await node.met(there.peer)

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -13,13 +14,15 @@ import pytest
 import trio
 
 from meshnode.core.health import Health
+from meshnode.core.signal import Changes
 from meshnode.ipfs.rpc import IpfsApi
 from meshnode.net.memory_host import MemoryHost, MemoryNetwork
 from meshnode.services import ipfs_daemon as daemon
 from meshnode.services.external_peers import ExternalPeers, ExternalSettings
-from meshnode.services.ipfs_daemon import DaemonService, Release
+from meshnode.services.ipfs_daemon import IpfsDaemonService, Publication
 from meshnode.state.database import Database
 from meshnode.store.blob_store import BlobStore
+from protocols.advert.messages import Holding
 from protocols.bitswap.messages import PROTOCOL
 from protocols.ids import DAG_CBOR, RAW, Cid, PeerId, base58_encode, cid_of, cid_to_bytes
 from protocols.unixfs.builder import file_cid
@@ -33,7 +36,7 @@ FILES = tuple(bytes([number]) * size for number, size in enumerate((10, (1 << 20
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LOOK_SECONDS", "MEET_SECONDS", "FIRST_PAUSE_SECONDS", "FIRST_REST_SECONDS"):
+    for name in ("MEET_S", "FIRST_PAUSE_S", "FIRST_REST_S"):
         monkeypatch.setattr(daemon, name, 0.02)
 
 
@@ -127,8 +130,54 @@ class FakeDaemon:
 
 MANIFEST_CIDS = tuple(cid_of(DAG_CBOR, block) for block in MANIFESTS)
 FILE_CIDS = tuple(file_cid(data) for data in FILES)
-FIRST = Release("first v1.0.0-0", MANIFEST_CIDS[0], FILE_CIDS[:3])
-SECOND = Release("second v1.0.0-0", MANIFEST_CIDS[1], FILE_CIDS[2:])
+
+
+@dataclass(frozen=True)
+class Release:
+    """As much of a served release as the daemon is concerned with; its manifest is this, too."""
+
+    title: str
+    cid: Cid
+    files: tuple[Cid, ...]
+
+    @property
+    def manifest(self) -> Release:
+        return self
+
+    def all_files(self) -> tuple[Cid, ...]:
+        return self.files
+
+
+class Model:
+    """What the network serves, and what of it the node holds."""
+
+    def __init__(self, current: Release | None = None) -> None:
+        self.current = current
+        self.changes = Changes()
+
+    def serve(self, release: Release | None) -> None:
+        self.current = release
+        self.changes.notify()
+
+    def holdings(self) -> tuple[Holding, ...]:
+        return ()
+
+
+class Us:
+    """Everybody that the daemon service meets besides the daemon."""
+
+    def __init__(self) -> None:
+        self.welcomed: list[PeerId] = []
+
+    def welcome(self, guest: PeerId) -> None:
+        self.welcomed.append(guest)
+
+    def roles_of(self, peer: PeerId) -> frozenset[str]:
+        return frozenset({"node"} if peer == MEMBER else ())
+
+
+FIRST = Release("first int4", MANIFEST_CIDS[0], FILE_CIDS[:3])
+SECOND = Release("second int4", MANIFEST_CIDS[1], FILE_CIDS[2:])
 
 
 class World:
@@ -140,8 +189,8 @@ class World:
         self.store = BlobStore(folder / "store", 1 << 30)
         self.records = Database(folder / "state.sqlite")
         self.health = Health()
-        self.release: Release | None = FIRST
-        self.welcomed: list[PeerId] = []
+        self.model = Model(FIRST)
+        self.us = Us()
         self.guests = ExternalPeers(
             host, ExternalSettings(protocols=(PROTOCOL,)), random.Random(1), health=self.health
         )
@@ -155,23 +204,21 @@ class World:
             self.store.add_file(source, pin="test")
         for block in MANIFESTS:
             self.store.put_block(block, DAG_CBOR)
+        self.model.changes.notify()
 
-    def service(self, *, publish: bool = True) -> DaemonService:
-        return DaemonService(
+    def service(self, *, publish: bool = True) -> IpfsDaemonService:
+        publication = Publication(
             self.api,
-            self.host,
-            self.guests,
             self.store,
             self.records,
             self.health,
-            welcome=self.welcomed.append,
-            is_member=lambda peer: peer == MEMBER,
-            release=lambda: self.release,
-            publish=publish,
+            held=self.model,
+            releases=self.model if publish else None,
         )
+        return IpfsDaemonService(self.api, self.host, self.guests, self.us, self.us, publication, self.health)
 
     @asynccontextmanager
-    async def running(self, *, publish: bool = True) -> AsyncIterator[DaemonService]:
+    async def running(self, *, publish: bool = True) -> AsyncIterator[IpfsDaemonService]:
         """A start of the node, until its end."""
         service = self.service(publish=publish)
         async with trio.open_nursery() as nursery:
@@ -215,7 +262,7 @@ async def test_the_daemon_is_a_guest_and_is_told_where_we_are(tmp_path: Path) ->
         async with it.running(publish=False):
             await until(lambda: it.fake.dialled)
             assert it.guests.configured == (DAEMON,)
-            assert set(it.welcomed) == {DAEMON}
+            assert set(it.us.welcomed) == {DAEMON}
             assert set(it.fake.dialled) == set(it.host.addresses)
             await until(lambda: it.guests.failures())  # nobody listens there in this test
         assert it.health.current() == []
@@ -227,7 +274,7 @@ async def test_a_daemon_with_another_identity_takes_the_place_of_the_first(tmp_p
         it.fake.peer = OTHER
         it.fake.address = "/ip4/127.0.0.1/tcp/4002"
         await until(lambda: it.guests.configured == (OTHER,))
-        assert it.welcomed[-1] == OTHER
+        assert it.us.welcomed[-1] == OTHER
 
 
 @pytest.mark.parametrize("peer", [MEMBER, US])
@@ -257,10 +304,10 @@ async def test_what_the_node_holds_of_the_served_model_is_kept(tmp_path: Path) -
         it.hold(FILES[0], FILES[3])
         async with it.running() as service:
             await until(lambda: len(service.published) == 2)
-            assert it.fake.pins == {FIRST.manifest: "direct", FILE_CIDS[0]: "recursive"}
+            assert it.fake.pins == {FIRST.cid: "direct", FILE_CIDS[0]: "recursive"}
             it.hold(FILES[1])  # it takes over another layer
             await until(lambda: FILE_CIDS[1] in it.fake.pins)
-        assert it.fake.added == [FIRST.manifest, FILE_CIDS[0], FILE_CIDS[1]]
+        assert it.fake.added == [FIRST.cid, FILE_CIDS[0], FILE_CIDS[1]]
         async with it.running() as service:  # starts again
             await until(lambda: len(service.published) == 3)
         assert len(it.fake.added) == 3
@@ -268,7 +315,7 @@ async def test_what_the_node_holds_of_the_served_model_is_kept(tmp_path: Path) -
 
 
 async def test_a_pin_that_somebody_took_away_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(daemon, "RECHECK_SECONDS", 0.1)
+    monkeypatch.setattr(daemon, "RECHECK_S", 0.1)
     async with world(tmp_path) as it:
         it.hold(*FILES)
         async with it.running():
@@ -295,18 +342,18 @@ async def test_the_daemon_moves_with_the_network_and_keeps_what_is_its_owners(tm
     async with world(tmp_path) as it:
         it.hold(*FILES)
         it.fake.pins[FILE_CIDS[0]] = "recursive"  # the operator had it before
-        it.fake.pins[FIRST.manifest] = "recursive"
+        it.fake.pins[FIRST.cid] = "recursive"
         async with it.running():
             await until(lambda: len(it.fake.pins) == 4)
             assert set(it.fake.added) == {FILE_CIDS[1], FILE_CIDS[2]}
-            it.release = None  # not known for a while
+            it.model.serve(None)  # not known for a while
             await trio.sleep(0.1)
             assert len(it.fake.pins) == 4
-        it.release = SECOND  # while the node was away
+        it.model.serve(SECOND)  # while the node was away
         async with it.running():
-            await until(lambda: SECOND.manifest in it.fake.pins and FILE_CIDS[3] in it.fake.pins)
+            await until(lambda: SECOND.cid in it.fake.pins and FILE_CIDS[3] in it.fake.pins)
             await until(lambda: FILE_CIDS[1] not in it.fake.pins)
-            assert set(it.fake.pins) == {FIRST.manifest, FILE_CIDS[0], SECOND.manifest, *FILE_CIDS[2:]}
+            assert set(it.fake.pins) == {FIRST.cid, FILE_CIDS[0], SECOND.cid, *FILE_CIDS[2:]}
 
 
 @pytest.mark.parametrize("spelling", [("format", "dag-cbor"), ("cid-codec", "dag-cbor")])
@@ -314,7 +361,7 @@ async def test_every_daemon_is_told_the_codec_in_its_own_words(tmp_path: Path, s
     async with world(tmp_path, FakeDaemon(spelling=spelling)) as it:
         it.hold()
         async with it.running():
-            await until(lambda: FIRST.manifest in it.fake.pins)
+            await until(lambda: FIRST.cid in it.fake.pins)
         assert it.health.current() == []
 
 
@@ -325,8 +372,8 @@ async def test_a_wrong_cid_is_named_not_pinned_and_tried_again(tmp_path: Path) -
         async with it.running():
             await until(lambda: it.texts("ipfs-publish"))
             [text] = it.texts("ipfs-publish")
-            assert "it made" in text and it.api.address in text and FIRST.name in text
-            assert set(it.fake.pins) == {FIRST.manifest}
+            assert "it made" in text and it.api.address in text and FIRST.title in text
+            assert set(it.fake.pins) == {FIRST.cid}
             it.fake.wrong = False
             await until(lambda: len(it.fake.pins) == 4)
             await until(lambda: it.health.current() == [])
