@@ -8,7 +8,6 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
-import trio
 
 from meshnode.api.commands import Orders
 from meshnode.core.errors import Declined
@@ -91,25 +90,6 @@ async def test_a_node_that_died_comes_back_with_its_files_and_serves_again() -> 
         assert await world.ask("n3") == answer
 
 
-async def test_a_node_that_leaves_hands_its_layers_over_first() -> None:
-    async with World.open(SEED) as world:
-        answer = await mesh(world, nodes=4, memory="2.2MB")
-        failed = False
-
-        async def keep_asking() -> None:
-            nonlocal failed
-            while True:
-                failed |= await world.ask("n1") != answer
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(keep_asking)
-            await world.leave("n4")
-            nursery.cancel_scope.cancel()
-        assert not failed
-        await world.until(world.all_ready)
-        assert await world.ask("n2") == answer
-
-
 async def test_an_engine_that_dies_is_started_again() -> None:
     async with World.open(SEED) as world:
         answer = await mesh(world)
@@ -124,17 +104,6 @@ async def test_the_newest_model_is_served() -> None:
         await world.publish("n2", ModelSpec(name="other", layers=12))
         await world.until(lambda: world.all_ready() and world["n3"].running.served().manifest.name == "other")
         assert await world.ask("n1") != first
-
-
-async def test_a_split_mesh_becomes_one_again() -> None:
-    async with World.open(SEED) as world:
-        answer = await mesh(world)
-        world.split(["n1"], ["n2", "n3"])
-        await world.until(lambda: not world.all_ready())
-        await trio.sleep(15)
-        world.network.heal()
-        await world.until(lambda: world.connected() and world.all_ready())
-        assert await world.ask("n1") == answer
 
 
 async def test_announcing_what_is_not_here_is_declined() -> None:
