@@ -34,7 +34,7 @@ from meshnode.net.port import Host, PeerEvent
 from meshnode.policy.route import NoRoute, plan_route
 from meshnode.services.content.fetch import PATIENCE_SECONDS, ContentService
 from meshnode.services.dht import DhtClient, DhtSettings
-from meshnode.services.directory import DirectoryService, next_incarnation
+from meshnode.services.directory.directory import DirectoryService, DirectorySettings, next_incarnation
 from meshnode.services.discovery import DiscoveryService
 from meshnode.services.external_peers import ExternalPeers, ExternalSettings
 from meshnode.services.holds import HoldStreams
@@ -148,14 +148,16 @@ class Node:
         memory = config.serve.memory.of(parts.machine.free_memory_bytes)
         self.directory = DirectoryService(
             self.host,
-            identity.sign,
-            f"/meshnode/records/{self.membership_file.network_id}",
-            wall,
-            self.membership.roles_of,
-            self._first_advert(parts.machine, memory),
+            identity,
+            self.membership,
             self.database,
-            health=self.health,
-            rng=rng,
+            self.health,
+            wall,
+            DirectorySettings(
+                topic=f"/meshnode/records/{self.membership_file.network_id}",
+                first=self._first_advert(parts.machine, memory),
+                rng=rng,
+            ),
         )
         self.discovery = DiscoveryService(
             self.host, self.database, config.network.bootstrap, self.directory.addresses, rng, wall

@@ -7,7 +7,7 @@ from typing import Any
 
 from nacl.signing import SigningKey
 
-from protocols.advert.messages import ADVERT, HEAD, Advert, Head
+from protocols.advert.messages import ADVERT, HEAD, Advert, Announcement
 from protocols.codec import encode
 from protocols.envelope import sign_record
 from protocols.ids import DAG_CBOR, RAW, Cid, PeerId, cid_of, peer_id_of
@@ -43,8 +43,8 @@ def advert_of(number: int, **fields: Any) -> Advert:
     return replace(advert, **fields)
 
 
-def head_of(number: int, **fields: Any) -> Head:
-    head = Head(
+def announcement_of(number: int, **fields: Any) -> Announcement:
+    head = Announcement(
         peer=peer_of(number),
         incarnation=1,
         sequence=1,
@@ -57,6 +57,6 @@ def head_of(number: int, **fields: Any) -> Head:
     return replace(head, **fields)
 
 
-def signed(number: int, body: Advert | Head) -> bytes:
+def signed(number: int, body: Advert | Announcement) -> bytes:
     """The record of an advert or head, signed with the key of this number."""
     return sign_record(key_of(number), ADVERT if isinstance(body, Advert) else HEAD, encode(body))

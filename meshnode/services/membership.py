@@ -20,6 +20,7 @@ from meshnode.core.clock import Wall
 from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.core.health import Health
 from meshnode.core.log import get_logger
+from meshnode.core.signal import Changes
 from meshnode.membership.port import Membership, Signer
 from meshnode.membership.registry import Registry, packed
 from meshnode.net.port import Host, PeerEvent, Stream
@@ -135,8 +136,7 @@ class MembershipService:
         self._refusals: deque[Refusal] = deque(maxlen=MAX_REFUSALS)
         self._settling: dict[PeerId, trio.CancelScope] = {}
         self._streams: Counter[PeerId] = Counter()
-        self._version = 0
-        self._changed = trio.Event()
+        self.changes = Changes()
         host.handle(PROTOCOL, self._answer, open_to_strangers=True)
         self._gossip = host.subscribe(TOPIC, self._worth_passing)
 
@@ -164,21 +164,10 @@ class MembershipService:
         """Oldest first; repeats of the same peer and code are counted in one entry."""
         return tuple(self._refusals)
 
-    @property
-    def version(self) -> int:
-        """Goes up whenever something that can be read here changes: members, roles, refusals."""
-        return self._version
-
-    async def changed(self, version: int) -> int:
-        """Wait until `version` is not the current one any more; the current one. If cancelled: nothing happened."""
-        while self._version == version:
-            await self._changed.wait()
-        return self._version
-
     async def admitted(self, peer: PeerId) -> Member:
         """Wait until a peer is a connected member. If cancelled: nothing happened."""
         while peer not in self._members:
-            await self._changed.wait()
+            await self.changes.wait()
         return self._members[peer]
 
     # The service
@@ -204,7 +193,7 @@ class MembershipService:
         # The host keeps the admission: the id is proven anew by every connection, and we say hello again.
         if self._members.pop(event.peer, None) is not None:
             _log.info("member.left", peer=event.peer, reason=event.reason)
-            self._note_change()
+            self.changes.notify()
 
     async def _settle(self, peer: PeerId) -> None:
         """One connection: until the peer is a member, is refused, or its time is over."""
@@ -357,7 +346,8 @@ class MembershipService:
     def _trust_peer(self, member: Member, offset_ms: int) -> None:
         self._proven[member.peer] = member
         self._offsets[member.peer] = offset_ms
-        self._registry.keep(member.peer, member.chain)
+        if self._registry.keep(member.peer, member.chain):
+            self.changes.notify()
         self._host.admit(member.peer, True)
         if self._health is None:
             return
@@ -374,12 +364,7 @@ class MembershipService:
             if self._health is not None:
                 for by_us in (True, False):
                     self._health.clear("refused-peer", peer=_who(peer, by_us=by_us))
-            self._note_change()
-
-    def _note_change(self) -> None:
-        self._version += 1
-        self._changed.set()
-        self._changed = trio.Event()
+            self.changes.notify()
 
     async def _turn_away(self, peer: PeerId, turned: Turned) -> None:
         redeemed = peer in self._granted and turned.by_us
@@ -388,7 +373,7 @@ class MembershipService:
 
     def _drop(self, peer: PeerId) -> None:
         if self._members.pop(peer, None) is not None:
-            self._note_change()
+            self.changes.notify()
         if self._proven.pop(peer, None) is not None:
             self._host.admit(peer, False)
 
@@ -403,7 +388,7 @@ class MembershipService:
                 new = replace(new, count=old.count + 1)
                 break
         self._refusals.append(new)
-        self._note_change()
+        self.changes.notify()
         _log.warning("peer.refused", peer=peer, code=turned.code, reason=turned.reason, by_us=turned.by_us)
         if self._health is not None:
             subject = peer if turned.by_us else self._us
@@ -418,7 +403,7 @@ class MembershipService:
         except Declined as no:
             return Deny(no.code, str(no))
         self._granted.add(peer)
-        self._note_change()
+        self.changes.notify()
         return Grant(granted)
 
     async def _learn(self, roster: Roster, *, pass_on: bool) -> None:
@@ -426,7 +411,7 @@ class MembershipService:
         if withdrawals:
             self._review()
         if new_member or withdrawals:
-            self._note_change()
+            self.changes.notify()
         if pass_on:
             await self._publish(withdrawals)
 
@@ -458,7 +443,7 @@ class MembershipService:
             await trio.sleep(REVIEW_SECONDS)
             withdrawals = self._registry.reload()
             if withdrawals:
-                self._note_change()
+                self.changes.notify()
                 await self._publish(withdrawals)
             self._review()
 
@@ -477,4 +462,4 @@ class MembershipService:
                 self._proven[peer] = replace(member, standing=standing)
                 if peer in self._members:
                     self._members[peer] = self._proven[peer]
-                    self._note_change()
+                    self.changes.notify()

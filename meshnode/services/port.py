@@ -79,6 +79,10 @@ class Content(Protocol):
 class Members(Protocol):
     """Who belongs to our network (`membership.py`)."""
 
+    @property
+    def changes(self) -> Changes:
+        """Whenever a connected member, or anybody's certificate, comes, changes or goes, but not when one expires."""
+
     def roles_of(self, peer: PeerId) -> frozenset[str]:
         """Roles of any peer whose certificate we have seen and that holds now; empty for everybody else."""
 
@@ -121,3 +125,10 @@ class Inventory(Protocol):
 
     def holdings(self) -> tuple[Holding, ...]:
         """What we hold of every release that is announced, and whose manifest is here."""
+
+
+class RecordSigner(Protocol):
+    """The node key."""
+
+    def sign(self, domain: str, payload: bytes) -> bytes:
+        """A signed record (protocols/envelope)."""

@@ -33,7 +33,7 @@ async def until(node: Node, condition: Callable[[], object]) -> None:
     """Wait until something that a node's membership service knows makes the condition true."""
     with trio.fail_after(30):
         while not condition():
-            await node.membership.changed(node.membership.version)
+            await node.membership.changes.wait()
 
 
 async def refused(node: Node, peer: PeerId) -> Refusal:
