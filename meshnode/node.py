@@ -29,6 +29,7 @@ from meshnode.ipfs.fallback import Outside, Source
 from meshnode.ipfs.rpc import IpfsApi
 from meshnode.membership.identity import Identity
 from meshnode.membership.port import Membership
+from meshnode.membership.registry import Registry
 from meshnode.net.pipes import Pipes
 from meshnode.net.port import Host, PeerEvent
 from meshnode.policy.route import NoRoute, plan_route
@@ -44,7 +45,7 @@ from meshnode.services.inference.stage import StageService
 from meshnode.services.inference.text import AnsweringService, Question, Text
 from meshnode.services.inventory import InventoryService
 from meshnode.services.ipfs_daemon import DaemonService, Release
-from meshnode.services.membership import MembershipService
+from meshnode.services.membership import Introduction, MembershipService
 from meshnode.services.placement import PlacementConfig, PlacementService
 from meshnode.services.releases import ArrivalService
 from meshnode.services.replication import ReplicationService
@@ -136,14 +137,11 @@ class Node:
         )
         self.membership = MembershipService(
             self.host,
-            identity,
-            self.membership_file,
-            self.database,
+            Registry(identity, parts.membership, parts.state, wall),
+            self.external,
+            self.health,
             wall,
-            __version__,
-            node_name=parts.machine.name,
-            health=self.health,
-            strangers=self.external,
+            Introduction(name=parts.machine.name, software=__version__),
         )
         memory = config.serve.memory.of(parts.machine.free_memory_bytes)
         self.directory = DirectoryService(
