@@ -158,7 +158,7 @@ class Node:
             ),
         )
         self.discovery = DiscoveryService(
-            self.host, self.database, config.network.bootstrap, self.directory.addresses, rng, wall
+            self.host, self.database, self.directory, config.network.bootstrap, self.health, rng, wall
         )
         self.inventory = InventoryService(self.directory, self.store, open_manifest)
         self.dht = (

@@ -23,7 +23,7 @@ class Severity(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Warning:
+class HealthCode:
     """One thing that can be wrong.
 
     `sentence` is a template over the facts given to `Health.set`; `after_s` is how long it must last before
@@ -43,69 +43,74 @@ _H, _M, _L = Severity.HIGH, Severity.MEDIUM, Severity.LOW
 _EVENT_S: Final = 600.0  # how long a report of something that happened stays on the screen
 
 _REGISTRY: Final = (
-    Warning(
+    HealthCode(
         "no-peers",
         _M,
         "No peer is connected. Start meshnode on another device and check that it can reach {addresses}; "
         "`meshnode doctor` tests the way.",
         after_s=20,
     ),
-    Warning(
+    HealthCode(
+        "first-node",
+        _L,
+        "Nobody else is in this network yet. Let another device in with `meshnode invite`.",
+    ),
+    HealthCode(
         "no-model",
         _M,
         "The network has no model. Add one with `meshnode model add example:smollm2` on a node that may publish.",
     ),
-    Warning(
+    HealthCode(
         "manifest-missing",
         _H,
         "The model {manifest} was added here by its CID, and its manifest has not been found: {reason} It is looked "
         "for by itself; name an IPFS node that has it in content.ipfs_peers, or add another model.",
     ),
-    Warning(
+    HealthCode(
         "not-covered",
         _H,
         "Nobody serves layers {first} to {last} of {model}. Start another node, or give a node more memory "
         "(serve.memory): {missing} are missing.",
         after_s=10,
     ),
-    Warning(
+    HealthCode(
         "does-not-fit",
         _H,
         "No layer of {model} fits into the {memory} that this node gives. Raise serve.memory to at least {needed}.",
     ),
-    Warning(
+    HealthCode(
         "span-failed",
         _M,
         "Layers {first} to {last} of {model} could not be fetched or opened: {reason} It is tried again by itself.",
         after_s=5,
     ),
-    Warning("loading", _L, "This node is loading layers {first} to {last} of {model}: {progress}.", after_s=3),
-    Warning(
+    HealthCode("loading", _L, "This node is loading layers {first} to {last} of {model}: {progress}.", after_s=3),
+    HealthCode(
         "engine-restarting",
         _M,
         "The engine failed {failures} times; the last reason: {reason} It is started again; "
         "`meshnode doctor` shows its log.",
     ),
-    Warning(
+    HealthCode(
         "probe-failed",
         _H,
         "A test token did not pass through the chain: {reason} `meshnode doctor` tests every hop.",
         after_s=5,
     ),
-    Warning(
+    HealthCode(
         "disk-low",
         _M,
         "{free} are left on the disk of {folder}; unpinned model files are being removed. "
         "Free some space or lower content.quota.",
     ),
-    Warning(
+    HealthCode(
         "quota-exceeded",
         _M,
         "The model files of this node take {held}, more than its content.quota of {quota}: layers in use, pinned "
         "models and last copies in the mesh stay. Raise content.quota, give other nodes more room, or take a model "
         "away (`meshnode model unpin`, `meshnode model remove`).",
     ),
-    Warning(
+    HealthCode(
         "few-copies",
         _M,
         "{count} files of {model} have too few copies in the mesh (the fewest: {fewest}; wanted: {wanted}): {reason} "
@@ -113,7 +118,7 @@ _REGISTRY: Final = (
         "published again.",
         after_s=60,
     ),
-    Warning(
+    HealthCode(
         "clock-off",
         _M,
         "The clock of {peer} and ours differ by {seconds} s. Set the clocks of both devices "
@@ -121,15 +126,15 @@ _REGISTRY: Final = (
         per="peer",
         lasts_s=_EVENT_S,
     ),
-    Warning("refused-peer", _L, "{peer} was refused: {reason}", per="peer", lasts_s=_EVENT_S),
-    Warning(
+    HealthCode("refused-peer", _L, "{peer} was refused: {reason}", per="peer", lasts_s=_EVENT_S),
+    HealthCode(
         "bad-provider",
         _M,
         "{peer} {deed}, so nothing is fetched from it until the next start of this node. Let its "
         "owner check what it holds: {check}.",
         per="peer",
     ),
-    Warning(
+    HealthCode(
         "guest-unreachable",
         _M,
         "The IPFS node {guest} ({addresses}) has been out of reach since {since}: {reason} Start it, open its TCP "
@@ -137,7 +142,7 @@ _REGISTRY: Final = (
         after_s=20,
         per="guest",
     ),
-    Warning(
+    HealthCode(
         "dht-unreachable",
         _M,
         "No DHT peer of {network} answers: {reason} Providers there can't be found. Correct content.dht, or open the "
@@ -145,33 +150,33 @@ _REGISTRY: Final = (
         after_s=20,
         per="network",
     ),
-    Warning(
+    HealthCode(
         "dht-no-address",
         _L,
         "This node is not named in the DHT of {network}: it has no address there at which others could reach it. "
         "Write it into network.announce.",
         per="network",
     ),
-    Warning(
+    HealthCode(
         "ipfs-publish",
         _M,
         "The IPFS daemon at {address} does not keep all that this node holds of {model}: {reason} It is tried again "
         "by itself; `content.ipfs_publish = false` ends it.",
     ),
-    Warning(
+    HealthCode(
         "ipfs-daemon",
         _M,
         "The IPFS daemon at {address} is not used: {reason} Start or repair it (`ipfs id` must answer), or correct "
         "content.ipfs_api; the mesh goes on without it.",
     ),
-    Warning(
+    HealthCode(
         "gateway-lied",
         _M,
         "{gateway} sent something else than the block {cid}, so it is not asked again until the next start. It is "
         "damaged or no trustless gateway; take it out of content.gateways.",
         per="gateway",
     ),
-    Warning(
+    HealthCode(
         "gateway-unusable",
         _M,
         "The gateway {gateway} gives nothing: {reason} Start or repair it, or correct content.gateways; it is asked "
@@ -179,7 +184,7 @@ _REGISTRY: Final = (
         after_s=10,
         per="gateway",
     ),
-    Warning(
+    HealthCode(
         "two-writers",
         _H,
         "{peer} signed two different records with the same number, so its records are ignored. Two nodes may run "
@@ -187,14 +192,14 @@ _REGISTRY: Final = (
         per="peer",
         lasts_s=_EVENT_S,
     ),
-    Warning(
+    HealthCode(
         "port-in-use",
         _M,
         "{address} is used by another program, so {consequence} Stop that program or set {setting}.",
         per="address",
     ),
 )
-WARNINGS: Final = {warning.code: warning for warning in _REGISTRY}
+CODES: Final = {entry.code: entry for entry in _REGISTRY}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,7 +232,7 @@ class Health:
 
         Raises KeyError for a code that is not registered, ValueError when a fact is missing (both our bugs).
         """
-        warning = WARNINGS[code]
+        warning = CODES[code]
         missing = {name for _, name, _, _ in string.Formatter().parse(warning.sentence) if name} - facts.keys()
         if missing:
             raise ValueError(f"the health code {code} needs {', '.join(sorted(missing))}")
@@ -243,7 +248,7 @@ class Health:
 
     def clear(self, code: str, **facts: object) -> None:
         """Say that it is fine again. Without facts, every warning of the code is cleared."""
-        warning = WARNINGS[code]
+        warning = CODES[code]
         if warning.per and warning.per in facts:
             self._entries.pop((code, facts[warning.per]), None)
         else:
@@ -255,7 +260,7 @@ class Health:
         at = self._now() if now is None else now
         shown = []
         for key, entry in list(self._entries.items()):
-            warning = WARNINGS[key[0]]
+            warning = CODES[key[0]]
             if at - entry.touched >= warning.lasts_s:
                 del self._entries[key]
             elif at - entry.began >= warning.after_s:

@@ -19,8 +19,8 @@ from protocols.manifest.messages import FileRef
 Progress = Callable[[int, int], None]  # (bytes verified and written, bytes in all)
 
 
-class Directory(Protocol):
-    """What every node says about itself (`directory.py`)."""
+class Adverts(Protocol):
+    """What every node says about itself (`directory/`)."""
 
     @property
     def changes(self) -> Changes:
@@ -28,6 +28,10 @@ class Directory(Protocol):
 
     def live(self) -> Mapping[PeerId, Advert]:
         """The newest advert of every node that is there, our own included."""
+
+
+class Directory(Adverts, Protocol):
+    """The same, what we say about ourselves, and what is announced (`directory/`)."""
 
     def me(self) -> Advert:
         """Our own advert, with changes that are not published yet."""

@@ -432,7 +432,7 @@ async def test_addresses_of_others_and_ages(autojump_clock: MockClock, rng: rand
         one, other = await mesh.start(1), await mesh.start(2)
         await mesh.line(one, other)
         await one.sees_exactly([one, other], within=3)
-        assert one.directory.addresses() == {other.peer: other.host.addresses}
+        assert one.directory.live()[other.peer].addresses == other.host.addresses
         assert one.directory.age_s(one.peer) == 0
         age = one.directory.age_s(other.peer)
         assert age is not None

@@ -5,7 +5,7 @@ import string
 
 import pytest
 
-from meshnode.core.health import WARNINGS, Health, Severity
+from meshnode.core.health import CODES, Health, Severity
 
 
 class Clock:
@@ -58,9 +58,9 @@ def test_an_unknown_code_and_a_missing_fact_are_bugs() -> None:
         health.set("no-peers")
 
 
-@pytest.mark.parametrize("code", WARNINGS)
+@pytest.mark.parametrize("code", CODES)
 def test_every_sentence_is_one(code: str) -> None:
-    warning = WARNINGS[code]
+    warning = CODES[code]
     assert re.fullmatch(r"[a-z]+(-[a-z]+)*", code)
     facts = {name for _, name, _, _ in string.Formatter().parse(warning.sentence) if name}
     assert warning.per is None or warning.per in facts

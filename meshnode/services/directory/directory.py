@@ -100,10 +100,6 @@ class DirectoryService:
         held = [one for one in self.announcements().values() if not one.retired]
         return min(held, key=lambda one: (-one.created_ms, one.manifest, one.peer), default=None)
 
-    def addresses(self) -> dict[PeerId, tuple[str, ...]]:
-        """Where the others say they listen."""
-        return {peer: advert.addresses for peer, advert in self.live().items() if peer != self._us}
-
     def providers(self, cid: Cid) -> list[PeerId]:
         """Peers that have a file or block, never ourselves: connected first, then by round trip."""
         wanted = cid_to_bytes(cid)
