@@ -28,7 +28,7 @@ class HealthCode:
 
     `sentence` is a template over the facts given to `Health.set`; `after_s` is how long it must last before
     it is shown; `per` names the fact that tells several of the same code apart; `lasts_s` ends those that
-    report an event and that nobody clears.
+    report an event, infinity at the end of the node; None: whoever sets it clears it.
     """
 
     code: str
@@ -36,7 +36,7 @@ class HealthCode:
     sentence: str
     after_s: float = 0.0
     per: str | None = None
-    lasts_s: float = math.inf
+    lasts_s: float | None = None
 
 
 _H, _M, _L = Severity.HIGH, Severity.MEDIUM, Severity.LOW
@@ -59,6 +59,7 @@ _REGISTRY: Final = (
         "no-model",
         _M,
         "The network has no model. Add one with `meshnode model add example:smollm2` on a node that may publish.",
+        after_s=5,
     ),
     HealthCode(
         "manifest-missing",
@@ -100,8 +101,8 @@ _REGISTRY: Final = (
     HealthCode(
         "disk-low",
         _M,
-        "{free} are left on the disk of {folder}; unpinned model files are being removed. "
-        "Free some space or lower content.quota.",
+        "{free} are left on the disk that holds the model files: those that nothing needs are removed, and new ones "
+        "may not fit. Free some space.",
     ),
     HealthCode(
         "quota-exceeded",
@@ -133,6 +134,7 @@ _REGISTRY: Final = (
         "{peer} {deed}, so nothing is fetched from it until the next start of this node. Let its "
         "owner check what it holds: {check}.",
         per="peer",
+        lasts_s=math.inf,
     ),
     HealthCode(
         "guest-unreachable",
@@ -175,6 +177,7 @@ _REGISTRY: Final = (
         "{gateway} sent something else than the block {cid}, so it is not asked again until the next start. It is "
         "damaged or no trustless gateway; take it out of content.gateways.",
         per="gateway",
+        lasts_s=math.inf,
     ),
     HealthCode(
         "gateway-unusable",
@@ -191,12 +194,6 @@ _REGISTRY: Final = (
         "with the same key: never copy a data folder, run `meshnode join` on each device.",
         per="peer",
         lasts_s=_EVENT_S,
-    ),
-    HealthCode(
-        "port-in-use",
-        _M,
-        "{address} is used by another program, so {consequence} Stop that program or set {setting}.",
-        per="address",
     ),
 )
 CODES: Final = {entry.code: entry for entry in _REGISTRY}
@@ -220,6 +217,10 @@ class _Entry:
     facts: dict[str, object]
 
 
+def _lasts_s(code: HealthCode) -> float:
+    return math.inf if code.lasts_s is None else code.lasts_s
+
+
 class Health:
     """What is wrong with this node right now."""
 
@@ -241,7 +242,7 @@ class Health:
         now = self._now()
         key = (code, facts[warning.per] if warning.per else None)
         known = self._entries.get(key)
-        if known is not None and now - known.touched < warning.lasts_s:
+        if known is not None and now - known.touched < _lasts_s(warning):
             known.facts, known.touched = facts, now
         else:
             self._entries[key] = _Entry(now, now, facts)
@@ -261,7 +262,7 @@ class Health:
         shown = []
         for key, entry in list(self._entries.items()):
             warning = CODES[key[0]]
-            if at - entry.touched >= warning.lasts_s:
+            if at - entry.touched >= _lasts_s(warning):
                 del self._entries[key]
             elif at - entry.began >= warning.after_s:
                 shown.append(

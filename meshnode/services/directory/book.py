@@ -40,6 +40,7 @@ class RecordBook:
                 self._view.accept(data, 0.0)
             except RemoteProtocolError as error:
                 _log.warning("announcement.forgotten", reason=str(error))
+        self._report()
 
     # Reading
 
@@ -51,6 +52,11 @@ class RecordBook:
         """The newest announcement of every publisher, those taken back too, sorted by publisher."""
         entries = self._view.alive(HEAD, trio.current_time())
         return {peer: entry.body for peer, entry in entries.items() if isinstance(entry.body, Announcement)}
+
+    def announcement(self) -> Announcement | None:
+        """The release that the network serves: the newest announcement that is not taken back."""
+        held = [one for one in self.announcements().values() if not one.retired]
+        return min(held, key=lambda one: (-one.created_ms, one.manifest, one.peer), default=None)
 
     def get(self, domain: str, signer: PeerId) -> Entry | None:
         """The newest record held, whether it counts or not."""
@@ -131,5 +137,12 @@ class RecordBook:
 
     def _notify(self) -> None:
         self._alive = frozenset(self.adverts())
+        self._report()
         self._leases.notify()
         self.changes.notify()
+
+    def _report(self) -> None:
+        if self.announcement() is None:
+            self._health.set("no-model")
+        else:
+            self._health.clear("no-model")

@@ -97,8 +97,7 @@ class DirectoryService:
 
     def announcement(self) -> Announcement | None:
         """The release that the network serves: the newest announcement that is not taken back."""
-        held = [one for one in self.announcements().values() if not one.retired]
-        return min(held, key=lambda one: (-one.created_ms, one.manifest, one.peer), default=None)
+        return self._book.announcement()
 
     def providers(self, cid: Cid) -> list[PeerId]:
         """Peers that have a file or block, never ourselves: connected first, then by round trip."""
