@@ -201,7 +201,7 @@ CODES: Final = {entry.code: entry for entry in _REGISTRY}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
-    """A warning as a person sees it."""
+    """What is wrong, as a person sees it."""
 
     code: str
     severity: Severity
@@ -233,25 +233,24 @@ class Health:
 
         Raises KeyError for a code that is not registered, ValueError when a fact is missing (both our bugs).
         """
-        warning = CODES[code]
-        missing = {name for _, name, _, _ in string.Formatter().parse(warning.sentence) if name} - facts.keys()
+        known_code = CODES[code]
+        missing = {name for _, name, _, _ in string.Formatter().parse(known_code.sentence) if name} - facts.keys()
         if missing:
             raise ValueError(f"the health code {code} needs {', '.join(sorted(missing))}")
         if isinstance(reason := facts.get("reason"), str) and not reason.endswith((".", "!", "?")):
             facts["reason"] = f"{reason}."  # the words of an error; here another sentence may follow them
         now = self._now()
-        key = (code, facts[warning.per] if warning.per else None)
-        known = self._entries.get(key)
-        if known is not None and now - known.touched < _lasts_s(warning):
-            known.facts, known.touched = facts, now
-        else:
-            self._entries[key] = _Entry(now, now, facts)
+        for over in [k for k, entry in self._entries.items() if now >= entry.touched + _lasts_s(CODES[k[0]])]:
+            del self._entries[over]
+        key = (code, facts[known_code.per] if known_code.per else None)
+        entry = self._entries.setdefault(key, _Entry(now, now, facts))
+        entry.facts, entry.touched = facts, now
 
     def clear(self, code: str, **facts: object) -> None:
-        """Say that it is fine again. Without facts, every warning of the code is cleared."""
-        warning = CODES[code]
-        if warning.per and warning.per in facts:
-            self._entries.pop((code, facts[warning.per]), None)
+        """Say that it is fine again. Without facts, everything of the code is cleared."""
+        per = CODES[code].per
+        if per and per in facts:
+            self._entries.pop((code, facts[per]), None)
         else:
             for key in [key for key in self._entries if key[0] == code]:
                 del self._entries[key]
@@ -260,16 +259,14 @@ class Health:
         """What is to be shown, most severe first, then oldest first."""
         at = self._now() if now is None else now
         shown = []
-        for key, entry in list(self._entries.items()):
-            warning = CODES[key[0]]
-            if at - entry.touched >= _lasts_s(warning):
-                del self._entries[key]
-            elif at - entry.began >= warning.after_s:
+        for (name, _), entry in self._entries.items():
+            code = CODES[name]
+            if entry.began + code.after_s <= at < entry.touched + _lasts_s(code):
                 shown.append(
                     Shown(
-                        code=warning.code,
-                        severity=warning.severity,
-                        text=warning.sentence.format(**entry.facts),
+                        code=name,
+                        severity=code.severity,
+                        text=code.sentence.format(**entry.facts),
                         since_s=at - entry.began,
                         facts=dict(entry.facts),
                     )

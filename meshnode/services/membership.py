@@ -112,7 +112,6 @@ class MembershipService:
         self._members: dict[PeerId, Member] = {}  # connected and mutually admitted
         self._proven: dict[PeerId, Member] = {}  # admitted at the host
         self._granted: set[PeerId] = set()  # redeemed a ticket on its present connection
-        self._offsets: dict[PeerId, int] = {}
         self._refusals = Refusals(self._us, health, wall)
         self._greeting: dict[PeerId, trio.CancelScope] = {}
         self._streams: Counter[PeerId] = Counter()
@@ -133,10 +132,6 @@ class MembershipService:
     def roles_of(self, peer: PeerId) -> frozenset[str]:
         """Roles of any peer whose certificate we have seen and that holds now; empty for everybody else."""
         return self._registry.roles_of(peer)
-
-    def clock_offsets(self) -> dict[PeerId, int]:
-        """How far the clocks of connected members are ahead of ours, milliseconds."""
-        return {peer: self._offsets[peer] for peer in self._members if peer in self._offsets}
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
@@ -309,7 +304,6 @@ class MembershipService:
     def _admit(self, member: Member, offset_ms: int) -> None:
         """It proved its membership; whether it takes ours for proven we do not know yet."""
         self._proven[member.peer] = member
-        self._offsets[member.peer] = offset_ms
         if self._registry.keep(member.peer, member.chain):
             self.changes.notify()
         self._host.admit(member.peer, True)

@@ -77,7 +77,6 @@ async def test_two_commands_to_a_mesh(autojump_clock: MockClock, tmp_path: Path)
         assert bob.membership.roles_of(ann.peer_id) == set(ROLES)
         assert bob.membership.roles_of(bob.peer_id) == {"serve", "train"} == bob.membership.standing.roles
         assert ann.membership.refusals == bob.membership.refusals == ()
-        assert abs(ann.membership.clock_offsets()[bob.peer_id]) < 100
 
 
 async def test_nothing_is_served_before_the_hello(autojump_clock: MockClock, tmp_path: Path) -> None:
@@ -543,8 +542,6 @@ async def test_clocks_that_differ(autojump_clock: MockClock, tmp_path: Path) -> 
             await mesh.enrol(name, mesh.ticket(ann))
         bob = await mesh.start("bob", skew_ms=5_000)
         await bob.meet(ann)
-        assert 4_900 < ann.membership.clock_offsets()[bob.peer_id] < 5_100
-        assert -5_100 < bob.membership.clock_offsets()[ann.peer_id] < -4_900
         assert [shown.code for shown in ann.health.current()] == ["clock-off"]
         cleo = await mesh.start("cleo", skew_ms=2 * MAX_CLOCK_MS)
         await cleo.connect(ann)
