@@ -29,6 +29,7 @@ from meshnode.ipfs.fallback import Fallback, Source
 from meshnode.ipfs.rpc import IpfsApi
 from meshnode.membership.identity import Identity
 from meshnode.membership.port import Membership
+from meshnode.membership.registry import Registry
 from meshnode.model.facts import facts_of
 from meshnode.model.release import ServedRelease
 from meshnode.net.pipes import Pipes
@@ -36,7 +37,7 @@ from meshnode.net.port import Host, PeerEvent
 from meshnode.policy.route import NoRoute, plan_route
 from meshnode.services.content.fetch import PATIENCE_SECONDS, ContentService
 from meshnode.services.dht import DhtClient, DhtSettings
-from meshnode.services.directory import DirectoryService, next_incarnation
+from meshnode.services.directory.directory import DirectoryService, DirectorySettings, next_incarnation
 from meshnode.services.discovery import DiscoveryService
 from meshnode.services.external_peers import ExternalPeers, ExternalSettings
 from meshnode.services.holds import HoldStreams
@@ -46,7 +47,7 @@ from meshnode.services.inference.stage import StageService
 from meshnode.services.inference.text import AnsweringService, Question, Text
 from meshnode.services.inventory import InventoryService
 from meshnode.services.ipfs_daemon import IpfsDaemonService, Publication
-from meshnode.services.membership import MembershipService
+from meshnode.services.membership import Introduction, MembershipService
 from meshnode.services.placement import PlacementConfig, PlacementService
 from meshnode.services.releases import ArrivalService
 from meshnode.services.replication import ReplicationService
@@ -138,29 +139,28 @@ class Node:
         )
         self.membership = MembershipService(
             self.host,
-            identity,
-            self.membership_file,
-            self.database,
+            Registry(identity, parts.membership, parts.state, wall),
+            self.external,
+            self.health,
             wall,
-            __version__,
-            node_name=parts.machine.name,
-            health=self.health,
-            strangers=self.external,
+            Introduction(name=parts.machine.name, software=__version__),
         )
         memory = config.serve.memory.of(parts.machine.free_memory_bytes)
         self.directory = DirectoryService(
             self.host,
-            identity.sign,
-            f"/meshnode/records/{self.membership_file.network_id}",
-            wall,
-            self.membership.roles_of,
-            self._first_advert(parts.machine, memory),
+            identity,
+            self.membership,
             self.database,
-            health=self.health,
-            rng=rng,
+            self.health,
+            wall,
+            DirectorySettings(
+                topic=f"/meshnode/records/{self.membership_file.network_id}",
+                first=self._first_advert(parts.machine, memory),
+                rng=rng,
+            ),
         )
         self.discovery = DiscoveryService(
-            self.host, self.database, config.network.bootstrap, self.directory.addresses, rng, wall
+            self.host, self.database, self.directory, config.network.bootstrap, self.health, rng, wall
         )
         self.inventory = InventoryService(self.directory, self.store, open_manifest)
         self.dht = (

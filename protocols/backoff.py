@@ -15,7 +15,7 @@ class Backoff:
 
     def __init__(self, first: float, cap: float) -> None:
         self._first = first
-        self._cap = cap
+        self.cap = cap
         self.failures = 0
 
     def next(self, draw: float = 0.5) -> float:
@@ -24,7 +24,7 @@ class Backoff:
         draw: uniform in [0, 1). The pause is 0.5 to 1.5 times the nominal one, so that not everybody comes back at
         the same moment; the default is the nominal pause.
         """
-        pause = min(self._cap, self._first * 2.0 ** min(self.failures, MAX_DOUBLINGS))
+        pause = min(self.cap, self._first * 2.0 ** min(self.failures, MAX_DOUBLINGS))
         self.failures += 1
         return pause * (0.5 + draw)
 

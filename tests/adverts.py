@@ -1,13 +1,15 @@
-"""Keys, adverts and heads for tests."""
+"""Keys, adverts and announcements for tests."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from nacl.signing import SigningKey
 
-from protocols.advert.messages import ADVERT, HEAD, Advert, Head
+from meshnode.core.signal import Changes
+from protocols.advert.messages import ADVERT, HEAD, Advert, Announcement
 from protocols.codec import encode
 from protocols.envelope import sign_record
 from protocols.ids import DAG_CBOR, RAW, Cid, PeerId, cid_of, peer_id_of
@@ -43,8 +45,8 @@ def advert_of(number: int, **fields: Any) -> Advert:
     return replace(advert, **fields)
 
 
-def head_of(number: int, **fields: Any) -> Head:
-    head = Head(
+def announcement_of(number: int, **fields: Any) -> Announcement:
+    announcement = Announcement(
         peer=peer_of(number),
         incarnation=1,
         sequence=1,
@@ -54,9 +56,25 @@ def head_of(number: int, **fields: Any) -> Head:
         manifest=MANIFEST,
         variant="int4",
     )
-    return replace(head, **fields)
+    return replace(announcement, **fields)
 
 
-def signed(number: int, body: Advert | Head) -> bytes:
+def signed(number: int, body: Advert | Announcement) -> bytes:
     """The record of an advert or head, signed with the key of this number."""
     return sign_record(key_of(number), ADVERT if isinstance(body, Advert) else HEAD, encode(body))
+
+
+class Known:
+    """Stands for the directory: the adverts that a node sees."""
+
+    def __init__(self) -> None:
+        self.changes = Changes()
+        self._adverts: dict[PeerId, Advert] = {}
+
+    def live(self) -> Mapping[PeerId, Advert]:
+        return self._adverts
+
+    def set(self, addresses: Mapping[PeerId, Sequence[str]]) -> None:
+        """From now on these peers, and no others, say where they listen."""
+        self._adverts = {peer: replace(advert_of(1), peer=peer, addresses=tuple(a)) for peer, a in addresses.items()}
+        self.changes.notify()

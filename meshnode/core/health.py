@@ -23,12 +23,12 @@ class Severity(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Warning:
+class HealthCode:
     """One thing that can be wrong.
 
     `sentence` is a template over the facts given to `Health.set`; `after_s` is how long it must last before
     it is shown; `per` names the fact that tells several of the same code apart; `lasts_s` ends those that
-    report an event and that nobody clears.
+    report an event, infinity at the end of the node; None: whoever sets it clears it.
     """
 
     code: str
@@ -36,76 +36,82 @@ class Warning:
     sentence: str
     after_s: float = 0.0
     per: str | None = None
-    lasts_s: float = math.inf
+    lasts_s: float | None = None
 
 
 _H, _M, _L = Severity.HIGH, Severity.MEDIUM, Severity.LOW
 _EVENT_S: Final = 600.0  # how long a report of something that happened stays on the screen
 
 _REGISTRY: Final = (
-    Warning(
+    HealthCode(
         "no-peers",
         _M,
         "No peer is connected. Start meshnode on another device and check that it can reach {addresses}; "
         "`meshnode doctor` tests the way.",
         after_s=20,
     ),
-    Warning(
+    HealthCode(
+        "first-node",
+        _L,
+        "Nobody else is in this network yet. Let another device in with `meshnode invite`.",
+    ),
+    HealthCode(
         "no-model",
         _M,
         "The network has no model. Add one with `meshnode model add example:smollm2` on a node that may publish.",
+        after_s=5,
     ),
-    Warning(
+    HealthCode(
         "manifest-missing",
         _H,
         "The model {manifest} was added here by its CID, and its manifest has not been found: {reason} It is looked "
         "for by itself; name an IPFS node that has it in content.ipfs_peers, or add another model.",
     ),
-    Warning(
+    HealthCode(
         "not-covered",
         _H,
         "Nobody serves layers {first} to {last} of {model}. Start another node, or give a node more memory "
         "(serve.memory): {missing} are missing.",
         after_s=10,
     ),
-    Warning(
+    HealthCode(
         "does-not-fit",
         _H,
         "No layer of {model} fits into the {memory} that this node gives. Raise serve.memory to at least {needed}.",
     ),
-    Warning(
+    HealthCode(
         "span-failed",
         _M,
         "Layers {first} to {last} of {model} could not be fetched or opened: {reason} It is tried again by itself.",
         after_s=5,
     ),
-    Warning("loading", _L, "This node is loading layers {first} to {last} of {model}: {progress}.", after_s=3),
-    Warning(
+    HealthCode("loading", _L, "This node is loading layers {first} to {last} of {model}: {progress}.", after_s=3),
+    HealthCode(
         "engine-restarting",
         _M,
         "The engine failed {failures} times; the last reason: {reason} It is started again; "
         "`meshnode doctor` shows its log.",
     ),
-    Warning(
+    HealthCode(
         "probe-failed",
         _H,
         "A test token did not pass through the chain: {reason} `meshnode doctor` tests every hop.",
         after_s=5,
     ),
-    Warning(
+    HealthCode(
         "disk-low",
         _M,
-        "{free} are left on the disk of {folder}; unpinned model files are being removed. "
-        "Free some space or lower content.quota.",
+        "{free} are left on the disk that holds the model files: those that nothing needs are removed, and new ones "
+        "may not fit. Free some space.",
     ),
-    Warning(
+    HealthCode(
         "quota-exceeded",
         _M,
         "The model files of this node take {held}, more than its content.quota of {quota}: layers in use, pinned "
         "models and last copies in the mesh stay. Raise content.quota, give other nodes more room, or take a model "
         "away (`meshnode model unpin`, `meshnode model remove`).",
     ),
-    Warning(
+    HealthCode(
         "few-copies",
         _M,
         "{count} files of {model} have too few copies in the mesh (the fewest: {fewest}; wanted: {wanted}): {reason} "
@@ -113,7 +119,7 @@ _REGISTRY: Final = (
         "published again.",
         after_s=60,
     ),
-    Warning(
+    HealthCode(
         "clock-off",
         _M,
         "The clock of {peer} and ours differ by {seconds} s. Set the clocks of both devices "
@@ -121,15 +127,16 @@ _REGISTRY: Final = (
         per="peer",
         lasts_s=_EVENT_S,
     ),
-    Warning("refused-peer", _L, "{peer} was refused: {reason}", per="peer", lasts_s=_EVENT_S),
-    Warning(
+    HealthCode("refused-peer", _L, "{peer} was refused: {reason}", per="peer", lasts_s=_EVENT_S),
+    HealthCode(
         "bad-provider",
         _M,
         "{peer} {deed}, so nothing is fetched from it until the next start of this node. Let its "
         "owner check what it holds: {check}.",
         per="peer",
+        lasts_s=math.inf,
     ),
-    Warning(
+    HealthCode(
         "guest-unreachable",
         _M,
         "The IPFS node {guest} ({addresses}) has been out of reach since {since}: {reason} Start it, open its TCP "
@@ -137,7 +144,7 @@ _REGISTRY: Final = (
         after_s=20,
         per="guest",
     ),
-    Warning(
+    HealthCode(
         "dht-unreachable",
         _M,
         "No DHT peer of {network} answers: {reason} Providers there can't be found. Correct content.dht, or open the "
@@ -145,33 +152,34 @@ _REGISTRY: Final = (
         after_s=20,
         per="network",
     ),
-    Warning(
+    HealthCode(
         "dht-no-address",
         _L,
         "This node is not named in the DHT of {network}: it has no address there at which others could reach it. "
         "Write it into network.announce.",
         per="network",
     ),
-    Warning(
+    HealthCode(
         "ipfs-publish",
         _M,
         "The IPFS daemon at {address} does not keep all that this node holds of {model}: {reason} It is tried again "
         "by itself; `content.ipfs_publish = false` ends it.",
     ),
-    Warning(
+    HealthCode(
         "ipfs-daemon",
         _M,
         "The IPFS daemon at {address} is not used: {reason} Start or repair it (`ipfs id` must answer), or correct "
         "content.ipfs_api; the mesh goes on without it.",
     ),
-    Warning(
+    HealthCode(
         "gateway-lied",
         _M,
         "{gateway} sent something else than the block {cid}, so it is not asked again until the next start. It is "
         "damaged or no trustless gateway; take it out of content.gateways.",
         per="gateway",
+        lasts_s=math.inf,
     ),
-    Warning(
+    HealthCode(
         "gateway-unusable",
         _M,
         "The gateway {gateway} gives nothing: {reason} Start or repair it, or correct content.gateways; it is asked "
@@ -179,7 +187,7 @@ _REGISTRY: Final = (
         after_s=10,
         per="gateway",
     ),
-    Warning(
+    HealthCode(
         "two-writers",
         _H,
         "{peer} signed two different records with the same number, so its records are ignored. Two nodes may run "
@@ -187,19 +195,13 @@ _REGISTRY: Final = (
         per="peer",
         lasts_s=_EVENT_S,
     ),
-    Warning(
-        "port-in-use",
-        _M,
-        "{address} is used by another program, so {consequence} Stop that program or set {setting}.",
-        per="address",
-    ),
 )
-WARNINGS: Final = {warning.code: warning for warning in _REGISTRY}
+CODES: Final = {entry.code: entry for entry in _REGISTRY}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
-    """A warning as a person sees it."""
+    """What is wrong, as a person sees it."""
 
     code: str
     severity: Severity
@@ -215,6 +217,10 @@ class _Entry:
     facts: dict[str, object]
 
 
+def _lasts_s(code: HealthCode) -> float:
+    return math.inf if code.lasts_s is None else code.lasts_s
+
+
 class Health:
     """What is wrong with this node right now."""
 
@@ -227,25 +233,24 @@ class Health:
 
         Raises KeyError for a code that is not registered, ValueError when a fact is missing (both our bugs).
         """
-        warning = WARNINGS[code]
-        missing = {name for _, name, _, _ in string.Formatter().parse(warning.sentence) if name} - facts.keys()
+        known_code = CODES[code]
+        missing = {name for _, name, _, _ in string.Formatter().parse(known_code.sentence) if name} - facts.keys()
         if missing:
             raise ValueError(f"the health code {code} needs {', '.join(sorted(missing))}")
         if isinstance(reason := facts.get("reason"), str) and not reason.endswith((".", "!", "?")):
             facts["reason"] = f"{reason}."  # the words of an error; here another sentence may follow them
         now = self._now()
-        key = (code, facts[warning.per] if warning.per else None)
-        known = self._entries.get(key)
-        if known is not None and now - known.touched < warning.lasts_s:
-            known.facts, known.touched = facts, now
-        else:
-            self._entries[key] = _Entry(now, now, facts)
+        for over in [k for k, entry in self._entries.items() if now >= entry.touched + _lasts_s(CODES[k[0]])]:
+            del self._entries[over]
+        key = (code, facts[known_code.per] if known_code.per else None)
+        entry = self._entries.setdefault(key, _Entry(now, now, facts))
+        entry.facts, entry.touched = facts, now
 
     def clear(self, code: str, **facts: object) -> None:
-        """Say that it is fine again. Without facts, every warning of the code is cleared."""
-        warning = WARNINGS[code]
-        if warning.per and warning.per in facts:
-            self._entries.pop((code, facts[warning.per]), None)
+        """Say that it is fine again. Without facts, everything of the code is cleared."""
+        per = CODES[code].per
+        if per and per in facts:
+            self._entries.pop((code, facts[per]), None)
         else:
             for key in [key for key in self._entries if key[0] == code]:
                 del self._entries[key]
@@ -254,16 +259,14 @@ class Health:
         """What is to be shown, most severe first, then oldest first."""
         at = self._now() if now is None else now
         shown = []
-        for key, entry in list(self._entries.items()):
-            warning = WARNINGS[key[0]]
-            if at - entry.touched >= warning.lasts_s:
-                del self._entries[key]
-            elif at - entry.began >= warning.after_s:
+        for (name, _), entry in self._entries.items():
+            code = CODES[name]
+            if entry.began + code.after_s <= at < entry.touched + _lasts_s(code):
                 shown.append(
                     Shown(
-                        code=warning.code,
-                        severity=warning.severity,
-                        text=warning.sentence.format(**entry.facts),
+                        code=name,
+                        severity=code.severity,
+                        text=code.sentence.format(**entry.facts),
                         since_s=at - entry.began,
                         facts=dict(entry.facts),
                     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import structlog
 import trio
 
 from meshnode.core.errors import TransientError
+from meshnode.core.log import get_logger
+from protocols.backoff import Backoff
 
-_log: structlog.stdlib.BoundLogger = structlog.get_logger("service")
+_log = get_logger("service")
 
 
 class Service(Protocol):
@@ -45,7 +46,7 @@ async def supervise(
 
     `started()` is reported once, when the service is first ready. If cancelled: the service is cancelled.
     """
-    failures = 0
+    backoff = Backoff(restart.first, restart.cap)
     started = False
     while True:
         began = trio.current_time()
@@ -57,13 +58,15 @@ async def supervise(
                     started = True
                     task_status.started()
         except* TransientError as group:
-            failures = 1 if trio.current_time() - began >= restart.healthy else failures + 1
-            if failures >= restart.limit:
+            if trio.current_time() - began >= restart.healthy:
+                backoff.reset()
+            pause = backoff.next()
+            if backoff.failures >= restart.limit:
                 raise
             reasons = [str(error) for error in _leaves(group)]
         if not reasons:
             return
-        pause = min(restart.cap, restart.first * 2 ** (failures - 1))
+        failures = backoff.failures
         _log.warning("service.restarted", service=service.name, failures=failures, reasons=reasons, pause_s=pause)
         await trio.sleep(pause)
 

@@ -225,7 +225,7 @@ def withdraw_member(
     """Take roles from a member, or (nothing kept) put it out. The signed record, kept in this node's state.
 
     Signed by the founder's key where this folder has it, else by the node key. A running node takes it up
-    within `membership.REVIEW_SECONDS` and passes it on.
+    within `services.membership.REVIEW_S` and passes it on.
 
     Raises IdentityError (not an admin, the peer is nearer to the founder than we are), ConfigError, DiskError.
     """

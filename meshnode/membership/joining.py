@@ -11,14 +11,23 @@ from meshnode.core.errors import Declined, IdentityError, PeerUnreachable
 from meshnode.membership.enrolment import open_ticket, own_standing
 from meshnode.membership.network import has_network, load_network, save_network
 from meshnode.membership.port import Membership
-from meshnode.net.port import Host, Stream
+from meshnode.net.message_stream import CLOSE_S, MessageStream, open_messages
+from meshnode.net.port import Host
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId, short
 from protocols.membership import Ticket, Trust, network_id, open_network
-from protocols.membership.machine import BeginJoin, Expired, HelloMachine, Joined, Turned
-from protocols.membership.messages import FORBIDDEN, HELLO_SECONDS, NONCE_BYTES, PROTOCOL, Granted, Join
+from protocols.membership.machine import BeginJoin, HelloMachine, Joined, Rejected
+from protocols.membership.messages import (
+    FORBIDDEN,
+    HELLO,
+    HELLO_S,
+    NONCE_BYTES,
+    PROTOCOL,
+    Granted,
+    Join,
+    Message,
+)
 from protocols.membership.sealing import open_secret
-from protocols.membership.session import HelloSession
 from protocols.membership.trust import day
 
 
@@ -94,24 +103,21 @@ async def _redeem(
 ) -> Granted:
     await host.connect(peer, addresses)
     try:
-        stream = await host.open_stream(peer, PROTOCOL)
-        try:
-            return await _converse(stream, ticket, name, software, clock)
-        except RemoteProtocolError as error:
-            raise PeerUnreachable(f"{short(peer)} answered the ticket with nonsense: {error}", peer=peer) from error
-        finally:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
-                await stream.aclose()
+        async with open_messages(host, peer, PROTOCOL, HELLO) as messages:
+            return await _converse(messages, ticket, name, software, clock)
+    except RemoteProtocolError as error:
+        raise PeerUnreachable(f"{short(peer)} answered the ticket with nonsense: {error}", peer=peer) from error
     finally:
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_S):
             await host.disconnect(peer, "the ticket was redeemed")  # a member comes back on a new connection
 
 
-async def _converse(stream: Stream, ticket: Ticket, name: str, software: str, clock: Wall) -> Granted:
+async def _converse(
+    messages: MessageStream[Message], ticket: Ticket, name: str, software: str, clock: Wall
+) -> Granted:
     machine = HelloMachine(
-        theirs=stream.peer, credentials=None, trust=None, nonce=bytes(NONCE_BYTES), now=trio.current_time()
+        theirs=messages.peer, credentials=None, trust=None, nonce=bytes(NONCE_BYTES), now=trio.current_time()
     )
-    session = HelloSession(machine)
     order = Join(
         network=ticket.network,
         invite=ticket.invite,
@@ -120,24 +126,21 @@ async def _converse(stream: Stream, ticket: Ticket, name: str, software: str, cl
         software=software[:32],
         wall_ms=clock(),
     )
-    out, facts = session.do(BeginJoin(order), trio.current_time(), clock())
-    await stream.send_all(out)
-    await stream.send_eof()
+    machine.handle(BeginJoin(order), trio.current_time(), clock())
+    await messages.send(order)
+    await messages.send_eof()
     while True:
-        data = b""
-        with trio.move_on_after(HELLO_SECONDS) as scope:
-            data = await stream.receive_some()
+        with trio.move_on_after(HELLO_S) as scope:
+            said = await messages.expect()
         if scope.cancelled_caught:
-            session.do(Expired(), trio.current_time(), clock())
             raise PeerUnreachable(
-                f"{short(stream.peer)} did not answer the ticket within {HELLO_SECONDS:.0f} s", peer=stream.peer
+                f"{short(messages.peer)} did not answer the ticket within {HELLO_S:.0f} s", peer=messages.peer
             )
-        _, facts = session.receive(data, trio.current_time(), clock())
-        for fact in facts:
-            if isinstance(fact, Joined):
-                return fact.granted
-            if isinstance(fact, Turned):
-                raise Declined(fact.code, fact.reason, peer=stream.peer)
+        for effect in machine.handle(said, trio.current_time(), clock()):
+            if isinstance(effect, Joined):
+                return effect.granted
+            if isinstance(effect, Rejected):
+                raise Declined(effect.code, effect.reason, peer=messages.peer)
 
 
 def _checked(granted: Granted, ticket: Ticket, peer: PeerId, name: str, now_ms: int) -> Membership:

@@ -5,6 +5,7 @@ No connection and no task: everything here is a short call, kept in the state fi
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from typing import Final
@@ -50,7 +51,7 @@ class Registry:
         membership: Membership,
         state: State,
         clock: Wall,
-        random_bytes: Callable[[int], bytes],
+        random_bytes: Callable[[int], bytes] = secrets.token_bytes,
     ) -> None:
         """Raises IdentityError when our own certificate does not hold, or is of another key."""
         self.us = identity.peer_id
@@ -59,7 +60,7 @@ class Registry:
         self._key = identity.signing_key
         self._state = state
         self._clock = clock
-        self._random_bytes = random_bytes
+        self.random_bytes = random_bytes
         self._chains: dict[PeerId, tuple[bytes, ...]] = {}
         restore_withdrawals(self.trust, state, clock())
         for peer, data in state.records(MEMBER).items():
@@ -202,7 +203,7 @@ class Registry:
             invite=join.invite,
             invite_secret=join.secret,
             joiner=peer,
-            nonce=self._random_bytes(NONCE_BYTES),
+            nonce=self.random_bytes(NONCE_BYTES),
         )
         return Granted(network=self.membership.network_record, chain=chain, sealed=sealed, wall_ms=now)
 

@@ -1,16 +1,15 @@
 """Who is let in: runs /meshnode/hello/1 on every connection, answers tickets.
 
 Nothing but this protocol is served to a peer before `host.admit`. Who says hello: the peer with the smaller id,
-at once; the other one after `ASK_ANYWAY_SECONDS`, for a restarted peer may not know that it is new to us. Two
+at once; the other one after `ASK_ANYWAY_S`, for a restarted peer may not know that it is new to us. Two
 hellos at the same time do no harm: the outcome is the same.
 """
 
 from __future__ import annotations
 
 import math
-import secrets
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -20,11 +19,12 @@ from meshnode.core.clock import Wall
 from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.core.health import Health
 from meshnode.core.log import get_logger
-from meshnode.membership.port import Membership, Signer
+from meshnode.core.signal import Changes
+from meshnode.membership.refusals import Refusal, Refusals
 from meshnode.membership.registry import Registry, packed
+from meshnode.net.message_stream import CLOSE_S, MessageStream, open_messages
 from meshnode.net.port import Host, PeerEvent, Stream
 from meshnode.services.port import Strangers
-from meshnode.state.port import State
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import PeerId, short
 from protocols.membership import Credentials, HelloMachine, Member, Standing, Untrusted
@@ -36,55 +36,45 @@ from protocols.membership.machine import (
     Expired,
     Grant,
     Joined,
-    Learned,
+    MutuallyAdmitted,
     Redeem,
+    Rejected,
+    RosterReceived,
     Send,
-    Settled,
     Trusted,
-    Turned,
     refusal_of,
 )
 from protocols.membership.machine import State as Step
 from protocols.membership.messages import (
     HELLO,
-    HELLO_SECONDS,
+    HELLO_S,
     NONCE_BYTES,
     PROTOCOL,
     STRANGER,
     TOPIC,
     Join,
+    Message,
     Roster,
 )
-from protocols.membership.session import HelloSession, pack_message
 from protocols.membership.trust import ordered_roles
 
-ASK_ANYWAY_SECONDS: Final = 1.5  # the larger id waits this long for the smaller one's hello
-RETRY_SECONDS: Final = 0.5  # between hellos that broke off
+ASK_ANYWAY_S: Final = 1.5  # the larger id waits this long for the smaller one's hello
+RETRY_S: Final = 0.5  # between hellos that broke off
 REDEEMED: Final = "the ticket was redeemed; a member comes back on a new connection"
-FAREWELL_SECONDS: Final = 1.0  # a refused peer has this long to read why
-SETTLE_SECONDS: Final = HELLO_SECONDS + FAREWELL_SECONDS + 0.5  # a hello that ran out of time says so first
-REVIEW_SECONDS: Final = 5.0  # expiry, and withdrawals that a command has put into the state file
+SETTLE_S: Final = HELLO_S + CLOSE_S + 0.5  # a hello that ran out of time says so first
+REVIEW_S: Final = 5.0  # expiry, and withdrawals that a command has put into the state file
 CLOCK_WARNING_MS: Final = 2_000  # intents are ranked by UTC milliseconds; more than this is worth a word
-MAX_REFUSALS: Final = 64  # remembered for status
 MAX_STREAMS: Final = 2  # hellos that one peer may have open with us
 
 _log = get_logger("membership")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
-    """A peer that was not let in, or that did not let us in."""
+class Introduction:
+    """What a node says of itself to every member."""
 
-    at_ms: int  # UTC milliseconds, the last time
-    peer: PeerId
-    code: str
-    sentence: str
-    by_us: bool
-    count: int = 1
-
-
-def _who(peer: PeerId, *, by_us: bool) -> str:
-    return short(peer) if by_us else f"This node, by {short(peer)},"
+    name: str  # for people; its first 64 characters
+    software: str  # its first 32 characters
 
 
 class MembershipService:
@@ -95,50 +85,38 @@ class MembershipService:
     def __init__(
         self,
         host: Host,
-        identity: Signer,
-        membership: Membership,
-        state: State,
-        clock: Wall,
-        software: str,
-        *,
-        node_name: str = "",
-        health: Health | None = None,
-        random_bytes: Callable[[int], bytes] = secrets.token_bytes,
-        strangers: Strangers | None = None,
+        registry: Registry,
+        strangers: Strangers,
+        health: Health,
+        wall: Wall,
+        introduction: Introduction,
     ) -> None:
         """Registers the protocol and the topic: make it before `host.run`.
 
-        `strangers`: asked about a peer that does not speak our protocol at all, which every node does: whether it
-        stays, as a guest.
-
-        Raises IdentityError when our own certificate does not hold.
+        `strangers`: asked about a peer that does not speak our protocol at all, which every node does.
         """
         self._host = host
-        self._us = identity.peer_id
-        self._registry = Registry(identity, membership, state, clock, random_bytes)
-        self._trust = self._registry.trust
-        self._clock = clock
-        self._health = health
-        self._random_bytes = random_bytes
+        self._us = registry.us
+        self._registry = registry
         self._strangers = strangers
+        self._health = health
+        self._wall = wall
         self._credentials = Credentials(
             peer=self._us,
-            name=(node_name or membership.name)[:64],
-            software=software[:32],
-            chain=membership.chain,
-            secret=membership.secret,
+            name=introduction.name[:64],
+            software=introduction.software[:32],
+            chain=registry.membership.chain,
+            secret=registry.membership.secret,
         )
-        self._members: dict[PeerId, Member] = {}  # connected and settled
+        self.changes = Changes()
+        self._members: dict[PeerId, Member] = {}  # connected and mutually admitted
         self._proven: dict[PeerId, Member] = {}  # admitted at the host
         self._granted: set[PeerId] = set()  # redeemed a ticket on its present connection
-        self._offsets: dict[PeerId, int] = {}
-        self._refusals: deque[Refusal] = deque(maxlen=MAX_REFUSALS)
-        self._settling: dict[PeerId, trio.CancelScope] = {}
+        self._refusals = Refusals(self._us, health, wall)
+        self._greeting: dict[PeerId, trio.CancelScope] = {}
         self._streams: Counter[PeerId] = Counter()
-        self._version = 0
-        self._changed = trio.Event()
         host.handle(PROTOCOL, self._answer, open_to_strangers=True)
-        self._gossip = host.subscribe(TOPIC, self._worth_passing)
+        self._gossip = host.subscribe(TOPIC, self._take_gossip)
 
     # What others read
 
@@ -155,30 +133,15 @@ class MembershipService:
         """Roles of any peer whose certificate we have seen and that holds now; empty for everybody else."""
         return self._registry.roles_of(peer)
 
-    def clock_offsets(self) -> dict[PeerId, int]:
-        """How far the clocks of connected members are ahead of ours, milliseconds."""
-        return {peer: self._offsets[peer] for peer in self._members if peer in self._offsets}
-
     @property
     def refusals(self) -> tuple[Refusal, ...]:
         """Oldest first; repeats of the same peer and code are counted in one entry."""
-        return tuple(self._refusals)
-
-    @property
-    def version(self) -> int:
-        """Goes up whenever something that can be read here changes: members, roles, refusals."""
-        return self._version
-
-    async def changed(self, version: int) -> int:
-        """Wait until `version` is not the current one any more; the current one. If cancelled: nothing happened."""
-        while self._version == version:
-            await self._changed.wait()
-        return self._version
+        return self._refusals.all()
 
     async def admitted(self, peer: PeerId) -> Member:
         """Wait until a peer is a connected member. If cancelled: nothing happened."""
         while peer not in self._members:
-            await self._changed.wait()
+            await self.changes.wait()
         return self._members[peer]
 
     # The service
@@ -187,66 +150,61 @@ class MembershipService:
         """Say hello to whoever connects, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._review_forever)
-            nursery.start_soon(self._listen)
+            nursery.start_soon(self._drain_gossip)
             events = self._host.events()
             task_status.started()
             async for event in events:
                 self._connection(event, nursery)
 
     def _connection(self, event: PeerEvent, nursery: trio.Nursery) -> None:
-        scope = self._settling.pop(event.peer, None)
+        scope = self._greeting.pop(event.peer, None)
         if scope is not None:
             scope.cancel()
         if event.connected:
-            nursery.start_soon(self._settle, event.peer)
+            nursery.start_soon(self._greet, event.peer)
             return
         self._granted.discard(event.peer)
         # The host keeps the admission: the id is proven anew by every connection, and we say hello again.
         if self._members.pop(event.peer, None) is not None:
             _log.info("member.left", peer=event.peer, reason=event.reason)
-            self._note_change()
+            self.changes.notify()
 
-    async def _settle(self, peer: PeerId) -> None:
+    async def _greet(self, peer: PeerId) -> None:
         """One connection: until the peer is a member, is refused, or its time is over."""
         with trio.CancelScope() as scope:
-            self._settling[peer] = scope
+            self._greeting[peer] = scope
             broken = ""
-            with trio.move_on_after(SETTLE_SECONDS):
+            with trio.move_on_after(SETTLE_S):
                 if self._us > peer:
-                    with trio.move_on_after(ASK_ANYWAY_SECONDS):
+                    with trio.move_on_after(ASK_ANYWAY_S):
                         await self.admitted(peer)
                 while peer not in self._members:
                     try:
-                        turned = await self._ask(peer)
+                        rejected = await self._ask(peer)
                     except (PeerUnreachable, Declined) as error:
                         broken = str(error)
-                        speaks = not isinstance(error, Declined)
-                        if not speaks and self._strangers is not None and self._strangers.take_in(peer):
+                        if isinstance(error, Declined) and self._strangers.take_in(peer):
                             return
                     else:
-                        if turned is not None:
-                            await self._turn_away(peer, turned)
+                        if rejected is not None:
+                            await self._reject(peer, rejected)
                             return
-                    with trio.move_on_after(RETRY_SECONDS):
+                    with trio.move_on_after(RETRY_S):
                         await self.admitted(peer)
             if peer not in self._members:
-                reason = f"it did not prove its membership within {HELLO_SECONDS:.0f} s; ask a member for a ticket"
+                reason = f"it did not prove its membership within {HELLO_S:.0f} s; ask a member for a ticket"
                 if broken:
                     reason += f" ({broken})"
-                turned = Turned(code=STRANGER, reason=refusal_of(peer, reason), by_us=True)
-                self._note_refusal(peer, turned)
-                await self._turn_away(peer, turned)
-        if self._settling.get(peer) is scope:
-            del self._settling[peer]
+                rejected = Rejected(code=STRANGER, reason=refusal_of(peer, reason), by_us=True)
+                self._note_refusal(peer, rejected)
+                await self._reject(peer, rejected)
+        if self._greeting.get(peer) is scope:
+            del self._greeting[peer]
 
-    async def _ask(self, peer: PeerId) -> Turned | None:
+    async def _ask(self, peer: PeerId) -> Rejected | None:
         """Our hello. Raises PeerUnreachable, or Declined when the peer does not speak the protocol."""
-        stream = await self._host.open_stream(peer, PROTOCOL)
-        try:
-            return await self._converse(stream, asking=True)
-        finally:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + FAREWELL_SECONDS):
-                await stream.aclose()
+        async with open_messages(self._host, peer, PROTOCOL, HELLO) as messages:
+            return await self._converse(messages, asking=True)
 
     async def _answer(self, stream: Stream) -> None:
         """The peer's hello, or its ticket."""
@@ -256,159 +214,130 @@ class MembershipService:
             return
         self._streams[peer] += 1
         try:
-            turned = await self._converse(stream, asking=False)
+            rejected = await self._converse(MessageStream(stream, HELLO), asking=False)
         finally:
             self._streams[peer] -= 1
             if not self._streams[peer]:
                 del self._streams[peer]
-        if turned is not None:
-            await self._turn_away(peer, turned)
+        if rejected is not None:
+            await self._reject(peer, rejected)
 
-    async def _converse(self, stream: Stream, *, asking: bool) -> Turned | None:
+    async def _converse(self, messages: MessageStream[Message], *, asking: bool) -> Rejected | None:
         """One stream to its end; how it was refused, or None.
 
         Raises PeerUnreachable when the stream breaks before the outcome is known.
         """
-        peer, session = stream.peer, self._session(stream.peer)
-        machine = session.machine
-        turned: Turned | None = None
-        try:
-            out, facts = session.do(Begin(), *self._times()) if asking else (b"", ())
-            until = math.inf
-            while True:
-                turned = await self._perform(stream, session, out, facts) or turned
-                if machine.state in CLOSED and until == math.inf:
-                    await stream.send_eof()
-                    # The last word of the other side: its roster, or that it has read our refusal.
-                    until = trio.current_time() + (
-                        HELLO_SECONDS if machine.state is Step.ADMITTED else FAREWELL_SECONDS
-                    )
-                data: bytes | None = None
-                with trio.move_on_at(until if machine.deadline is None else machine.deadline):
-                    data = await stream.receive_some()
-                if machine.state in CLOSED and not data:
-                    return turned
-                if data == b"":
-                    raise PeerUnreachable(f"{short(peer)} hung up in the middle of the hello", peer=peer)
-                if data is None:
-                    out, facts = session.do(Expired(), *self._times())
-                elif machine.state is Step.REFUSED:
-                    out, facts = b"", ()  # the answer has been given, whatever it says now
-                else:
-                    out, facts = session.receive(data, *self._times())
-        except PeerUnreachable:
-            if machine.state in CLOSED:
-                return turned
-            raise
-        except RemoteProtocolError as error:
-            await stream.reset()
-            if turned is None:
-                reason = refusal_of(peer, f"it broke the rules of {PROTOCOL}: {error}")
-                turned = Turned(code=STRANGER, reason=reason, by_us=True)
-                self._note_refusal(peer, turned)
-            return turned
-
-    def _session(self, peer: PeerId) -> HelloSession:
+        peer = messages.peer
         machine = HelloMachine(
             theirs=peer,
             credentials=self._credentials,
-            trust=self._trust,
-            nonce=self._random_bytes(NONCE_BYTES),
+            trust=self._registry.trust,
+            nonce=self._registry.random_bytes(NONCE_BYTES),
             now=trio.current_time(),
         )
-        return HelloSession(machine)
+        rejected: Rejected | None = None
+        try:
+            effects = machine.handle(Begin(), *self._times()) if asking else ()
+            until = math.inf
+            while True:
+                rejected = await self._perform(messages, machine, effects) or rejected
+                if machine.state in CLOSED and until == math.inf:
+                    await messages.send_eof()
+                    # The last word of the other side: its roster, or that it has read our refusal.
+                    until = trio.current_time() + (HELLO_S if machine.state is Step.ADMITTED else CLOSE_S)
+                said: Message | Expired | None = Expired()
+                with trio.move_on_at(until if machine.deadline is None else machine.deadline):
+                    said = await messages.receive()
+                if machine.state in CLOSED and (said is None or isinstance(said, Expired)):
+                    return rejected
+                if said is None:
+                    raise PeerUnreachable(f"{short(peer)} hung up in the middle of the hello", peer=peer)
+                # Once it is refused it has its answer, whatever it says now.
+                effects = () if machine.state is Step.REFUSED else machine.handle(said, *self._times())
+        except PeerUnreachable:
+            if machine.state in CLOSED:
+                return rejected
+            raise
+        except RemoteProtocolError as error:
+            await messages.reset()
+            if rejected is None:
+                reason = refusal_of(peer, f"it broke the rules of {PROTOCOL}: {error}")
+                rejected = Rejected(code=STRANGER, reason=reason, by_us=True)
+                self._note_refusal(peer, rejected)
+            return rejected
 
     def _times(self) -> tuple[float, int]:
-        return trio.current_time(), self._clock()
+        return trio.current_time(), self._wall()
 
     async def _perform(
-        self, stream: Stream, session: HelloSession, out: bytes, facts: tuple[Effect, ...]
-    ) -> Turned | None:
-        """Act on facts, then send: what a fact changes here must stand before the peer reads the answer."""
-        peer = stream.peer
-        turned: Turned | None = None
-        pending = deque(facts)
+        self, messages: MessageStream[Message], machine: HelloMachine, effects: tuple[Effect, ...]
+    ) -> Rejected | None:
+        """Act, then send: what an effect changes here must stand before the peer reads the answer."""
+        peer = messages.peer
+        rejected: Rejected | None = None
+        out: list[Message] = []
+        pending = deque(effects)
         while pending:
-            match fact := pending.popleft():
+            match effect := pending.popleft():
+                case Send(message):
+                    out.append(message)
                 case Trusted():
-                    self._trust_peer(fact.member, fact.clock_offset_ms)
-                case Settled():
-                    self._welcome(peer)
-                    out += b"".join(pack_message(roster) for roster in self._registry.rosters(self._members))
+                    self._admit(effect.member, effect.clock_offset_ms)
+                case MutuallyAdmitted():
+                    self._complete(peer)
+                    out += self._registry.rosters(self._members)
                 case Redeem():
-                    more, new = session.do(self._decide(peer, fact.join), *self._times())
-                    out += more
-                    pending.extend(new)
-                case Learned():
-                    await self._learn(fact.roster, pass_on=True)
-                case Turned():
-                    turned = fact
-                    self._note_refusal(peer, fact)
-                case Joined() | Send():
-                    raise LocalProtocolError(
-                        f"{type(fact).__name__} on a stream that neither joined nor sends itself"
-                    )
+                    pending.extend(machine.handle(self._decide(peer, effect.join), *self._times()))
+                case RosterReceived():
+                    await self._publish(self._learn(effect.roster))
+                case Rejected():
+                    rejected = effect
+                    self._note_refusal(peer, effect)
+                case Joined():
+                    raise LocalProtocolError("a ticket was granted on a stream that redeems none")
         if out:
-            await stream.send_all(out)
-        return turned
+            await messages.send(*out)
+        return rejected
 
     # Admission
 
-    def _trust_peer(self, member: Member, offset_ms: int) -> None:
+    def _admit(self, member: Member, offset_ms: int) -> None:
+        """It proved its membership; whether it takes ours for proven we do not know yet."""
         self._proven[member.peer] = member
-        self._offsets[member.peer] = offset_ms
-        self._registry.keep(member.peer, member.chain)
+        if self._registry.keep(member.peer, member.chain):
+            self.changes.notify()
         self._host.admit(member.peer, True)
-        if self._health is None:
-            return
         if abs(offset_ms) > CLOCK_WARNING_MS:
             self._health.set("clock-off", peer=short(member.peer), seconds=round(abs(offset_ms) / 1000))
         else:
             self._health.clear("clock-off", peer=short(member.peer))
 
-    def _welcome(self, peer: PeerId) -> None:
+    def _complete(self, peer: PeerId) -> None:
+        """Both sides have admitted each other."""
         member = self._proven[peer]
         if self._members.get(peer) != member:
             self._members[peer] = member
             _log.info("member.admitted", peer=peer, name=member.name, roles=ordered_roles(member.standing.roles))
-            if self._health is not None:
-                for by_us in (True, False):
-                    self._health.clear("refused-peer", peer=_who(peer, by_us=by_us))
-            self._note_change()
+            self._refusals.clear(peer)
+            self.changes.notify()
 
-    def _note_change(self) -> None:
-        self._version += 1
-        self._changed.set()
-        self._changed = trio.Event()
-
-    async def _turn_away(self, peer: PeerId, turned: Turned) -> None:
-        redeemed = peer in self._granted and turned.by_us
+    async def _reject(self, peer: PeerId, rejected: Rejected) -> None:
+        redeemed = peer in self._granted and rejected.by_us
         self._drop(peer)
-        await self._host.disconnect(peer, REDEEMED if redeemed else turned.reason)
+        await self._host.disconnect(peer, REDEEMED if redeemed else rejected.reason)
 
     def _drop(self, peer: PeerId) -> None:
         if self._members.pop(peer, None) is not None:
-            self._note_change()
+            self.changes.notify()
         if self._proven.pop(peer, None) is not None:
             self._host.admit(peer, False)
 
-    def _note_refusal(self, peer: PeerId, turned: Turned) -> None:
+    def _note_refusal(self, peer: PeerId, rejected: Rejected) -> None:
         """Keep it for people. A peer whose ticket was redeemed a moment ago is no stranger, only early."""
-        if peer in self._granted and turned.by_us:
+        if peer in self._granted and rejected.by_us:
             return
-        new = Refusal(at_ms=self._clock(), peer=peer, code=turned.code, sentence=turned.reason, by_us=turned.by_us)
-        for old in self._refusals:
-            if (old.peer, old.code, old.by_us) == (peer, turned.code, turned.by_us):
-                self._refusals.remove(old)
-                new = replace(new, count=old.count + 1)
-                break
-        self._refusals.append(new)
-        self._note_change()
-        _log.warning("peer.refused", peer=peer, code=turned.code, reason=turned.reason, by_us=turned.by_us)
-        if self._health is not None:
-            subject = peer if turned.by_us else self._us
-            reason = turned.reason.removeprefix(refusal_of(subject, ""))
-            self._health.set("refused-peer", peer=_who(peer, by_us=turned.by_us), reason=f"{reason}.")
+        self._refusals.note(peer, rejected)
+        self.changes.notify()
 
     # What the registry learns
 
@@ -418,17 +347,17 @@ class MembershipService:
         except Declined as no:
             return Deny(no.code, str(no))
         self._granted.add(peer)
-        self._note_change()
+        self.changes.notify()
         return Grant(granted)
 
-    async def _learn(self, roster: Roster, *, pass_on: bool) -> None:
+    def _learn(self, roster: Roster) -> tuple[bytes, ...]:
+        """Take what holds; the withdrawals that were new."""
         new_member, withdrawals = self._registry.learn(roster)
         if withdrawals:
             self._review()
         if new_member or withdrawals:
-            self._note_change()
-        if pass_on:
-            await self._publish(withdrawals)
+            self.changes.notify()
+        return withdrawals
 
     async def _publish(self, withdrawals: tuple[bytes, ...]) -> None:
         for roster in packed(withdrawals):
@@ -439,37 +368,40 @@ class MembershipService:
 
         Raises IdentityError when this node may not do that, LocalProtocolError for a word that is no role.
         """
-        await self._learn(Roster(withdrawals=(self._registry.withdrawal(peer, keeps, reason),)), pass_on=True)
+        withdrawal = self._registry.withdrawal(peer, keeps, reason)
+        await self._publish(self._learn(Roster(withdrawals=(withdrawal,))))
 
-    def _worth_passing(self, peer: PeerId, data: bytes) -> bool:
+    def _take_gossip(self, peer: PeerId, data: bytes) -> bool:
         try:
-            return isinstance(HELLO.decode(data), Roster) and peer in self._proven
+            roster = HELLO.decode(data)
         except RemoteProtocolError:
             return False
+        if not isinstance(roster, Roster) or peer not in self._proven:
+            return False
+        self._learn(roster)
+        return True
 
-    async def _listen(self) -> None:
-        async for _, data in self._gossip:
-            roster = HELLO.decode(data)  # the validator has decoded it before
-            if isinstance(roster, Roster):
-                await self._learn(roster, pass_on=False)
+    async def _drain_gossip(self) -> None:
+        async for _ in self._gossip:
+            pass  # the validator has taken it already
 
     async def _review_forever(self) -> None:
         while True:
-            await trio.sleep(REVIEW_SECONDS)
+            await trio.sleep(REVIEW_S)
             withdrawals = self._registry.reload()
             if withdrawals:
-                self._note_change()
+                self.changes.notify()
                 await self._publish(withdrawals)
             self._review()
 
     def _review(self) -> None:
         """Judge every connected member anew: certificates expire, roles are withdrawn."""
-        now = self._clock()
+        now = self._wall()
         for peer, member in list(self._proven.items()):
             try:
-                standing = self._trust.check(member.chain, now)
+                standing = self._registry.trust.check(member.chain, now)
             except Untrusted as no:
-                self._note_refusal(peer, Turned(code=no.code, reason=refusal_of(peer, str(no)), by_us=True))
+                self._note_refusal(peer, Rejected(code=no.code, reason=refusal_of(peer, str(no)), by_us=True))
                 self._drop(peer)
                 continue
             if standing.roles != member.standing.roles:
@@ -477,4 +409,4 @@ class MembershipService:
                 self._proven[peer] = replace(member, standing=standing)
                 if peer in self._members:
                     self._members[peer] = self._proven[peer]
-                    self._note_change()
+                    self.changes.notify()

@@ -19,8 +19,8 @@ from protocols.manifest.messages import FileRef
 Progress = Callable[[int, int], None]  # (bytes verified and written, bytes in all)
 
 
-class Directory(Protocol):
-    """What every node says about itself (`directory.py`)."""
+class Adverts(Protocol):
+    """What every node says about itself (`directory/`)."""
 
     @property
     def changes(self) -> Changes:
@@ -28,6 +28,10 @@ class Directory(Protocol):
 
     def live(self) -> Mapping[PeerId, Advert]:
         """The newest advert of every node that is there, our own included."""
+
+
+class Directory(Adverts, Protocol):
+    """The same, what we say about ourselves, and what is announced (`directory/`)."""
 
     def me(self) -> Advert:
         """Our own advert, with changes that are not published yet."""
@@ -79,6 +83,10 @@ class Content(Protocol):
 class Members(Protocol):
     """Who belongs to our network (`membership.py`)."""
 
+    @property
+    def changes(self) -> Changes:
+        """Whenever a connected member, or anybody's certificate, comes, changes or goes, but not when one expires."""
+
     def roles_of(self, peer: PeerId) -> frozenset[str]:
         """Roles of any peer whose certificate we have seen and that holds now; empty for everybody else."""
 
@@ -121,3 +129,10 @@ class Inventory(Protocol):
 
     def holdings(self) -> tuple[Holding, ...]:
         """What we hold of every release that is announced, and whose manifest is here."""
+
+
+class RecordSigner(Protocol):
+    """The node key."""
+
+    def sign(self, domain: str, payload: bytes) -> bytes:
+        """A signed record (protocols/envelope)."""

@@ -34,6 +34,7 @@ LATE_RATE: Final = 5_000_000  # bytes per second that a slow node fetches; a lar
 REST_SECONDS: Final = 30.0  # after a file could not be fetched
 HANDOVER: Final = "handing-over"  # tag of a node that leaves and holds what nobody else does
 HANDOVER_SECONDS: Final = 15.0  # most time that leaving waits for the copies
+LOW_DISK_BYTES: Final = 256 << 20  # less room on the disk is worth a word
 LAST_PAUSE_SECONDS: Final = 30.0  # most between two files while somebody waits for an answer of ours
 
 _MANIFEST: Final = bytes((1, DAG_CBOR))  # begins the CID of one
@@ -214,6 +215,10 @@ class ReplicationService:
             self._health.set("quota-exceeded", held=held, quota=quota)
         else:
             self._health.clear("quota-exceeded")
+        if usage.free_disk_bytes < LOW_DISK_BYTES:
+            self._health.set("disk-low", free=format_size(usage.free_disk_bytes))
+        else:
+            self._health.clear("disk-low")
 
     def _count(self, shelves: list[Shelf]) -> dict[bytes, int]:
         """Copies of each file of the model. Most looks find the same files in the same places."""

@@ -204,10 +204,6 @@ class Database:
             out[PeerId(peer)] = (*out.get(PeerId(peer), ()), address)
         return out
 
-    def forget_peer(self, peer: PeerId) -> None:
-        with self._transaction():
-            self._db.execute("DELETE FROM peers WHERE peer = ?", (peer,))
-
     # Signed records
 
     def put_record(self, kind: str, signer: str, data: bytes) -> None:

@@ -67,9 +67,6 @@ class MemoryState:
     def _rank(self, peer: PeerId) -> tuple[int, PeerId]:
         return -max(self._seen[peer].values()), peer
 
-    def forget_peer(self, peer: PeerId) -> None:
-        self._seen.pop(peer, None)
-
     # Records
 
     def put_record(self, kind: str, signer: str, data: bytes) -> None:

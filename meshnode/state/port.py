@@ -39,8 +39,6 @@ class Peers(Protocol):
     def known_peers(self) -> Mapping[PeerId, tuple[str, ...]]:
         """Addresses by peer, last seen first."""
 
-    def forget_peer(self, peer: PeerId) -> None: ...
-
 
 class State(Ledger, Records, Peers, Protocol):
     """All of it."""

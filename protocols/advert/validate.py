@@ -1,4 +1,4 @@
-"""What every node checks in an advert or a head before it believes it: SPEC.md, section Validation.
+"""What every node checks in an advert or an announcement before it believes it: SPEC.md, section Validation.
 
 Everything that a receiver computes with later is checked here, so that nobody else has to.
 """
@@ -9,7 +9,18 @@ import ipaddress
 import re
 from typing import Final
 
-from protocols.advert.messages import DRAINING, INTENT, LOADING, SERVING, STATES, Advert, Head, Holding, Serving, Span
+from protocols.advert.messages import (
+    DRAINING,
+    INTENT,
+    LOADING,
+    SERVING,
+    STATES,
+    Advert,
+    Announcement,
+    Holding,
+    Serving,
+    Span,
+)
 from protocols.errors import RemoteProtocolError
 from protocols.ids import DAG_CBOR, DAG_PB, RAW, PeerId, cid_codec, public_key_of
 
@@ -52,17 +63,21 @@ def check_advert(advert: Advert, signer: PeerId) -> None:
         public_key_of(other)
 
 
-def check_head(head: Head, signer: PeerId) -> None:
-    """Raise RemoteProtocolError unless the head is the signer's own and names a release."""
-    if head.peer != signer:
-        raise RemoteProtocolError(f"{signer} signed a head of {head.peer}; a publisher speaks for itself alone")
-    if not head.incarnation or not head.created_ms:
-        raise RemoteProtocolError(f"the head of {signer} has no incarnation or no date")
-    if not _NAME.fullmatch(head.name):
-        raise RemoteProtocolError(f"{head.name!r} is no model name (lower case letters, digits, dots, dashes)")
-    if not _VERSION.fullmatch(head.version):
-        raise RemoteProtocolError(f"{head.version!r} is no version like v1.0.0-0")
-    _check_release(head.manifest, head.variant, signer)
+def check_announcement(announcement: Announcement, signer: PeerId) -> None:
+    """Raise RemoteProtocolError unless it is the signer's own and names a release."""
+    if announcement.peer != signer:
+        raise RemoteProtocolError(
+            f"{signer} signed an announcement of {announcement.peer}; a publisher speaks for itself alone"
+        )
+    if not announcement.incarnation or not announcement.created_ms:
+        raise RemoteProtocolError(f"the announcement of {signer} has no incarnation or no date")
+    if not _NAME.fullmatch(announcement.name):
+        raise RemoteProtocolError(
+            f"{announcement.name!r} is no model name (lower case letters, digits, dots, dashes)"
+        )
+    if not _VERSION.fullmatch(announcement.version):
+        raise RemoteProtocolError(f"{announcement.version!r} is no version like v1.0.0-0")
+    _check_release(announcement.manifest, announcement.variant, signer)
 
 
 def check_address(address: str, peer: PeerId) -> None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
 
-from protocols.advert.messages import ADVERT, HEAD, LEASE_MS, Advert, Head
-from protocols.advert.validate import check_advert, check_head
+from protocols.advert.messages import ADVERT, HEAD, LEASE_MS, Advert, Announcement
+from protocols.advert.validate import check_advert, check_announcement
 from protocols.codec import decode
 from protocols.envelope import Opened, open_record
 from protocols.ids import PeerId
@@ -21,7 +21,7 @@ LEASE_S: Final = LEASE_MS / 1000
 SUSPECT_S: Final = 3.0  # a peer that disconnected is dead after this, unless somebody relays a newer advert
 MAX_ENTRIES: Final = 4096  # twice what the largest network (1024 members) needs
 MAX_STRANGERS: Final = 256  # records of signers whose certificates have not come yet
-PUBLISH: Final = "publish"  # the role that a head needs
+PUBLISH: Final = "publish"  # the role that an announcement needs
 
 Key = tuple[str, PeerId]  # domain, signer
 Version = tuple[int, int]  # incarnation, sequence
@@ -44,11 +44,11 @@ class Entry:
     """The newest record of one signer in one domain."""
 
     version: Version
-    body: Advert | Head
+    body: Advert | Announcement
     payload: bytes
     record: bytes  # as received, to be passed on
     since: float  # when its version was new, by our clock (earlier, if it was old when it reached us)
-    until: float  # end of its lease; infinite for a head
+    until: float  # end of its lease; infinite for an announcement
     cids: frozenset[bytes]  # all holdings of an advert
     roles: frozenset[str]  # of the signer's certificate, when last looked
 
@@ -58,7 +58,7 @@ class Entry:
 
     @property
     def allowed(self) -> bool:
-        """Whether the signer may say this: any member an advert, a publisher a head."""
+        """Whether the signer may say this: any member an advert, a publisher an announcement."""
         return bool(self.roles) if isinstance(self.body, Advert) else PUBLISH in self.roles
 
 
@@ -68,22 +68,22 @@ def _read_advert(opened: Opened) -> Advert:
     return advert
 
 
-def _read_head(opened: Opened) -> Head:
-    head = decode(Head, opened.payload)
-    check_head(head, opened.signer)
-    return head
+def _read_announcement(opened: Opened) -> Announcement:
+    announcement = decode(Announcement, opened.payload)
+    check_announcement(announcement, opened.signer)
+    return announcement
 
 
 @dataclass(frozen=True, slots=True)
 class _Domain:
-    read: Callable[[Opened], Advert | Head]
+    read: Callable[[Opened], Advert | Announcement]
     lease_s: float
 
 
-_DOMAINS: Final = {ADVERT: _Domain(_read_advert, LEASE_S), HEAD: _Domain(_read_head, float("inf"))}
+_DOMAINS: Final = {ADVERT: _Domain(_read_advert, LEASE_S), HEAD: _Domain(_read_announcement, float("inf"))}
 
 
-def _said(body: Advert | Head) -> Advert | Head:
+def _said(body: Advert | Announcement) -> Advert | Announcement:
     """The content of a record without what every renewal changes."""
     return replace(body, sequence=0, issued_ms=0) if isinstance(body, Advert) else replace(body, sequence=0)
 
@@ -123,17 +123,7 @@ class View:
                 return Outcome.KNOWN, key
             self._conflicts[key] = version[0]
             return Outcome.CONFLICT, key
-        roles = known.roles if known is not None and known.allowed else self._roles_of(key[1]) or frozenset()
-        entry = Entry(
-            version=version,
-            body=body,
-            payload=opened.payload,
-            record=data,
-            since=now - age_s,
-            until=now - age_s + domain.lease_s,
-            cids=frozenset(cid for h in body.holdings for cid in h.cids) if isinstance(body, Advert) else frozenset(),
-            roles=roles,
-        )
+        entry = self._entry(key, body, opened.payload, data, now - age_s)
         if entry.until <= now or (known is None and not self._make_room(now, stranger=not entry.allowed)):
             return Outcome.IGNORED, key
         self._entries[key] = entry
@@ -141,6 +131,26 @@ class View:
             return Outcome.STRANGER, key
         same = known is not None and known.until > now and _said(known.body) == _said(body)
         return Outcome.RENEWED if same else Outcome.CHANGED, key
+
+    def write(self, domain: str, body: Advert | Announcement, payload: bytes, record: bytes, now: float) -> None:
+        """Take a record that we have signed ourselves: it is not verified. Never above a newer one under our name."""
+        key = (domain, PeerId(body.peer))
+        known = self._entries.get(key)
+        if known is None or known.version < (body.incarnation, body.sequence):
+            self._entries[key] = self._entry(key, body, payload, record, now)
+
+    def _entry(self, key: Key, body: Advert | Announcement, payload: bytes, record: bytes, since: float) -> Entry:
+        known = self._entries.get(key)
+        return Entry(
+            version=(body.incarnation, body.sequence),
+            body=body,
+            payload=payload,
+            record=record,
+            since=since,
+            until=since + _DOMAINS[key[0]].lease_s,
+            cids=frozenset(cid for h in body.holdings for cid in h.cids) if isinstance(body, Advert) else frozenset(),
+            roles=known.roles if known is not None and known.allowed else self._roles_of(key[1]) or frozenset(),
+        )
 
     def _make_room(self, now: float, *, stranger: bool) -> bool:
         if stranger:
@@ -186,11 +196,15 @@ class View:
             and entry.version[0] > self._conflicts.get(key, -1)
         }
 
+    def next_end(self, now: float) -> float:
+        """When the next lease of an advert ends that counts now; infinite when there is none."""
+        return min((entry.until for entry in self.alive(ADVERT, now).values()), default=float("inf"))
+
     def versions(self) -> dict[Key, Version]:
         """Everything that was ever seen, dead records too: nobody needs to send it again."""
         return {key: entry.version for key, entry in self._entries.items()}
 
-    def lendable(self, now: float) -> dict[Key, tuple[bytes, float]]:
+    def shareable(self, now: float) -> dict[Key, tuple[bytes, float]]:
         """Records worth giving to others, each with its age in seconds: of members, lease running."""
         return {
             key: (entry.record, 0.0 if key[0] == HEAD else max(0.0, now - entry.since))

@@ -20,7 +20,7 @@ from protocols.ids import PeerId, short
 from protocols.membership.messages import (
     CLOCK,
     CODES,
-    HELLO_SECONDS,
+    HELLO_S,
     MAX_CLOCK_MS,
     OTHER_NETWORK,
     PROTOCOL,
@@ -145,7 +145,7 @@ class Trusted:
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
+class MutuallyAdmitted:
     """Both sides have accepted each other."""
 
 
@@ -164,12 +164,12 @@ class Joined:
 
 
 @dataclass(frozen=True, slots=True)
-class Learned:
+class RosterReceived:
     roster: Roster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Turned:
+class Rejected:
     """The conversation ended with a refusal."""
 
     code: str
@@ -177,7 +177,7 @@ class Turned:
     by_us: bool
 
 
-Effect = Send | Trusted | Settled | Redeem | Joined | Learned | Turned
+Effect = Send | Trusted | MutuallyAdmitted | Redeem | Joined | RosterReceived | Rejected
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +223,7 @@ class HelloMachine:
         self, *, theirs: PeerId, credentials: Credentials | None, trust: Trust | None, nonce: bytes, now: float
     ) -> None:
         self.state = State.IDLE
-        self.deadline: float | None = now + HELLO_SECONDS  # seconds, same clock as `now`
+        self.deadline: float | None = now + HELLO_S  # seconds, same clock as `now`
         self._theirs = theirs
         self._ours = credentials
         self._trust = trust
@@ -266,12 +266,12 @@ class HelloMachine:
                 return self._welcomed(event, wall_ms)
             case Refused():
                 code = event.code if event.code in CODES else STRANGER
-                return (Turned(code=code, reason=printable(event.reason), by_us=False),)
+                return (Rejected(code=code, reason=printable(event.reason), by_us=False),)
             case Roster():
                 if self._rosters >= MAX_ROSTERS:
                     raise RemoteProtocolError(f"more than {MAX_ROSTERS} rosters on one stream of {PROTOCOL}")
                 self._rosters += 1
-                return (Learned(event),)
+                return (RosterReceived(event),)
             case BeginJoin():
                 return (Send(event.join),)
             case Join():
@@ -288,7 +288,7 @@ class HelloMachine:
             case Expired():
                 raise Untrusted(
                     STRANGER,
-                    f"it did not prove its membership within {HELLO_SECONDS:.0f} s; ask a member for a ticket",
+                    f"it did not prove its membership within {HELLO_S:.0f} s; ask a member for a ticket",
                 )
             case Ended():
                 return ()
@@ -342,13 +342,13 @@ class HelloMachine:
 
     def _welcomed(self, welcome: Welcome, wall_ms: int) -> tuple[Effect, ...]:
         if self.state is State.CONFIRMING:
-            return (Settled(),)
+            return (MutuallyAdmitted(),)
         ours, _ = self._own()
         if self._round is None or self._member is None:
             raise LocalProtocolError("a Welcome was taken before a Hello")
         self._check_proof(welcome.proof, self._round.proof(ours.secret, "asker"))
         offset = welcome.wall_ms - (self._sent_ms + wall_ms) // 2
-        return (Trusted(self._member, offset), Send(Welcome(wall_ms=wall_ms)), Settled())
+        return (Trusted(self._member, offset), Send(Welcome(wall_ms=wall_ms)), MutuallyAdmitted())
 
     def _check_proof(self, given: bytes | None, wanted: bytes) -> None:
         if given is None or not hmac.compare_digest(given, wanted):
@@ -364,4 +364,4 @@ class HelloMachine:
 
     def _refuse(self, code: str, reason: str) -> tuple[Effect, ...]:
         text = printable(reason)[:500]
-        return (Send(Refused(code=code, reason=text)), Turned(code=code, reason=text, by_us=True))
+        return (Send(Refused(code=code, reason=text)), Rejected(code=code, reason=text, by_us=True))

@@ -31,7 +31,7 @@ MAX_CERTIFICATE: Final = 640  # bytes of a signed certificate; ours have about 3
 MAX_WITHDRAWAL: Final = 2048  # bytes of a signed withdrawal; chain and reason inside
 MAX_MESSAGE: Final = 64 * 1024  # bytes; a Roster of 24 longest chains fits, and one gossip message carries it
 MAX_CLOCK_MS: Final = 600_000  # clocks that differ by more can't agree on what has expired
-HELLO_SECONDS: Final = 5.0  # from the connection to the last Welcome
+HELLO_S: Final = 5.0  # from the connection to the last Welcome
 
 NONCE_BYTES: Final = 16
 PROOF_BYTES: Final = 32  # HMAC-SHA256

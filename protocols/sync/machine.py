@@ -87,18 +87,18 @@ class SyncMachine:
     def __init__(
         self,
         versions: Mapping[Key, Version],
-        lendable: Mapping[Key, tuple[bytes, float]],
+        shareable: Mapping[Key, tuple[bytes, float]],
         *,
         asking: bool,
     ) -> None:
         """
         Args:
           versions: the newest version we know of every record, also of those that we do not give away.
-          lendable: records that we give away, each with its age in seconds.
+          shareable: records that we give away, each with its age in seconds.
           asking: we opened the stream.
         """
         self._versions = dict(sorted(versions.items(), key=lambda item: _order(item[0]))[:MAX_ENTRIES])
-        self._lendable = {key: value for key, value in lendable.items() if key in self._versions}
+        self._shareable = {key: value for key, value in shareable.items() if key in self._versions}
         self.state = State.START if asking else State.READING
         self._theirs: dict[Key, Version] = {}  # answerer: the asker's digest
         self._wanted: list[Key] = []  # asker: the answerer's wishes
@@ -179,7 +179,7 @@ class SyncMachine:
 
     def _answer(self) -> list[Effect]:
         """Answerer: what the asker lacks, then what we want of it."""
-        lacking = [key for key in self._lendable if self._versions[key] > self._theirs.get(key, (-1, -1))]
+        lacking = [key for key in self._shareable if self._versions[key] > self._theirs.get(key, (-1, -1))]
         wanted = [_name(key) for key, version in self._theirs.items() if version > self._versions.get(key, (-1, -1))]
         names = (Send(Wanted(names=page, more=more)) for page, more in _pages(wanted, MAX_PAGE_ENTRIES))
         return [*self._give(sorted(lacking, key=_order)), *names]
@@ -189,7 +189,7 @@ class SyncMachine:
         limits would refuse: it goes with the next exchange."""
         pages: list[list[Item]] = [[]]
         page_bytes = total_bytes = 0
-        for record, age_s in (self._lendable[key] for key in keys if key in self._lendable):
+        for record, age_s in (self._shareable[key] for key in keys if key in self._shareable):
             total_bytes += len(record)
             if total_bytes > MAX_RECORDS_BYTES:
                 break

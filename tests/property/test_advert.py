@@ -7,12 +7,12 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocols.advert.messages import ADVERT, HEAD, Advert, Head
-from protocols.advert.validate import check_advert, check_head
+from protocols.advert.messages import ADVERT, HEAD, Advert, Announcement
+from protocols.advert.validate import check_advert, check_announcement
 from protocols.advert.view import View
 from protocols.codec import decode, encode
 from protocols.errors import RemoteProtocolError
-from tests.adverts import advert_of, head_of, peer_of, signed
+from tests.adverts import advert_of, announcement_of, peer_of, signed
 from tests.wire import messages, survives
 
 # A signer writes one content per version, so the content follows from the version.
@@ -23,7 +23,7 @@ RECORDS = [
     for sequence in (1, 2, 3)
     for record in (
         signed(number, advert_of(number, incarnation=incarnation, sequence=sequence, cpus=incarnation + sequence)),
-        signed(number, head_of(number, incarnation=incarnation, sequence=sequence, created_ms=sequence)),
+        signed(number, announcement_of(number, incarnation=incarnation, sequence=sequence, created_ms=sequence)),
     )
 ]
 
@@ -56,11 +56,11 @@ def test_any_advert_is_carried_and_checked_without_another_error(advert: Advert)
 
 
 @settings(max_examples=100)
-@given(messages(Head))
-def test_any_head_is_carried_and_checked_without_another_error(head: Head) -> None:
-    assert decode(Head, encode(head)) == head
+@given(messages(Announcement))
+def test_any_head_is_carried_and_checked_without_another_error(head: Announcement) -> None:
+    assert decode(Announcement, encode(head)) == head
     try:
-        check_head(head, peer_of(1))
+        check_announcement(head, peer_of(1))
     except RemoteProtocolError as error:
         assert len(str(error)) < 1000
 
@@ -69,4 +69,4 @@ def test_any_head_is_carried_and_checked_without_another_error(head: Head) -> No
 @given(st.binary(max_size=100))
 def test_random_bytes_are_no_advert(data: bytes) -> None:
     survives(data, lambda raw: decode(Advert, raw), encode)
-    survives(data, lambda raw: decode(Head, raw), encode)
+    survives(data, lambda raw: decode(Announcement, raw), encode)

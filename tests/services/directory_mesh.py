@@ -14,8 +14,10 @@ import trio
 
 from meshnode.core.clock import VirtualWall
 from meshnode.core.health import Health
+from meshnode.core.signal import Changes
 from meshnode.net.memory_host import MemoryHost, MemoryNetwork
-from meshnode.services.directory import DirectoryService, next_incarnation
+from meshnode.services.directory.directory import DirectoryService, DirectorySettings, next_incarnation
+from meshnode.state.memory_state import MemoryState
 from protocols.envelope import sign_record
 from protocols.ids import PeerId
 from tests.adverts import advert_of, key_of, peer_of
@@ -24,17 +26,30 @@ TOPIC = "/meshnode/directory/test"
 ADMISSION_S = 0.2  # what membership takes to admit a peer that has connected
 
 
-class Records:
-    """Records in memory: what `meshnode/state` keeps on disk."""
+class Members:
+    """The certificates that everybody knows."""
 
     def __init__(self) -> None:
-        self.kept: dict[str, dict[str, bytes]] = {}
+        self.changes = Changes()
+        self.roles: dict[PeerId, frozenset[str]] = {}
 
-    def put_record(self, kind: str, signer: str, data: bytes) -> None:
-        self.kept.setdefault(kind, {})[signer] = data
+    def roles_of(self, peer: PeerId) -> frozenset[str]:
+        return self.roles.get(peer, frozenset())
 
-    def records(self, kind: str) -> dict[str, bytes]:
-        return dict(self.kept.get(kind, {}))
+    def grant(self, peer: PeerId, roles: Iterable[str]) -> None:
+        """A certificate became known; without roles, it was withdrawn."""
+        self.roles[peer] = frozenset(roles)
+        self.changes.notify()
+
+
+class Key:
+    """A node key."""
+
+    def __init__(self, number: int) -> None:
+        self._key = key_of(number)
+
+    def sign(self, domain: str, payload: bytes) -> bytes:
+        return sign_record(self._key, domain, payload)
 
 
 @dataclass
@@ -82,8 +97,8 @@ class Mesh:
         self.network = MemoryNetwork(rng=rng)
         self.rng = rng
         self.wall = VirtualWall()
-        self.roles: dict[PeerId, frozenset[str]] = {}
-        self.stores: dict[int, Records] = {}
+        self.members = Members()
+        self.states: dict[int, MemoryState] = {}
         self.nodes: list[Node] = []
         self._nursery = nursery
         self._admitted: defaultdict[tuple[PeerId, PeerId], trio.Event] = defaultdict(trio.Event)
@@ -99,21 +114,23 @@ class Mesh:
     ) -> Node:
         """Start a node. The same number again is a restart: same key, same store."""
         peer = peer_of(key or number)
-        self.roles[peer] = frozenset(roles)
-        store = self.stores.setdefault(number, Records())
+        self.members.grant(peer, roles)
+        state = self.states.setdefault(number, MemoryState())
         wall = VirtualWall(self.wall(), skew_ms=skew_ms)
-        incarnation = next_incarnation(store, peer, wall())
+        incarnation = next_incarnation(state, peer, wall())
         host, health = self.network.host(peer), Health()
         directory = DirectoryService(
             host,
-            lambda domain, payload: sign_record(key_of(key or number), domain, payload),
-            TOPIC,
+            Key(key or number),
+            self.members,
+            state,
+            health,
             wall,
-            self.roles.get,
-            advert_of(key or number, incarnation=incarnation, roles=tuple(roles), **fields),
-            store,
-            health=health,
-            rng=random.Random(self.rng.random()),
+            DirectorySettings(
+                topic=TOPIC,
+                first=advert_of(key or number, incarnation=incarnation, roles=tuple(roles), **fields),
+                rng=random.Random(self.rng.random()),
+            ),
         )
         node = Node(number, host, directory, health)
         await self._nursery.start(self._run, node)
@@ -123,7 +140,7 @@ class Mesh:
     async def bare(self, number: int, node: Node) -> MemoryHost:
         """A member without a directory, connected to `node`: what somebody hostile can do."""
         host = self.network.host(peer_of(number))
-        self.roles.setdefault(host.peer_id, frozenset({"serve"}))
+        self.members.grant(host.peer_id, ["serve"])
         host.subscribe(TOPIC, lambda forwarder, data: True)
         await self._nursery.start(host.run)
         self._nursery.start_soon(self._admit, host)

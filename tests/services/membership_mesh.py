@@ -16,9 +16,10 @@ from meshnode.membership.enrolment import create_invite, init_network, open_iden
 from meshnode.membership.identity import Identity
 from meshnode.membership.joining import join
 from meshnode.membership.network import load_network
+from meshnode.membership.registry import Registry
 from meshnode.net.memory_host import MemoryHost, MemoryNetwork
 from meshnode.net.port import Stream
-from meshnode.services.membership import MembershipService
+from meshnode.services.membership import Introduction, MembershipService
 from meshnode.state.database import Database
 from protocols.ids import PeerId
 
@@ -32,6 +33,13 @@ def make_host(network: MemoryNetwork, identity: Identity) -> MemoryHost:
 async def echo(stream: Stream) -> None:
     while data := await stream.receive_some():
         await stream.send_all(data)
+
+
+class Nobody:
+    """No stranger may stay."""
+
+    def take_in(self, peer: PeerId) -> bool:
+        return False
 
 
 @dataclass
@@ -139,7 +147,15 @@ class Mesh:
         host = make_host(self.network, identity)
         wall = VirtualWall(self.wall(), skew_ms=skew_ms)
         database, health = Database(Paths(folder).state), Health()
-        service = MembershipService(host, identity, load_network(folder), database, wall, "0.1.0", health=health)
+        membership = load_network(folder)
+        service = MembershipService(
+            host,
+            Registry(identity, membership, database, wall),
+            Nobody(),
+            health,
+            wall,
+            Introduction(name=membership.name, software="0.1.0"),
+        )
         host.handle(ECHO, echo)
         node = Node(name, folder, identity, host, database, service, health, wall)
         await self._nursery.start(self._run, node, passive)

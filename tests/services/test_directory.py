@@ -9,7 +9,10 @@ import trio
 from trio.testing import MockClock
 
 from meshnode.core.errors import Declined, PeerUnreachable
-from meshnode.services.directory import COALESCE_S, MAX_SYNCS, SYNC_SECONDS, next_incarnation
+from meshnode.services.directory.directory import next_incarnation
+from meshnode.services.directory.publisher import COALESCE_S, RENEW_S
+from meshnode.services.directory.sync import MAX_STREAMS, SYNC_S
+from meshnode.state.memory_state import MemoryState
 from protocols.advert.messages import Advert, Holding, Serving, Span
 from protocols.codec import decode, encode
 from protocols.envelope import sign_record
@@ -18,9 +21,8 @@ from protocols.errors import LocalProtocolError
 from protocols.frame import pack
 from protocols.ids import RAW, cid_from_bytes, cid_of, cid_to_bytes
 from protocols.sync.messages import PROTOCOL, SYNC, TIMEOUT_S, Digest, Item, Records
-from tests.adverts import MANIFEST, OTHER_MANIFEST, advert_of, file_cid, head_of, key_of, peer_of, signed
+from tests.adverts import MANIFEST, OTHER_MANIFEST, advert_of, announcement_of, file_cid, key_of, peer_of, signed
 from tests.services.directory_mesh import TOPIC, Mesh, Node, open_mesh
-from tests.services.directory_mesh import Records as Store
 
 
 async def five(mesh: Mesh) -> list[Node]:
@@ -153,7 +155,7 @@ async def test_what_gossip_lost_comes_by_the_next_sync(autojump_clock: MockClock
         await all_see([one, other], within=3)
         mesh.network.set_gossip_loss(1.0)
         head = one.directory.announce(name="m", version="v1.0.0-0", manifest=MANIFEST, variant="int4")
-        await other.until(lambda d: d.announcement() == head, within=1.2 * SYNC_SECONDS + 1)
+        await other.until(lambda d: d.announcement() == head, within=1.2 * SYNC_S + 1)
 
 
 async def test_who_says_goodbye_is_gone_at_once(autojump_clock: MockClock, rng: random.Random) -> None:
@@ -226,7 +228,7 @@ async def test_forged_damaged_and_strange_records_have_no_effect(
             sign_record(key_of(2), "weather", encode(newer)),
             signed(2, replace(newer, addresses=("nonsense",))),
             signed(8, advert_of(8)),  # no certificate
-            signed(9, head_of(9)),  # not a publisher
+            signed(9, announcement_of(9)),  # not a publisher
         ):
             await hostile.publish(TOPIC, record)
         await never_changes_its_mind(one, [one, other], 5)
@@ -284,7 +286,7 @@ async def test_heads_need_the_role_and_the_newest_counts(autojump_clock: MockClo
         assert set(three.directory.announcements()) == {one.peer, two.peer}
         two.directory.announce(name="m", version="v1.1.0-0", manifest=OTHER_MANIFEST, variant="int4", retired=True)
         await three.until(lambda d: d.announcement() == first, within=1)
-        mesh.roles[one.peer] = frozenset({"serve"})  # the certificate was withdrawn
+        mesh.members.grant(one.peer, ["serve"])  # the certificate was withdrawn
         await three.until(lambda d: d.announcement() is None, within=6)
 
 
@@ -430,11 +432,11 @@ async def test_addresses_of_others_and_ages(autojump_clock: MockClock, rng: rand
         one, other = await mesh.start(1), await mesh.start(2)
         await mesh.line(one, other)
         await one.sees_exactly([one, other], within=3)
-        assert one.directory.addresses() == {other.peer: other.host.addresses}
+        assert one.directory.live()[other.peer].addresses == other.host.addresses
         assert one.directory.age_s(one.peer) == 0
         age = one.directory.age_s(other.peer)
         assert age is not None
-        assert 0 <= age <= 2.1
+        assert 0 <= age <= RENEW_S + 0.1
         assert one.directory.age_s(peer_of(77)) is None
 
 
@@ -457,12 +459,12 @@ async def test_a_certificate_that_comes_late_lets_the_advert_count(
 ) -> None:
     async with open_mesh(rng) as mesh:
         one, other = await mesh.start(1), await mesh.start(2)
-        roles = mesh.roles.pop(other.peer)
+        mesh.members.grant(other.peer, [])
         await mesh.line(one, other)
         await never_changes_its_mind(one, [one], 5)
-        mesh.roles[other.peer] = roles
+        mesh.members.grant(other.peer, ["serve"])
         await one.sees_exactly([one, other], within=0.5)
-        del mesh.roles[other.peer]  # withdrawn
+        mesh.members.roles.pop(other.peer)  # expired: nobody is told
         await one.sees_exactly([one], within=6)
 
 
@@ -497,12 +499,12 @@ async def test_a_peer_that_says_nothing_is_not_waited_for(autojump_clock: MockCl
         one, other = await mesh.start(1), await mesh.start(2)
         hostile = await mesh.bare(9, one)
         streams = [await hostile.open_stream(one.peer, PROTOCOL) for _ in range(4)]
-        for stream in streams[MAX_SYNCS:]:  # more than two at once are not even begun
+        for stream in streams[MAX_STREAMS:]:  # more than two at once are not even begun
             with trio.fail_after(0.1), pytest.raises(PeerUnreachable):
                 await stream.receive_some()
         await mesh.line(other, one)
         await one.sees_exactly([one, other], within=3)
-        for stream in streams[:MAX_SYNCS]:
+        for stream in streams[:MAX_STREAMS]:
             with trio.fail_after(TIMEOUT_S + 1), pytest.raises(PeerUnreachable):
                 await stream.receive_some()
 
@@ -512,7 +514,7 @@ async def test_an_unsafe_record_in_a_sync_does_not_spoil_the_others(
 ) -> None:
     async with open_mesh(rng) as mesh:
         one = await mesh.start(1)
-        mesh.roles[peer_of(8)] = frozenset({"serve"})
+        mesh.members.grant(peer_of(8), ["serve"])
         hostile = await mesh.bare(9, one)
         stream = await hostile.open_stream(one.peer, PROTOCOL)
         await stream.send_all(pack(SYNC.encode(Digest(held=()))))
@@ -523,7 +525,7 @@ async def test_an_unsafe_record_in_a_sync_does_not_spoil_the_others(
 
 
 def test_an_incarnation_is_above_all_before_it() -> None:
-    store = Store()
+    store = MemoryState()
     assert next_incarnation(store, peer_of(1), 1000) == 1000
     assert next_incarnation(store, peer_of(1), 500) == 1001
     assert next_incarnation(store, peer_of(1), 2000) == 2000

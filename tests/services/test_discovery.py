@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -14,18 +14,20 @@ from trio.testing import MockClock
 
 from meshnode.core.clock import VirtualWall
 from meshnode.core.errors import PeerUnreachable
+from meshnode.core.health import Health
 from meshnode.net.port import PeerEvent
 from meshnode.services.discovery import (
-    BACKOFF_CAP,
-    BACKOFF_FIRST,
+    BACKOFF_CAP_S,
+    BACKOFF_FIRST_S,
     MAX_PEERS,
-    REMEMBERED_CAP,
-    STEADY_SECONDS,
-    YIELD_SECONDS,
+    REMEMBERED_CAP_S,
+    STEADY_S,
+    YIELD_S,
     DiscoveryService,
 )
 from meshnode.state.database import Database
 from protocols.ids import PeerId
+from tests.adverts import Known
 from tests.unit.membership_actors import peer_of_key
 
 PEERS = sorted(peer_of_key(f"peer {number}") for number in range(80))
@@ -42,6 +44,7 @@ class Dialled:
 
     def __init__(self) -> None:
         self.peer_id = US
+        self.addresses = (address_of(US),)
         self.up: set[str] = set()
         self.dials: list[tuple[float, PeerId, tuple[str, ...]]] = []
         self._connected: set[PeerId] = set()
@@ -81,11 +84,9 @@ class World:
     def __init__(self, database: Database) -> None:
         self.host = Dialled()
         self.database = database
-        self.known: dict[PeerId, tuple[str, ...]] = {}
+        self.known = Known()
+        self.health = Health()
         self.service: DiscoveryService
-
-    def adverts(self) -> Mapping[PeerId, Sequence[str]]:
-        return self.known
 
 
 @asynccontextmanager
@@ -99,8 +100,9 @@ async def world(
         it.service = DiscoveryService(
             it.host,  # type: ignore[arg-type]  # the part of a Host that is used
             database,
+            it.known,
             seeds,
-            it.adverts,
+            it.health,
             random.Random(1),
             VirtualWall(),
         )
@@ -127,17 +129,17 @@ async def test_a_new_advert_is_answered_at_once_by_the_smaller_id_and_later_by_t
 ) -> None:
     async with world(tmp_path) as it:
         it.host.up = {address_of(LARGE), address_of(SMALL)}
-        it.known = {LARGE: (address_of(LARGE),), SMALL: (address_of(SMALL),)}
+        it.known.set({LARGE: (address_of(LARGE),), SMALL: (address_of(SMALL),)})
         first, second = await it.host.dialled(2)
         assert [peer for _, peer, _ in it.host.dials] == [LARGE, SMALL]
         assert first < AT_ONCE
-        assert YIELD_SECONDS <= second < YIELD_SECONDS + AT_ONCE
+        assert YIELD_S <= second < YIELD_S + AT_ONCE
 
 
 async def test_the_other_side_came_first(autojump_clock: MockClock, tmp_path: Path) -> None:
     async with world(tmp_path) as it:
-        it.known = {SMALL: (address_of(SMALL),)}
-        await trio.sleep(YIELD_SECONDS / 2)
+        it.known.set({SMALL: (address_of(SMALL),)})
+        await trio.sleep(YIELD_S / 2)
         it.host.set(SMALL, True)
         await trio.sleep(60)
         assert it.host.dials == []
@@ -148,8 +150,8 @@ async def test_retries_grow_apart_and_are_capped(autojump_clock: MockClock, tmp_
         times = await it.host.dialled(16)
         pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
         for number, pause in enumerate(pauses):
-            whole = min(BACKOFF_CAP, BACKOFF_FIRST * 2**number)
-            assert whole / 2 <= pause <= whole + AT_ONCE
+            whole = min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2**number)
+            assert whole / 2 <= pause <= whole * 1.5 + AT_ONCE
         assert len({round(pause, 3) for pause in pauses[-6:]}) > 3  # jitter
         assert it.service.failures() == {LARGE: f"{LARGE} does not answer"}
         await trio.testing.wait_all_tasks_blocked()
@@ -166,7 +168,7 @@ async def test_a_new_address_is_tried_at_once_however_long_the_pause(
         await it.host.dialled(10)
         before = len(it.host.dials)
         now = trio.current_time() - it.host._began
-        it.known = {LARGE: (address_of(LARGE, 2),)}
+        it.known.set({LARGE: (address_of(LARGE, 2),)})
         it.host.up = {address_of(LARGE, 2)}
         assert (await it.host.dialled(before + 1))[-1] - now < AT_ONCE
         assert address_of(LARGE, 2) in it.host.dials[-1][2]
@@ -176,7 +178,7 @@ async def test_a_lost_connection_is_made_again(autojump_clock: MockClock, tmp_pa
     async with world(tmp_path, [address_of(LARGE)]) as it:
         it.host.up = {address_of(LARGE)}
         await it.host.dialled(1)
-        await trio.sleep(STEADY_SECONDS + 1)
+        await trio.sleep(STEADY_S + 1)
         lost = trio.current_time() - it.host._began
         it.host.set(LARGE, False, "the cable was pulled")
         assert (await it.host.dialled(2))[-1] - lost < AT_ONCE
@@ -192,7 +194,7 @@ async def test_connections_that_do_not_last_are_not_hammered(autojump_clock: Moc
             await trio.testing.wait_all_tasks_blocked()
         assert "another network" in it.service.failures()[LARGE]
         times = await it.host.dialled(12)
-        assert times[-1] - times[-2] >= BACKOFF_CAP / 2
+        assert times[-1] - times[-2] >= BACKOFF_CAP_S / 2
 
 
 async def test_peers_met_before_are_found_again_after_a_restart(autojump_clock: MockClock, tmp_path: Path) -> None:
@@ -205,12 +207,12 @@ async def test_peers_met_before_are_found_again_after_a_restart(autojump_clock: 
 async def test_peers_nobody_speaks_of_are_tried_ever_more_rarely(autojump_clock: MockClock, tmp_path: Path) -> None:
     async with world(tmp_path, remembered=[LARGE]) as it:
         times = await it.host.dialled(14)
-        assert times[-1] - times[-2] >= REMEMBERED_CAP / 2
+        assert times[-1] - times[-2] >= REMEMBERED_CAP_S / 2
 
 
 async def test_we_never_dial_ourselves(autojump_clock: MockClock, tmp_path: Path) -> None:
     async with world(tmp_path, [address_of(US)], remembered=[US]) as it:
-        it.known = {US: (address_of(US),)}
+        it.known.set({US: (address_of(US),)})
         await trio.sleep(60)
         assert it.host.dials == []
 
@@ -229,7 +231,7 @@ async def test_the_mesh_is_full_up_to_its_limit_and_seeds_come_in_always(
     others = [peer for peer in PEERS if peer not in (US, SMALL)]
     async with world(tmp_path) as it:
         it.host.up = {address_of(peer) for peer in PEERS}
-        it.known = {peer: (address_of(peer),) for peer in others}
+        it.known.set({peer: (address_of(peer),) for peer in others})
         await trio.sleep(60)
         assert len(it.host.peers) == MAX_PEERS
         dialled = len(it.host.dials)
@@ -247,8 +249,40 @@ async def test_dead_peers_do_not_hold_up_new_ones(autojump_clock: MockClock, tmp
     async with world(tmp_path, remembered=dead) as it:
         await it.host.dialled(200)
         now = trio.current_time() - it.host._began
-        it.known = {LARGE: (address_of(LARGE),)}
+        it.known.set({LARGE: (address_of(LARGE),)})
         with trio.fail_after(5):
             while not any(peer == LARGE for _, peer, _ in it.host.dials):
                 await it.host._dialled.wait()
         assert it.host.dials[-1][0] - now < AT_ONCE
+
+
+async def test_a_lone_first_node_is_told_how_to_invite(autojump_clock: MockClock, tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        assert [shown.code for shown in it.health.current()] == ["first-node"]
+        it.host.set(LARGE, True)
+        await trio.testing.wait_all_tasks_blocked()
+        assert it.health.current() == []
+
+
+@pytest.mark.parametrize("remembered", [True, False])
+async def test_who_knows_peers_and_reaches_none_is_told_after_a_while(
+    autojump_clock: MockClock, tmp_path: Path, remembered: bool
+) -> None:
+    async with world(tmp_path, [] if remembered else [address_of(LARGE)], remembered=[LARGE] * remembered) as it:
+        await trio.sleep(15)
+        assert it.health.current() == []
+        await trio.sleep(10)
+        (shown,) = it.health.current()
+        assert shown.code == "no-peers" and address_of(US) in shown.text
+        it.host.set(LARGE, True)
+        await trio.testing.wait_all_tasks_blocked()
+        assert it.health.current() == []
+
+
+async def test_nothing_is_done_while_nothing_changes(autojump_clock: MockClock, tmp_path: Path) -> None:
+    async with world(tmp_path, [address_of(LARGE)]) as it:
+        it.host.up = {address_of(LARGE)}
+        await it.host.dialled(1)
+        await trio.testing.wait_all_tasks_blocked()
+        before = trio.lowlevel.current_statistics().seconds_to_next_deadline
+        assert before > 1000

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import trio
 from trio.testing import MockClock
 
+from meshnode.core.health import Health
 from meshnode.services.discovery import DiscoveryService
-from protocols.ids import PeerId
+from tests.adverts import Known
 from tests.services.membership_mesh import Node, open_mesh
 
 
-async def discover(
-    node: Node, nursery: trio.Nursery, seeds: Sequence[str], adverts: Mapping[PeerId, Sequence[str]]
-) -> DiscoveryService:
-    service = DiscoveryService(node.host, node.database, seeds, lambda: adverts, random.Random(node.name), node.wall)
+async def discover(node: Node, nursery: trio.Nursery, seeds: Sequence[str], adverts: Known) -> DiscoveryService:
+    service = DiscoveryService(
+        node.host, node.database, adverts, seeds, Health(), random.Random(node.name), node.wall
+    )
     await nursery.start(service.run)
     return service
 
@@ -35,13 +36,13 @@ async def test_nodes_find_each_other_over_one_seed(autojump_clock: MockClock, tm
     async with open_mesh(tmp_path) as mesh, trio.open_nursery() as nursery:
         ann = await mesh.found("ann")
         nodes = [ann, *[await mesh.enter(name, mesh.ticket(ann)) for name in ("bob", "cleo", "dan")]]
-        adverts: dict[PeerId, Sequence[str]] = {}
+        adverts = Known()
         for node in nodes:
             await discover(node, nursery, [] if node is ann else ann.host.addresses, adverts)
         with trio.fail_after(2):
             for node in nodes[1:]:
                 await node.membership.admitted(ann.peer_id)
-        adverts.update({node.peer_id: node.host.addresses for node in nodes})
+        adverts.set({node.peer_id: node.host.addresses for node in nodes})
         await full(nodes, within=3)
         nursery.cancel_scope.cancel()
 
@@ -51,7 +52,8 @@ async def test_a_mesh_finds_itself_again_when_all_have_restarted(autojump_clock:
         ann = await mesh.found("ann")
         nodes = [ann, *[await mesh.enter(name, mesh.ticket(ann)) for name in ("bob", "cleo")]]
         async with trio.open_nursery() as nursery:
-            adverts = {node.peer_id: node.host.addresses for node in nodes}
+            adverts = Known()
+            adverts.set({node.peer_id: node.host.addresses for node in nodes})
             for node in nodes:
                 await discover(node, nursery, (), adverts)
             await full(nodes, within=10)
@@ -61,7 +63,7 @@ async def test_a_mesh_finds_itself_again_when_all_have_restarted(autojump_clock:
         nodes = [await mesh.start(name) for name in ("cleo", "ann", "bob")]
         async with trio.open_nursery() as nursery:
             for node in nodes:
-                await discover(node, nursery, (), {})
+                await discover(node, nursery, (), Known())
             await full(nodes, within=10)
             nursery.cancel_scope.cancel()
 
@@ -71,7 +73,7 @@ async def test_a_refused_node_is_not_dialled_in_a_loop_and_knows_why(
 ) -> None:
     async with open_mesh(tmp_path) as mesh, trio.open_nursery() as nursery:
         ann, eve = await mesh.found("ann"), await mesh.found("eve", network="elsewhere")
-        service = await discover(eve, nursery, ann.host.addresses, {})
+        service = await discover(eve, nursery, ann.host.addresses, Known())
         await trio.sleep(120)
         (refusal,) = ann.membership.refusals
         assert refusal.code == "other-network"

@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 
-from protocols.advert.messages import ADVERT, HEAD, STATES, Advert, Head, Holding, RoundTrip, Serving, Span
-from protocols.advert.validate import check_advert, check_head
+from protocols.advert.messages import ADVERT, HEAD, STATES, Advert, Announcement, Holding, RoundTrip, Serving, Span
+from protocols.advert.validate import check_advert, check_announcement
 from protocols.advert.view import LEASE_S, MAX_STRANGERS, SUSPECT_S, Outcome, View
 from protocols.codec import encode
 from protocols.envelope import open_record, sign_record
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId, cid_to_bytes
-from tests.adverts import MANIFEST, OTHER_MANIFEST, advert_of, file_cid, head_of, key_of, peer_of, signed
+from tests.adverts import MANIFEST, OTHER_MANIFEST, advert_of, announcement_of, file_cid, key_of, peer_of, signed
 from tests.vectors import Case, hold
 from tests.wire import damaged
 
@@ -77,7 +77,7 @@ BAD_ADVERTS: dict[str, dict[str, Any]] = {
     "two round trips to one peer": {"round_trips": (RoundTrip(peer=peer_of(2), us=1),) * 2},
     "a round trip to nobody": {"round_trips": (RoundTrip(peer="nobody", us=1),)},
 }
-BAD_HEADS: dict[str, dict[str, Any]] = {
+BAD_ANNOUNCEMENTS: dict[str, dict[str, Any]] = {
     "a head of another peer": {"peer": peer_of(2)},
     "a head without incarnation": {"incarnation": 0},
     "a head without a date": {"created_ms": 0},
@@ -97,8 +97,8 @@ def members(peer: PeerId) -> frozenset[str]:
 
 def test_a_full_advert_and_a_head_are_fine() -> None:
     check_advert(FULL, peer_of(1))
-    check_head(head_of(1), peer_of(1))
-    check_head(head_of(1, version="v12.0.3"), peer_of(1))
+    check_announcement(announcement_of(1), peer_of(1))
+    check_announcement(announcement_of(1, version="v12.0.3"), peer_of(1))
     for state in STATES:
         check_advert(advert_of(1, serving=serving(state=state, target=SPAN)), peer_of(1))
 
@@ -109,13 +109,13 @@ def test_a_bad_advert_is_refused(name: str) -> None:
         check_advert(advert_of(1, **BAD_ADVERTS[name]), peer_of(1))
 
 
-@pytest.mark.parametrize("name", BAD_HEADS)
+@pytest.mark.parametrize("name", BAD_ANNOUNCEMENTS)
 def test_a_bad_head_is_refused(name: str) -> None:
     with pytest.raises(RemoteProtocolError):
-        check_head(head_of(1, **BAD_HEADS[name]), peer_of(1))
+        check_announcement(announcement_of(1, **BAD_ANNOUNCEMENTS[name]), peer_of(1))
 
 
-def read(data: bytes) -> Advert | Head:
+def read(data: bytes) -> Advert | Announcement:
     """What a node believes of a record."""
     view = View(members)
     outcome, (domain, signer) = view.accept(data, 0.0)
@@ -126,11 +126,17 @@ def read(data: bytes) -> Advert | Head:
 
 
 def test_vectors() -> None:
-    good: list[Advert | Head] = [advert_of(1), FULL, advert_of(1, leaving=True), head_of(1), head_of(1, retired=True)]
+    good: list[Advert | Announcement] = [
+        advert_of(1),
+        FULL,
+        advert_of(1, leaving=True),
+        announcement_of(1),
+        announcement_of(1, retired=True),
+    ]
     names = ["the least", "everything", "goodbye", "a head", "a retired head"]
     bad = {
         **{name: advert_of(1, **fields) for name, fields in BAD_ADVERTS.items()},
-        **{name: head_of(1, **fields) for name, fields in BAD_HEADS.items()},
+        **{name: announcement_of(1, **fields) for name, fields in BAD_ANNOUNCEMENTS.items()},
     }
     hold(
         "advert",
@@ -179,7 +185,7 @@ def test_a_lease_ends_and_an_old_advert_does_not_renew_it() -> None:
     view.accept(signed(1, advert_of(1)), 10.0)
     assert list(view.alive(ADVERT, LEASE_S - 0.01)) == [peer_of(1)]
     assert not view.alive(ADVERT, LEASE_S)
-    assert not view.lendable(LEASE_S)
+    assert not view.shareable(LEASE_S)
     assert view.versions() == {(ADVERT, peer_of(1)): (1, 1)}  # so that nobody sends it again
     assert view.accept(signed(1, advert_of(1)), 20.0)[0] is Outcome.KNOWN
     assert not view.alive(ADVERT, 20.0)
@@ -211,16 +217,16 @@ def test_who_leaves_is_gone_at_once_but_the_goodbye_is_passed_on() -> None:
     view.accept(signed(1, advert_of(1)), 0.0)
     assert view.accept(signed(1, advert_of(1, sequence=2, leaving=True)), 1.0)[0] is Outcome.CHANGED
     assert not view.alive(ADVERT, 1.0)
-    assert view.lendable(1.0)
+    assert view.shareable(1.0)
 
 
 def test_two_contents_under_one_number_end_the_belief_until_the_next_start() -> None:
     view = View(members)
     view.accept(signed(1, advert_of(1, cpus=1)), 0.0)
-    view.accept(signed(1, head_of(1)), 0.0)
+    view.accept(signed(1, announcement_of(1)), 0.0)
     assert view.accept(signed(1, advert_of(1, cpus=2)), 0.0)[0] is Outcome.CONFLICT
     assert not view.alive(ADVERT, 0.0)
-    assert list(view.lendable(0.0)) == [(HEAD, peer_of(1))]
+    assert list(view.shareable(0.0)) == [(HEAD, peer_of(1))]
     assert view.accept(signed(1, advert_of(1, sequence=2)), 0.0)[0] is Outcome.IGNORED
     assert view.accept(signed(1, advert_of(1, incarnation=2, cpus=1)), 0.0)[0] is Outcome.CHANGED
     assert view.alive(ADVERT, 0.0)
@@ -231,9 +237,9 @@ def test_heads_last_and_need_the_role() -> None:
     roles: dict[PeerId, frozenset[str]] = {peer_of(1): frozenset({"serve"})}
     view = View(roles.get)
     for number in (1, 2):
-        assert view.accept(signed(number, head_of(number)), 0.0)[0] is Outcome.STRANGER
+        assert view.accept(signed(number, announcement_of(number)), 0.0)[0] is Outcome.STRANGER
     assert not view.alive(HEAD, 0.0)
-    assert not view.lendable(0.0)
+    assert not view.shareable(0.0)
     roles[peer_of(2)] = frozenset({"publish"})
     assert view.review(strangers_only=True)
     assert list(view.alive(HEAD, 1e9)) == [peer_of(2)]

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import re
 import string
+from pathlib import Path
 
 import pytest
 
-from meshnode.core.health import WARNINGS, Health, Severity
+from meshnode.core.health import CODES, Health, Severity
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Clock:
@@ -31,7 +34,7 @@ def test_a_warning_is_shown_only_after_its_delay() -> None:
 def test_the_most_severe_comes_first() -> None:
     health = Health(Clock())
     health.set("refused-peer", peer="a", reason="Its invite has expired.")
-    health.set("no-model")
+    health.set("disk-low", free="1MB")
     health.set("does-not-fit", model="m", memory="1MB", needed="2MB")
     assert [w.severity for w in health.current()] == [Severity.HIGH, Severity.MEDIUM, Severity.LOW]
 
@@ -58,9 +61,9 @@ def test_an_unknown_code_and_a_missing_fact_are_bugs() -> None:
         health.set("no-peers")
 
 
-@pytest.mark.parametrize("code", WARNINGS)
+@pytest.mark.parametrize("code", CODES)
 def test_every_sentence_is_one(code: str) -> None:
-    warning = WARNINGS[code]
+    warning = CODES[code]
     assert re.fullmatch(r"[a-z]+(-[a-z]+)*", code)
     facts = {name for _, name, _, _ in string.Formatter().parse(warning.sentence) if name}
     assert warning.per is None or warning.per in facts
@@ -77,3 +80,14 @@ def test_a_reason_ends_before_the_next_sentence_begins() -> None:
         health.set("engine-restarting", failures=1, reason=reason)
         (warning,) = health.current()
         assert "the disk is full. It is started again" in warning.text
+
+
+def calls(method: str) -> set[str]:
+    """First arguments of every `….health.<method>("…")` of the runtime."""
+    called = re.compile(rf"health\.{method}\(\s*\"([a-z-]+)\"")
+    return {code for path in (ROOT / "meshnode").rglob("*.py") for code in called.findall(path.read_text())}
+
+
+def test_every_code_is_set_somewhere_and_ends() -> None:
+    assert calls("set") == CODES.keys()
+    assert {code for code, entry in CODES.items() if entry.lasts_s is None} <= calls("clear")

@@ -23,17 +23,17 @@ from protocols.membership.machine import (
     Expired,
     Grant,
     Joined,
-    Learned,
+    MutuallyAdmitted,
     Redeem,
+    Rejected,
+    RosterReceived,
     Send,
-    Settled,
     State,
     Trusted,
-    Turned,
 )
 from protocols.membership.messages import (
     HELLO,
-    HELLO_SECONDS,
+    HELLO_S,
     MAX_CLOCK_MS,
     SEALED_BYTES,
     Granted,
@@ -87,12 +87,12 @@ class Pair:
                 else:
                     self.deliver("asker", self.asker.handle(message, 0, NOW_MS))
 
-    def turned(self, side: str) -> Turned:
-        (fact,) = (fact for fact in self.facts[side] if isinstance(fact, Turned))
+    def turned(self, side: str) -> Rejected:
+        (fact,) = (fact for fact in self.facts[side] if isinstance(fact, Rejected))
         return fact
 
 
-def refusal(pair: Pair, by: str) -> Turned:
+def refusal(pair: Pair, by: str) -> Rejected:
     """The refusal, known to both sides with the same words."""
     other = "asker" if by == "answerer" else "answerer"
     assert pair.asker.state is pair.answerer.state is State.REFUSED
@@ -105,7 +105,7 @@ def test_two_members_accept_each_other_and_measure_their_clocks() -> None:
     pair = Pair(W.credentials("ann"), W.credentials("ann", "bob"), skew_ms=4000).run()
     assert pair.asker.state is pair.answerer.state is State.ADMITTED
     seen = {side: [type(fact) for fact in facts] for side, facts in pair.facts.items()}
-    assert seen == {"asker": [Trusted, Settled], "answerer": [Trusted, Settled]}
+    assert seen == {"asker": [Trusted, MutuallyAdmitted], "answerer": [Trusted, MutuallyAdmitted]}
     ours, theirs = pair.facts["asker"][0], pair.facts["answerer"][0]
     assert isinstance(ours, Trusted) and isinstance(theirs, Trusted)
     assert (ours.member.peer, ours.member.name, ours.clock_offset_ms) == (peer_of_key("bob"), "bob", 4000)
@@ -178,7 +178,7 @@ def test_an_asker_without_proof_or_with_a_reflected_one() -> None:
         assert isinstance(answer, Send) and isinstance(answer.message, Hello)
         proof = None if forged is None else answer.message.proof
         effects = pair.answerer.handle(Welcome(wall_ms=NOW_MS, proof=proof), 0, NOW_MS)
-        assert [type(effect) for effect in effects] == [Send, Turned]
+        assert [type(effect) for effect in effects] == [Send, Rejected]
         assert pair.answerer.state is State.REFUSED
 
 
@@ -191,9 +191,9 @@ def test_clocks_that_are_too_far_apart(skew_ms: int) -> None:
 
 def test_silence_is_refused_when_the_deadline_has_passed() -> None:
     pair = Pair(W.credentials("ann"), W.credentials("bob"))
-    assert pair.answerer.deadline == HELLO_SECONDS
-    effects = pair.answerer.handle(Expired(), HELLO_SECONDS, NOW_MS)
-    assert isinstance(effects[1], Turned) and effects[1].code == "stranger"
+    assert pair.answerer.deadline == HELLO_S
+    effects = pair.answerer.handle(Expired(), HELLO_S, NOW_MS)
+    assert isinstance(effects[1], Rejected) and effects[1].code == "stranger"
     assert "within 5 s" in effects[1].reason
 
 
@@ -231,7 +231,7 @@ def test_an_unknown_code_and_escape_sequences_of_a_peer_are_made_harmless() -> N
     pair = Pair(W.credentials("ann"), W.credentials("bob"))
     pair.asker.handle(Begin(), 0, NOW_MS)
     (turned,) = pair.asker.handle(Refused(code="because", reason="\x1b[2Jno\n"), 0, NOW_MS)
-    assert turned == Turned(code="stranger", reason="·[2Jno·", by_us=False)
+    assert turned == Rejected(code="stranger", reason="·[2Jno·", by_us=False)
 
 
 def test_what_a_state_does_not_allow_changes_nothing() -> None:
@@ -249,7 +249,7 @@ def test_what_a_state_does_not_allow_changes_nothing() -> None:
 def test_rosters_are_bounded() -> None:
     pair = Pair(W.credentials("ann"), W.credentials("bob")).run()
     for _ in range(MAX_ROSTERS):
-        assert pair.asker.handle(Roster(), 0, NOW_MS) == (Learned(Roster()),)
+        assert pair.asker.handle(Roster(), 0, NOW_MS) == (RosterReceived(Roster()),)
     with pytest.raises(RemoteProtocolError, match="rosters"):
         pair.asker.handle(Roster(), 0, NOW_MS)
 

@@ -235,4 +235,4 @@ def test_damaged_messages_are_refused_or_canonical() -> None:
 
 def test_the_machine_is_generic() -> None:
     """It knows nothing of what the records say."""
-    assert not {"Advert", "Head"} & set(vars(sync))
+    assert not {"Advert", "Announcement"} & set(vars(sync))
