@@ -97,7 +97,7 @@ def test_a_damaged_file(node: Member) -> None:
 
 
 def test_a_manifest_with_a_bad_signature(mesh: Mesh, node: Member) -> None:
-    manifest = Cid(node.status()["model"]["manifest"])
+    manifest = Cid(node.status().model.manifest)
     store = BlobStore(Paths(node.folder).content, QUOTA_BYTES)
     try:
         block = store.block(manifest)
@@ -121,5 +121,5 @@ def test_a_manifest_with_a_bad_signature(mesh: Mesh, node: Member) -> None:
     with Database(Paths(node.folder).state) as database:
         releases.serve_later(database, cid, "int4")
     mesh.up()
-    status = node.wait_for(lambda s: s["model"] is not None, READY_SECONDS, "finding the model again")
-    assert status["model"]["manifest"] == manifest, "the forged one is not served, and hinders nothing"
+    status = node.wait_for(lambda s: s.model is not None, READY_SECONDS, "finding the model again")
+    assert status.model.manifest == manifest, "the forged one is not served, and hinders nothing"
