@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-quick test-process test-model test-ipfs check bench bench-ipfs clean
+.PHONY: setup demo sim test test-quick test-process test-model test-ipfs check bench bench-ipfs clean
 
 setup: $(STAMP)
 
@@ -15,6 +15,10 @@ $(STAMP): pyproject.toml requirements.lock scripts/setup
 # A bootstrap peer and three nodes answer a question; the receipt is build/demo.json.
 demo: setup
 	$(BIN)/meshnode demo --cache build/cache --json build/demo.json
+
+# Twenty whole nodes in virtual time: join, place a model, lose five, split and heal.
+sim: setup
+	$(BIN)/python -m meshnode.sim --nodes 20
 
 check: setup
 	$(BIN)/ruff check .

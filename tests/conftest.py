@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 SEED = int(os.environ.get("SEED", random.SystemRandom().randrange(1 << 31)))
@@ -22,3 +24,11 @@ def pytest_report_header() -> str:
 def rng() -> random.Random:
     """Randomness of one test; repeat a failure with the SEED printed in the header."""
     return random.Random(SEED)
+
+
+@pytest.fixture(autouse=True)
+def logs_as_they_were() -> Iterator[None]:
+    """A test that sets up logs into a file of its own must not leave a closed one to the next test."""
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)

@@ -5,6 +5,7 @@ Works in virtual time: nothing here reads a clock but trio's. Gossip floods over
 
 from __future__ import annotations
 
+import contextvars
 import itertools
 import random
 from collections import OrderedDict, deque
@@ -144,13 +145,13 @@ class MemoryStream:
     async def aclose(self) -> None:
         self._outgoing.end("this side of the stream is closed", clean=True)
         self._incoming.reset("the stream is closed")
-        self._connection.streams.discard(self)
+        self._connection.streams.pop(self, None)
         await trio.lowlevel.checkpoint()
 
     async def reset(self) -> None:
         self._outgoing.reset("the stream was reset")
         self._incoming.reset("the stream was reset")
-        self._connection.streams.discard(self)
+        self._connection.streams.pop(self, None)
         await trio.lowlevel.checkpoint()
 
     def lose(self) -> None:
@@ -162,7 +163,7 @@ class MemoryStream:
 class _Connection:
     one: MemoryHost
     other: MemoryHost
-    streams: set[MemoryStream] = field(default_factory=set)
+    streams: dict[MemoryStream, None] = field(default_factory=dict)  # in the order of their opening
     closed: bool = False  # by one end; the other one may not know yet
     gone: trio.Event = field(default_factory=trio.Event)  # at both ends
 
@@ -260,6 +261,7 @@ class MemoryHost:
         self._seen: OrderedDict[tuple[PeerId, int], None] = OrderedDict()
         self._numbers = itertools.count(1)
         self._nursery: trio.Nursery | None = None
+        self._context = contextvars.copy_context()
         self.roster = Roster()
         self.connections: dict[PeerId, _Connection] = {}
 
@@ -282,6 +284,7 @@ class MemoryHost:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         self._network.kill(self._peer)  # a node that is started again takes the place of its former self
         self._network.hosts[self._peer] = self
+        self._context = contextvars.copy_context()
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
@@ -389,13 +392,14 @@ class MemoryHost:
         out, into = _Pipe(there), _Pipe(back)
         ours = MemoryStream(peer, connection, into, out)
         theirs = MemoryStream(self._peer, connection, out, into)
-        connection.streams |= {ours, theirs}
+        connection.streams |= {ours: None, theirs: None}
         far._start(far._table.run, protocol, theirs)
         return ours
 
     def _start(self, function: Callable[..., Awaitable[None]], *arguments: object) -> None:
         if self._nursery is not None:
-            self._nursery.start_soon(function, *arguments)
+            # In the context of this node, not of the one that caused it: its log lines are this node's.
+            self._context.copy().run(self._nursery.start_soon, function, *arguments)
 
     async def publish(self, topic: str, data: bytes) -> None:
         if len(data) > MAX_GOSSIP_BYTES:

@@ -297,7 +297,7 @@ class DirectoryService:
                 reviewed = self._now()
             changed = self._view.review(strangers_only=not everybody)
             lively = frozenset(self._view.alive(ADVERT, self._now()))
-            for peer in self._lively - lively:
+            for peer in sorted(self._lively - lively):
                 _log.info("peer.expired", peer=peer)
             if changed:
                 self._keep_heads()
