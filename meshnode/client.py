@@ -146,7 +146,7 @@ class Client:
 
         variant: its precision, such as int4; None: the one in which the node knows it.
 
-        Raises Declined `no-model`, with what there is.
+        Raises ModelError, with what there is.
         """
         self._done("serve", SECONDS, model=model, variant=variant)
 

@@ -57,7 +57,7 @@ async def open_node(
         control = ControlService(data.paths.control_socket, commands.table, commands.name_peers)
         async with trio.open_nursery() as nursery:
             await nursery.start(node.run, control)
-            async with LocalNode(node, commands) as local:
+            async with LocalNode(node) as local:
                 yield local
             local.leave()
             await local.wait_stopped()
@@ -66,8 +66,9 @@ async def open_node(
 class LocalNode(AsyncClient):
     """A node in this process: what a client of it can do, and more."""
 
-    def __init__(self, node: Node, commands: Commands) -> None:
-        super().__init__(_Direct(commands))
+    def __init__(self, node: Node) -> None:
+        """`node`: runs already."""
+        super().__init__(_Direct(Commands(node)))
         self._node = node
 
     @property
