@@ -32,8 +32,11 @@ NO_COPIES = (("content.replicas", 1),)  # where a test counts what serving alone
 READY_SECONDS = 60.0  # generous: the machine may be busy with other things
 
 
-def small_model(folder: Path, *, layers: int = LAYERS, layer_bytes: int = 1 << 16) -> Path:
-    """A folder as the publisher writes it. The weights are noise: the null engine never opens them."""
+def small_model(folder: Path, *, layers: int = LAYERS, layer_bytes: int = 1 << 16, template: str = "") -> Path:
+    """A folder as the publisher writes it. The weights are noise: the null engine never opens them.
+
+    template: for chats; none without it.
+    """
     noise = random.Random(7)
     folder.mkdir(parents=True)
 
@@ -60,6 +63,9 @@ def small_model(folder: Path, *, layers: int = LAYERS, layer_bytes: int = 1 << 1
         "layers": [write(f"layer.{i}", noise.randbytes(layer_bytes)) for i in range(layers)],
         "head": write("head", noise.randbytes(20_000)),
     }
+    files = {"tokenizer.json": write("tokenizer.json", json.dumps(tokenizer).encode())}
+    if template:
+        files["chat_template.jinja"] = write("chat_template.jinja", template.encode())
     index = {
         "name": "small-noise",
         "architecture": {
@@ -74,7 +80,7 @@ def small_model(folder: Path, *, layers: int = LAYERS, layer_bytes: int = 1 << 1
             "bos_ids": [],
             "eos_ids": [],
         },
-        "files": {"tokenizer.json": write("tokenizer.json", json.dumps(tokenizer).encode())},
+        "files": files,
         "variants": {"int4": variant},
     }
     (folder / "index.json").write_text(json.dumps(index))
