@@ -1,33 +1,224 @@
-"""The command line's side of a node's control socket: blocking, standard library only, so that it starts fast."""
+"""Talk to the node that runs on this device: blocking, standard library only, so that programs start fast.
+
+with meshnode.connect() as node:
+    print(node.generate("Why is the sky blue?").text)
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Final, Self, Unpack
 
-from meshnode.core.errors import FatalError
-from meshnode.core.paths import Paths
+from meshnode.api.messages import Answer, Json, Piece, Status, read_error
+from meshnode.api.question import Options, Prompt, Question, question
+from meshnode.core.errors import Declined, NodeError, NotRunning
+from meshnode.core.paths import Paths, data_folder
 
-Json = dict[str, Any]
-
-
-class NodeError(FatalError):
-    """What the node answered instead of what was asked for."""
-
-    exit_code = 6
-
-    def __init__(self, code: str, text: str) -> None:
-        super().__init__(text)
-        self.code = code
+SECONDS: Final = 10.0  # for an answer that a node has at hand
+GRACE_SECONDS: Final = 10.0  # beside the time that a command itself takes
+FETCH_SECONDS: Final = 120.0  # a node says within this time that a fetch goes on, or why it does not
 
 
-class NotRunning(FatalError):
-    """No node runs in this data folder."""
+def connect(data: str | os.PathLike[str] | None = None, *, timeout: float | None = None) -> Client:
+    """The node that runs on this device; use it in `with`.
 
-    exit_code = 7
+    Args:
+      data: its data folder; None: $MESHNODE_DATA, else the one in your home, as the command line finds it.
+      timeout: longest silence in seconds while an answer comes; None waits for ever.
+
+    Raises NotRunning, with what to do.
+    """
+    client = Client(data_folder(None if data is None else Path(data), os.environ), timeout=timeout)
+    client.check()
+    return client
+
+
+class Stream(Iterator[Piece]):
+    """An answer as it comes: iterate over its pieces. Closing it early cancels the generation on every stage.
+
+    `answer`: the whole answer with its receipt, once the last piece has come; None before.
+    """
+
+    def __init__(self, answers: Iterator[Json], waiting: Callable[[str], None]) -> None:
+        self.answer: Answer | None = None
+        self._answers = answers
+        self._waiting = waiting
+
+    def __next__(self) -> Piece:
+        for answer in self._answers:
+            if "waiting" in answer:
+                self._waiting(answer["waiting"])
+            elif "done" in answer:
+                self.answer = Answer.read(answer["done"])
+            else:
+                return Piece(answer["text"], answer["token"])
+        raise StopIteration
+
+    def whole(self) -> Answer:
+        """The rest of it. Raises what iterating raises."""
+        for _ in self:
+            pass
+        if self.answer is None:
+            raise NodeError("gone", "the stream was closed before its answer was complete")
+        return self.answer
+
+    def close(self) -> None:
+        """Stop the generation, unless it is over. Nothing else is affected."""
+        self._answers.close()  # type: ignore[attr-defined] # a generator
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Client:
+    """One node. Each call has a connection of its own: a client may be used by several threads."""
+
+    def __init__(self, folder: Path, *, timeout: float | None = None) -> None:
+        """`folder`: the node's data folder; `timeout`: see `connect`. Nothing is opened."""
+        self.folder = folder
+        self._timeout = timeout
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    # ------------------------------------------------------------ asking
+
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
+        """The whole answer to a text, to chat messages ({"role", "content"}), or to token ids.
+
+        Raises:
+          BadRequest: the question can't be asked like this. Declined: the mesh says no, with a code.
+          PeerUnreachable: a node was lost on the way. NotRunning. NodeError.
+        """
+        return self.ask(question(prompt, options)).whole()
+
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
+        """The answer piece by piece. Raises as `generate`, most of it only when the first piece is asked for."""
+        return self.ask(question(prompt, options))
+
+    def ask(self, question: Question, *, waiting: Callable[[str], None] = lambda why: None) -> Stream:
+        """The answer to a question that was read already.
+
+        waiting: called with the reason when the mesh is not ready yet and the node waits for it.
+        """
+        return Stream(self.request("generate", self._timeout, **question.as_json()), waiting)
+
+    # ------------------------------------------------------------ the node
+
+    def check(self) -> None:
+        """Raises NotRunning, with what to do, when nobody listens."""
+        _connect(self.folder, SECONDS).close()
+
+    def is_running(self) -> bool:
+        """Whether a node listens."""
+        try:
+            self.check()
+        except NotRunning:
+            return False
+        return True
+
+    def status(self, *, timeout: float = SECONDS) -> Status:
+        """Everything that `meshnode status` shows. Raises NotRunning, NodeError."""
+        return Status.read(self._done("status", timeout))
+
+    def wait_ready(self, seconds: float = 60.0) -> None:
+        """Until a token has passed through the whole chain of layers. Raises Declined `not-ready` with the reason."""
+        answer = self._done("ready", seconds + GRACE_SECONDS, seconds=seconds)
+        if not answer["ready"]:
+            raise Declined("not-ready", f"the mesh is not ready after {seconds:g} s: {answer['readiness']}")
+
+    def serve(self, model: str, *, variant: str | None = None) -> None:
+        """Have the network serve a model that this node knows: its name, name@version, or the CID of its manifest.
+
+        variant: its precision, such as int4; None: the one in which the node knows it.
+
+        Raises ModelError, with what there is.
+        """
+        self._done("serve", SECONDS, model=model, variant=variant)
+
+    def fetch_manifest(self, manifest: str) -> None:
+        """Have the manifest of a model, by its CID, in the node's store. Raises ContentUnavailable."""
+        self._done("fetch-manifest", FETCH_SECONDS, manifest=manifest)
+
+    def pin(
+        self, manifest: str, variant: str, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> int:
+        """Have every file of one variant on this node, and keep it; its bytes.
+
+        progress: called with the bytes that are here, and with all.
+        """
+        for answer in self.request("pin", FETCH_SECONDS, manifest=manifest, variant=variant):
+            if "done" in answer:
+                return int(answer["done"]["bytes"])
+            progress(answer["fetched"], answer["total"])
+        raise gone(self.folder)
+
+    def stop(self) -> None:
+        """Have the node hand over its layers and stop. Returns as soon as it has begun to."""
+        self._done("stop", SECONDS)
+
+    # ------------------------------------------------------------ the socket
+
+    def _done(self, name: str, timeout: float, **fields: Any) -> Any:
+        for answer in self.request(name, timeout, **fields):
+            if "done" in answer:
+                return answer["done"]
+        raise gone(self.folder)
+
+    def request(self, name: str, timeout: float | None, **fields: Any) -> Iterator[Json]:
+        """Send a command as the control socket takes it (meshnode/api/control.py); its answers one by one.
+
+        timeout: longest silence before an answer, in seconds; None waits for ever.
+
+        Raises NotRunning, NodeError, or what the node answers with.
+        """
+        with _connect(self.folder, timeout) as connection:
+            with suppress(ConnectionError):  # it refused and hung up: its answer says why
+                connection.sendall(request_line(name, fields))
+            with connection.makefile("rb") as lines:
+                try:
+                    for line in lines:
+                        answer = read_line(line)
+                        yield answer
+                        if "done" in answer:
+                            return
+                except TimeoutError:
+                    raise not_within(self.folder, timeout) from None
+                except ConnectionError:
+                    pass
+        raise gone(self.folder)
+
+
+def request_line(name: str, fields: Mapping[str, Any]) -> bytes:
+    """A command for the control socket."""
+    return json.dumps({"do": name, **fields}).encode() + b"\n"
+
+
+def read_line(line: bytes) -> Json:
+    """One answer. Raises the error that it is."""
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise NodeError("gone", "the node broke off in the middle of an answer")
+    if "error" in answer:
+        raise read_error(answer["error"])
+    return answer
 
 
 def not_running(folder: Path) -> NotRunning:
@@ -40,53 +231,19 @@ def not_running(folder: Path) -> NotRunning:
     return NotRunning(f"No node runs in {folder}. Start it with: meshnode start --data {folder}")
 
 
-def is_running(folder: Path) -> bool:
-    """Whether a node answers in this data folder."""
-    try:
-        _connect(folder, 2.0).close()
-    except NotRunning:
-        return False
-    return True
+def gone(folder: Path) -> NodeError:
+    """The node went away."""
+    return NodeError("gone", f"the node in {folder} stopped while it was answering")
 
 
-def ask(folder: Path, request: Json, seconds: float | None = None) -> Iterator[Json]:
-    """Send a request to the node of this data folder; its answers one by one.
-
-    Args:
-      seconds: longest silence between two answers; None waits for ever.
-
-    Raises:
-      NotRunning: nobody listens. NodeError: the node answered with an error, or went away.
-    """
-    with _connect(folder, seconds) as connection:
-        connection.sendall(json.dumps(request).encode() + b"\n")
-        with connection.makefile("rb") as lines:
-            try:
-                for line in lines:
-                    answer: Json = json.loads(line)
-                    if "error" in answer:
-                        raise NodeError(answer["error"]["code"], answer["error"]["text"])
-                    yield answer
-                    if "done" in answer:
-                        return
-            except TimeoutError:
-                raise NodeError("timeout", f"The node in {folder} did not answer within {seconds} s.") from None
-            except ConnectionError:
-                pass
-        raise NodeError("gone", f"The node in {folder} stopped while it was answering.")
+def not_within(folder: Path, seconds: float | None) -> NodeError:
+    """The node said nothing for too long."""
+    return NodeError("timeout", f"the node in {folder} did not answer within {seconds:g} s")
 
 
-def ask_one(folder: Path, request: Json, seconds: float = 10.0) -> Any:
-    """The `done` value of a request with a single answer."""
-    for answer in ask(folder, request, seconds):
-        if "done" in answer:
-            return answer["done"]
-    raise NodeError("gone", f"The node in {folder} gave no answer.")
-
-
-def _connect(folder: Path, seconds: float | None) -> socket.socket:
+def _connect(folder: Path, timeout: float | None) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.settimeout(seconds)
+    connection.settimeout(timeout)
     try:
         connection.connect(str(Paths(folder).control_socket))
     except OSError:

@@ -12,24 +12,24 @@ import socket
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import structlog
 import trio
 
-from meshnode.core.errors import ConfigError, Declined, FatalError, TransientError
+from meshnode.api.messages import INTERNAL, Json, error_json
+from meshnode.core.errors import BadRequest, ConfigError, Declined, FatalError, NodeError, TransientError
+from meshnode.core.log import get_logger
 from protocols.errors import MeshError
 
 MAX_REQUEST_BYTES: Final = 8 << 20  # a conversation; questions themselves are limited further inside
 MAX_CLIENTS: Final = 64
 BACKLOG: Final = 128  # clients that wait to be served; a further one would take us for stopped
 READ_BYTES: Final = 1 << 16
-REQUEST_SECONDS: Final = 10.0  # for the whole line: a program sends it at once
-LINGER_SECONDS: Final = 1.0  # for the rest of a request that was refused
+REQUEST_S: Final = 10.0  # for the whole line: a program sends it in one go
+LINGER_S: Final = 1.0  # for the client to read its answer and hang up
 
-log = structlog.get_logger()
+_log = get_logger("control")
 
-Json = dict[str, Any]
 Command = Callable[[Json], AsyncGenerator[Json, None]]
 
 
@@ -39,14 +39,14 @@ class ControlService:
     name = "control"
 
     def __init__(
-        self, path: Path, commands: Mapping[str, Command], wording: Callable[[str], str] = lambda text: text
+        self, path: Path, commands: Mapping[str, Command], name_peers: Callable[[str], str] = lambda text: text
     ) -> None:
         """
         Args:
           commands: what can be asked; each yields its answers, errors are MeshError.
-          wording: makes the sentence of an error readable for a person (names instead of peer ids).
+          name_peers: puts names beside the peer ids in the sentence of an error.
         """
-        self._wording = wording
+        self._name_peers = name_peers
         self._path = path
         self._commands = dict(commands)
         self._clients = trio.Semaphore(MAX_CLIENTS)
@@ -82,16 +82,17 @@ class ControlService:
                 try:
                     request = await self._request(stream)
                 except Declined as error:
-                    await self._refuse(stream, error)
-                    return
-                if request is None:
-                    return
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._watch, stream, nursery.cancel_scope)
-                    await self._answer(stream, request)
-                    nursery.cancel_scope.cancel()
+                    await self._send(stream, error_json(error, str(error)))
+                else:
+                    if request is None:
+                        return
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(self._watch, stream, nursery.cancel_scope)
+                        await self._answer(stream, request)
+                        nursery.cancel_scope.cancel()
+                await self._finish(stream)
             except* trio.BrokenResourceError:
-                log.debug("client.left")
+                _log.debug("client.left")
 
     async def _watch(self, stream: trio.SocketStream, scope: trio.CancelScope) -> None:
         """A client that goes away (Ctrl-C) cancels what it asked for."""
@@ -105,33 +106,32 @@ class ControlService:
         Raises Declined `bad-request`.
         """
         data = bytearray()
-        with trio.move_on_after(REQUEST_SECONDS) as silence:
+        with trio.move_on_after(REQUEST_S) as silence:
             while b"\n" not in data[-READ_BYTES:]:
                 piece = await stream.receive_some(READ_BYTES)
                 if not piece:
                     return None
                 data += piece
                 if len(data) > MAX_REQUEST_BYTES:
-                    raise Declined("bad-request", f"a request has more than {MAX_REQUEST_BYTES} bytes")
+                    raise BadRequest(f"a request has more than {MAX_REQUEST_BYTES} bytes")
         if silence.cancelled_caught:
-            raise Declined("bad-request", f"no whole line came within {REQUEST_SECONDS:.0f} s")
+            raise BadRequest(f"no whole line came within {REQUEST_S:.0f} s")
         try:
             request = json.loads(data[: data.index(b"\n")])
         except ValueError as error:
-            raise Declined("bad-request", f"a request is one line of JSON: {error}") from error
+            raise BadRequest(f"a request is one line of JSON: {error}") from error
         except RecursionError as error:
-            raise Declined("bad-request", "a request is one line of JSON, but it is nested too deeply") from error
+            raise BadRequest("a request is one line of JSON, but it is nested too deeply") from error
         name = request.get("do") if isinstance(request, dict) else None
         if not isinstance(name, str) or name not in self._commands:
             known = ", ".join(sorted(self._commands))
-            raise Declined("bad-request", f'a request is {{"do": NAME, ...}}; names are {known}')
+            raise BadRequest(f'a request is {{"do": NAME, ...}}; names are {known}')
         return dict(request)
 
-    async def _refuse(self, stream: trio.SocketStream, error: Declined) -> None:
-        """Say what is wrong, and let the client finish: what it still sends would break its reading of the answer."""
-        await self._send(stream, _error(error.code, str(error)))
+    async def _finish(self, stream: trio.SocketStream) -> None:
+        """Let the client hang up first: closing on what it still sends would break its reading of the answer."""
         await stream.send_eof()
-        with trio.move_on_after(LINGER_SECONDS):
+        with trio.move_on_after(LINGER_S):
             while await stream.receive_some(READ_BYTES):
                 pass
 
@@ -140,22 +140,16 @@ class ControlService:
             async with aclosing(self._commands[request["do"]](request)) as answers:
                 async for answer in answers:
                     await self._send(stream, answer)
-        except (Declined, TransientError, FatalError) as error:
-            code = error.code if isinstance(error, Declined) else type(error).__name__
-            await self._send(stream, _error(code, self._wording(str(error))))
-        except MeshError as error:
-            log.error("command.failed", command=request["do"], reason=str(error))
-            await self._send(stream, _error(type(error).__name__, self._wording(str(error))))
         except trio.BrokenResourceError:
             raise
-        except Exception:  # the border: a bug in a command costs its client, not the node's sessions
-            log.exception("command.failed", command=request["do"])
+        except MeshError as error:
+            await self._send(stream, error_json(error, self._name_peers(str(error))))
+            if not isinstance(error, (Declined, TransientError, FatalError)):
+                _log.error("command.failed", command=request["do"], reason=str(error))
+        except Exception:  # noqa: BLE001 - the border: a bug in a command costs its client, not the node's sessions
             text = f"the command {request['do']} failed because of a bug; the log of the node shows where"
-            await self._send(stream, _error("internal", text))
+            await self._send(stream, error_json(NodeError(INTERNAL, text), text))
+            _log.exception("command.failed", command=request["do"])
 
     async def _send(self, stream: trio.SocketStream, answer: Json) -> None:
         await stream.send_all(json.dumps(answer, separators=(",", ":")).encode() + b"\n")
-
-
-def _error(code: str, text: str) -> Json:
-    return {"error": {"code": code, "text": text}}

@@ -10,7 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Final
 
-from meshnode import client
+from meshnode.api.messages import Answer
 from meshnode.bench.machine import machine
 from meshnode.bench.single import Single
 from meshnode.harness.mesh import Mesh
@@ -54,20 +54,21 @@ def measure(
         for number in range(rounds):
             short, long = text[number * 8 :][:SHORT], text[number * 8 :][:LONG]
             mine = _ask(mesh, short, tokens)
-            alone = single.generate(short, len(mine["token_ids"]))
-            equal = equal and mine["token_ids"] == alone["token_ids"]
-            hops.append({"hops": mine["hops"], "return_ms": mine["return_ms"]})
-            figures.add("mesh_tok_s", mine["decode_tok_s"])
+            alone = single.generate(short, len(mine.token_ids))
+            speed = mine.receipt.decode_tok_s or 0.0
+            equal = equal and list(mine.token_ids) == alone["token_ids"]
+            hops.append({key: mine.as_json()[key] for key in ("hops", "return_ms")})
+            figures.add("mesh_tok_s", speed)
             figures.add("single_tok_s", alone["decode_tok_s"])
-            figures.add("ratio", mine["decode_tok_s"] / alone["decode_tok_s"])
+            figures.add("ratio", speed / alone["decode_tok_s"])
             for name, prompt in (("32", short), ("512", long)):
-                figures.add(f"mesh_ttft_ms_{name}", _ask(mesh, prompt, 1)["ttft_ms"])
+                figures.add(f"mesh_ttft_ms_{name}", _ask(mesh, prompt, 1).receipt.ttft_ms)
                 figures.add(f"single_ttft_ms_{name}", single.generate(prompt, 1)["ttft_ms"])
             together = _together(mesh, [text[number * 8 + k :][:SHORT] for k in range(SESSIONS)], tokens)
             figures.add("mesh_concurrent4_tok_s", together)
-            figures.add("concurrent4_gain", together / mine["decode_tok_s"])
+            figures.add("concurrent4_gain", together / speed)
             say(
-                f"round {number + 1}: mesh {mine['decode_tok_s']:.1f} tok/s, one process "
+                f"round {number + 1}: mesh {speed:.1f} tok/s, one process "
                 f"{alone['decode_tok_s']:.1f}, {SESSIONS} sessions {together:.1f}"
             )
     finally:
@@ -90,13 +91,8 @@ def measure(
     }
 
 
-def _request(prompt: Sequence[int], tokens: int) -> Json:
-    return {"do": "generate", "token_ids": list(prompt), "max_tokens": tokens, "temperature": 0, "seed": 0}
-
-
-def _ask(mesh: Mesh, prompt: Sequence[int], tokens: int) -> Json:
-    done: Json = client.ask_one(mesh.serving[0].folder, _request(prompt, tokens), 120)
-    return done
+def _ask(mesh: Mesh, prompt: Sequence[int], tokens: int) -> Answer:
+    return mesh.serving[0].client.generate(prompt, max_tokens=tokens, temperature=0)
 
 
 def _together(mesh: Mesh, prompts: Sequence[Sequence[int]], tokens: int) -> float:
@@ -104,8 +100,8 @@ def _together(mesh: Mesh, prompts: Sequence[Sequence[int]], tokens: int) -> floa
 
     def session(prompt: Sequence[int]) -> list[float]:
         arrivals = []
-        for answer in client.ask(mesh.serving[0].folder, _request(prompt, tokens), 120):
-            if answer.get("token", -1) >= 0:
+        for piece in mesh.serving[0].client.stream(prompt, max_tokens=tokens, temperature=0):
+            if piece.token >= 0:
                 arrivals.append(perf_counter())
         return arrivals
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from meshnode import client
-from meshnode.cli.generate import add_sampling, request_of, stream
+from meshnode.cli.generate import add_sampling, asked, print_answer
 from meshnode.cli.main import add_data
-from meshnode.cli.settings import folder_of
+from meshnode.cli.settings import client_of
 from meshnode.core.errors import ConfigError
 
 
@@ -20,9 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.raw:
         raise ConfigError("chat speaks in turns; for raw text use: meshnode generate --raw")
-    if not client.is_running(folder_of(arguments)):
-        raise client.not_running(folder_of(arguments))
     turns = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    asked(arguments, [*turns, {"role": "user", "content": "hello"}])  # flags that can't be used are told now
+    node = client_of(arguments)
+    node.check()
     interactive = sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401 - arrow keys and history at the prompt
@@ -38,10 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
             continue
         turns.append({"role": "user", "content": text})
         try:
-            answer = stream(folder_of(arguments), request_of(arguments, messages=turns))
+            answer = print_answer(node, asked(arguments, turns))
         except KeyboardInterrupt:
             print("  [stopped]")
             turns.pop()
             continue
         print()
-        turns.append({"role": "assistant", "content": answer["text"]})
+        turns.append({"role": "assistant", "content": answer.text})

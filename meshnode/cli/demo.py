@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from meshnode.cli.generate import add_sampling, request_of, stream
+from meshnode.cli.generate import add_sampling, asked_once, print_answer
 from meshnode.cli.harness import running, summary, write_receipt
 from meshnode.cli.model import VARIANTS
 from meshnode.core.sizes import format_size
@@ -27,13 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="published models are kept here between runs")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the receipt here")
     add_sampling(parser)
-    parser.set_defaults(nodes=NODES, bootstrap=True, memory=None, engine="onnx", greedy=True, max_tokens=96)
+    parser.set_defaults(
+        nodes=NODES, bootstrap=True, memory=None, engine="onnx", greedy=True, max_tokens=96, prompt_file=None
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     from meshnode.harness.receipt import complete
 
     began = time.monotonic()
+    question = asked_once(arguments)
 
     def say(text: str) -> None:
         print(f"[{time.monotonic() - began:5.1f} s] {text}", flush=True)
@@ -47,9 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         say("A probe token has passed through the whole chain, asked for by each node in turn: the mesh is ready.")
         asker = mesh.serving[-1]
         say(f"{asker.name} is asked: {arguments.prompt}\n")
-        messages = [{"role": "user", "content": arguments.prompt}]
-        done = stream(asker.folder, request_of(arguments, messages=messages))
-        receipt = complete(mesh, asker, done)
+        receipt = complete(mesh, asker, print_answer(asker.client, question))
     receipt = {"variant": arguments.variant, "cold_start_s": mesh.cold_start_s, **receipt}
     print(f"\n\n{summary(receipt)}\n")
     write_receipt(arguments.json, receipt)
@@ -61,11 +62,11 @@ def _show(mesh: Mesh) -> None:
     """Who found whom, who holds what, and what had to be fetched for it."""
     for member in mesh.members:
         status = member.status()
-        me, content = status["me"], status["content"]
-        found = sum(1 for peer in status["peers"] if peer["connected"])
-        held = "serves no layers" if me["first"] is None else f"serves layers {me['first']} to {me['last'] - 1}"
-        fetched = content["fetched_bytes"]
-        source = "has the whole model" if member is mesh.serving[0] else f"fetched {format_size(fetched)}"
+        first, last = status.me.first, status.me.last
+        found = sum(peer.connected for peer in status.peers)
+        held = "serves no layers" if first is None or last is None else f"serves layers {first} to {last - 1}"
+        fetched = f"fetched {format_size(status.content.fetched_bytes)}"
+        source = "has the whole model" if member is mesh.serving[0] else fetched
         print(
             f"           {member.name:<10} found {found} peers, {held}, {source if member.serves else ''}".rstrip(
                 ", "

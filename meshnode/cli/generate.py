@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from meshnode import client
+from meshnode.api.messages import Answer
+from meshnode.api.question import Options, Prompt, Question, question
 from meshnode.cli.main import add_data
-from meshnode.cli.settings import folder_of
+from meshnode.cli.settings import client_of
+from meshnode.client import Client
 from meshnode.core.errors import ConfigError, DiskError
 
 
@@ -38,36 +40,32 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def request_of(arguments: argparse.Namespace, **question: Any) -> dict[str, Any]:
-    """A `generate` request of the control socket."""
-    import secrets
-
-    seed = secrets.randbits(62) if arguments.seed is None else arguments.seed
-    return {
-        "do": "generate",
+def asked(arguments: argparse.Namespace, prompt: Prompt) -> Question:
+    """The prompt with the flags. Raises BadRequest, before any node is asked."""
+    options: Options = {
         "max_tokens": arguments.max_tokens,
         "temperature": 0 if arguments.greedy else arguments.temperature,
         "top_p": arguments.top_p,
         "top_k": arguments.top_k,
         "repetition_penalty": arguments.repetition_penalty,
-        "seed": seed,
+        "seed": arguments.seed,
         "stop": arguments.stop,
-        **question,
+        "raw": arguments.raw,
     }
+    return question(prompt, options)
 
 
-def question_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The prompt of the command line or file, as chat turns or raw text. Raises ConfigError."""
+def asked_once(arguments: argparse.Namespace) -> Question:
+    """The question of a command line or prompt file. Raises ConfigError, BadRequest."""
     words = arguments.prompt if isinstance(arguments.prompt, str) else " ".join(arguments.prompt)
     if words and arguments.prompt_file is not None:
         raise ConfigError("give a prompt or --prompt-file, not both")
     text = words if arguments.prompt_file is None else _read(arguments.prompt_file)
     if not text.strip():
         raise ConfigError('the prompt is empty; ask something, as in: meshnode generate "Why is the sky blue?"')
-    if arguments.raw:
-        return {"prompt": text}
-    system = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    return {"messages": [*system, {"role": "user", "content": text}]}
+    if arguments.system and not arguments.raw:
+        return asked(arguments, [{"role": "system", "content": arguments.system}, {"role": "user", "content": text}])
+    return asked(arguments, text)
 
 
 def _read(path: Path) -> str:
@@ -76,38 +74,43 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise ConfigError(f"the prompt file {path} can't be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"the prompt file {path} is no UTF-8 text (byte {error.start})") from error
+        raise ConfigError(f"the prompt file {path} is not UTF-8 text (byte {error.start})") from error
 
 
 def run(arguments: argparse.Namespace) -> int:
-    done = stream(folder_of(arguments), request_of(arguments, **question_of(arguments)))
+    answer = print_answer(client_of(arguments), asked_once(arguments))
     print()
     if arguments.json:
-        try:
-            arguments.json.write_text(json.dumps(done, indent=2), encoding="utf-8")
-        except OSError as error:
-            raise DiskError(f"the receipt {arguments.json} can't be written: {error.strerror or error}") from error
-    if done.get("decode_tok_s"):
-        stages = len(done["route"])
+        write_json(arguments.json, answer.as_json())
+    receipt = answer.receipt
+    if receipt.decode_tok_s:
+        stages = len(receipt.route)
         print(
-            f"[{len(done['token_ids'])} tokens, {done['decode_tok_s']} tok/s, first after {done['ttft_ms']:.0f} ms, "
+            f"[{len(answer.token_ids)} tokens, {receipt.decode_tok_s} tok/s, first after {receipt.ttft_ms:.0f} ms, "
             f"{stages} stage{'s' if stages != 1 else ''}]",
             file=sys.stderr,
         )
     return 0
 
 
-def stream(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Print the pieces as they come; the receipt."""
-    for answer in client.ask(folder, request):
-        if "done" in answer:
-            receipt: dict[str, Any] = answer["done"]
-            return receipt
-        if "waiting" in answer:
-            print(f"Waiting for the mesh: {_safe(answer['waiting'])}.", file=sys.stderr)
-        else:
-            print(_safe(answer["text"]), end="", flush=True)
-    raise client.NodeError("gone", "the node ended the answer without a receipt")
+def print_answer(node: Client, question: Question) -> Answer:
+    """Print the pieces as they come; the whole answer."""
+
+    def waiting(why: str) -> None:
+        print(f"Waiting for the mesh: {_safe(why)}.", file=sys.stderr)
+
+    with node.ask(question, waiting=waiting) as pieces:
+        for piece in pieces:
+            print(_safe(piece.text), end="", flush=True)
+        return pieces.whole()
+
+
+def write_json(path: Path, receipt: dict[str, Any]) -> None:
+    """Keep a receipt. Raises DiskError."""
+    try:
+        path.write_text(json.dumps(receipt, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DiskError(f"the receipt {path} can't be written: {error.strerror or error}") from error
 
 
 def _safe(text: str) -> str:

@@ -209,7 +209,7 @@ def _log_lines(name: str, path: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from meshnode.client import NodeError
+    from meshnode.core.errors import NodeError, NotRunning
     from meshnode.harness.mesh import Mesh
     from meshnode.harness.receipt import node_line
 
@@ -219,7 +219,7 @@ def _status(arguments: argparse.Namespace) -> int:
             continue
         try:
             line = node_line(member)
-        except NodeError as error:
+        except (NodeError, NotRunning) as error:
             print(f"{member.name:<10} {error}")
             continue
         span = line["layers"]
@@ -229,15 +229,15 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from meshnode.cli.generate import question_of, request_of
-    from meshnode.harness.receipt import question
+    from meshnode.cli.generate import asked_once
+    from meshnode.harness.receipt import ask
 
     if arguments.model is None:
         raise ConfigError("say which model: --model example:smollm2, a Hugging Face folder or a .gguf file")
-    request = request_of(arguments, **question_of(arguments))
+    question = asked_once(arguments)
     with running(arguments) as mesh:
         mesh.wait_ready()
-        receipt = question(mesh, request)
+        receipt = ask(mesh, question)
     receipt = {"variant": arguments.variant, "cold_start_s": mesh.cold_start_s, **receipt}
     write_receipt(arguments.json, receipt)
     print(receipt["text"])
@@ -258,13 +258,11 @@ def running(arguments: argparse.Namespace) -> Iterator[Mesh]:
 
 
 def write_receipt(path: Path | None, receipt: dict[str, Any]) -> None:
-    """Keep a receipt as JSON. Raises DiskError."""
-    if path is None:
-        return
-    try:
-        path.write_text(json.dumps(receipt, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DiskError(f"the receipt {path} can't be written: {error.strerror or error}") from error
+    """Keep a receipt, if somebody wants it. Raises DiskError."""
+    from meshnode.cli.generate import write_json
+
+    if path is not None:
+        write_json(path, receipt)
 
 
 def summary(receipt: dict[str, Any]) -> str:

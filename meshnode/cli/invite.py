@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from meshnode import client
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import folder_of, settings
+from meshnode.client import Client
 from meshnode.config.settings import Config
 from meshnode.core.errors import ConfigError
 from meshnode.core.paths import Paths
@@ -59,8 +59,9 @@ def knows_addresses(config: Config) -> bool:
 def addresses(config: Config, folder: Path) -> list[str]:
     """Where this node can be dialled: what the running node says, else what it is configured to announce or to
     listen on."""
-    if client.is_running(folder):
-        return list(client.ask_one(folder, {"do": "status"})["addresses"])
+    node = Client(folder)
+    if node.is_running():
+        return list(node.status().addresses)
     from meshnode.membership.enrolment import own_peer
     from meshnode.net.addresses import address_of, owned, parse_address, reachable_hosts
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 
-from meshnode.cli.init import keep_flags
 from meshnode.cli.main import add_data
-from meshnode.cli.settings import FLAGS, add_settings, ask_passphrase, folder_of, new_passphrase, settings
+from meshnode.cli.settings import add_settings, ask_passphrase, flags_given, folder_of, new_passphrase, settings
+from meshnode.config.keep import keep_settings
 from meshnode.core.paths import Paths
 
 
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         for peer, addresses in ticket.peers().items():
             database.remember_peer(peer, addresses, wall_ms())
-    keep_flags(folder, {s: v for f, s in FLAGS.items() if (v := getattr(arguments, f, None)) is not None})
+    keep_settings(folder, flags_given(arguments))
     print(f"This node is a member of {membership.network.name!r}. Start it with:\n")
     print(f"    meshnode start --data {folder}\n")
     return 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from meshnode import __version__
-from meshnode.core.errors import Declined, FatalError, TransientError
+from meshnode.core.errors import EXIT_CODES
 from meshnode.core.paths import data_folder
 from protocols.errors import MeshError
 
@@ -24,7 +24,7 @@ COMMANDS: Final = (
     ("invite", "meshnode.cli.invite", "print another ticket"),
     ("start", "meshnode.cli.start", "run this node"),
     ("bootstrap", "meshnode.cli.bootstrap", "run this node as a meeting point that serves no layers"),
-    ("stop", "meshnode.cli.stop", "stop the node in good order"),
+    ("stop", "meshnode.cli.stop", "hand over the layers, then stop the node"),
     ("status", "meshnode.cli.status", "what the mesh does now, one line per peer"),
     ("doctor", "meshnode.cli.doctor", "find out what is wrong on this device, with remedies"),
     ("generate", "meshnode.cli.generate", "continue or answer one prompt"),
@@ -72,7 +72,10 @@ def _end(*_: object) -> None:
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     """Only the command that is named is imported: `status` must answer at once."""
     parser = argparse.ArgumentParser(
-        prog="meshnode", description="One private AI machine out of the devices you have."
+        prog="meshnode",
+        description="One private AI machine out of the devices you have.",
+        epilog="exit codes:\n" + "\n".join(f"  {code:<19} {meaning}" for code, meaning in EXIT_CODES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"meshnode {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -115,6 +118,4 @@ def _known(group: BaseExceptionGroup[BaseException]) -> MeshError | None:
 def _say(error: MeshError) -> int:
     text = "".join(c if c.isprintable() or c == "\n" else "?" for c in str(error))
     print(f"meshnode: {text}", file=sys.stderr)
-    if isinstance(error, FatalError):
-        return error.exit_code
-    return 8 if isinstance(error, (Declined, TransientError)) else 1
+    return int(getattr(error, "exit_code", 1))

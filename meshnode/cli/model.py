@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from meshnode import client
 from meshnode.cli import model_car, model_cid, model_keep
 from meshnode.cli.main import add_data
-from meshnode.cli.settings import ask_passphrase, folder_of, settings
+from meshnode.cli.settings import ask_passphrase, client_of, folder_of, settings
 from meshnode.core.errors import ConfigError, ModelError
 from meshnode.core.paths import PUBLISH_PREFIX, Paths
 from meshnode.core.sizes import format_size
@@ -102,7 +101,7 @@ def _add(arguments: argparse.Namespace) -> int:
             name=arguments.name,
             version=version,
         )
-    adopt(folder, cid, manifest, variants[0])
+    adopt(arguments, cid, manifest, variants[0])
     print_model(cid, manifest)
     return 0
 
@@ -124,18 +123,19 @@ class StepProgress:
         self._step = label
 
 
-def adopt(folder: Path, cid: Cid, manifest: Manifest, variant: str) -> None:
-    """Remember a release that lies in the store, and say that the network serves it."""
+def adopt(arguments: argparse.Namespace, cid: Cid, manifest: Manifest, variant: str) -> None:
+    """Remember a release whose manifest is in the store, and have the network serve it."""
     from meshnode.state import releases
     from meshnode.state.database import Database
 
-    running = client.is_running(folder)
-    with Database(Paths(folder).state) as database:
+    node = client_of(arguments)
+    running = node.is_running()
+    with Database(Paths(node.folder).state) as database:
         releases.remember(database, cid, variant)
         if not running:
             releases.serve_later(database, cid, variant)
     if running:
-        client.ask_one(folder, {"do": "announce", "manifest": cid, "variant": variant})
+        node.serve(cid, variant=variant)
         print(f"The network now serves {manifest.name} {manifest.version} in {variant}.")
     else:
         print(f"{manifest.name} {manifest.version} is served in {variant} as soon as this node starts.")
@@ -159,7 +159,7 @@ def open_store(arguments: argparse.Namespace, *, adds: bool = False) -> Iterator
     config = settings(arguments)
     config.paths.create()
     folder = config.paths.content
-    if adds and config.content.encrypt and not is_sealed(folder) and not client.is_running(config.paths.folder):
+    if adds and config.content.encrypt and not is_sealed(folder) and not client_of(arguments).is_running():
         set_sealed(folder, _cipher(config.paths.folder), True)
     cipher = _cipher(config.paths.folder) if is_sealed(folder) else None
     store = BlobStore(folder, config.content.quota.of(available_bytes(folder)), cipher=cipher)
@@ -178,55 +178,29 @@ def _cipher(folder: Path) -> Cipher:
     return Cipher(Identity.load(folder, ask_passphrase).seed, load_network(folder).network_id)
 
 
-def known_releases(folder: Path, store: BlobStore) -> tuple[dict[Cid, tuple[Manifest, str]], dict[str, str]]:
-    """Releases added here or served by this node: manifest CID -> (manifest, variant); and what is wrong with those
-    whose manifest does not hold."""
-    from meshnode.state import releases
+def found(arguments: argparse.Namespace, store: BlobStore) -> tuple[Cid, Manifest, str]:
+    """The release that the command names: see `find_release`."""
+    from meshnode.api.releases import find_release
     from meshnode.state.database import Database
-    from protocols.errors import RemoteProtocolError
-    from protocols.manifest.codec import open_manifest
 
-    with Database(Paths(folder).state) as database:
-        known = releases.known(database)
-    good: dict[Cid, tuple[Manifest, str]] = {}
-    bad: dict[str, str] = {}
-    for cid, variant in known.items():
-        block = store.block(cid)
-        if block is None:
-            continue
-        try:
-            good[cid] = (open_manifest(block), variant)
-        except RemoteProtocolError as error:
-            bad[cid] = str(error)
-    return good, bad
+    with Database(Paths(folder_of(arguments)).state) as database:
+        return find_release(database, store, arguments.model)
 
 
-def find_release(folder: Path, store: BlobStore, wanted: str) -> tuple[Cid, Manifest, str]:
-    """(manifest CID, manifest, variant) of the newest release with this CID, name, or name@version.
+def known_here(
+    arguments: argparse.Namespace, store: BlobStore
+) -> tuple[dict[Cid, tuple[Manifest, str]], dict[Cid, str]]:
+    """Every release of this node: see `known_releases`."""
+    from meshnode.api.releases import known_releases
+    from meshnode.state.database import Database
 
-    Raises ModelError, with the names that there are.
-    """
-    known, bad = known_releases(folder, store)
-    if wanted in bad:
-        raise ModelError(f"The manifest {wanted} does not hold: {bad[wanted]}. Add the model again.")
-    found = [
-        (cid, manifest, variant)
-        for cid, (manifest, variant) in known.items()
-        if wanted in (cid, manifest.name, f"{manifest.name}@{manifest.version}")
-    ]
-    if not found:
-        begins = [entry for entry in known if known[entry][0].name.startswith(wanted) or entry.startswith(wanted)]
-        if wanted and len({known[entry][0].name for entry in begins}) == 1:
-            found = [(entry, *known[entry]) for entry in begins]
-    if not found:
-        names = ", ".join(sorted({m.name for m, _ in known.values()})) or "none"
-        raise ModelError(f"This node has no model {wanted!r}; it has: {names}. Add one with: meshnode model add PATH")
-    return max(found, key=lambda entry: entry[1].created_ms)
+    with Database(Paths(folder_of(arguments)).state) as database:
+        return known_releases(database, store)
 
 
 def _list(arguments: argparse.Namespace) -> int:
     with open_store(arguments) as store:
-        known, bad = known_releases(folder_of(arguments), store)
+        known, bad = known_here(arguments, store)
         pinned = {cid for cid, files in store.pins().items() if files - {cid}}  # each keeps its manifest anyway
     if not known:
         print("No models. Add one with: meshnode model add PATH (or example:smollm2)")
@@ -234,13 +208,13 @@ def _list(arguments: argparse.Namespace) -> int:
         note = "  pinned" if cid in pinned else ""
         print(f"{manifest.name:<28} {manifest.version:<12} {', '.join(manifest.variants):<18} {cid}{note}")
     for broken, why in bad.items():
-        print(f"The manifest {broken} does not hold: {why}. Add the model again.", file=sys.stderr)
+        print(f"The manifest {broken} is damaged: {why}. Add the model again.", file=sys.stderr)
     return 0
 
 
 def _show(arguments: argparse.Namespace) -> int:
     with open_store(arguments) as store:
-        cid, manifest, _ = find_release(folder_of(arguments), store, arguments.model)
+        cid, manifest, _ = found(arguments, store)
     if arguments.json:
         import dataclasses
 
@@ -271,7 +245,7 @@ def print_model(cid: Cid, manifest: Manifest) -> None:
 def _verify(arguments: argparse.Namespace) -> int:
     """Hash every file anew; exit code 4 if one is damaged or missing."""
     with open_store(arguments) as store:
-        cid, manifest, _ = find_release(folder_of(arguments), store, arguments.model)
+        cid, manifest, _ = found(arguments, store)
         wrong, good, elsewhere = [], 0, 0
         promised = store.pins().get(cid, frozenset())  # all files where it was published, none elsewhere
         for file, name in file_names(manifest).items():
@@ -306,11 +280,11 @@ def file_names(manifest: Manifest) -> dict[Cid, str]:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    folder = folder_of(arguments)
+    from meshnode.api.releases import check_variant
+
     with open_store(arguments) as store:
-        cid, manifest, before = find_release(folder, store, arguments.model)
+        cid, manifest, before = found(arguments, store)
     variant = arguments.variant or before
-    if variant not in manifest.variants:
-        raise ModelError(f"{manifest.name} has no variant {variant}; it has {', '.join(manifest.variants)}.")
-    adopt(folder, cid, manifest, variant)
+    check_variant(manifest, variant)
+    adopt(arguments, cid, manifest, variant)
     return 0

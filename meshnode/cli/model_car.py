@@ -31,15 +31,15 @@ def add_actions(actions: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def export_model(arguments: argparse.Namespace) -> int:
     """Write the CAR; exit code 4 if files of the model are not on this node."""
-    from meshnode.cli.model import StepProgress, find_release, open_store
+    from meshnode.api.releases import check_variant
+    from meshnode.cli.model import StepProgress, found, open_store
     from meshnode.ipfs.car_export import export_car, files_of
 
     with open_store(arguments) as store:
-        cid, manifest, _ = find_release(folder_of(arguments), store, arguments.model)
+        cid, manifest, _ = found(arguments, store)
         variants = tuple(dict.fromkeys(arguments.variant or manifest.variants))
         for name in variants:
-            if name not in manifest.variants:
-                raise ModelError(f"{manifest.name} has no variant {name}; it has {', '.join(manifest.variants)}.")
+            check_variant(manifest, name)
         files = files_of(manifest, variants)
         missing = [ref for ref in files if store.path(ref.cid) is None]
         if missing:
@@ -85,12 +85,12 @@ def import_model(arguments: argparse.Namespace) -> int:
     steps = StepProgress()
     with open_store(arguments, adds=True) as store:
         found = import_car(store, arguments.car, progress=lambda done, total: steps("import", "", done, total))
-    folder = folder_of(arguments)
     print(f"{found.manifest.name} {found.manifest.version} ({', '.join(found.variants)}) is here and verified.")
     others = [name for name in found.manifest.variants if name not in found.variants]
     if others:
         print(f"Not in the file, or not whole: {', '.join(others)}.")
-    adopt(folder, found.cid, found.manifest, _served(folder, found.cid, found.variants))
+    variant = _served(folder_of(arguments), found.cid, found.variants)
+    adopt(arguments, found.cid, found.manifest, variant)
     return 0
 
 

@@ -8,8 +8,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Final
 
-from meshnode import client
-from meshnode.cli.settings import folder_of, settings
+from meshnode.cli.settings import client_of, folder_of, settings
 from meshnode.core.errors import ConfigError, ModelError
 from meshnode.core.paths import Paths
 
@@ -21,7 +20,6 @@ MANIFEST: Final = "a model is added by the CID of its manifest, which begins wit
 WHERE: Final = "(`meshnode model list` shows it where the model is)"
 _OLD: Final = re.compile(r"Qm[1-9A-HJ-NP-Za-km-z]{44}")  # CIDv0
 _ALIKE: Final = re.compile(r"Qm[1-9A-HJ-NP-Za-km-z]{20,60}|[Bb][Aa][Ff][KYky][A-Za-z0-9]{8,100}|bagu[a-z2-7]{20,100}")
-SEARCH_SECONDS: Final = 120.0  # a node gives up earlier, and says why
 
 
 def manifest_cid(source: str) -> Cid | None:
@@ -63,6 +61,7 @@ def _no_cid(text: str, reason: str) -> str:
 
 def add_by_cid(arguments: argparse.Namespace, cid: Cid) -> int:
     """Have the network serve the release, after its manifest was fetched; the node does that if it is not here."""
+    from meshnode.api.releases import check_variant
     from meshnode.cli.model import adopt, open_store, print_model
     from protocols.errors import RemoteProtocolError
     from protocols.manifest.codec import open_manifest
@@ -72,14 +71,15 @@ def add_by_cid(arguments: argparse.Namespace, cid: Cid) -> int:
     variants: list[str] = arguments.variant or [""]
     if len(variants) > 1:
         raise ConfigError("a model that is added by its CID is served in one variant; give --variant once, or not")
-    folder, variant = folder_of(arguments), variants[0]
+    variant = variants[0]
     with open_store(arguments) as store:
         block = store.block(cid)
     if block is None:
-        if not client.is_running(folder):
+        node = client_of(arguments)
+        if not node.is_running():
             return _later(arguments, cid, variant)
         print(f"Looking for {cid}", file=sys.stderr)
-        client.ask_one(folder, {"do": "bring", "manifest": cid}, SEARCH_SECONDS)
+        node.fetch_manifest(cid)
         with open_store(arguments) as store:
             block = store.block(cid)
     if block is None:
@@ -89,9 +89,8 @@ def add_by_cid(arguments: argparse.Namespace, cid: Cid) -> int:
     except RemoteProtocolError as error:
         raise ModelError(f"{cid} is not the manifest of a model: {error}") from error
     variant = variant or manifest.smallest_variant()
-    if variant not in manifest.variants:
-        raise ModelError(f"{manifest.name} has no variant {variant}; it has {', '.join(manifest.variants)}.")
-    adopt(folder, cid, manifest, variant)
+    check_variant(manifest, variant)
+    adopt(arguments, cid, manifest, variant)
     print_model(cid, manifest)
     return 0
 

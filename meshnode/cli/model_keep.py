@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Final
 
-from meshnode import client
 from meshnode.cli.main import add_data
-from meshnode.cli.settings import folder_of
-from meshnode.core.errors import ConfigError, ModelError
+from meshnode.cli.settings import client_of, folder_of
+from meshnode.core.errors import ConfigError
 from meshnode.core.paths import Paths
 from meshnode.core.sizes import format_size
-
-SILENCE_SECONDS: Final = 120.0  # a node says within this time that a fetch goes on, or that it does not
 
 
 def add_actions(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,30 +28,25 @@ def add_actions(actions: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def pin_model(arguments: argparse.Namespace) -> int:
     """Fetch and pin; the running node does the fetching."""
-    from meshnode.cli.model import StepProgress, find_release, open_store
+    from meshnode.api.releases import check_variant
+    from meshnode.cli.model import StepProgress, found, open_store
 
-    folder = folder_of(arguments)
     with open_store(arguments) as store:
-        cid, manifest, served = find_release(folder, store, arguments.model)
+        cid, manifest, served = found(arguments, store)
     variant = arguments.variant or served
-    if variant not in manifest.variants:
-        raise ModelError(f"{manifest.name} has no variant {variant}; it has {', '.join(manifest.variants)}.")
+    check_variant(manifest, variant)
     steps = StepProgress()
-    for answer in client.ask(folder, {"do": "pin", "manifest": cid, "variant": variant}, SILENCE_SECONDS):
-        if "fetched" in answer:
-            steps("fetch", variant, answer["fetched"], answer["total"])
-        else:
-            size = format_size(answer["done"]["bytes"])
-            print(f"{manifest.name} {manifest.version} {variant} ({size}) is on this node whole, and stays.")
+    size = client_of(arguments).pin(cid, variant, lambda done, total: steps("fetch", variant, done, total))
+    print(f"All of {manifest.name} {manifest.version} {variant} ({format_size(size)}) is on this node, and stays.")
     return 0
 
 
 def unpin_model(arguments: argparse.Namespace) -> int:
     """Drop the pin; the files stay until their room is needed."""
-    from meshnode.cli.model import find_release, open_store
+    from meshnode.cli.model import found, open_store
 
     with open_store(arguments) as store:
-        cid, manifest, _ = find_release(folder_of(arguments), store, arguments.model)
+        cid, manifest, _ = found(arguments, store)
         if not store.pins().get(cid, frozenset()) - {cid}:
             raise ConfigError(f"{manifest.name} {manifest.version} is not pinned on this node.")
         store.unpin(cid)
@@ -68,22 +60,23 @@ def unpin_model(arguments: argparse.Namespace) -> int:
 
 def remove_model(arguments: argparse.Namespace) -> int:
     """Forget the release, free its files; a running node that serves it goes on until it stops."""
-    from meshnode.cli.model import find_release, known_releases, open_store
+    from meshnode.cli.model import found, known_here, open_store
     from meshnode.state import releases
     from meshnode.state.database import Database
     from meshnode.store.port import LAST_PIN
 
     folder = folder_of(arguments)
-    if client.is_running(folder):
-        served = client.ask_one(folder, {"do": "status"})["model"]
-        if served is not None and arguments.model in (served["manifest"], served["name"]):
+    node = client_of(arguments)
+    if node.is_running():
+        served = node.status().model
+        if served is not None and arguments.model in (served.manifest, served.name):
             raise ConfigError(
-                f"The network serves {served['name']} at the moment. Have it serve another model first "
+                f"The network serves {served.name} at the moment. Have it serve another model first "
                 "(meshnode model serve NAME), or stop this node."
             )
     with open_store(arguments) as store:
-        cid, manifest, _ = find_release(folder, store, arguments.model)
-        others, _ = known_releases(folder, store)
+        cid, manifest, _ = found(arguments, store)
+        others, _ = known_here(arguments, store)
         shared = {file for other, (kept, _) in others.items() if other != cid for file in kept.all_files()}
         files = {cid, *manifest.all_files()} - shared
         last = files & store.pins().get(LAST_PIN, frozenset()) - {cid}

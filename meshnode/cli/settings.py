@@ -10,6 +10,7 @@ from getpass import getpass
 from pathlib import Path
 from typing import Final
 
+from meshnode.client import Client
 from meshnode.config.load import load_config
 from meshnode.config.settings import Config
 from meshnode.core.errors import IdentityError
@@ -52,7 +53,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--memory", metavar="SIZE", help="memory for weights and sessions: 800MB, 50%%, 0 for none")
     group.add_argument("--layers", type=int, metavar="N", help="most layers to hold")
     group.add_argument("--threads", type=int, metavar="N", help="threads of one engine step")
-    group.add_argument("--sessions", type=int, metavar="N", help="generations at once")
+    group.add_argument("--sessions", type=int, metavar="N", help="answers that this node computes at the same time")
     group.add_argument("--engine", choices=("onnx", "null"), help="null computes deterministic nonsense, for tests")
     group.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
     group.add_argument("--log-format", choices=("auto", "console", "json"))
@@ -60,13 +61,14 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 def settings(arguments: argparse.Namespace, **overrides: object) -> Config:
     """The configuration of the data folder, with this command's flags on top. Raises ConfigError."""
-    given = {
-        setting: getattr(arguments, flag)
-        for flag, setting in FLAGS.items()
-        if getattr(arguments, flag, None) is not None
-    }
     environ: Mapping[str, str] = {k: v for k, v in os.environ.items() if k != PASSPHRASE}
-    return load_config(folder_of(arguments), environ, {**given, **overrides})
+    return load_config(folder_of(arguments), environ, {**flags_given(arguments), **overrides})
+
+
+def flags_given(arguments: argparse.Namespace) -> dict[str, object]:
+    """Settings that were given as flags."""
+    values = {setting: getattr(arguments, flag, None) for flag, setting in FLAGS.items()}
+    return {setting: value for setting, value in values.items() if value is not None}
 
 
 def folder_of(arguments: argparse.Namespace) -> Path:
@@ -74,6 +76,11 @@ def folder_of(arguments: argparse.Namespace) -> Path:
     folder = arguments.folder
     assert isinstance(folder, Path)
     return folder
+
+
+def client_of(arguments: argparse.Namespace) -> Client:
+    """The node that runs on the data folder, if one does."""
+    return Client(folder_of(arguments))
 
 
 def ask_passphrase() -> str:

@@ -1,12 +1,11 @@
-"""`meshnode stop`: hand over the layers, say goodbye, stop."""
+"""`meshnode stop`: hand over the layers, then stop."""
 
 from __future__ import annotations
 
 import argparse
 
-from meshnode import client
 from meshnode.cli.main import add_data
-from meshnode.cli.settings import folder_of
+from meshnode.cli.settings import client_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +13,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    client.ask_one(folder_of(arguments), {"do": "stop"})
+    client_of(arguments).stop()
     print("The node hands over its layers and stops.")
     return 0

@@ -387,7 +387,7 @@ def check_reach(address: str, problem: str) -> Finding:
         return warning(
             "reach",
             f"{address} can't be reached: {problem}.",
-            "Is meshnode running there? Do a firewall or router let its TCP port through?",
+            "Is meshnode running there? Does a firewall or a router let its TCP port through?",
         )
     return ok("reach", f"{address} accepts connections")
 

@@ -1,22 +1,22 @@
-"""What a running node says about itself: each check takes its status (`meshnode status --json`) and gives findings.
+"""What a running node says about itself: each check takes its status and gives findings.
 
-Fields may be missing: the node may be of another version than the doctor.
+The node may be of another version than the doctor; what its status lacks has a default.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Iterator
+from typing import Final
 
+from meshnode.api.messages import Status
 from meshnode.doctor.finding import Finding, Level, ok, one_line, warning, wrong
-
-Status = Mapping[str, Any]
 
 HOUR_MS: Final = 3_600_000
 SLOW_MS: Final = 100.0  # a round trip that every token has to wait for
+LET_THROUGH: Final = "Does a firewall or a router let its TCP port through?"
 IS_MESHNODE: Final = "Is meshnode running there?"
-IS_IPFS: Final = "Is the IPFS node running there? Have both nodes the same swarm key, or none?"
+IS_IPFS: Final = "Is the IPFS node running there? Do both nodes have the same swarm key, or none?"
 _REACHED: Final = re.compile(r"\S+ can't be reached: ")  # the reason may say it, too
 _LEVELS: Final = {"high": Level.WRONG, "medium": Level.WARNING, "low": Level.OK}
 _REFUSALS: Final = {
@@ -44,8 +44,18 @@ def check_control(
     return ok("node", f"running, answered in {took_ms:.0f} ms")
 
 
+def check_status(status: Status, installed: str, now_ms: int) -> Iterator[Finding]:
+    """All that follows. `installed`: the version of this program."""
+    yield check_version(status, installed)
+    yield from check_unreachable(status)
+    yield from check_links(status)
+    yield from check_refusals(status, now_ms)
+    yield check_readiness(status)
+    yield from check_health(status)
+
+
 def check_version(status: Status, installed: str) -> Finding:
-    running = str(status.get("software", "?"))
+    running = status.software or "?"
     if running != installed:
         return warning(
             "version",
@@ -56,38 +66,33 @@ def check_version(status: Status, installed: str) -> Finding:
 
 
 def check_readiness(status: Status) -> Finding:
-    why = str(status.get("readiness", "it does not say why"))
-    if status.get("ready"):
+    why = status.readiness or "it does not say why"
+    if status.ready:
         return ok("ready", why)
     return warning(
         "ready",
         f"The mesh can't answer yet: {why}.",
-        "It is tried again by itself; `meshnode status` shows what happens.",
+        "The node keeps trying; `meshnode status` shows what happens.",
     )
 
 
 def check_health(status: Status) -> list[Finding]:
     """One finding per warning that the node shows; its sentences say themselves what to do."""
     found = [
-        Finding(
-            f"health {one_line(str(w.get('code', '?')))}",
-            _LEVELS.get(w.get("severity"), Level.WARNING),
-            one_line(str(w.get("text", ""))),
-        )
-        for w in status.get("health", ())
+        Finding(f"health {one_line(w.code)}", _LEVELS.get(w.severity, Level.WARNING), one_line(w.text))
+        for w in status.health
     ]
     return found or [ok("health", "the node complains of nothing")]
 
 
 def check_unreachable(status: Status) -> list[Finding]:
-    guests = (status.get("content") or {}).get("guests") or {}
     return [
         warning(
             "peer",
-            f"{who} can't be reached: {_REACHED.sub('', str(why), count=1).rstrip('.')}.",
-            f"{IS_IPFS if who in guests else IS_MESHNODE} Do a firewall or router let its TCP port through?",
+            f"{who} can't be reached: {_REACHED.sub('', why, count=1).rstrip('.')}.",
+            f"{IS_IPFS if who in status.content.guests else IS_MESHNODE} {LET_THROUGH}",
         )
-        for who, why in sorted(status.get("unreachable", {}).items())
+        for who, why in sorted(status.unreachable.items())
     ] or [ok("peers", "every known peer is connected")]
 
 
@@ -96,27 +101,24 @@ def check_refusals(status: Status, now_ms: int) -> list[Finding]:
     return [
         warning(
             "refused",
-            f"{r.get('text', '?')}" + ("" if r.get("by_us", True) else f" (said {r.get('peer', 'a peer')} about us)"),
-            _REFUSALS.get(str(r.get("code")), "If that device is yours, run `meshnode doctor` on it."),
+            r.text if r.by_us else f"{r.text} (said {r.peer} about us)",
+            _REFUSALS.get(r.code, "If that device is yours, run `meshnode doctor` on it."),
         )
-        for r in status.get("refusals", ())
-        if now_ms - r.get("at_ms", 0) < HOUR_MS
+        for r in status.refusals
+        if now_ms - r.at_ms < HOUR_MS
     ] or [ok("refusals", "nobody was refused within the last hour")]
 
 
 def check_links(status: Status) -> list[Finding]:
-    found = []
-    connected = [peer for peer in status.get("peers", ()) if peer.get("connected")]
-    for peer in connected:
-        trip = peer.get("round_trip_ms")
-        if trip is not None and trip > SLOW_MS:
-            found.append(
-                warning(
-                    "link",
-                    f"A round trip to {peer.get('name') or peer.get('peer')} takes {trip:.0f} ms; every token that "
-                    "passes there waits for it.",
-                    "Connect both devices by cable, or to the same access point.",
-                )
-            )
+    connected = [peer for peer in status.peers if peer.connected]
     count = f"{len(connected)} peer{'' if len(connected) == 1 else 's'}"
-    return found or [ok("links", f"{count} connected, none of them slow")]
+    return [
+        warning(
+            "link",
+            f"A round trip to {peer.name or peer.peer} takes {peer.round_trip_ms:.0f} ms; every token that passes "
+            "there waits for it.",
+            "Connect both devices by cable, or to the same access point.",
+        )
+        for peer in connected
+        if peer.round_trip_ms is not None and peer.round_trip_ms > SLOW_MS
+    ] or [ok("links", f"{count} connected, none of them slow")]

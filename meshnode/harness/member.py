@@ -11,15 +11,17 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import psutil
 
-from meshnode import client
-from meshnode.core.errors import FatalError
+from meshnode.api.messages import Status
+from meshnode.client import Client
+from meshnode.core.errors import Declined, FatalError
 
 START_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 20.0  # a node hands its layers over before it goes
+ANSWER_SECONDS: Final = 600.0  # longest silence while an answer is computed
 STATUS_SECONDS: Final = 5.0  # a node that takes longer hangs
 _LOOK_SECONDS: Final = 0.02
 
@@ -45,6 +47,11 @@ class Member:
     serves: bool = True  # False: a bootstrap peer
     pid: int | None = None
     started: float | None = None
+
+    @property
+    def client(self) -> Client:
+        """The library's door to it."""
+        return Client(self.folder, timeout=ANSWER_SECONDS)
 
     @property
     def log(self) -> Path:
@@ -95,7 +102,7 @@ class Member:
     def wait_answers(self, seconds: float = START_SECONDS) -> None:
         """Until the node listens on its control socket. Raises HarnessError with its last words."""
         ends = time.monotonic() + seconds
-        while not client.is_running(self.folder):
+        while not self.client.is_running():
             if self.process() is None:
                 raise HarnessError(f"{self.name} stopped at once: {self.last_words()}")
             if time.monotonic() > ends:
@@ -104,16 +111,16 @@ class Member:
 
     def wait_ready(self, seconds: float) -> None:
         """Until a probe token of this node has passed through the chain. Raises HarnessError with the reason."""
-        answer = client.ask_one(self.folder, {"do": "ready", "seconds": seconds}, seconds + 10)
-        if not answer["ready"]:
-            raise HarnessError(f"{self.name} is not ready after {seconds:.0f} s: {answer['readiness']}")
+        try:
+            self.client.wait_ready(seconds)
+        except Declined as error:
+            raise HarnessError(f"{self.name}: {error}") from error
 
-    def status(self) -> dict[str, Any]:
-        """What `meshnode status --json` shows."""
-        status: dict[str, Any] = client.ask_one(self.folder, {"do": "status"}, STATUS_SECONDS)
-        return status
+    def status(self) -> Status:
+        """What `meshnode status` shows."""
+        return self.client.status(timeout=STATUS_SECONDS)
 
-    def wait_for(self, wanted: Callable[[dict[str, Any]], bool], seconds: float, what: str) -> dict[str, Any]:
+    def wait_for(self, wanted: Callable[[Status], bool], seconds: float, what: str) -> Status:
         """Until the node's status is as `wanted`; gives that status.
 
         Raises HarnessError after `seconds`, with `what` was waited for. NotRunning, NodeError: it went away.

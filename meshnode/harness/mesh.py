@@ -14,16 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from meshnode.cli.init import keep_flags
-from meshnode.cli.invite import make_ticket
+from meshnode.config.keep import keep_settings
 from meshnode.config.values import parse_amount
 from meshnode.core.clock import wall_ms
 from meshnode.core.errors import ConfigError, DiskError
 from meshnode.core.paths import Paths
 from meshnode.harness.member import HarnessError, Member, clean_environment
-from meshnode.membership.enrolment import init_network, open_identity
+from meshnode.membership.enrolment import create_invite, init_network, open_identity
 from meshnode.membership.identity import Identity
-from meshnode.membership.network import has_network
+from meshnode.membership.network import has_network, load_network
 from meshnode.model.facts import facts_of, tight_memory
 from meshnode.publisher.release import release
 from meshnode.state import releases
@@ -35,6 +34,7 @@ from protocols.manifest.messages import Manifest
 FILE: Final = "mesh.json"
 MAX_NODES: Final = 64
 JOIN_SECONDS: Final = 60.0
+TICKET_S: Final = 600.0
 QUOTA_BYTES: Final = 1 << 50  # the cache's files are linked into the store, they take no room of their own
 
 
@@ -99,7 +99,7 @@ class Mesh:
         manifest = None if plan.published is None else mesh._give_model(plan.published, plan.variant)
         memory = mesh._memory(plan, manifest)
         for member in members:
-            keep_flags(
+            keep_settings(
                 member.folder,
                 {
                     "node.name": member.name,
@@ -224,7 +224,7 @@ class Mesh:
         peer = open_identity(data).peer_id
         (port,) = free_ports(1)
         member = Member(name, data, peer, f"/ip4/127.0.0.1/tcp/{port}/p2p/{peer}")
-        keep_flags(
+        keep_settings(
             data,
             {
                 "node.name": name,
@@ -284,7 +284,9 @@ class Mesh:
 
     def _join(self, founder: Member, members: Sequence[Member]) -> None:
         """Redeem a ticket of the founder for each, with the real command."""
-        ticket = make_ticket(founder.folder, uses=0, ttl_s=600, addresses=[founder.address])
+        with Database(Paths(founder.folder).state) as state:
+            network = load_network(founder.folder)
+            ticket = create_invite(network, state, uses=0, ttl_s=TICKET_S, addresses=[founder.address])
         command = [sys.executable, "-P", "-m", "meshnode", "join", ticket, "--data"]
         running = [
             subprocess.Popen(

@@ -139,19 +139,19 @@ async def test_a_kubo_and_another_network_find_a_model_of_ours(tmp_path: Path) -
             files = [path.read_bytes() for path in published.iterdir() if path.name != "index.json"]
             status = await trio.to_thread.run_sync(
                 first.wait_for,
-                lambda status: status["content"]["dht"]["provided"] > len(set(files)),  # these and the manifest
+                lambda status: status.content.dht.provided > len(set(files)),  # these and the manifest
                 FIND_SECONDS,
                 "to name itself in the DHT for every file",
             )
-            manifest = Cid(status["model"]["manifest"])
+            manifest = Cid(status.model.manifest)
             async with kubo(tmp_path / "asker", routing="dht") as asker:
                 assert await asker.call("connect", router.addresses[0]) == 0
                 for data in files:
                     with trio.fail_after(FIND_SECONDS):
                         assert await asker.get(file_cid(data), tmp_path / "copy") == data
             status = await trio.to_thread.run_sync(first.status)
-            assert status["refusals"] == [] and status["ready"] and status["peers"] == []
-            assert status["content"]["served_bytes"] >= sum(map(len, files))
+            assert status.refusals == () and status.ready and status.peers == ()
+            assert status.content.served_bytes >= sum(map(len, files))
 
             with mesh_of(tmp_path / "second", 1, settings=(dht, *NO_COPIES)) as second:
                 ran = await trio.to_thread.run_sync(
@@ -161,7 +161,7 @@ async def test_a_kubo_and_another_network_find_a_model_of_ours(tmp_path: Path) -
                 await trio.to_thread.run_sync(second.wait_ready, READY_SECONDS)
                 assert await trio.to_thread.run_sync(tokens_of, second.members[0]) == answer
                 status = await trio.to_thread.run_sync(second.members[0].status)
-                assert status["model"]["manifest"] == manifest and status["refusals"] == []
+                assert status.model.manifest == manifest and status.refusals == ()
                 assert len(serving(status)) == 1
             status = await trio.to_thread.run_sync(first.status)
-            assert status["refusals"] == [] and status["ready"]
+            assert status.refusals == () and status.ready

@@ -51,15 +51,15 @@ async def test_a_model_goes_to_kubo_and_a_mesh_starts_from_its_manifest_and_kubo
                     assert await there.get(file_cid(data), tmp_path / "copy") == data
             await trio.to_thread.run_sync(mesh.down)
             for member in mesh.members:
-                leave_only(member, Cid(status["model"]["manifest"]))
+                leave_only(member, Cid(status.model.manifest))
             await trio.to_thread.run_sync(mesh.up)
             await trio.to_thread.run_sync(mesh.wait_ready, READY_SECONDS)
             fetched = 0
             for member in mesh.members:
                 assert await trio.to_thread.run_sync(tokens_of, member) == answer
                 status = await trio.to_thread.run_sync(member.status)
-                assert status["refusals"] == [] and there.peer not in status["unreachable"]
-                fetched += status["content"]["fetched_bytes"]
+                assert status.refusals == () and there.peer not in status.unreachable
+                fetched += status.content.fetched_bytes
             assert fetched >= LAYERS << 20
 
 
@@ -73,7 +73,7 @@ async def published_to(there: Guest, folder: Path) -> tuple[Cid, str, list[int]]
     with mesh_of(folder, 3, published=published, settings=settings) as mesh:
         answer = await trio.to_thread.run_sync(tokens_of, mesh.members[0])
         status = await trio.to_thread.run_sync(mesh.members[0].status)
-        manifest = Cid(status["model"]["manifest"])
+        manifest = Cid(status.model.manifest)
         await there.call("pin", manifest)
         store = BlobStore(Paths(mesh.members[0].folder).content, QUOTA_BYTES)
         block = store.block(manifest)
@@ -106,5 +106,5 @@ async def test_three_nodes_start_from_a_manifest_cid_and_an_ipfs_node(
             for member in mesh.members:
                 assert await trio.to_thread.run_sync(tokens_of, member) == answer
             status = await trio.to_thread.run_sync(mesh.members[0].status)
-            assert status["model"]["manifest"] == manifest
+            assert status.model.manifest == manifest
             assert len(serving(status)) == 3

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from meshnode.api.question import question
 from meshnode.model.facts import facts_of, tight_memory
 from protocols.ids import Cid
 from protocols.manifest.codec import open_manifest
@@ -19,8 +20,7 @@ from tests.process.test_mesh_content import manifest_of
 NEEDS = (LIBRARY,)
 pytestmark = [pytest.mark.ipfs, pytest.mark.slow]
 
-QUESTION = [{"role": "user", "content": "Why is the sky blue?"}]
-ASK = {"do": "generate", "messages": QUESTION, "max_tokens": 24, "temperature": 0.0}
+ASK = question("Why is the sky blue?", {"max_tokens": 24, "temperature": 0})
 READY_SECONDS = 120.0
 REAL = ("serve.engine", "onnx")
 
@@ -35,7 +35,7 @@ async def test_the_real_model_answers_out_of_kubo(tmp_path: Path) -> None:
             (publisher,) = mesh.members
             right = await trio.to_thread.run_sync(tokens_of, publisher, ASK)
             status = await trio.to_thread.run_sync(publisher.status)
-            manifest = Cid(status["model"]["manifest"])
+            manifest = Cid(status.model.manifest)
             assert await there.call("pin", manifest) == 0
             memory = str(tight_memory(facts_of(open_manifest(manifest_of(publisher, manifest)), "int4"), 3))
         await trio.to_thread.run_sync(shutil.rmtree, first)
@@ -51,4 +51,4 @@ async def test_the_real_model_answers_out_of_kubo(tmp_path: Path) -> None:
             spans = serving(status)
             assert len(spans) == 3
             assert {layer for span in spans.values() for layer in range(*span)} == set(range(LAYERS))
-            assert len(right) == ASK["max_tokens"]
+            assert len(right) == ASK.max_tokens

@@ -73,7 +73,7 @@ async def test_a_mesh_in_a_private_network(tmp_path: Path) -> None:
         )
         with mesh_of(tmp_path, 3, published=model, settings=settings) as mesh:
             status = await trio.to_thread.run_sync(mesh.members[0].status)
-            assert await there.call("pin", status["model"]["manifest"]) == 0
+            assert await there.call("pin", status.model.manifest) == 0
             answers = [await trio.to_thread.run_sync(tokens_of, member) for member in mesh.members]
             assert answers[0] == answers[1] == answers[2]
             await trio.to_thread.run_sync(mesh.down)

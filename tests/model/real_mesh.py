@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from meshnode import client
+from meshnode.api.question import Question, read_question
 from meshnode.bench.single import stage_spec
 from meshnode.engine.onnx_stage import OnnxStage
 from meshnode.engine.process import load_request
@@ -55,10 +55,14 @@ def real_mesh(variant: str, nodes: int) -> Iterator[Mesh]:
             mesh.down()
 
 
-def ask(member: Member, seconds: float = 300, **request: Any) -> Json:
+def ask(member: Member, **request: Any) -> Json:
     """The receipt of one question; greedy unless the request says otherwise."""
-    done: Json = client.ask_one(member.folder, {"do": "generate", "temperature": 0, "seed": 0, **request}, seconds)
-    return done
+    return member.client.ask(asked(**request)).whole().as_json()
+
+
+def asked(**request: Any) -> Question:
+    """A question in the fields of `Question`; greedy unless it says otherwise."""
+    return read_question({"temperature": 0, "top_p": 1, "seed": 0, **request})
 
 
 def wait_until(holds: Callable[[], bool], what: str, seconds: float = 30) -> None:

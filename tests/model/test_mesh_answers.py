@@ -16,9 +16,9 @@ import pytest
 from meshnode.core.paths import Paths
 from meshnode.harness.member import Member, clean_environment
 from meshnode.harness.mesh import Mesh
-from meshnode.harness.receipt import question
+from meshnode.harness.receipt import ask as question
 from protocols.pipe.messages import Sampling
-from tests.model.real_mesh import Alone, alone, ask, real_mesh, wait_until
+from tests.model.real_mesh import Alone, alone, ask, asked, real_mesh, wait_until
 
 pytestmark = [pytest.mark.model, pytest.mark.process, pytest.mark.slow]
 
@@ -50,9 +50,7 @@ def cli(member: Member, *arguments: str, receipt: Path | None = None) -> tuple[s
 
 def sessions_of(mesh: Mesh) -> list[int]:
     """Of each node: answers it waits for and, as its advert says, sessions that pass through it."""
-    return [
-        n for status in (m.status() for m in mesh.serving) for n in (status["sessions"], status["me"]["sessions"])
-    ]
+    return [n for status in (m.status() for m in mesh.serving) for n in (status.sessions, status.me.sessions)]
 
 
 # ---------------------------------------------------------------- several at once, and going away
@@ -89,7 +87,7 @@ def test_questions_at_once_get_the_answers_of_questions_alone(mesh: Mesh, single
 
 def test_a_client_that_goes_away_frees_every_stage(mesh: Mesh) -> None:
     # a prompt that the model goes on with for long; the answer alone would take many seconds
-    request = {"do": "generate", "token_ids": list(range(100, 140)), "max_tokens": 1500, "seed": 0}
+    request = {"do": "generate", "token_ids": list(range(100, 140)), "max_tokens": 1500, "temperature": 0}
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.settimeout(60)
         client.connect(str(Paths(mesh.serving[1].folder).control_socket))
@@ -108,12 +106,10 @@ def test_a_client_that_goes_away_frees_every_stage(mesh: Mesh) -> None:
 
 
 def test_a_stop_string_ends_the_answer_with_a_whole_receipt(mesh: Mesh) -> None:
-    whole = question(mesh, {"do": "generate", "prompt": "one, two, three,", "max_tokens": 24, "seed": 0})
+    whole = question(mesh, asked(prompt="one, two, three,", max_tokens=24))
     words = whole["text"].split()
     stop = " ".join(words[3:5])  # over more than one token
-    cut = question(
-        mesh, {"do": "generate", "prompt": "one, two, three,", "max_tokens": 24, "seed": 0, "stop": ["#", stop]}
-    )
+    cut = question(mesh, asked(prompt="one, two, three,", max_tokens=24, stop=["#", stop]))
     assert cut["text"] == whole["text"][: whole["text"].index(stop)]
     assert cut["reason"] == "stop"
     assert cut["token_ids"] == whole["token_ids"][: len(cut["token_ids"])]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from meshnode import client
+from meshnode.api.question import Question
 from meshnode.harness.mesh import Mesh
 from meshnode.harness.receipt import complete, node_line
 from meshnode.publisher.quality import sample_tokens
@@ -42,17 +42,16 @@ class Case:
         return sample_tokens(model_folder("int4") / "tokenizer.json", 1200)[self.length :][: self.length]
 
     @property
-    def request(self) -> Json:
-        return {
-            "do": "generate",
-            "token_ids": self.prompt,
-            "max_tokens": self.tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "repetition_penalty": self.repetition_penalty,
-            "seed": self.seed,
-        }
+    def question(self) -> Question:
+        return Question(
+            token_ids=tuple(self.prompt),
+            max_tokens=self.tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+        )
 
     @property
     def sampling(self) -> Sampling:
@@ -129,7 +128,7 @@ def test_the_tokens_are_those_of_one_process(variant: str, nodes: int) -> None:
         check_memory(mesh, "before")
         for number, (case, tokens) in enumerate(zip(CASES, wanted, strict=True)):
             asker = mesh.serving[number % nodes]
-            receipt = complete(mesh, asker, client.ask_one(asker.folder, case.request, 120))
+            receipt = complete(mesh, asker, asker.client.ask(case.question).whole())
             assert receipt["token_ids"] == tokens, case
             assert len({hop["peer"] for hop in receipt["route"]}) == nodes
             assert [receipt["route"][0]["first"], receipt["route"][-1]["last"]] == [0, LAYERS]

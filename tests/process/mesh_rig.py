@@ -9,12 +9,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from meshnode import client
+from meshnode.api.messages import Status
+from meshnode.api.question import Question
 from meshnode.harness.member import Member, clean_environment
 from meshnode.harness.mesh import Mesh, Plan
 
@@ -24,14 +26,17 @@ MARK = "TEST_OF_MESH"  # in the environment of every process of a test's mesh
 LAYERS = 24
 CONTEXT = 4096
 WORDS = 256
-QUESTION: Json = {"do": "generate", "token_ids": [5, 6, 7], "max_tokens": 12, "temperature": 0.0}
-ENDLESS: Json = {**QUESTION, "max_tokens": 2000}  # takes long enough to be interrupted
+QUESTION = Question(token_ids=(5, 6, 7), max_tokens=12, temperature=0)
+ENDLESS = replace(QUESTION, max_tokens=2000)  # takes long enough to be interrupted
 NO_COPIES = (("content.replicas", 1),)  # where a test counts what serving alone fetches
 READY_SECONDS = 60.0  # generous: the machine may be busy with other things
 
 
-def small_model(folder: Path, *, layers: int = LAYERS, layer_bytes: int = 1 << 16) -> Path:
-    """A folder as the publisher writes it. The weights are noise: the null engine never opens them."""
+def small_model(folder: Path, *, layers: int = LAYERS, layer_bytes: int = 1 << 16, template: str = "") -> Path:
+    """A folder as the publisher writes it. The weights are noise: the null engine never opens them.
+
+    template: for chats; none without it.
+    """
     noise = random.Random(7)
     folder.mkdir(parents=True)
 
@@ -58,6 +63,9 @@ def small_model(folder: Path, *, layers: int = LAYERS, layer_bytes: int = 1 << 1
         "layers": [write(f"layer.{i}", noise.randbytes(layer_bytes)) for i in range(layers)],
         "head": write("head", noise.randbytes(20_000)),
     }
+    files = {"tokenizer.json": write("tokenizer.json", json.dumps(tokenizer).encode())}
+    if template:
+        files["chat_template.jinja"] = write("chat_template.jinja", template.encode())
     index = {
         "name": "small-noise",
         "architecture": {
@@ -72,7 +80,7 @@ def small_model(folder: Path, *, layers: int = LAYERS, layer_bytes: int = 1 << 1
             "bos_ids": [],
             "eos_ids": [],
         },
-        "files": {"tokenizer.json": write("tokenizer.json", json.dumps(tokenizer).encode())},
+        "files": files,
         "variants": {"int4": variant},
     }
     (folder / "index.json").write_text(json.dumps(index))
@@ -115,16 +123,15 @@ def processes_in(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def tokens_of(member: Member, request: Json = QUESTION) -> list[int]:
-    """The whole answer of one node. Raises NodeError with its words."""
-    tokens: list[int] = client.ask_one(member.folder, request, 120.0)["token_ids"]
-    return tokens
+def tokens_of(member: Member, question: Question = QUESTION) -> list[int]:
+    """The whole answer of one node. Raises what `Client.ask` raises."""
+    return list(member.client.ask(question).whole().token_ids)
 
 
-def serving(status: Json) -> dict[str, tuple[int, int]]:
+def serving(status: Status) -> dict[str, tuple[int, int]]:
     """Who serves which layers, as one node sees it."""
-    rows = [status["me"], *status["peers"]]
-    return {row["peer"]: (row["first"], row["last"]) for row in rows if row["first"] is not None}
+    rows = [status.me, *status.peers]
+    return {row.peer: (row.first, row.last) for row in rows if row.first is not None and row.last is not None}
 
 
 def meshnode(*arguments: object, seconds: float = 60.0, folder: Path | None = None, **env: str) -> Ran:

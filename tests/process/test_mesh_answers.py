@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
-from meshnode import client
 from meshnode.core.paths import Paths
 from meshnode.harness.mesh import QUOTA_BYTES, Mesh
-from meshnode.harness.receipt import question
+from meshnode.harness.receipt import ask
 from meshnode.store.blob_store import BlobStore
 from protocols.ids import Cid
 from protocols.manifest.codec import open_manifest
@@ -18,7 +18,7 @@ from tests.process.mesh_rig import LAYERS, NO_COPIES, QUESTION, mesh_of, meshnod
 
 pytestmark = [pytest.mark.net, pytest.mark.process]
 
-SAMPLED = {**QUESTION, "max_tokens": 40, "temperature": 0.8, "top_p": 0.9, "seed": 99}
+SAMPLED = replace(QUESTION, max_tokens=40, temperature=0.8, top_p=0.9, seed=99)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
 def manifest_of(mesh: Mesh) -> tuple[Manifest, int]:
     """The manifest and its own size in bytes, out of the first node's store."""
     first = mesh.members[0]
-    cid = Cid(first.status()["model"]["manifest"])
+    cid = Cid(first.status().model.manifest)
     store = BlobStore(Paths(first.folder).content, QUOTA_BYTES)
     try:
         block = store.block(cid)
@@ -53,7 +53,7 @@ def manifest_of(mesh: Mesh) -> tuple[Manifest, int]:
 
 def test_three_stages_answer_like_one_node(mesh: Mesh, alone: dict[str, list[int]]) -> None:
     for member in mesh.members:
-        receipt = question(mesh, QUESTION, member)
+        receipt = ask(mesh, QUESTION, member)
         assert receipt["token_ids"] == alone["greedy"]
         assert [(hop["first"], hop["last"]) for hop in receipt["route"]] == [(0, 8), (8, 16), (16, 24)]
         assert {hop["name"] for hop in receipt["hops"]} == {"node1", "node2", "node3"}
@@ -69,13 +69,13 @@ def test_each_node_fetched_only_its_layers(mesh: Mesh) -> None:
         mine = files.groups(*serving(status)[member.peer_id])
         shared = size + files.graph.size + manifest.files["tokenizer.json"].size
         wanted = shared + sum(file.size for file in mine.values())
-        fetched = status["content"]["fetched_bytes"]
+        fetched = status.content.fetched_bytes
         assert wanted <= fetched <= 1.02 * wanted, (member.name, wanted, fetched)
-    assert mesh.members[0].status()["content"]["fetched_bytes"] == 0
+    assert mesh.members[0].status().content.fetched_bytes == 0
 
 
 def test_nobody_imports_torch(mesh: Mesh) -> None:
-    receipt = question(mesh, QUESTION)
+    receipt = ask(mesh, QUESTION)
     assert [node["torch_imported"] for node in receipt["nodes"]] == [False] * 3
     assert all(node["engine_pid"] for node in receipt["nodes"])
 
@@ -92,8 +92,7 @@ def test_the_command_lines(mesh: Mesh, alone: dict[str, list[int]]) -> None:
 
 
 def test_two_questions_at_once(mesh: Mesh, alone: dict[str, list[int]]) -> None:
-    streams = [client.ask(member.folder, QUESTION, 60) for member in mesh.members]
-    answers = [next(iter(stream)) for stream in streams]
-    assert all("text" in answer for answer in answers)
-    ends = [[answer["done"]["token_ids"] for answer in stream if "done" in answer] for stream in streams]
-    assert ends == [[alone["greedy"]]] * 3
+    streams = [member.client.ask(QUESTION) for member in mesh.members]
+    for stream in streams:
+        next(stream)
+    assert [list(stream.whole().token_ids) for stream in streams] == [alone["greedy"]] * 3

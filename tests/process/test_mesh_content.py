@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from meshnode.api.messages import Status
 from meshnode.core.paths import Paths
 from meshnode.harness.member import Member
 from meshnode.harness.mesh import QUOTA_BYTES
 from meshnode.store.blob_store import BlobStore
 from protocols.ids import DAG_CBOR, Cid, short
-from tests.process.mesh_rig import LAYERS, NO_COPIES, READY_SECONDS, Json, mesh_of, serving, small_model, tokens_of
+from tests.process.mesh_rig import LAYERS, NO_COPIES, READY_SECONDS, mesh_of, serving, small_model, tokens_of
 
 pytestmark = [pytest.mark.net, pytest.mark.process]
 
@@ -71,9 +72,9 @@ def test_a_provider_with_a_damaged_disk(tmp_path: Path) -> None:
     with mesh_of(tmp_path, 3, published=published, memory=("0",), wait=False, settings=NO_COPIES) as mesh:
         bad, good, third = mesh.members
         for member in mesh.members:
-            status = member.wait_for(lambda s: s["model"] is not None, READY_SECONDS, "the manifest")
+            status = member.wait_for(lambda s: s.model is not None, READY_SECONDS, "the manifest")
         mesh.down()
-        give(good, manifest_of(bad, status["model"]["manifest"]), published)
+        give(good, manifest_of(bad, status.model.manifest), published)
         damage(files_of(bad))
         assert hashes(files_of(good)) == right == hashes(published)
         config = Paths(third.folder).config
@@ -82,20 +83,20 @@ def test_a_provider_with_a_damaged_disk(tmp_path: Path) -> None:
         for member in (bad, third):
             member.launch()
             member.wait_answers()
-        status = third.wait_for(lambda s: s["content"]["bad_providers"], READY_SECONDS, "a bad block")
-        assert list(status["content"]["bad_providers"]) == [bad.peer_id]
-        print(f"\n{status['content']['bad_providers'][bad.peer_id]}")
+        status = third.wait_for(lambda s: s.content.bad_providers, READY_SECONDS, "a bad block")
+        assert list(status.content.bad_providers) == [bad.peer_id]
+        print(f"\n{status.content.bad_providers[bad.peer_id]}")
         status = third.wait_for(
-            lambda s: any(entry["code"] == "bad-provider" for entry in s["health"]), READY_SECONDS, "its name"
+            lambda s: any(entry.code == "bad-provider" for entry in s.health), READY_SECONDS, "its name"
         )
-        [entry] = [entry for entry in status["health"] if entry["code"] == "bad-provider"]
-        assert short(bad.peer_id) in entry["text"] and "meshnode model verify" in entry["text"]
-        assert not status["ready"]
+        [entry] = [entry for entry in status.health if entry.code == "bad-provider"]
+        assert short(bad.peer_id) in entry.text and "meshnode model verify" in entry.text
+        assert not status.ready
         mesh.up()
         third.wait_ready(READY_SECONDS)
         status = third.status()
         assert serving(status)[third.peer_id] == (0, LAYERS)
-        assert list(status["content"]["bad_providers"]) == [bad.peer_id]
+        assert list(status.content.bad_providers) == [bad.peer_id]
         assert hashes(files_of(third)) <= right
         assert len(tokens_of(bad)) == 12
 
@@ -109,17 +110,17 @@ def test_a_transfer_goes_on_where_it_was_killed(tmp_path: Path) -> None:
         provider = mesh.members[0]
         fetcher = mesh.add("1GB", NULL)
 
-        def half(status: Json) -> bool:
-            return status["progress"] is not None and status["progress"]["bytes_done"] >= size // 2
+        def half(status: Status) -> bool:
+            return status.progress is not None and status.progress.bytes_done >= size // 2
 
         fetcher.wait_for(half, READY_SECONDS, "half of the transfer")
         fetcher.signal(signal.SIGKILL)
         fetcher.wait_stopped()
-        before = provider.status()["content"]["served_bytes"]
+        before = provider.status().content.served_bytes
         assert 0.4 * size < before < 0.9 * size
         mesh.up()
         fetcher.wait_ready(READY_SECONDS)
-        again = fetcher.status()["content"]["fetched_bytes"]
+        again = fetcher.status().content.fetched_bytes
         print(f"\n{before / 1e6:.0f} MB before, {again / 1e6:.0f} MB after the kill, of {size / 1e6:.0f} MB")
         assert before + again <= 1.1 * size
         assert hashes(files_of(fetcher)) <= hashes(published)

@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from meshnode.cli.status import words
+from meshnode.api.messages import Status
+from meshnode.cli.status import describe
 from meshnode.core.paths import Paths
-from tests.process.mesh_rig import LAYERS, NO_COPIES, READY_SECONDS, Json, mesh_of, meshnode, small_model, tokens_of
+from tests.process.mesh_rig import LAYERS, NO_COPIES, READY_SECONDS, mesh_of, meshnode, small_model, tokens_of
 
 pytestmark = [pytest.mark.net, pytest.mark.process]
 
 
-def enough(nodes: int) -> Callable[[Json], bool]:
-    def check(status: Json) -> bool:
-        copies = status["copies"]
-        return copies is not None and copies["nodes"] == nodes and copies["fewest"] >= 2 and not copies["short"]
+def enough(nodes: int) -> Callable[[Status], bool]:
+    def check(status: Status) -> bool:
+        copies = status.copies
+        return copies is not None and copies.nodes == nodes and copies.fewest >= 2 and not copies.short
 
     return check
 
@@ -31,9 +32,9 @@ def test_every_layer_has_two_copies_and_has_them_again_after_a_death(tmp_path: P
         for member in mesh.members:
             status = member.wait_for(enough(3), READY_SECONDS, "two copies of every file")
         layers = {"embed", "head", "graph", *(f"layer.{n}" for n in range(LAYERS))}
-        assert set(status["copies"]["groups"]) >= layers | {"tokenizer.json"}
-        assert len(status["copies"]["groups"]) >= status["copies"]["files"]
-        assert "copies: 2 or more of every file" in words(status)
+        assert set(status.copies.groups) >= layers | {"tokenizer.json"}
+        assert len(status.copies.groups) >= status.copies.files
+        assert "copies: 2 or more of every file" in describe(status)
         held = [{path.name for path in (Paths(member.folder).content / "files").iterdir()} for member in others]
         files = {path.name for path in (Paths(publisher.folder).content / "files").iterdir()}
         assert held[0] | held[1] == files, "the publisher is not needed any more"
@@ -46,7 +47,7 @@ def test_every_layer_has_two_copies_and_has_them_again_after_a_death(tmp_path: P
             member.wait_ready(READY_SECONDS)
             assert tokens_of(member) == right
             assert {path.name for path in (Paths(member.folder).content / "files").iterdir()} == files
-            assert member.status()["content"]["cold_bytes"] == 0
+            assert member.status().content.cold_bytes == 0
 
 
 def test_a_model_is_pinned_unpinned_and_removed(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_encrypted_files_serve_as_others_do(tmp_path: Path) -> None:
         assert answer.code == 0, answer.errors
         piece = (published / "layer.3").read_bytes()[1000:1032]
         for member in mesh.members:
-            assert "encrypted on the disk" in words(member.status())
+            assert "encrypted on the disk" in describe(member.status())
             files = list((Paths(member.folder).content / "files").iterdir())
             assert {path.suffix for path in files} == {".sealed"}
             assert not any(piece in path.read_bytes() for path in files)

@@ -38,13 +38,13 @@ def test_a_network_fetches_the_public_model_of_another(tmp_path: Path) -> None:
             giver = giving.members[0]
             answer = tokens_of(giver)
             provided = giver.wait_for(
-                lambda status: status["content"]["dht"]["provided"] > len(files),  # these and the manifest
+                lambda status: status.content.dht.provided > len(files),  # these and the manifest
                 PROVIDE_SECONDS,
                 "to name itself in the DHT for every file",
             )
             with mesh_of(tmp_path / "asking", 1, settings=(dht, *NO_COPIES)) as asking:
                 asker = asking.members[0]
-                manifest = Cid(provided["model"]["manifest"])
+                manifest = Cid(provided.model.manifest)
                 ran = meshnode("model", "add", f"ipfs://{manifest}", folder=asker.folder)
                 assert ran.code == 0, ran.errors
                 asking.wait_ready(READY_SECONDS)
@@ -53,8 +53,8 @@ def test_a_network_fetches_the_public_model_of_another(tmp_path: Path) -> None:
                 # Nobody is a member of another's network, or takes another for one.
                 for member in (giver, asker):
                     status = member.status()
-                    assert status["peers"] == [] and status["refusals"] == []
-                assert giver.status()["content"]["served_bytes"] >= sum(map(len, files))
+                    assert status.peers == () and status.refusals == ()
+                assert giver.status().content.served_bytes >= sum(map(len, files))
 
 
 async def test_strangers_get_blocks_and_nothing_else(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ async def test_strangers_get_blocks_and_nothing_else(tmp_path: Path) -> None:
             await stranger.connect(member.peer_id, [member.address])
             offered = await allowed(stranger, member.peer_id)
             await trio.to_thread.run_sync(
-                member.wait_for, lambda status: status["content"]["visitors"] == 1, READY_SECONDS, "to take it in"
+                member.wait_for, lambda status: status.content.visitors == 1, READY_SECONDS, "to take it in"
             )
             assert offered == await allowed(stranger, member.peer_id) == {HELLO, BITSWAP, PING, IDENTIFY}
             nursery.cancel_scope.cancel()

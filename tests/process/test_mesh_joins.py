@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from meshnode.client import NodeError
 from meshnode.harness.member import Member
 from meshnode.harness.mesh import Mesh
+from protocols.errors import MeshError
 from tests.process.mesh_rig import LAYERS, READY_SECONDS, mesh_of, serving, small_model, tokens_of
 
 pytestmark = [pytest.mark.net, pytest.mark.process]
@@ -49,7 +49,7 @@ class Asker(threading.Thread):
         while not self.ended.is_set():
             try:
                 self.answers.append(tokens_of(self.member))
-            except NodeError as error:
+            except MeshError as error:
                 self.errors.append(str(error))
 
     def stop(self) -> None:
@@ -73,7 +73,7 @@ def test_a_sixth_helps_and_a_leaving_one_hands_over(mesh: Mesh) -> None:
     usual = tokens_of(mesh.members[0])
     sixth = mesh.add(room_for(9), (("serve.engine", "null"),))
     began = time.monotonic()
-    status = sixth.wait_for(lambda s: s["me"]["state"] == "serving", READY_SECONDS, "serving layers")
+    status = sixth.wait_for(lambda s: s.me.state == "serving", READY_SECONDS, "serving layers")
     print(f"the sixth node serves {serving(status)[sixth.peer_id]} after {time.monotonic() - began:.1f} s")
     sixth.wait_ready(READY_SECONDS)
     assert tokens_of(sixth) == usual

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from meshnode import client
-from meshnode.client import NodeError
+from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.harness.member import Member
 from meshnode.harness.mesh import Mesh
 from protocols.ids import PeerId, short
@@ -37,12 +36,12 @@ def usual(mesh: Mesh) -> list[int]:
 
 def strike(asker: Member, victim: Member, number: signal.Signals) -> tuple[str, float]:
     """Send a signal to a node while an answer passes through it; the asker's error, and after how many seconds."""
-    answers = client.ask(asker.folder, ENDLESS, 60)
+    answers = asker.client.ask(ENDLESS)
     for _ in range(BEGUN):
         next(answers)
     victim.signal(number)
     began = time.monotonic()
-    with pytest.raises(NodeError) as caught:
+    with pytest.raises(PeerUnreachable) as caught:
         for _ in answers:
             pass
     return str(caught.value), time.monotonic() - began
@@ -91,33 +90,33 @@ def test_a_node_that_hangs(mesh: Mesh, usual: list[int]) -> None:
 def test_a_killed_engine(mesh: Mesh, usual: list[int], name: str) -> None:
     asker, victim = mesh.members[0], mesh.member(name)
     layers = serving(asker.status())[victim.peer_id]
-    before = victim.status()["engine"]["pid"]
-    answers = client.ask(asker.folder, ENDLESS, 60)
+    before = victim.status().engine.pid
+    answers = asker.client.ask(ENDLESS)
     for _ in range(BEGUN):
         next(answers)
     for process in victim.processes():
         if process.pid == before:
             process.kill()
     began = time.monotonic()
-    with pytest.raises(NodeError) as caught:
+    with pytest.raises((PeerUnreachable, Declined)) as caught:
         for _ in answers:
             pass
     print(f"\nengine killed: {time.monotonic() - began:.2f} s: {caught.value}")
     assert names(str(caught.value), victim, layers)
     assert "engine" in str(caught.value)
-    victim.wait_for(lambda s: s["engine"] is not None and s["engine"]["pid"] != before, READY_SECONDS, "a new engine")
+    victim.wait_for(lambda s: s.engine is not None and s.engine.pid != before, READY_SECONDS, "a new engine")
     answers_again(mesh, usual)
 
 
 def test_an_asker_that_goes_away(mesh: Mesh, usual: list[int]) -> None:
     """Ctrl-C in the middle of an answer frees the sessions of every stage."""
     asker = mesh.members[0]
-    answers = client.ask(asker.folder, ENDLESS, 60)
+    answers = asker.client.ask(ENDLESS)
     for _ in range(BEGUN):
         next(answers)
-    assert asker.status()["sessions"] == 1
+    assert asker.status().sessions == 1
     answers.close()
-    asker.wait_for(lambda s: s["sessions"] == 0, READY_SECONDS, "the end of the session")
+    asker.wait_for(lambda s: s.sessions == 0, READY_SECONDS, "the end of the session")
     for member in mesh.members:
-        member.wait_for(lambda s: s["me"]["sessions"] == 0, READY_SECONDS, "the end of the session on every stage")
+        member.wait_for(lambda s: s.me.sessions == 0, READY_SECONDS, "the end of the session on every stage")
     assert tokens_of(asker) == usual

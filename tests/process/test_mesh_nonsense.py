@@ -1,4 +1,4 @@
-"""Nonsense on the command line: one sentence, an exit code, no traceback."""
+"""Nonsense on the command line: one sentence, an exit code, no traceback. Most of it in this very process."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from meshnode.cli.main import main
+from meshnode.core.errors import EXIT_CODES
 from meshnode.core.paths import Paths
-from tests.process.mesh_rig import meshnode
+from tests.process.mesh_rig import Ran, meshnode
 
 pytestmark = [pytest.mark.net, pytest.mark.process]
 
@@ -36,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }.items():
         Paths(folder / config).create()
         Paths(folder / config).config.write_text(text)
-    assert meshnode("init", "--listen", "/ip4/127.0.0.1/tcp/1", folder=folder / "node").code == 0
+    assert main(["init", "--listen", "/ip4/127.0.0.1/tcp/1", "--data", str(folder / "node")]) == 0
     return folder
 
 
@@ -102,9 +104,29 @@ COMMANDS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def nobody(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --data: a folder that is not there."""
+    monkeypatch.setenv("MESHNODE_DATA", str(place / "nobody"))
+
+
 @pytest.mark.parametrize("what", COMMANDS)
-def test_nonsense(what: str, place: Path) -> None:
+def test_nonsense(what: str, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = [word.format(place=place) for word in COMMANDS[what].split()]
-    sentence = meshnode(*words, MESHNODE_DATA=str(place / "nobody")).sentence()
+    try:
+        code = main(words)
+    except SystemExit as end:  # argparse
+        code = int(end.code or 0)
+    said = Ran(code, *capfd.readouterr())
+    sentence = said.sentence()
     assert len(sentence) > 20
     assert "Errno" not in sentence
+    assert said.code in EXIT_CODES
+
+
+@pytest.mark.parametrize("words", [["start", "--memory", "nonsense"], ["generate", "hello", "--temperature", "99"]])
+def test_the_same_kind_of_mistake_has_the_same_code(words: list[str]) -> None:
+    """As real processes: what `main` returns is what the shell sees."""
+    ran = meshnode(*words)
+    assert words[-1] in ran.sentence()
+    assert ran.code == 2

@@ -12,9 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from meshnode import client
 from meshnode.cli.invite import make_ticket
-from meshnode.client import NodeError
+from meshnode.core.errors import NodeError
 from meshnode.harness.member import Member, clean_environment
 from meshnode.harness.mesh import Mesh
 from tests.process.mesh_rig import ENDLESS, READY_SECONDS, mesh_of, meshnode, small_model, tokens_of
@@ -37,7 +36,7 @@ def server(mesh: Mesh) -> Member:
     """The node that serves the model now; there is room for it on each."""
     mesh.up()
     mesh.wait_ready(READY_SECONDS)
-    return next(member for member in mesh.members if member.status()["engine"])
+    return next(member for member in mesh.members if member.status().engine)
 
 
 def test_meshnode_stop(server: Member) -> None:
@@ -52,12 +51,12 @@ def test_meshnode_stop(server: Member) -> None:
 
 def test_the_second_signal_stops_at_once(server: Member) -> None:
     """The first one waits for the session that is open; the second does not."""
-    answers = client.ask(server.folder, ENDLESS, 60)
+    answers = server.client.ask(ENDLESS)
     for _ in range(20):
         next(answers)
     processes = server.processes()
     processes[0].send_signal(signal.SIGINT)
-    server.wait_for(lambda s: s["me"]["state"] == "draining", READY_SECONDS, "leaving")
+    server.wait_for(lambda s: s.me.state == "draining", READY_SECONDS, "leaving")
     next(answers)
     assert server.process() is not None, "an answer is under way"
     processes[0].send_signal(signal.SIGINT)
@@ -72,7 +71,7 @@ def test_a_second_node_on_the_same_folder(server: Member) -> None:
     sentence = meshnode("start", folder=server.folder).sentence()
     assert "already runs" in sentence
     assert str(server.folder) in sentence
-    assert server.status()["ready"]
+    assert server.status().ready
 
 
 def test_a_port_in_use(mesh: Mesh) -> None:
@@ -110,10 +109,8 @@ def test_a_disk_that_takes_no_layer(mesh: Mesh, tmp_path: Path) -> None:
     short = Member("short", folder, "", "", pid=child.pid, started=psutil.Process(child.pid).create_time())
     try:
         short.wait_answers()
-        status = short.wait_for(
-            lambda s: any(w["code"] == "span-failed" for w in s["health"]), READY_SECONDS, "a warning"
-        )
-        text = next(w["text"] for w in status["health"] if w["code"] == "span-failed")
+        status = short.wait_for(lambda s: any(w.code == "span-failed" for w in s.health), READY_SECONDS, "a warning")
+        text = next(w.text for w in status.health if w.code == "span-failed")
         assert "does not allow files of this size" in text
         assert str(folder) in text
         assert tokens_of(short) == tokens_of(founder)

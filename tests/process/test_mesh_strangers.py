@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from meshnode.api.messages import Status
 from meshnode.cli.invite import make_ticket
 from meshnode.harness.member import Member
 from meshnode.harness.mesh import Mesh, free_ports
-from tests.process.mesh_rig import READY_SECONDS, Json, mesh_of, meshnode, small_model, tokens_of
+from tests.process.mesh_rig import READY_SECONDS, mesh_of, meshnode, small_model, tokens_of
 
 pytestmark = [pytest.mark.net, pytest.mark.process]
 
@@ -37,7 +39,7 @@ def founder(mesh: Mesh, usual: list[int]) -> Iterator[Member]:
     """The node that is bothered; afterwards the mesh answers as before."""
     yield mesh.members[0]
     for member in mesh.members:
-        assert member.status()["ready"]
+        assert member.status().ready
         assert tokens_of(member) == usual
 
 
@@ -52,14 +54,14 @@ def test_a_node_of_another_network(founder: Member, tmp_path: Path) -> None:
         for member, peer in ((founder, stranger), (stranger, founder)):
             member.wait_for(partial(has_refusal, peer=peer.peer_id), READY_SECONDS, "a refusal")
             status = json.loads(meshnode("status", "--json", folder=member.folder).out)
-            found = [refusal for refusal in status["refusals"] if refusal["peer"] == peer.peer_id]
-            assert {refusal["code"] for refusal in found} == {"other-network"}
-            assert all("another network" in refusal["text"] for refusal in found)
-            assert all(row["peer"] != peer.peer_id for row in status["peers"])
+            found = [refusal for refusal in status.refusals if refusal.peer == peer.peer_id]
+            assert {refusal.code for refusal in found} == {"other-network"}
+            assert all("another network" in refusal.text for refusal in found)
+            assert all(row.peer != peer.peer_id for row in status.peers)
 
 
-def has_refusal(status: Json, **wanted: object) -> bool:
-    return any(wanted.items() <= refusal.items() for refusal in status["refusals"])
+def has_refusal(status: Status, **wanted: object) -> bool:
+    return any(wanted.items() <= asdict(refusal).items() for refusal in status.refusals)
 
 
 def test_an_expired_ticket(founder: Member, tmp_path: Path) -> None:

@@ -132,5 +132,5 @@ def test_a_running_mesh_serves_what_was_carried_to_it(place: Place, tmp_path: Pa
         assert ran.code == 0, ran.errors
         assert "The network now serves small-noise" in ran.out
         mesh.wait_ready(READY_SECONDS)
-        assert mesh.members[1].status()["model"]["manifest"] == place.cid
+        assert mesh.members[1].status().model.manifest == place.cid
         assert tokens_of(mesh.members[0]) == tokens_of(mesh.members[1])

@@ -46,7 +46,7 @@ def test_a_manifest_of_the_network_is_served_again_by_its_cid(tmp_path: Path) ->
     """It is in the store already; another variant than the present one does not exist."""
     with mesh_of(tmp_path, 1, published=small_model(tmp_path / "model")) as mesh:
         (member,) = mesh.members
-        manifest = member.status()["model"]["manifest"]
+        manifest = member.status().model.manifest
         ran = meshnode("model", "add", manifest, folder=member.folder)
         assert ran.code == 0 and "now serves small-noise" in ran.out, ran.errors
         assert (

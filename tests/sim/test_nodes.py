@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from contextlib import aclosing
-from typing import Any
 
 import pytest
 
-from meshnode.api.commands import Orders
-from meshnode.core.errors import Declined
+from meshnode.core.errors import BadRequest, Declined, ModelError
+from meshnode.embed import LocalNode
 from meshnode.sim.model import ModelSpec
 from meshnode.sim.world import World
-from protocols.ids import DAG_CBOR, cid_of
 from tests.conftest import SEED
 
 pytestmark = pytest.mark.usefixtures("autojump_clock")
 
 
-async def ask(
-    world: World, name: str, command: str, request: Mapping[str, Any] | None = None
-) -> list[dict[str, Any]]:
-    """All answers of a control command."""
-    async with aclosing(Orders(world[name].running).commands()[command](dict(request or {}))) as answers:
-        return [answer async for answer in answers]
+def library(world: World, name: str) -> LocalNode:
+    """What a program that embeds this node sees."""
+    return LocalNode(world[name].running)
 
 
 async def mesh(world: World, nodes: int = 3, memory: str = "1.4MB") -> list[int]:
@@ -39,13 +32,12 @@ async def mesh(world: World, nodes: int = 3, memory: str = "1.4MB") -> list[int]
 async def test_status_tells_who_serves_what() -> None:
     async with World.open(SEED) as world:
         await mesh(world)
-        (answer,) = await ask(world, "n2", "status")
-        status = answer["done"]
-        assert status["ready"]
-        assert status["model"]["name"] == "noise"
-        assert status["me"]["name"] == "n2"
-        assert {peer["name"] for peer in status["peers"]} == {"n1", "n3"}
-        spans = sorted((line["first"], line["last"]) for line in (status["me"], *status["peers"]))
+        status = await library(world, "n2").status()
+        assert status.ready
+        assert status.model is not None and status.model.name == "noise"
+        assert status.me.name == "n2"
+        assert {peer.name for peer in status.peers} == {"n1", "n3"}
+        spans = sorted((peer.first, peer.last) for peer in (status.me, *status.peers))
         assert spans[0][0] == 0 and spans[-1][1] == 24
         assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
 
@@ -54,19 +46,64 @@ async def test_every_node_gives_the_same_answer() -> None:
     async with World.open(SEED) as world:
         answer = await mesh(world)
         for name in world.devices:
-            request = {"token_ids": [5, 6, 7], "max_tokens": 12, "temperature": 0.0}
-            *pieces, last = await ask(world, name, "generate", request)
-            assert last["done"]["token_ids"] == answer
-            assert [piece["token"] for piece in pieces if "token" in piece] == answer
-            assert len(last["done"]["route"]) == 3
+            async with library(world, name).stream([5, 6, 7], max_tokens=12, temperature=0) as pieces:
+                assert [piece.token async for piece in pieces if piece.token >= 0] == answer
+            assert pieces.answer is not None
+            assert list(pieces.answer.token_ids) == answer
+            assert len(pieces.answer.receipt.route) == 3
+
+
+async def test_a_stream_that_is_closed_frees_every_stage() -> None:
+    async with World.open(SEED) as world:
+        await mesh(world)
+        async with library(world, "n1") as node:
+            pieces = node.stream([5, 6, 7], max_tokens=2000, temperature=0)
+            for _ in range(3):
+                await anext(pieces)
+            assert (await node.status()).sessions == 1
+            await pieces.aclose()
+            assert (await node.status()).sessions == 0
+            await world.until(lambda: all(device.running.stage.sessions == 0 for device in world.up))
+            assert pieces.answer is None
+            left = node.stream([5, 6, 7], max_tokens=2000, temperature=0)
+            await anext(left)
+        assert (await node.status()).sessions == 0, "leaving the block closes what still streams"
+
+
+async def test_a_question_is_checked_before_it_is_asked() -> None:
+    async with World.open(SEED) as world:
+        await mesh(world, nodes=1, memory="8MB")
+        with pytest.raises(BadRequest, match="temperature is 99; it takes a number from 0 to 10"):
+            library(world, "n1").stream("w1", temperature=99)
+
+
+async def test_waiting_for_a_mesh_that_is_not_ready_says_why() -> None:
+    async with World.open(SEED) as world:
+        world.add()
+        await world.start_all()
+        with pytest.raises(Declined, match="not ready after 5 s: the network serves no model yet"):
+            await library(world, "n1").wait_ready(5)
+
+
+async def test_a_model_is_served_by_its_name() -> None:
+    async with World.open(SEED) as world:
+        first = await mesh(world, memory="4MB")
+        await world.publish("n1", ModelSpec(name="other", layers=12))
+        await world.until(lambda: world.all_ready() and world["n3"].running.served().manifest.name == "other")
+        node = library(world, "n3")
+        with pytest.raises(ModelError, match="has no variant int8; it has int4"):
+            await node.serve("noise", variant="int8")
+        await node.serve("noise")
+        await world.until(lambda: world.all_ready() and world["n1"].running.served().manifest.name == "noise")
+        assert await world.ask("n2") == first
 
 
 async def test_a_lone_node_answers_alone_and_says_so() -> None:
     async with World.open(SEED) as world:
         answer = await mesh(world, nodes=1, memory="8MB")
         assert len(answer) == 12
-        (status,) = await ask(world, "n1", "status")
-        assert (status["done"]["me"]["first"], status["done"]["me"]["last"]) == (0, 24)
+        me = (await library(world, "n1").status()).me
+        assert (me.first, me.last) == (0, 24)
 
 
 async def test_without_a_model_a_question_is_refused_with_what_to_do() -> None:
@@ -106,9 +143,9 @@ async def test_the_newest_model_is_served() -> None:
         assert await world.ask("n1") != first
 
 
-async def test_announcing_what_is_not_here_is_declined() -> None:
+async def test_serving_what_is_not_here_is_refused() -> None:
     async with World.open(SEED) as world:
         world.add()
         await world.start_all()
-        with pytest.raises(Declined, match="not in this node's store"):
-            await ask(world, "n1", "announce", {"manifest": cid_of(DAG_CBOR, b"nothing"), "variant": ""})
+        with pytest.raises(ModelError, match="has no model 'nothing'; it has: none"):
+            await library(world, "n1").serve("nothing")

@@ -8,14 +8,17 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from meshnode import __version__
+from meshnode.api.messages import ContentStatus, HealthStatus, PeerStatus, RefusalStatus, Status
 from meshnode.cli.doctor import as_json, line, summary
 from meshnode.cli.main import main
+from meshnode.client import Client
 from meshnode.config.load import load_config
 from meshnode.core.paths import Paths
 from meshnode.doctor import device, node
@@ -61,16 +64,21 @@ def lock(**facts: Any) -> list[Finding]:
 
 
 def health(severity: str) -> list[Finding]:
-    return node.check_health({"health": [{"code": "x", "severity": severity, "text": "It is broken. Mend it."}]})
+    warning = HealthStatus(code="x", severity=severity, text="It is broken. Mend it.")
+    return node.check_health(Status(health=(warning,)))
 
 
 def refused(age_ms: int, **facts: Any) -> list[Finding]:
-    entry = {"at_ms": NOW - age_ms, "peer": "12D3", "code": "stranger", "text": "12D3 was refused", "by_us": True}
-    return node.check_refusals({"refusals": [{**entry, **facts}]}, NOW)
+    refusal = RefusalStatus(at_ms=NOW - age_ms, peer="12D3", code="stranger", text="12D3 was refused")
+    return node.check_refusals(Status(refusals=(replace(refusal, **facts),)), NOW)
 
 
 def link(ms: float | None, *, connected: bool = True) -> list[Finding]:
-    return node.check_links({"peers": [{"name": "attic", "connected": connected, "round_trip_ms": ms}]})
+    return node.check_links(Status(peers=(PeerStatus(name="attic", connected=connected, round_trip_ms=ms),)))
+
+
+def unreachable(who: str, why: str, **guests: bool) -> list[Finding]:
+    return node.check_unreachable(Status(unreachable={who: why}, content=ContentStatus(guests=guests)))
 
 
 # What is checked, what must come out, and a word that the line must hold.
@@ -215,28 +223,28 @@ CASES: dict[str, tuple[Check, Level, str]] = {
         WRONG,
         "kill -9 79",
     ),
-    "version": (lambda: node.check_version({"software": "0.1.0"}, "0.1.0"), OK, "0.1.0"),
-    "version: another": (lambda: node.check_version({"software": "0.0.9"}, "0.1.0"), WARNING, "Restart"),
-    "ready": (lambda: node.check_readiness({"ready": True, "readiness": "a probe came back"}), OK, "a probe"),
-    "not ready": (lambda: node.check_readiness({"ready": False, "readiness": "no model"}), WARNING, "no model"),
-    "health": (lambda: node.check_health({"health": []}), OK, "complains of nothing"),
+    "version": (lambda: node.check_version(Status(software="0.1.0"), "0.1.0"), OK, "0.1.0"),
+    "version: another": (lambda: node.check_version(Status(software="0.0.9"), "0.1.0"), WARNING, "Restart"),
+    "ready": (lambda: node.check_readiness(Status(ready=True, readiness="a probe came back")), OK, "a probe"),
+    "not ready": (lambda: node.check_readiness(Status(readiness="no model")), WARNING, "no model"),
+    "health": (lambda: node.check_health(Status()), OK, "complains of nothing"),
     "health: high": (lambda: health("high"), WRONG, "Mend it"),
     "health: medium": (lambda: health("medium"), WARNING, "Mend it"),
     "health: low": (lambda: health("low"), OK, "Mend it"),
     "health: unknown severity": (lambda: health("extreme"), WARNING, "Mend it"),
-    "peers": (lambda: node.check_unreachable({"unreachable": {}}), OK, "connected"),
+    "peers": (lambda: node.check_unreachable(Status()), OK, "connected"),
     "peers: unreachable": (
-        lambda: node.check_unreachable({"unreachable": {"12D3": "connection refused."}}),
+        lambda: unreachable("12D3", "connection refused."),
         WARNING,
         "12D3 can't be reached: connection refused. Is meshnode running there?",
     ),
     "peers: the reason says it, too": (
-        lambda: node.check_unreachable({"unreachable": {"12D3": "…D3 can't be reached: refused"}}),
+        lambda: unreachable("12D3", "…D3 can't be reached: refused"),
         WARNING,
         "12D3 can't be reached: refused. Is meshnode running there?",
     ),
     "peers: a guest": (
-        lambda: node.check_unreachable({"unreachable": {"Qm": "refused"}, "content": {"guests": {"Qm": False}}}),
+        lambda: unreachable("Qm", "refused", Qm=False),
         WARNING,
         "Qm can't be reached: refused. Is the IPFS node running there?",
     ),
@@ -244,7 +252,7 @@ CASES: dict[str, tuple[Check, Level, str]] = {
     "links: slow": (lambda: link(250.0), WARNING, "attic takes 250 ms"),
     "links: gone": (lambda: link(250.0, connected=False), OK, "0 peers connected"),
     "links: unmeasured": (lambda: link(None), OK, "1 peer connected"),
-    "refusals: none": (lambda: node.check_refusals({"refusals": []}, NOW), OK, "nobody"),
+    "refusals: none": (lambda: node.check_refusals(Status(), NOW), OK, "nobody"),
     "refusals: recent": (lambda: refused(60_000), WARNING, "meshnode invite"),
     "refusals: old": (lambda: refused(2 * 3_600_000), OK, "nobody"),
     "refusals: of us": (lambda: refused(0, by_us=False, code="clock"), WARNING, "about us"),
@@ -266,22 +274,15 @@ def test_check(case: str) -> None:
 
 def test_texts_of_peers_are_one_line_without_control_characters() -> None:
     nasty = "evil\x1b[2J\r\nok      \x07\u202eport: fine"
-    status = {
-        "health": [{"code": nasty, "severity": "low", "text": nasty}],
-        "unreachable": {nasty: nasty},
-        "refusals": [{"at_ms": NOW, "peer": nasty, "code": nasty, "text": nasty, "by_us": False}],
-        "peers": [{"name": nasty, "connected": True, "round_trip_ms": 900.0}],
-        "readiness": nasty,
-        "software": nasty,
-    }
-    found = [
-        *node.check_health(status),
-        *node.check_unreachable(status),
-        *node.check_refusals(status, NOW),
-        *node.check_links(status),
-        node.check_readiness(status),
-        node.check_version(status, "0.1.0"),
-    ]
+    status = Status(
+        health=(HealthStatus(code=nasty, severity="low", text=nasty),),
+        unreachable={nasty: nasty},
+        refusals=(RefusalStatus(at_ms=NOW, peer=nasty, code=nasty, text=nasty, by_us=False),),
+        peers=(PeerStatus(name=nasty, connected=True, round_trip_ms=900.0),),
+        readiness=nasty,
+        software=nasty,
+    )
+    found = list(node.check_status(status, "0.1.0", NOW))
     assert len(found) == 6
     for finding in found:
         assert "evil" in line(finding)
@@ -289,12 +290,8 @@ def test_texts_of_peers_are_one_line_without_control_characters() -> None:
 
 
 def test_a_status_of_another_version_may_lack_every_field() -> None:
-    assert [f.level for f in node.check_health({})] == [OK]
-    assert [f.level for f in node.check_unreachable({})] == [OK]
-    assert [f.level for f in node.check_refusals({}, NOW)] == [OK]
-    assert [f.level for f in node.check_links({})] == [OK]
-    assert node.check_readiness({}).level is WARNING
-    assert node.check_version({}, "0.1.0").level is WARNING
+    levels = [finding.level for finding in node.check_status(Status.read({}), "0.1.0", NOW)]
+    assert levels == [WARNING, OK, OK, OK, WARNING, OK]  # its version and readiness are unknown
 
 
 def test_only_what_is_wrong_makes_the_exit_code() -> None:
@@ -519,20 +516,15 @@ def test_the_command_beside_a_running_node(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the node says is shown."""
-    from meshnode import client
-
-    status = {
-        "software": __version__,
-        "pid": 1 << 30,
-        "addresses": ["/ip4/127.0.0.1/tcp/4999/p2p/12D3KooWy"],
-        "ready": False,
-        "readiness": "nobody serves layers 3 to 5",
-        "health": [{"code": "not-covered", "severity": "high", "text": "Nobody serves. Start another node."}],
-        "unreachable": {"12D3KooWx": "connection refused"},
-        "refusals": [],
-        "peers": [],
-    }
-    monkeypatch.setattr(client, "ask_one", lambda folder, request, seconds=10.0: status)
+    status = Status(
+        software=__version__,
+        pid=1 << 30,
+        addresses=("/ip4/127.0.0.1/tcp/4999/p2p/12D3KooWy",),
+        readiness="nobody serves layers 3 to 5",
+        health=(HealthStatus(code="not-covered", severity="high", text="Nobody serves. Start another node."),),
+        unreachable={"12D3KooWx": "connection refused"},
+    )
+    monkeypatch.setattr(Client, "status", lambda *_, **__: status)
     Paths(tmp_path).create()
     init_network(tmp_path, "home")
     with socket.create_server(("127.0.0.1", 0)) as server:

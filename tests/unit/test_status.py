@@ -6,23 +6,8 @@ from typing import Any
 
 import pytest
 
-from meshnode.cli.status import words
-
-
-def row(name: str, **facts: Any) -> dict[str, Any]:
-    return {
-        "peer": f"12D3KooW{name}",
-        "name": name,
-        "first": None,
-        "last": None,
-        "target": None,
-        "sessions": 0,
-        "state": "idle",
-        "memory_bytes": 1,
-        "connected": True,
-        "round_trip_ms": 1.0,
-        **facts,
-    }
+from meshnode.api.messages import ContentStatus, CopiesStatus, PeerStatus, Status
+from meshnode.cli.status import describe
 
 
 def status(
@@ -30,23 +15,15 @@ def status(
     peers: int = 1,
     state: str = "idle",
     uptime_s: float = 60.0,
-    content: dict[str, Any] | None = None,
+    content: ContentStatus = ContentStatus(),
     **copies: Any,
-) -> dict[str, Any]:
-    return {
-        "network": "home",
-        "model": {"name": "tiny", "version": "v1.0.0-0", "variant": "int4", "layers": 4},
-        "ready": True,
-        "readiness": "a probe came back",
-        "prediction": "",
-        "me": row("me"),
-        "peers": [row(f"peer{number}", state=state) for number in range(peers)],
-        "progress": None,
-        "uptime_s": uptime_s,
-        "copies": {"wanted": 2, "nodes": 1 + peers, "fewest": 2, "files": 8, "short": 0, "groups": {}, **copies},
-        "content": {"hot_bytes": 0, "warm_bytes": 0, "cold_bytes": 0, **(content or {})},
-        "health": [],
-    }
+) -> Status:
+    return Status(
+        peers=tuple(PeerStatus(name=f"peer{number}", state=state) for number in range(peers)),
+        uptime_s=uptime_s,
+        copies=CopiesStatus(**{"wanted": 2, "nodes": 1 + peers, "fewest": 2, "files": 8, **copies}),
+        content=content,
+    )
 
 
 ALONE = "copies: this node alone holds the model"
@@ -74,18 +51,18 @@ SHORT = {"fewest": 1, "short": 2, "groups": {"layer.1": 2, "layer.2": 1, "graph"
         ),
     ],
 )
-def test_copies(facts: dict[str, Any], said: str) -> None:
-    (line,) = [line for line in words(facts).splitlines() if line.startswith("copies:")]
+def test_copies(facts: Status, said: str) -> None:
+    (line,) = [line for line in describe(facts).splitlines() if line.startswith("copies:")]
     assert line.startswith(said)
     assert ("being made" in line) == ("being made" in said)
 
 
 def test_encryption_is_told() -> None:
-    assert "0.0 MB elsewhere (cold), encrypted on the disk" in words(status(content={"encrypted": True}))
-    assert "encrypted" not in words(status(content={"encrypted": False}))
+    assert "0.0 MB elsewhere (cold), encrypted on the disk" in describe(status(content=ContentStatus(encrypted=True)))
+    assert "encrypted" not in describe(status())
 
 
 def test_ipfs_peers_are_counted_if_there_are_any() -> None:
     guests = {"12D3KooWa": True, "12D3KooWb": False, "12D3KooWc": True}
-    assert "ipfs: 2 of 3 peers connected" in words(status(content={"guests": guests}))
-    assert "ipfs:" not in words(status(content={"guests": {}}))
+    assert "ipfs: 2 of 3 peers connected" in describe(status(content=ContentStatus(guests=guests)))
+    assert "ipfs:" not in describe(status())

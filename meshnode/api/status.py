@@ -1,0 +1,181 @@
+"""What a node says about itself."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Collection
+
+import psutil
+
+from meshnode import __version__
+from meshnode.api.messages import (
+    ContentStatus,
+    CopiesStatus,
+    DhtStatus,
+    EngineStatus,
+    HealthStatus,
+    PeerStatus,
+    ProgressStatus,
+    RefusalStatus,
+    ServedModel,
+    SpanStatus,
+    Status,
+)
+from meshnode.node import Node, Served
+from protocols.advert.messages import Advert
+from protocols.ids import PeerId
+
+
+def status_of(node: Node) -> Status:
+    """Everything that `meshnode status` shows."""
+    live = node.directory.live()
+    served = node.served()
+    ready = node.readiness.now
+    prediction = node.placement.prediction()
+    peers = [_peer(node, advert) for peer, advert in live.items() if peer != node.identity.peer_id]
+    return Status(
+        software=__version__,
+        peer=node.identity.peer_id,
+        pid=os.getpid(),
+        network=node.membership_file.network.name,
+        addresses=tuple(node.host.addresses),
+        uptime_s=round((node.parts.wall() - node.began_ms) / 1000, 1),
+        ready=ready.ready,
+        readiness=ready.sentence,
+        model=None if served is None else _model(served),
+        prediction="" if prediction is None else prediction.text,
+        me=_peer(node, live[node.identity.peer_id]),
+        peers=tuple(peers),
+        progress=_progress(node),
+        sessions=node.generation.running,
+        rss_bytes=psutil.Process().memory_info().rss,
+        torch_imported="torch" in sys.modules,
+        engine=_engine(node),
+        content=_content(node, served),
+        copies=None if served is None else _copies(node, served),
+        health=tuple(
+            HealthStatus(code=warning.code, severity=warning.severity.name.lower(), text=warning.text)
+            for warning in node.health.current()
+        ),
+        refusals=tuple(
+            RefusalStatus(at_ms=r.at_ms, peer=r.peer, code=r.code, text=r.sentence, by_us=r.by_us)
+            for r in node.membership.refusals
+        ),
+        unreachable={str(who): why for who, why in (node.discovery.failures() | node.external.failures()).items()},
+    )
+
+
+def _model(served: Served) -> ServedModel:
+    return ServedModel(
+        name=served.manifest.name,
+        version=served.manifest.version,
+        manifest=served.cid,
+        variant=served.variant,
+        layers=served.manifest.architecture.layers,
+    )
+
+
+def _peer(node: Node, advert: Advert) -> PeerStatus:
+    peer = PeerId(advert.peer)
+    serving = advert.serving
+    span, target = (None, None) if serving is None else (serving.span, serving.target)
+    us = node.host.round_trip_us(peer)
+    return PeerStatus(
+        peer=peer,
+        name=advert.name,
+        connected=peer in node.host.peers,
+        roles=tuple(sorted(node.membership.roles_of(peer) or ())),
+        round_trip_ms=None if us is None else round(us / 1000, 2),
+        memory_bytes=advert.memory_bytes,
+        state="idle" if serving is None else serving.state,
+        first=None if span is None else span.first,
+        last=None if span is None else span.last,
+        target=None if target is None else (target.first, target.last),
+        sessions=0 if serving is None else serving.sessions,
+        layer_decode_us=advert.layer_decode_us,
+        layer_prefill_us=advert.layer_prefill_us,
+        age_s=node.directory.age_s(peer),
+        incarnation=advert.incarnation,
+    )
+
+
+def _progress(node: Node) -> ProgressStatus | None:
+    progress = node.placement.progress()
+    if progress is None:
+        return None
+    span = progress.span
+    return ProgressStatus(
+        span=SpanStatus(manifest=span.manifest, variant=span.variant, first=span.first, last=span.last),
+        phase=progress.phase,
+        files=progress.files,
+        files_done=progress.files_done,
+        bytes_total=progress.bytes_total,
+        bytes_done=progress.bytes_done,
+    )
+
+
+def _engine(node: Node) -> EngineStatus | None:
+    stage = node.placement.engine()
+    if stage is None:
+        return None
+    return EngineStatus(
+        pid=stage.report.pid, rss_bytes=stage.engine.rss_bytes, weight_bytes=stage.report.weight_bytes
+    )
+
+
+def _content(node: Node, served: Served | None) -> ContentStatus:
+    usage = node.store.usage()
+    dht = node.dht
+    hot, warm, cold = (0, 0, 0) if served is None else _tiers(node, served)
+    return ContentStatus(
+        used_bytes=usage.used_bytes,
+        quota_bytes=usage.quota_bytes,
+        free_disk_bytes=usage.free_disk_bytes,
+        room_bytes=usage.room_bytes,
+        fetched_bytes=node.content.bytes_fetched,
+        served_bytes=node.content.bytes_served,
+        bad_providers={str(peer): why for peer, why in node.content.bad_providers().items()},
+        encrypted=node.config.content.encrypt,
+        guests={str(peer): peer in node.host.guests for peer in node.external.configured},
+        published=0 if node.daemon is None else len(node.daemon.published),
+        visitors=len(node.external.came),
+        dht=None
+        if dht is None
+        else DhtStatus(peers=dht.known_peers, provided=sum(count > 0 for count in dht.provided.values())),
+        hot_bytes=hot,
+        warm_bytes=warm,
+        cold_bytes=cold,
+    )
+
+
+def _tiers(node: Node, served: Served) -> tuple[int, int, int]:
+    """Bytes of the served model by how far away they are: mapped by our engine, on our disk, elsewhere."""
+    variant = served.manifest.variants[served.variant]
+    every = {ref.cid: ref.size for ref in (variant.graph, *variant.groups(0, len(variant.layers)).values())}
+    stage = node.placement.engine()
+    mapped: Collection[str] = ()
+    if stage is not None and (stage.span.manifest, stage.span.variant) == (served.cid, served.variant):
+        mapped = {ref.cid for ref in variant.groups(stage.span.first, stage.span.last).values()}
+    here = node.store.files()
+    hot = sum(size for cid, size in every.items() if cid in mapped)
+    warm = sum(size for cid, size in every.items() if cid in here and cid not in mapped)
+    return hot, warm, sum(every.values()) - hot - warm
+
+
+def _copies(node: Node, served: Served) -> CopiesStatus | None:
+    copies = node.replication.copies()
+    if copies is None:
+        return None
+    variant = served.manifest.variants[served.variant]
+    groups = variant.groups(0, served.manifest.architecture.layers)
+    named = {**groups, "graph": variant.graph, **served.manifest.files}
+    return CopiesStatus(
+        wanted=copies.wanted,
+        nodes=copies.nodes,
+        fewest=copies.fewest,
+        files=len(copies.of_file),
+        short=len(copies.short),
+        planned=copies.planned,
+        groups={name: copies.of_file.get(file.cid, 0) for name, file in named.items()},
+    )
