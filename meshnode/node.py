@@ -49,6 +49,7 @@ from meshnode.services.inventory import InventoryService
 from meshnode.services.ipfs_daemon import IpfsDaemonService, Publication
 from meshnode.services.membership import Introduction, MembershipService
 from meshnode.services.placement import PlacementConfig, PlacementService
+from meshnode.services.port import Progress
 from meshnode.services.releases import ArrivalService
 from meshnode.services.replication import ReplicationService
 from meshnode.state import releases
@@ -59,7 +60,7 @@ from protocols.bitswap import messages as bitswap
 from protocols.errors import RemoteProtocolError
 from protocols.ids import DAG_CBOR, Cid, PeerId, cid_codec, short
 from protocols.manifest.codec import open_manifest
-from protocols.manifest.messages import Manifest
+from protocols.manifest.messages import FileRef, Manifest
 from protocols.membership import messages as membership
 from protocols.pipe.messages import Close, Hop, Message, Open, Opened, Refused, Sampling, Step, Token
 
@@ -201,8 +202,8 @@ class Node:
             peer=identity.peer_id,
             incarnation=self.incarnation,
             directory=self.directory,
-            fetch=self.content.fetch,
-            fetch_block=self.content.fetch_block,
+            fetch=self._fetch,
+            fetch_block=self.content.block,
             reveal=self._reveal,
             content=self.store,
             open_manifest=open_manifest,
@@ -242,7 +243,7 @@ class Node:
             release=self.placement.release,
             holdings=self.inventory.holdings,
             store=self.store,
-            fetch=self.content.fetch,
+            fetch=self._fetch,
             replicas=config.content.replicas,
             loading=lambda: self.placement.progress() is not None,
             busy=lambda: self.stage.sessions > 0,
@@ -250,7 +251,7 @@ class Node:
         )
         self.arrival = ArrivalService(
             waiting=lambda: releases.waiting(self.database),
-            fetch_block=self.content.fetch_block,
+            fetch_block=self.content.block,
             announce=self.announce,
             forget=lambda: releases.wait_no_longer(self.database),
             health=self.health,
@@ -462,9 +463,11 @@ class Node:
         route = self._route(target, 0, frozenset())
         return (None, route.reason) if isinstance(route, NoRoute) else (route, "")
 
+    async def _fetch(self, cid: Cid, size: int, *, progress: Progress | None = None) -> None:
+        await self.content.fetch(FileRef(cid=cid, size=size), progress=progress)
+
     async def _fetch_readable(self, cid: Cid, size: int) -> OpenFile:
-        await self.content.fetch(cid, size)
-        return await self._reveal(cid)
+        return await self.content.open(FileRef(cid=cid, size=size))
 
     async def _reveal(self, cid: Cid) -> OpenFile:
         revealed = await self.parts.workers.run(self.store.reveal, cid)

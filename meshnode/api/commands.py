@@ -97,14 +97,14 @@ class Commands:
 
     async def _fetch_manifest(self, request: Json) -> AsyncGenerator[Json, None]:
         """Fetch a manifest into the store, from members, IPFS peers or fallback sources."""
-        await self._node.content.fetch_block(_manifest_cid(request))
+        await self._node.content.block(_manifest_cid(request))
         yield {"done": True}
 
     async def _pin(self, request: Json) -> AsyncGenerator[Json, None]:
         """Have every file of one variant on this node, and keep it."""
         node, cid = self._node, _manifest_cid(request)
         try:
-            manifest = open_manifest(await node.content.fetch_block(cid))
+            manifest = open_manifest(await node.content.block(cid))
         except RemoteProtocolError as error:
             raise ModelError(f"{cid} is not the manifest of a model: {error}") from error
         name = str(request.get("variant"))
@@ -116,7 +116,7 @@ class Commands:
         node.store.pin(cid, cid)
         for ref in refs.values():
             yield {"fetched": done, "total": total}
-            await node.content.fetch(ref.cid, ref.size)
+            await node.content.fetch(ref)
             node.store.pin(ref.cid, cid)
             done += ref.size
         yield {"fetched": total, "total": total}

@@ -32,6 +32,7 @@ from meshnode.net.port import Host
 from meshnode.services.content.fetch import ContentService
 from meshnode.store.blob_store import BlobStore
 from protocols.ids import Cid, PeerId
+from protocols.manifest.messages import FileRef
 from protocols.unixfs.builder import Builder
 
 BAR_MB_S: Final = 100
@@ -142,9 +143,10 @@ class Transfers:
         fetched = self._service.bytes_fetched
         with PeakMemory(pids) as memory:
             start = trio.current_time()
-            path = await self._service.fetch(self._cid, self._size, progress=watch)
+            opened = await self._service.open(FileRef(cid=self._cid, size=self._size), progress=watch)
             seconds = trio.current_time() - start
-        right = await trio.to_thread.run_sync(_cid_of, path) == self._cid
+        with opened as path:
+            right = await trio.to_thread.run_sync(_cid_of, path) == self._cid
         await trio.to_thread.run_sync(self._store.remove, self._cid)
         dropped = self._service.bad_providers()
         growth = {pid: memory.peak_mb[pid] - before[pid] for pid in pids}

@@ -28,6 +28,7 @@ from meshnode.core.log import set_up
 from protocols.ids import Cid, cid_of_old
 from tests.ipfs.test_bitswap_kubo import noise
 from tests.ipfs.world import LIBRARY, Kubo, kubo, ours
+from tests.refs import ref
 
 MIB: Final = 1 << 20
 SIDES: Final = ("mesh", "get", "pin")
@@ -58,9 +59,9 @@ async def by_us(folder: Path, seeder: Kubo, name: str, size: int) -> float:
         await node.met(seeder.peer)
         cid = cid_of_old(name) if name.startswith("Qm") else Cid(name)
         start = trio.current_time()
-        path = await node.content.fetch(cid, size)
+        opened = await node.content.open(ref(cid, size))
         seconds = trio.current_time() - start
-        assert path.stat().st_size == size
+        assert opened.path.stat().st_size == size
         assert node.content.bad_providers() == {}
     return seconds
 

@@ -13,6 +13,7 @@ from protocols.ids import Cid
 from protocols.unixfs.builder import file_cid
 from tests.ipfs.test_bitswap_kubo import LARGE, MIB, noise
 from tests.ipfs.world import HELIA, LIBRARY, NODE, helia, kubo, ours
+from tests.refs import ref
 
 NEEDS = (NODE, HELIA, LIBRARY)
 pytestmark = [pytest.mark.ipfs, pytest.mark.slow]
@@ -27,8 +28,8 @@ async def test_a_file_goes_to_helia_and_comes_back_from_it(tmp_path: Path, size:
             assert await there.get(cid, tmp_path / "from-us") == data
             assert size <= seeder.content.served_to[there.peer] < 1.1 * size + 1000
         async with ours(tmp_path / "leecher", [there]) as leecher:
-            path = await leecher.content.fetch(cid, size)
-            assert path.read_bytes() == data
+            opened = await leecher.content.open(ref(cid, size))
+            assert opened.path.read_bytes() == data
             assert leecher.content.fetched_from[there.peer] < 1.1 * size + 1000
             assert leecher.content.bad_providers() == {}
 
@@ -60,7 +61,7 @@ async def test_helia_gets_nothing_that_is_not_shared(tmp_path: Path) -> None:
         cid = closed.add(tmp_path, data)
         async with ours(tmp_path / "asker", [there], patience=3) as asker:
             with pytest.raises(ContentUnavailable, match="does not have it"):
-                await asker.content.fetch(cid, len(data))
+                await asker.content.fetch(ref(cid, len(data)))
         with trio.move_on_after(2) as limit:
             await there.call("get", cid, str(tmp_path / "out"))
         assert limit.cancelled_caught
@@ -80,7 +81,7 @@ async def test_a_helia_that_is_killed_on_the_way_and_another_that_goes_on(tmp_pa
                 killed.append(done)
                 first.kill()
 
-        path = await leecher.content.fetch(cid, len(data), progress=watch)
+        opened = await leecher.content.open(ref(cid, len(data)), progress=watch)
         assert killed and killed[0] < len(data)
-        assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(data).digest()
+        assert hashlib.sha256(opened.path.read_bytes()).digest() == hashlib.sha256(data).digest()
         assert leecher.content.bad_providers() == {}

@@ -12,6 +12,7 @@ import trio
 from meshnode.core.errors import ContentUnavailable
 from protocols.ids import Cid, cid_of_old
 from tests.ipfs.world import kubo, ours
+from tests.refs import ref
 
 pytestmark = [pytest.mark.ipfs, pytest.mark.slow]
 
@@ -32,8 +33,8 @@ async def test_a_file_goes_to_kubo_and_comes_back_from_it(tmp_path: Path, size: 
             assert await there.get(cid, tmp_path / "from-us") == data
             assert size <= seeder.content.served_to[there.peer] < 1.1 * size + 1000
         async with ours(tmp_path / "leecher", [there]) as leecher:
-            path = await leecher.content.fetch(cid, size)
-            assert path.read_bytes() == data
+            opened = await leecher.content.open(ref(cid, size))
+            assert opened.path.read_bytes() == data
             assert leecher.content.fetched_from[there.peer] < 1.1 * size + 1000
             assert leecher.content.bad_providers() == {}
         assert leecher.store.folder != seeder.store.folder
@@ -49,7 +50,7 @@ async def test_what_kubo_adds_by_default_comes_to_us_and_goes_to_another_kubo(tm
         assert name.startswith("Qm")
         cid = cid_of_old(name)
         async with ours(tmp_path / "between", [first]) as node:
-            assert (await node.content.fetch(cid, size)).read_bytes() == data
+            assert (await node.content.open(ref(cid, size))).path.read_bytes() == data
             assert node.content.bad_providers() == {}
         first.kill()
         async with ours(tmp_path / "between", [second], share=True) as node:
@@ -66,7 +67,7 @@ async def test_kubo_gets_nothing_that_is_not_shared(tmp_path: Path) -> None:
     ):
         cid = closed.add(tmp_path, data)
         with pytest.raises(ContentUnavailable, match="does not have it"):
-            await asker.content.fetch(cid, len(data))  # Kubo looks for it at everybody it is connected to
+            await asker.content.fetch(ref(cid, len(data)))  # Kubo looks for it at everybody it is connected to
         with trio.move_on_after(3) as limit:
             await there.call("get", cid, str(tmp_path / "out"))
         assert limit.cancelled_caught
@@ -88,9 +89,9 @@ async def test_a_kubo_that_is_killed_on_the_way_and_another_that_goes_on(tmp_pat
                     killed.append(done)
                     first.kill()
 
-            path = await leecher.content.fetch(cid, len(data), progress=watch)
+            opened = await leecher.content.open(ref(cid, len(data)), progress=watch)
             assert killed and killed[0] < len(data)
-            assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(data).digest()
+            assert hashlib.sha256(opened.path.read_bytes()).digest() == hashlib.sha256(data).digest()
             assert leecher.content.bad_providers() == {}
             await leecher.left(first.peer)
             assert first.peer in leecher.guests.failures()
@@ -110,8 +111,8 @@ async def test_a_kubo_that_hangs_and_another_that_goes_on(tmp_path: Path) -> Non
                 if done >= 0.4 * size:
                     first.process.send_signal(signal.SIGSTOP)
 
-            path = await leecher.content.fetch(cid, len(data), progress=watch)
-            assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(data).digest()
+            opened = await leecher.content.open(ref(cid, len(data)), progress=watch)
+            assert hashlib.sha256(opened.path.read_bytes()).digest() == hashlib.sha256(data).digest()
             assert leecher.content.fetched_from[second.peer] > 0.2 * len(data)
             assert leecher.content.bad_providers() == {}
 
@@ -131,7 +132,7 @@ async def test_a_kubo_that_is_killed_with_nobody_else_is_named_and_what_came_is_
                         first.kill()
 
                 with pytest.raises(ContentUnavailable, match=r"not reachable.*what has come so far is kept"):
-                    await leecher.content.fetch(cid, len(data), progress=watch)
+                    await leecher.content.fetch(ref(cid, len(data)), progress=watch)
         async with ours(tmp_path / "leecher", [second]) as leecher:
-            assert (await leecher.content.fetch(cid, len(data))).read_bytes() == data
+            assert (await leecher.content.open(ref(cid, len(data)))).path.read_bytes() == data
             assert leecher.content.bytes_fetched < 0.7 * len(data)

@@ -34,6 +34,7 @@ from tests.process.mesh_rig import (
     small_model,
     tokens_of,
 )
+from tests.refs import ref
 
 pytestmark = [pytest.mark.ipfs, pytest.mark.slow]
 
@@ -102,8 +103,8 @@ async def test_what_only_a_kubo_holds_is_found_and_fetched(tmp_path: Path) -> No
         cid = cid_of_old(await holder.call("add", str(tmp_path / "file")))
         async with ours(tmp_path / "ours", router) as node:
             with trio.fail_after(FIND_SECONDS):
-                path = await node.content.fetch(cid, len(data))
-            assert await trio.Path(path).read_bytes() == data
+                opened = await node.content.open(ref(cid, len(data)))
+            assert await trio.Path(opened.path).read_bytes() == data
             assert node.content.fetched_from[holder.peer] >= len(data)
             assert not node.content.fetched_from[router.peer]
 

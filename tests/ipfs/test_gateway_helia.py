@@ -23,6 +23,7 @@ from meshnode.store.blob_store import BlobStore
 from protocols.ids import RAW, Cid, cid_of
 from protocols.unixfs.builder import file_cid
 from tests.ipfs.world import HELIA, NODE, read_line
+from tests.refs import ref
 from tests.services.test_content import ME, MIB, QUOTA, Network, network, noise
 
 pytestmark = [pytest.mark.ipfs, pytest.mark.slow]
@@ -100,9 +101,9 @@ async def test_a_file_comes_as_one_car_or_block_by_block(tmp_path: Path, monkeyp
             monkeypatch.setattr(search, "TREE_BYTES", smallest)
             me = await reader(net, gateway, folder)
             before, began = await there.requests(), time.monotonic()
-            path = await me.fetch(cid, len(data))
+            opened = await me.open(ref(cid, len(data)))
             seconds.append(time.monotonic() - began)
-            assert path.read_bytes() == data
+            assert opened.path.read_bytes() == data
             assert await there.requests() - before == most
         car, blocks = (len(data) / 1e6 / each for each in seconds)
         print(f"\none CAR {car:.0f} MB/s, block by block {blocks:.0f} MB/s")

@@ -60,11 +60,11 @@ async def test_a_published_model_goes_there_and_a_node_without_peers_gets_all_of
                 tree_outside=outside.tree,
             )
             await net.nursery.start(mine.run)
-            fetched = open_manifest(await mine.fetch_block(cid))
+            fetched = open_manifest(await mine.block(cid))
             assert fetched == manifest
 
             async def compare(ref: FileRef) -> None:
-                there, here = await mine.fetch(ref.cid, ref.size), store.path(ref.cid)
+                there, here = await mine.fetch(ref(ref.cid, ref.size)), store.path(ref.cid)
                 assert here is not None and there.read_bytes() == here.read_bytes()
 
             async with trio.open_nursery() as nursery:

@@ -12,6 +12,7 @@ from meshnode.net.swarm_key import parse_swarm_key
 from tests.ipfs.test_bitswap_kubo import LARGE, noise
 from tests.ipfs.world import Ours, kubo, ours
 from tests.process.mesh_rig import mesh_of, meshnode, small_model, tokens_of
+from tests.refs import ref
 
 pytestmark = [pytest.mark.ipfs, pytest.mark.slow]
 
@@ -29,7 +30,7 @@ async def test_both_ways_with_the_same_key(tmp_path: Path) -> None:
             assert await there.get(cid, tmp_path / "copy") == data
             assert await there.call("connect", seeder.host.addresses[0]) == 0
         async with ours(tmp_path / "leecher", [there], swarm_key=key) as leecher:
-            assert (await leecher.content.fetch(cid, len(data))).read_bytes() == data
+            assert (await leecher.content.open(ref(cid, len(data)))).path.read_bytes() == data
             assert await there.call("connect", leecher.host.addresses[0]) == 0  # it is dialled by Kubo as well
 
 

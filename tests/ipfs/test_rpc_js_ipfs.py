@@ -26,6 +26,7 @@ from meshnode.store.blob_store import BlobStore
 from protocols.ids import RAW, cid_of
 from protocols.unixfs.builder import file_cid
 from tests.ipfs.world import JS_IPFS, NODE
+from tests.refs import ref
 from tests.services.test_content import ME, MIB, QUOTA, network, noise
 
 pytestmark = pytest.mark.ipfs
@@ -145,7 +146,7 @@ async def test_a_node_without_peers_gets_a_file_from_it(tmp_path: Path) -> None:
                 outside=Fallback([daemon_api]).block,
             )
             await net.nursery.start(me.run)
-            assert (await me.fetch(cid, len(data))).read_bytes() == data
+            assert (await me.open(ref(cid, len(data)))).path.read_bytes() == data
 
 
 @pytest.mark.skipif(bool(GIVEN), reason="an operator's daemon is not ours to kill")

@@ -18,6 +18,7 @@ from meshnode.services.content.fetch import ContentService
 from meshnode.store.blob_store import BlobStore
 from protocols.ids import Cid, PeerId
 from protocols.unixfs.builder import file_cid
+from tests.refs import ref
 
 pytestmark = [pytest.mark.net, pytest.mark.process]
 
@@ -74,8 +75,8 @@ async def test_one_good_one_slow_one_liar(
 ) -> None:
     folder, data, cid = source
     async with world(folder, tmp_path / "target", kinds) as here:
-        path = await here.content.fetch(cid, SIZE)
-        assert path.read_bytes() == data
+        opened = await here.content.open(ref(cid, SIZE))
+        assert opened.path.read_bytes() == data
         bad = here.content.bad_providers()
         if kinds[0] == "liar" or bad:  # one that was never asked can't have lied
             assert list(bad) == [here.peer("liar")]
@@ -90,11 +91,11 @@ async def test_a_liar_alone_is_named_and_nothing_of_it_is_kept(
     folder, data, cid = source
     async with world(folder, tmp_path / "target", ["liar"], patience=2) as here:
         with pytest.raises(ContentUnavailable, match=r"dropped, it sent .* hash to no block it was asked for"):
-            await here.content.fetch(cid, SIZE)
+            await here.content.fetch(ref(cid, SIZE))
     for path in (tmp_path / "target").rglob("*.part"):
         assert not any(path.read_bytes()), "a byte of the liar is on the disk"
     async with world(folder, tmp_path / "target", ["good"]) as here:
-        assert (await here.content.fetch(cid, SIZE)).read_bytes() == data
+        assert (await here.content.open(ref(cid, SIZE))).path.read_bytes() == data
 
 
 async def test_the_seeder_in_use_is_killed_at_40_percent(source: tuple[Path, bytes, Cid], tmp_path: Path) -> None:
@@ -107,8 +108,8 @@ async def test_the_seeder_in_use_is_killed_at_40_percent(source: tuple[Path, byt
                 killed.append(here.content.fetched_from.most_common(1)[0][0])
                 next(provider for provider in here.providers if provider.peer == killed[0]).process.kill()
 
-        path = await here.content.fetch(cid, SIZE, progress=watch)
-        assert path.read_bytes() == data
+        opened = await here.content.open(ref(cid, SIZE), progress=watch)
+        assert opened.path.read_bytes() == data
         others = {provider.peer for provider in here.providers} - set(killed)
         assert sum(here.content.fetched_from[peer] for peer in others) > 0.3 * SIZE
         assert here.content.bad_providers() == {}

@@ -29,6 +29,7 @@ from protocols.bitswap.client import MAX_WINDOW_BYTES
 from protocols.errors import MeshError
 from protocols.ids import Cid, PeerId
 from protocols.unixfs.builder import file_cid
+from tests.refs import ref
 
 pytestmark = pytest.mark.process
 
@@ -137,7 +138,7 @@ async def fetch(folder: Path, cid: Cid, size: int, fetcher: str, known: dict[str
         await nursery.start(service.run)
         for peer, addresses in known.items():
             await host.connect(PeerId(peer), addresses)
-        await service.fetch(cid, size, progress=lambda done, _: say(done=done))
+        await service.fetch(ref(cid, size), progress=lambda done, _: say(done=done))
         say(fetched=service.bytes_fetched, bad=service.bad_providers(), by=dict(service.fetched_from))
         nursery.cancel_scope.cancel()
 

@@ -19,6 +19,7 @@ from protocols.bitswap.messages import PROTOCOL, Block, Entry, Message, frame_pa
 from protocols.errors import MeshError
 from protocols.ids import DAG_CBOR, Cid, PeerId
 from protocols.unixfs.builder import file_cid
+from tests.refs import ref
 
 MIB = 1 << 20
 PIECE = 1 << 16
@@ -177,14 +178,14 @@ async def test_one_provider(tmp_path: Path) -> None:
         a, _, _ = await net.node(A, data)
         me, store, host = await net.node(ME, providers=lambda _: (ME, A))
         seen: list[tuple[int, int]] = []
-        path = await me.fetch(file_cid(data), len(data), progress=lambda done, size: seen.append((done, size)))
-        assert path.read_bytes() == data
-        assert path == store.path(file_cid(data))
+        opened = await me.open(ref(file_cid(data), len(data)), progress=lambda *done: seen.append(done))
+        assert opened.path.read_bytes() == data
+        assert opened.path == store.path(file_cid(data))
         assert seen[-1] == (len(data), len(data)) and seen == sorted(seen)
         assert len(data) < me.bytes_fetched < len(data) * 1.001
         assert a.bytes_served == me.bytes_fetched == me.fetched_from[A] == a.served_to[ME]
         again: list[int] = []
-        assert await me.fetch(file_cid(data), len(data), progress=lambda done, _: again.append(done)) == path
+        await me.fetch(ref(file_cid(data), len(data)), progress=lambda done, _: again.append(done))
         assert again == [len(data)]
         assert host.opened == 1 and me.bad_providers() == {}
 
@@ -195,7 +196,7 @@ async def test_small_files(tmp_path: Path, size: int) -> None:
     async with network(tmp_path) as net:
         await net.node(A, data)
         me, _, _ = await net.node(ME, providers=lambda _: (A,))
-        assert (await me.fetch(file_cid(data), size)).read_bytes() == data
+        assert (await me.open(ref(file_cid(data), size))).path.read_bytes() == data
 
 
 async def test_many_files_over_one_stream(tmp_path: Path) -> None:
@@ -205,7 +206,7 @@ async def test_many_files_over_one_stream(tmp_path: Path) -> None:
         me, store, host = await net.node(ME, providers=lambda _: (A,))
         async with trio.open_nursery() as nursery:
             for data in files:
-                nursery.start_soon(me.fetch, file_cid(data), len(data))
+                nursery.start_soon(me.fetch, ref(file_cid(data), len(data)))
         assert store.files() == {file_cid(data) for data in files}
         assert host.opened == 1
 
@@ -217,7 +218,7 @@ async def test_three_providers_share_the_work(tmp_path: Path) -> None:
             _, _, host = await net.node(peer, data)
             host.rate = 8 * MIB  # from one that is as fast as this machine, everything would come
         me, _, _ = await net.node(ME, providers=lambda _: (A, B, C))
-        assert (await me.fetch(file_cid(data), len(data))).read_bytes() == data
+        assert (await me.open(ref(file_cid(data), len(data)))).path.read_bytes() == data
         assert all(me.fetched_from[peer] >= 2 * MIB for peer in (A, B, C))
         assert me.bytes_fetched < len(data) + 3 * MIB
 
@@ -238,7 +239,7 @@ async def test_a_liar_is_refused_and_named_and_the_file_comes_from_another(tmp_p
         await net.node(A, data, store=LyingStore(tmp_path / "liar", QUOTA))
         await net.node(B, data)
         me, _, _ = await net.node(ME, providers=lambda _: (A, B))
-        assert (await me.fetch(file_cid(data), len(data))).read_bytes() == data
+        assert (await me.open(ref(file_cid(data), len(data)))).path.read_bytes() == data
         assert list(me.bad_providers()) == [A]
         assert "hash to no block it was asked for" in me.bad_providers()[A]
 
@@ -249,7 +250,7 @@ async def test_only_a_liar_gives_an_error_that_names_it(tmp_path: Path) -> None:
         await net.node(A, data, store=LyingStore(tmp_path / "liar", QUOTA))
         me, _, _ = await net.node(ME, providers=lambda _: (A,), patience=0.5)
         with pytest.raises(ContentUnavailable, match="dropped, it sent") as caught:
-            await me.fetch(file_cid(data), len(data))
+            await me.fetch(ref(file_cid(data), len(data)))
         assert caught.value.cid == file_cid(data)
 
 
@@ -261,7 +262,7 @@ async def test_a_slow_provider_does_not_hold_the_others_up(tmp_path: Path) -> No
         await net.node(B, data)
         me, _, _ = await net.node(ME, providers=lambda _: (A, B))
         with trio.fail_after(15):  # a quarter of what the slow one alone needs for its first window and file
-            assert (await me.fetch(file_cid(data), len(data))).read_bytes() == data
+            assert (await me.open(ref(file_cid(data), len(data)))).path.read_bytes() == data
         assert me.fetched_from[B] > 18 * MIB
         assert me.bad_providers() == {}
 
@@ -277,7 +278,7 @@ async def test_a_provider_that_dies_on_the_way(tmp_path: Path) -> None:
             if done >= size * 0.4 and A in net.hosts:
                 net.kill(A)
 
-        assert (await me.fetch(file_cid(data), len(data), progress=watch)).read_bytes() == data
+        assert (await me.open(ref(file_cid(data), len(data)), progress=watch)).path.read_bytes() == data
         assert A not in net.hosts
         assert me.bad_providers() == {}
 
@@ -296,7 +297,7 @@ async def test_a_broken_stream_is_opened_again(tmp_path: Path) -> None:
                     stream._into.close()
                     stream._out.close()
 
-        assert (await me.fetch(file_cid(data), len(data), progress=watch)).read_bytes() == data
+        assert (await me.open(ref(file_cid(data), len(data)), progress=watch)).path.read_bytes() == data
         assert cut
 
 
@@ -314,13 +315,13 @@ async def test_a_transfer_stopped_at_half_goes_on_from_there(tmp_path: Path) -> 
                 if done >= size // 2:
                     scope.cancel()
 
-            await me.fetch(file_cid(data), len(data), progress=watch)
+            await me.fetch(ref(file_cid(data), len(data)), progress=watch)
         assert scope.cancelled_caught and store.path(file_cid(data)) is None
         net.kill(ME)
         again, _, _ = await net.node(ME, providers=lambda _: (A,), store=store)
         seen: list[int] = []
-        path = await again.fetch(file_cid(data), len(data), progress=lambda done, _: seen.append(done))
-        assert path.read_bytes() == data
+        opened = await again.open(ref(file_cid(data), len(data)), progress=lambda done, _: seen.append(done))
+        assert opened.path.read_bytes() == data
         assert seen[0] > done_before
         assert len(data) <= me.bytes_fetched + again.bytes_fetched <= len(data) + MAX_WINDOW_BYTES + MIB
 
@@ -331,11 +332,11 @@ async def test_a_truncated_part_is_fetched_again_where_it_is_missing(tmp_path: P
         await net.node(A, data)
         me, store, _ = await net.node(ME, providers=lambda _: (A,))
         with trio.CancelScope() as scope:
-            await me.fetch(file_cid(data), len(data), progress=lambda done, _: scope.cancel())
+            await me.fetch(ref(file_cid(data), len(data)), progress=lambda done, _: scope.cancel())
         (part,) = store.folder.glob("files/*.part")
         with part.open("r+b") as file:
             file.truncate(MIB // 2)
-        assert (await me.fetch(file_cid(data), len(data))).read_bytes() == data
+        assert (await me.open(ref(file_cid(data), len(data)))).path.read_bytes() == data
 
 
 async def test_full_quota_is_the_persons_to_solve(tmp_path: Path) -> None:
@@ -344,7 +345,7 @@ async def test_full_quota_is_the_persons_to_solve(tmp_path: Path) -> None:
         await net.node(A, data)
         me, _, _ = await net.node(ME, providers=lambda _: (A,), store=BlobStore(tmp_path / "small", MIB))
         with pytest.raises(DiskError, match=r"content\.quota"):
-            await me.fetch(file_cid(data), len(data))
+            await me.fetch(ref(file_cid(data), len(data)))
         assert me.bytes_fetched == 0
 
 
@@ -354,7 +355,7 @@ async def test_a_wrong_size_is_the_publishers_mistake(tmp_path: Path) -> None:
         await net.node(A, data)
         me, _, _ = await net.node(ME, providers=lambda _: (A,))
         with pytest.raises(ModelError, match="wrong size"):
-            await me.fetch(file_cid(data), len(data) - 1)
+            await me.fetch(ref(file_cid(data), len(data) - 1))
         assert me.bad_providers() == {}
 
 
@@ -364,12 +365,12 @@ async def test_nobody_has_it(tmp_path: Path) -> None:
         await net.node(A)
         me, _, _ = await net.node(ME, providers=lambda _: (A, B), patience=0.5)
         with pytest.raises(ContentUnavailable) as caught:
-            await me.fetch(cid, 2 * MIB)
+            await me.fetch(ref(cid, 2 * MIB))
         text = str(caught.value)
         assert cid in text and "does not have it" in text and "not reachable" in text
         lonely, _, _ = await net.node(C, patience=0.2)
         with pytest.raises(ContentUnavailable, match="no peer is known to hold it"):
-            await lonely.fetch(cid, 2 * MIB)
+            await lonely.fetch(ref(cid, 2 * MIB))
 
 
 async def test_providers_may_turn_up_later(tmp_path: Path) -> None:
@@ -378,7 +379,7 @@ async def test_providers_may_turn_up_later(tmp_path: Path) -> None:
     async with network(tmp_path) as net:
         me, _, _ = await net.node(ME, providers=lambda _: tuple(known))
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(me.fetch, file_cid(data), len(data))
+            nursery.start_soon(me.fetch, ref(file_cid(data), len(data)))
             await net.node(A, data)
             known.append(A)
 
@@ -391,8 +392,8 @@ async def test_a_block_passes_on_while_it_is_still_coming_in(tmp_path: Path) -> 
         b, _, _ = await net.node(B, providers=lambda _: (A,))
         me, _, _ = await net.node(ME, providers=lambda _: (B,))
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(me.fetch, file_cid(data), len(data))
-            nursery.start_soon(b.fetch, file_cid(data), len(data))
+            nursery.start_soon(me.fetch, ref(file_cid(data), len(data)))
+            nursery.start_soon(b.fetch, ref(file_cid(data), len(data)))
         assert me.fetched_from[B] == me.bytes_fetched >= len(data)
         assert me.bytes_fetched < len(data) + 2 * MIB
 
@@ -402,11 +403,11 @@ async def test_single_blocks(tmp_path: Path) -> None:
         _, theirs, _ = await net.node(A)
         cid = theirs.put_block(b"\xa1aa\x01", DAG_CBOR)
         me, ours, _ = await net.node(ME, providers=lambda _: (A,), patience=1)
-        assert await me.fetch_block(cid) == b"\xa1aa\x01"
+        assert await me.block(cid) == b"\xa1aa\x01"
         assert ours.block(cid) == b"\xa1aa\x01"
-        assert await me.fetch_block(cid) == b"\xa1aa\x01"
+        assert await me.block(cid) == b"\xa1aa\x01"
         with pytest.raises(ContentUnavailable):
-            await me.fetch_block(file_cid(b"nobody has this"))
+            await me.block(file_cid(b"nobody has this"))
 
 
 async def test_two_callers_share_one_transfer_and_one_may_leave(tmp_path: Path) -> None:
@@ -423,11 +424,11 @@ async def test_two_callers_share_one_transfer_and_one_may_leave(tmp_path: Path) 
                     started.set()
                     scope.cancel()
 
-                await me.fetch(file_cid(data), len(data), progress=leave)
+                await me.fetch(ref(file_cid(data), len(data)), progress=leave)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(impatient)
-            nursery.start_soon(me.fetch, file_cid(data), len(data))
+            nursery.start_soon(me.fetch, ref(file_cid(data), len(data)))
         assert started.is_set()
         assert me.bytes_fetched < len(data) + MIB
 
@@ -443,7 +444,7 @@ async def test_garbage_ends_the_stream_and_nothing_else(tmp_path: Path, garbage:
         assert await stream.receive_some() == b""
         assert len(net.refused) == 1
         assert "broke the protocol" in me.bad_providers()[B]
-        assert (await me.fetch(file_cid(data), len(data))).read_bytes() == data
+        assert (await me.open(ref(file_cid(data), len(data)))).path.read_bytes() == data
 
 
 async def test_blocks_that_nobody_wants_are_not_kept(tmp_path: Path) -> None:

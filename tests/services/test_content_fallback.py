@@ -26,6 +26,7 @@ from protocols.ids import DAG_CBOR, DAG_PB, Cid, PeerId, cid_from_bytes, cid_to_
 from protocols.unixfs import node
 from protocols.unixfs.builder import file_cid
 from tests.http_server import Request, Scene, drip, flood, silence, site
+from tests.refs import ref
 from tests.services.test_content import ME, MIB, QUOTA, A, Network, network, noise
 
 CAR = "application/vnd.ipld.car; version=1; order=dfs; dups=n"
@@ -209,8 +210,8 @@ async def test_a_file_that_no_peer_has_comes_from_a_gateway(tmp_path: Path) -> N
             gateway = Gateway(here.url, Health())
             await net.nursery.start(gateway.run)
             me = await reader(net, Fallback([gateway]))
-            path = await me.fetch(file_cid(data), len(data))
-            assert path.read_bytes() == data
+            opened = await me.open(ref(file_cid(data), len(data)))
+            assert opened.path.read_bytes() == data
     assert (world.cars, world.given) == (1, 0)
 
 
@@ -223,7 +224,7 @@ async def test_a_gateway_without_car_files_gives_the_blocks(tmp_path: Path) -> N
             await net.nursery.start(gateway.run)
             me = await reader(net, Fallback([gateway]))
             for part in data:
-                assert (await me.fetch(file_cid(part), len(part))).read_bytes() == part
+                assert (await me.open(ref(file_cid(part), len(part)))).path.read_bytes() == part
     assert sum("format=car" in path for path in here.paths) == 1
     assert world.given == 11 + 9  # leaves and roots, each once
 
@@ -236,7 +237,7 @@ async def test_a_small_file_and_the_rest_of_a_large_one_come_block_by_block(tmp_
             gateway = Gateway(here.url, Health())
             await net.nursery.start(gateway.run)
             me = await reader(net, Fallback([gateway]))
-            assert (await me.fetch(file_cid(small), len(small))).read_bytes() == small
+            assert (await me.open(ref(file_cid(small), len(small)))).path.read_bytes() == small
             assert world.cars == 0
             with trio.CancelScope() as scope:
 
@@ -244,10 +245,10 @@ async def test_a_small_file_and_the_rest_of_a_large_one_come_block_by_block(tmp_
                     if done >= 0.3 * size:
                         scope.cancel()
 
-                await me.fetch(file_cid(large), len(large), progress=watch)
+                await me.fetch(ref(file_cid(large), len(large)), progress=watch)
             assert scope.cancelled_caught
             assert world.cars == 1
-            assert (await me.fetch(file_cid(large), len(large))).read_bytes() == large
+            assert (await me.open(ref(file_cid(large), len(large)))).path.read_bytes() == large
     assert world.cars == 1
     assert 3 < world.given < 40
 
@@ -278,7 +279,7 @@ async def test_a_car_that_is_not_what_it_should_be_costs_nothing_but_time(
             me = await reader(net, outside)
             tracemalloc.start()
             try:
-                assert (await me.fetch(file_cid(data), len(data))).read_bytes() == data
+                assert (await me.open(ref(file_cid(data), len(data)))).path.read_bytes() == data
                 _, peak = tracemalloc.get_traced_memory()
             finally:
                 tracemalloc.stop()
@@ -324,7 +325,7 @@ async def test_a_peer_that_comes_ends_the_car(tmp_path: Path) -> None:
 
                 nursery.start_soon(appear)
                 with trio.fail_after(20):
-                    assert (await me.fetch(file_cid(data), len(data))).read_bytes() == data
+                    assert (await me.open(ref(file_cid(data), len(data)))).path.read_bytes() == data
     assert me.fetched_from[A] > 12 * MIB
     assert world.given == 0
 
@@ -338,7 +339,7 @@ async def test_the_daemon_exports_a_file_in_one_go(tmp_path: Path) -> None:
             daemon = IpfsApi(here.multiaddr, health)
             await net.nursery.start(daemon.run)
             me = await reader(net, Fallback([daemon]))
-            assert (await me.fetch(file_cid(data), len(data))).read_bytes() == data
+            assert (await me.open(ref(file_cid(data), len(data)))).path.read_bytes() == data
     assert (world.cars, world.given) == (1, 0)
     assert health.current() == []
 
@@ -359,7 +360,7 @@ async def test_a_daemon_that_can_not_export_gives_the_blocks(tmp_path: Path) -> 
             daemon = IpfsApi(here.multiaddr, health)
             await net.nursery.start(daemon.run)
             me = await reader(net, Fallback([daemon]))
-            assert (await me.fetch(file_cid(data), len(data))).read_bytes() == data
+            assert (await me.open(ref(file_cid(data), len(data)))).path.read_bytes() == data
     assert (world.cars, world.given) == (0, 11)
     assert health.current() == []
 
@@ -373,7 +374,7 @@ async def test_a_block_that_no_peer_has_comes_from_the_daemon(tmp_path: Path) ->
             daemon = IpfsApi(here.multiaddr, Health())
             await net.nursery.start(daemon.run)
             me = await reader(net, Fallback([daemon]))
-            assert await me.fetch_block(cid) == manifest
+            assert await me.block(cid) == manifest
 
 
 async def test_what_a_peer_gives_is_not_asked_outside(tmp_path: Path) -> None:
@@ -385,7 +386,7 @@ async def test_what_a_peer_gives_is_not_asked_outside(tmp_path: Path) -> None:
             await net.nursery.start(gateway.run)
             await net.node(A, data)
             me = await reader(net, Fallback([gateway]), (A,))
-            assert (await me.fetch(file_cid(data), len(data))).read_bytes() == data
+            assert (await me.open(ref(file_cid(data), len(data)))).path.read_bytes() == data
     assert here.paths == []
 
 
@@ -402,11 +403,11 @@ async def test_where_nobody_else_could_have_it_the_outside_is_asked_at_once(
             await net.nursery.start(gateway.run)
             me = await reader(net, Fallback([gateway]))
             with trio.move_on_after(0.5) as limit:
-                await me.fetch(file_cid(data[1]), len(data[1]))
+                await me.fetch(ref(file_cid(data[1]), len(data[1])))
             assert limit.cancelled_caught and not here.paths
             monkeypatch.setattr(content, "ACQUAINTED_SECONDS", 0.0)
             for part in data:
-                assert (await me.fetch(file_cid(part), len(part))).read_bytes() == part
+                assert (await me.open(ref(file_cid(part), len(part)))).path.read_bytes() == part
 
 
 async def test_the_rest_comes_from_outside_when_the_peer_dies(tmp_path: Path) -> None:
@@ -424,7 +425,7 @@ async def test_the_rest_comes_from_outside_when_the_peer_dies(tmp_path: Path) ->
                 if done >= size * 0.4 and A in net.hosts:
                     net.kill(A)
 
-            assert (await me.fetch(file_cid(data), len(data), progress=watch)).read_bytes() == data
+            assert (await me.open(ref(file_cid(data), len(data)), progress=watch)).path.read_bytes() == data
     assert 0 < world.given <= 13
     assert me.fetched_from[A] >= 8 * MIB
 
@@ -439,7 +440,7 @@ async def test_a_lying_gateway_spoils_nothing_and_is_named(tmp_path: Path) -> No
             for gateway in gateways:
                 await net.nursery.start(gateway.run)
             me = await reader(net, Fallback(gateways))
-            assert (await me.fetch(file_cid(data), len(data))).read_bytes() == data
+            assert (await me.open(ref(file_cid(data), len(data)))).path.read_bytes() == data
     assert len(hostile.paths) == 2  # for a CAR file, which is not bad data, and for a block
     assert [shown.code for shown in health.current()] == ["gateway-lied"]
 
@@ -462,7 +463,7 @@ async def test_when_nobody_has_it_the_error_says_what_the_sources_said(
             me = await reader(net, Fallback([gateway]), patience=1)
             data = noise(2 * MIB)
             with pytest.raises(ContentUnavailable, match=word) as caught:
-                await me.fetch(file_cid(data), len(data))
+                await me.fetch(ref(file_cid(data), len(data)))
             assert caught.value.cid == file_cid(data)
             assert "ask again, or dance for bafy; what" in str(caught.value)
 
@@ -483,7 +484,7 @@ async def test_the_error_names_every_source_and_why_it_gave_nothing(tmp_path: Pa
             me = await reader(net, Fallback(gateways), patience=2)
             for lied in ("gave 8 bytes that are not the block", "so it is not asked again"):
                 with pytest.raises(ContentUnavailable) as caught:
-                    await me.fetch_block(cid)
+                    await me.block(cid)
                 text = str(caught.value)
                 assert f"{hostile.url} gave" in text and lied in text
                 assert f"{broken.url}" in text and "HTTP 500" in text
@@ -505,8 +506,8 @@ async def test_two_fetches_share_what_comes_from_outside_and_one_may_end(tmp_pat
 
                 async def short_lived() -> None:
                     with scope:
-                        await me.fetch(file_cid(files[0]), len(files[0]), progress=lambda *_: scope.cancel())
+                        await me.fetch(ref(file_cid(files[0]), len(files[0])), progress=lambda *_: scope.cancel())
 
                 nursery.start_soon(short_lived)
-                path = await me.fetch(file_cid(files[1]), len(files[1]))
-            assert path.read_bytes() == files[1]
+                opened = await me.open(ref(file_cid(files[1]), len(files[1])))
+            assert opened.path.read_bytes() == files[1]

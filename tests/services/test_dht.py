@@ -45,6 +45,7 @@ from protocols.kad.messages import (
 )
 from protocols.protobuf import put_varint
 from tests.dht_peer import DhtPeer, Network, Shared, Town
+from tests.refs import ref
 from tests.services.test_external_peers import noise
 from tests.services.test_external_peers import world as content_world
 from tests.unit.membership_actors import peer_of_key
@@ -399,8 +400,8 @@ async def test_a_file_is_fetched_from_a_node_of_another_network(
         assert isinstance(us, Sharing)
         with trio.fail_after(60):
             assert await provided(provider, cid) == 3
-            path = await us.content.fetch(cid, len(data))
-        assert path.read_bytes() == data
+            opened = await us.content.open(ref(cid, len(data)))
+        assert opened.path.read_bytes() == data
         assert us.content.fetched_from[PROVIDER] >= len(data)
         assert provider.content.served_to[US] >= len(data)
         # What we hold is not for those whom we fetched from.
@@ -421,7 +422,7 @@ async def test_what_nobody_provides_is_not_found(tmp_path: Path) -> None:
         assert isinstance(us, Sharing)
         us.content._patience = 4
         with pytest.raises(ContentUnavailable, match="nobody gave"):
-            await us.content.fetch_block(CID)
+            await us.content.block(CID)
         us.store.close()
 
 
@@ -435,7 +436,7 @@ async def test_the_error_says_how_the_search_went(tmp_path: Path) -> None:
             assert isinstance(us, Sharing)
             us.content._patience = 5
             with pytest.raises(ContentUnavailable, match=words):
-                await us.content.fetch_block(CID)
+                await us.content.block(CID)
             await trio.testing.wait_all_tasks_blocked(0.01)
             assert us.dht.so_far(CID).startswith("the search in the DHT of ")  # nothing is kept
             us.store.close()
@@ -458,8 +459,8 @@ async def test_the_search_begins_when_members_give_nothing(tmp_path: Path) -> No
         for one, other in ((us, member), (member, us)):
             one.host.admit(other.host.peer_id, True)
         (cid,) = member.store.files()
-        await us.content.fetch(cid, len(data))
+        await us.content.fetch(ref(cid, len(data)))
         assert sought == [] and us.content._seeking == {}
         with pytest.raises(ContentUnavailable):
-            await us.content.fetch_block(CID)
+            await us.content.block(CID)
         assert sought == [CID] and us.content._seeking == {}

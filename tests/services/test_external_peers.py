@@ -46,6 +46,7 @@ from protocols.bitswap.server import Server
 from protocols.ids import DAG_PB, RAW, Cid, PeerId, cid_from_bytes, cid_of, cid_to_bytes
 from protocols.membership.messages import PROTOCOL as HELLO
 from protocols.unixfs.builder import Builder, file_cid
+from tests.refs import ref
 from tests.services.membership_mesh import ECHO, open_mesh
 from tests.unit.membership_actors import peer_of_key
 
@@ -118,8 +119,8 @@ async def test_a_guest_gives_what_no_member_has(tmp_path: Path) -> None:
         us = await it.start(US, guests=[GUEST])
         guest = await it.start(GUEST, guests=[US], share=True, data=data)
         await meet(us, guest)
-        path = await us.content.fetch(file_cid(data), len(data))
-        assert path.read_bytes() == data
+        opened = await us.content.open(ref(file_cid(data), len(data)))
+        assert opened.path.read_bytes() == data
         assert us.content.fetched_from[GUEST] > SIZE
 
 
@@ -134,7 +135,7 @@ async def test_members_are_asked_first(tmp_path: Path) -> None:
             one.host.admit(other.host.peer_id, True)
         await meet(us, guest)
         await meet(us, member)
-        await us.content.fetch(file_cid(data), len(data))
+        await us.content.fetch(ref(file_cid(data), len(data)))
         assert us.content.fetched_from.keys() == {MEMBER}
 
 
@@ -146,11 +147,11 @@ async def test_nothing_leaves_the_network_unless_the_owner_says_so(tmp_path: Pat
         guest = await it.start(GUEST, guests=[US])
         await meet(us, guest)
         if share:
-            await guest.content.fetch(file_cid(data), len(data))
+            await guest.content.fetch(ref(file_cid(data), len(data)))
             assert us.content.served_to[GUEST] > SIZE
         else:
             with pytest.raises(ContentUnavailable, match="does not have it"):
-                await guest.content.fetch(file_cid(data), len(data))
+                await guest.content.fetch(ref(file_cid(data), len(data)))
             assert us.content.bytes_served == 0
 
 
@@ -168,13 +169,13 @@ async def test_what_comes_later_is_not_shared_either(tmp_path: Path) -> None:
         root = file_cid(data)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_fails, guest, root, len(data))
-            await us.content.fetch(root, len(data))
+            await us.content.fetch(ref(root, len(data)))
         assert us.content.bytes_served == 0
 
 
 async def _fails(peer: Peer, root: Cid, size: int) -> None:
     with pytest.raises(ContentUnavailable):
-        await peer.content.fetch(root, size)
+        await peer.content.fetch(ref(root, size))
 
 
 async def test_a_guest_that_is_killed_and_another_that_goes_on(tmp_path: Path) -> None:
@@ -190,8 +191,8 @@ async def test_a_guest_that_is_killed_and_another_that_goes_on(tmp_path: Path) -
             if done > 0.4 * size:
                 it.network.kill(GUEST)
 
-        path = await us.content.fetch(file_cid(data), len(data), progress=watch)
-        assert path.read_bytes() == data
+        opened = await us.content.open(ref(file_cid(data), len(data)), progress=watch)
+        assert opened.path.read_bytes() == data
         assert us.host.guests == (OTHER,)
         assert us.content.bad_providers() == {}
 
@@ -202,7 +203,7 @@ async def test_the_error_names_the_guests_that_were_asked(tmp_path: Path) -> Non
         guest = await it.start(GUEST, guests=[US], share=True)
         await meet(us, guest)
         with pytest.raises(ContentUnavailable) as caught:
-            await us.content.fetch(cid_of(RAW, b"nowhere"), 7)
+            await us.content.fetch(ref(cid_of(RAW, b"nowhere"), 7))
         assert "does not have it" in str(caught.value) and "not reachable" in str(caught.value)
 
 
@@ -239,8 +240,8 @@ async def test_a_stream_for_every_answer_is_no_broken_transfer(tmp_path: Path) -
         source.host.welcome(US, (PROTOCOL,))
         await it.nursery.start(source.host.run)
         await us.host.connect(GUEST, source.host.addresses)
-        path = await us.content.fetch(root, len(data))
-        assert path.read_bytes() == data
+        opened = await us.content.open(ref(root, len(data)))
+        assert opened.path.read_bytes() == data
         assert len(asked) == len(set(asked)) == 5  # the root and four leaves
 
 

@@ -22,7 +22,8 @@ from meshnode.core.workers import Args, Result, Threads, Workers
 from meshnode.net.port import Host, Lane, PeerEvent, Stream
 from meshnode.services.content.outbox import Outbox
 from meshnode.services.content.sources import FromOutside, Search, Session, SoFar, TreeFromOutside
-from meshnode.store.port import Partial, Store
+from meshnode.services.port import Progress
+from meshnode.store.port import OpenFile, Partial, Store
 from protocols.bitswap import client as asking
 from protocols.bitswap.messages import (
     PROTOCOL,
@@ -40,6 +41,7 @@ from protocols.bitswap.messages import (
 from protocols.bitswap.server import Answer, Server
 from protocols.errors import LocalProtocolError, MeshError, RemoteProtocolError
 from protocols.ids import Cid, PeerId, cid_codec, cid_to_bytes, short
+from protocols.manifest.messages import FileRef
 
 PATIENCE_SECONDS: Final = 30.0  # without one verified block, until a fetch gives up
 OFFER_SECONDS: Final = 0.5  # how often a fetch looks for new providers
@@ -63,7 +65,6 @@ INLINE_BYTES: Final = 1 << 15  # so little is hashed at once, without a thread
 BLOCK_HINT_BYTES: Final = 1 << 16  # a single block of unknown size counts as this in a peer's window
 BUSY_SECONDS: Final = 0.3  # between looks at a file that another process is fetching
 
-Progress = Callable[[int, int], None]  # (bytes verified and written, bytes in all)
 Offer = Callable[[PeerId], Awaitable[None]]
 Seek = Callable[[Cid, Offer], Awaitable[None]]  # offers peers that may have a root and are connected, until cancelled
 
@@ -203,23 +204,22 @@ class ContentService:
                 self._nursery = None
                 self._outboxes.clear()
 
-    async def fetch(self, cid: Cid, size: int, *, progress: Progress | None = None) -> Path:
-        """The complete, verified file of `size` bytes under this CID, from the store or from peers.
+    async def fetch(self, file: FileRef, *, progress: Progress | None = None) -> None:
+        """Have the complete, verified file in the store, from there or from peers.
 
         Two calls for one CID share the transfer. `progress` is called with bytes done and in all.
         Raises ContentUnavailable (nobody gave a block for a while), ModelError (no file of this size has this
         CID), DiskError. If cancelled: what has come is kept for the next fetch, unless somebody else waits for
         it, in which case it goes on.
         """
-        path = await self._in_thread(self._store.path, cid)
-        if path is not None:
+        if await self._in_thread(self._store.path, file.cid) is not None:
             if progress is not None:
-                progress(size, size)
-            return path
+                progress(file.size, file.size)
+            return
         await self._running.wait()
-        fetch = self._fetches.get(cid)
-        if fetch is None or fetch.size != size:
-            fetch = self._fetches[cid] = _Fetch(cid, size)
+        fetch = self._fetches.get(file.cid)
+        if fetch is None or fetch.size != file.size:
+            fetch = self._fetches[file.cid] = _Fetch(file.cid, file.size)
             self._spawn(self._run_fetch, fetch)
         fetch.waiters += 1
         if progress is not None:
@@ -233,11 +233,25 @@ class ContentService:
             if not fetch.waiters and not fetch.done.is_set():
                 self._forget(fetch)
                 fetch.scope.cancel()
-        if fetch.path is not None:
-            return fetch.path
-        raise fetch.error or ContentUnavailable(f"the transfer of {cid} was stopped; ask for it again", cid=cid)
+        if fetch.path is None:
+            raise fetch.error or ContentUnavailable(
+                f"the transfer of {file.cid} was stopped; ask for it again", cid=file.cid
+            )
 
-    async def fetch_block(self, cid: Cid) -> bytes:
+    async def open(self, file: FileRef, *, progress: Progress | None = None) -> OpenFile:
+        """Fetch it and open it where it can be read by path, whether it is encrypted or not. Close it.
+
+        Raises what `fetch` raises. If cancelled: as there.
+        """
+        await self.fetch(file, progress=progress)
+        opened = await self._in_thread(self._store.reveal, file.cid)
+        if opened is None:
+            raise ContentUnavailable(
+                f"the file {file.cid} was removed while it was being opened; ask again", cid=file.cid
+            )
+        return opened
+
+    async def block(self, cid: Cid) -> bytes:
         """One block (a manifest), from the store or from peers; it is kept in the store.
 
         Raises ContentUnavailable, DiskError. If cancelled: nothing was kept.
