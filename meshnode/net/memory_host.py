@@ -18,6 +18,7 @@ from trio.lowlevel import ParkingLot
 
 from meshnode.core.errors import PeerUnreachable
 from meshnode.core.log import get_logger
+from meshnode.core.signal import Changes
 from meshnode.net.inbox import Inbox
 from meshnode.net.peer_book import Roster
 from meshnode.net.port import MAX_GOSSIP_BYTES, STALL_SECONDS, Handler, Lane, PeerEvent, Stream, Validator
@@ -452,6 +453,10 @@ class MemoryHost:
 
     def guest_events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
         return self.roster.guest_events()
+
+    @property
+    def links(self) -> Changes:
+        return self.roster.links
 
     def round_trip_us(self, peer: PeerId) -> int | None:
         if peer not in self.connections:

@@ -13,6 +13,7 @@ from protocols.ids import PeerId
 from protocols.pipe.messages import Hop
 
 ORIGIN = PeerId("origin")
+MODEL = Span(manifest="m", variant="v", first=0, last=12)
 
 
 def advert(
@@ -51,7 +52,7 @@ def advert(
 
 def route(*adverts: Advert, seed: int = 1, **options: object) -> tuple[Hop, ...] | NoRoute:
     view = {PeerId(a.peer): a for a in (advert("origin"), *adverts)}
-    return plan_route(view, "m", "v", 12, ORIGIN, seed, **options)  # type: ignore[arg-type]
+    return plan_route(view, MODEL, ORIGIN, seed, **options)  # type: ignore[arg-type]
 
 
 def spans(found: tuple[Hop, ...] | NoRoute) -> list[tuple[str, int, int]]:
@@ -84,7 +85,7 @@ def test_fewer_stages_win_between_equals() -> None:
 def test_starting_at_home_saves_a_hop() -> None:
     view = {PeerId(a.peer): a for a in (advert("origin", 0, 12), *(advert(f"p{i}", 0, 12) for i in range(8)))}
     for seed in range(20):
-        assert spans(plan_route(view, "m", "v", 12, ORIGIN, seed)) == [("origin", 0, 12)]
+        assert spans(plan_route(view, MODEL, ORIGIN, seed)) == [("origin", 0, 12)]
 
 
 def test_a_far_peer_is_worse_than_a_slow_one() -> None:

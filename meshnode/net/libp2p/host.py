@@ -16,6 +16,7 @@ from libp2p.security.noise.exceptions import NoiseFailure
 
 from meshnode.core.errors import ConfigError, PeerUnreachable
 from meshnode.core.log import get_logger
+from meshnode.core.signal import Changes
 from meshnode.net import heartbeat
 from meshnode.net.addresses import Address, address_of, owned, parse_address, reachable_hosts
 from meshnode.net.heartbeat import Heartbeat
@@ -481,6 +482,7 @@ class Libp2pHost(ConnectionWatcher):
                 lambda: self._open_agreed(peer, (heartbeat.PROTOCOL,)),
                 lambda: self._heard_at(peer),
                 lambda: self._stack.pubsub.greet(peer),
+                on_moved=self._roster.links.notify,
             )
             self._stack.pubsub.greet(peer)
         else:
@@ -498,6 +500,10 @@ class Libp2pHost(ConnectionWatcher):
         if not scope.cancelled_caught:
             for connection in list(self._connections.get(peer, ())):
                 await connection.session.kill(beat.lost)
+
+    @property
+    def links(self) -> Changes:
+        return self._roster.links
 
     def round_trip_us(self, peer: PeerId) -> int | None:
         beat, _ = self._heartbeats.get(peer, (None, None))
