@@ -60,7 +60,6 @@ def assemble(config: Config, identity: Identity, stack: ExitStack) -> Parts:
         host=Libp2pHost(
             identity.seed,
             config.network.listen,
-            lane_port=config.network.direct_port,
             announce=config.network.announce,
             swarm_key=load_swarm_key(config.network.swarm_key),
         ),

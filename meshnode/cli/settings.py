@@ -21,7 +21,6 @@ PASSPHRASE: Final = "MESHNODE_PASSPHRASE"
 FLAGS: Final = {
     "name": "node.name",
     "listen": "network.listen",
-    "direct_port": "network.direct_port",
     "announce": "network.announce",
     "bootstrap_peer": "network.bootstrap",
     "swarm_key": "network.swarm_key",
@@ -42,7 +41,6 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--listen", action="append", metavar="MULTIADDR", help="e.g. /ip4/0.0.0.0/tcp/4331; repeatable"
     )
-    group.add_argument("--direct-port", type=int, metavar="PORT", help="TCP port of the fast path; 0 any, -1 off")
     group.add_argument(
         "--announce", action="append", metavar="MULTIADDR", help="where others reach this node; repeatable"
     )

@@ -6,6 +6,7 @@ import argparse
 import gc
 import signal
 import sys
+from collections.abc import AsyncIterator
 
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import add_settings, ask_passphrase, folder_of, settings
@@ -34,23 +35,28 @@ def run_node(config: Config) -> int:
     file = config.paths.folder / config.log.file if config.log.file else None
     log.set_up(level=config.log.level, format=config.log.format, file=file)
 
-    async def serve() -> None:
-        async with trio.open_nursery() as nursery, open_node(config, passphrase=ask_passphrase) as node:
-            nursery.start_soon(_obey_signals, node, nursery.cancel_scope)
-            give_back()
-            gc.freeze()  # what start-up has made stays: collections need not look at it between two tokens
-            print(f"meshnode runs as {node.peer}; Ctrl-C stops it.", file=sys.stderr)
-            await node.wait_stopped()
-            nursery.cancel_scope.cancel()
+    node: LocalNode | None = None
 
-    async def _obey_signals(node: LocalNode, scope: trio.CancelScope) -> None:
+    async def serve() -> None:
+        nonlocal node
+        # The receiver comes first: a start takes a second, and a signal meanwhile must find somebody.
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            async for _ in signals:
-                if node.leaving:
-                    scope.cancel()
-                    return
-                print("Handing over the layers, then stopping; once more to stop immediately.", file=sys.stderr)
-                node.leave()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(obey, signals, nursery.cancel_scope)
+                async with open_node(config, passphrase=ask_passphrase) as node:
+                    give_back()
+                    gc.freeze()  # what start-up has made stays: collections need not look at it between two tokens
+                    print(f"meshnode runs as {node.peer}; Ctrl-C stops it.", file=sys.stderr)
+                    await node.wait_stopped()
+                nursery.cancel_scope.cancel()
+
+    async def obey(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+        async for _ in signals:
+            if node is None or node.leaving:
+                scope.cancel()
+                return
+            print("Handing over the layers, then stopping; once more to stop immediately.", file=sys.stderr)
+            node.leave()
 
     trio.run(serve, strict_exception_groups=True)
     return 0

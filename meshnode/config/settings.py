@@ -27,7 +27,6 @@ from meshnode.config.values import (
 from meshnode.core.paths import Paths
 
 DEFAULT_PORT: Final = 4331  # unassigned by IANA; fixed, so that a firewall rule and a ticket stay valid
-DIRECT_PORT: Final = 4332
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +40,6 @@ class NetworkSection:
         (LISTEN_EXAMPLE,),
         multiaddrs("", LISTEN_EXAMPLE),
         "multiaddrs; a fixed port keeps tickets and firewall rules valid; /tcp/0 takes any free one",
-    )
-    direct_port: int = setting(
-        DIRECT_PORT, number(-1, 65535), "TCP port of the fast path for tokens and blocks; 0: any free one, -1: off"
     )
     announce: tuple[str, ...] = setting(
         (),

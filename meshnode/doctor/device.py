@@ -69,7 +69,6 @@ class PortFacts:
     """A TCP endpoint that the node wants. `problem`: why it can't be had; `owner`: the program that has it."""
 
     address: str
-    setting: str
     ours: bool = False  # our own running node has it
     owner: str = ""
     problem: str = ""
@@ -250,7 +249,7 @@ def check_port(facts: PortFacts) -> Finding:
     return wrong(
         "port",
         f"{facts.address} can't be used: {facts.problem}{user}.",
-        f"Stop the program that uses it, or set {facts.setting} to another.",
+        "Stop the program that uses it, or set network.listen to another.",
     )
 
 

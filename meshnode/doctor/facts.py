@@ -169,14 +169,10 @@ def file_times(folder: Path) -> dict[str, int]:
 
 
 def port_facts(config: Config, node_pid: int | None) -> list[PortFacts]:
-    """The listen addresses and the direct port on the same interfaces; those that take any free port are left out."""
-    wanted: dict[tuple[str, int], tuple[Address, str]] = {}
-    for address in listeners(config):
-        for port, setting in ((address.port, "network.listen"), (config.network.direct_port, "network.direct_port")):
-            if port > 0:
-                wanted.setdefault((address.host, port), (Address(address.kind, address.host, port), setting))
+    """The listen addresses; those that take any free port are left out."""
+    wanted = {(address.host, address.port): address for address in listeners(config) if address.port > 0}
     owners = _listening() if wanted else {}
-    return [_port(address, setting, owners.get(address.port), node_pid) for address, setting in wanted.values()]
+    return [_port(address, owners.get(address.port), node_pid) for address in wanted.values()]
 
 
 def ports_of_node(pid: int | None, addresses: Sequence[str]) -> list[PortFacts]:
@@ -189,7 +185,7 @@ def ports_of_node(pid: int | None, addresses: Sequence[str]) -> list[PortFacts]:
         }
         addresses = sorted(found) or addresses
     named = [text.partition("/p2p/")[0] for text in addresses]
-    return [PortFacts(address=text, setting="network.listen", ours=True) for text in named]
+    return [PortFacts(address=text, ours=True) for text in named]
 
 
 def hosts_of_node(addresses: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -203,7 +199,7 @@ def listeners(config: Config) -> list[Address]:
     return [parse_address(text) for text in config.network.listen]
 
 
-def _port(address: Address, setting: str, owner: int | None, node_pid: int | None) -> PortFacts:
+def _port(address: Address, owner: int | None, node_pid: int | None) -> PortFacts:
     family = socket.AF_INET6 if address.kind == "ip6" else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_STREAM) as trial:
@@ -215,10 +211,8 @@ def _port(address: Address, setting: str, owner: int | None, node_pid: int | Non
     except OSError as error:
         # The system tells other users' processes from ours only by hiding them.
         ours = node_pid is not None and owner in (node_pid, None) and error.errno == errno.EADDRINUSE
-        return PortFacts(
-            address=str(address), setting=setting, ours=ours, owner=_program(owner), problem=_reason(error)
-        )
-    return PortFacts(address=str(address), setting=setting)
+        return PortFacts(address=str(address), ours=ours, owner=_program(owner), problem=_reason(error))
+    return PortFacts(address=str(address))
 
 
 def _listening() -> dict[int, int | None]:

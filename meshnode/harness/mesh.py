@@ -104,7 +104,6 @@ class Mesh:
                 {
                     "node.name": member.name,
                     "network.listen": [member.address.partition("/p2p/")[0]],
-                    "network.direct_port": 0,
                     "log.format": "json",
                     **({"serve.memory": memory.pop(0)} if member.serves else {}),
                     **dict(plan.settings),
@@ -229,7 +228,6 @@ class Mesh:
             {
                 "node.name": name,
                 "network.listen": [f"/ip4/127.0.0.1/tcp/{port}"],
-                "network.direct_port": 0,
                 "log.format": "json",
                 "serve.memory": memory,
                 **dict(settings),

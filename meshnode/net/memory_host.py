@@ -20,7 +20,7 @@ from meshnode.core.errors import PeerUnreachable
 from meshnode.core.log import get_logger
 from meshnode.core.signal import Changes
 from meshnode.net.inbox import Inbox
-from meshnode.net.peer_book import Roster
+from meshnode.net.peer_book import PeerBook
 from meshnode.net.port import MAX_GOSSIP_BYTES, STALL_SECONDS, Handler, Lane, PeerEvent, Stream, Validator
 from meshnode.net.protocol_table import NOT_SERVED, STRANGER, ProtocolTable, refusal
 from protocols.errors import LocalProtocolError
@@ -242,7 +242,7 @@ class MemoryNetwork:
         for stream in list(connection.streams):
             stream.lose()
         connection.closed = True
-        host.roster.down(peer, reason)
+        host.book.down(peer, reason)
         far = connection.far_end(host)
         if linger:
             far._start(far._lose_later, connection, self.link(host.peer_id, peer).delay + linger)
@@ -263,7 +263,7 @@ class MemoryHost:
         self._numbers = itertools.count(1)
         self._nursery: trio.Nursery | None = None
         self._context = contextvars.copy_context()
-        self.roster = Roster()
+        self.book = PeerBook()
         self.connections: dict[PeerId, _Connection] = {}
 
     @property
@@ -276,11 +276,11 @@ class MemoryHost:
 
     @property
     def peers(self) -> tuple[PeerId, ...]:
-        return self.roster.connected
+        return self.book.connected
 
     @property
     def guests(self) -> tuple[PeerId, ...]:
-        return self.roster.connected_guests
+        return self.book.connected_guests
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         self._network.kill(self._peer)  # a node that is started again takes the place of its former self
@@ -312,24 +312,24 @@ class MemoryHost:
 
     def admit(self, peer: PeerId, admitted: bool) -> None:
         if admitted:
-            self.roster.admitted.add(peer)
+            self.book.admitted.add(peer)
         else:
-            self.roster.admitted.discard(peer)
+            self.book.admitted.discard(peer)
             self._network._break(self, peer, "its membership was withdrawn", linger=LAST_WORDS_SECONDS)
 
     def welcome(self, peer: PeerId, protocols: Sequence[str]) -> None:
-        self.roster.welcome(peer, protocols)
+        self.book.welcome(peer, protocols)
 
     async def dismiss(self, peer: PeerId, reason: str) -> None:
-        if peer in self.roster.guests:
+        if peer in self.book.guests:
             self._network._break(self, peer, reason, linger=LAST_WORDS_SECONDS)
-            del self.roster.guests[peer]
+            del self.book.guests[peer]
         await trio.lowlevel.checkpoint()
 
     def _serves(self, protocol: str, peer: PeerId) -> bool:
-        if peer in self.roster.guests:
-            return protocol in self.roster.guests[peer] and protocol in self._table
-        return self._table.serves(protocol, peer, self.roster.admitted)
+        if peer in self.book.guests:
+            return protocol in self.book.guests[peer] and protocol in self._table
+        return self._table.serves(protocol, peer, self.book.admitted)
 
     async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
         if peer == self._peer:
@@ -356,7 +356,7 @@ class MemoryHost:
         peer = connection.far_end(self).peer_id
         if self.connections.get(peer) is connection:
             del self.connections[peer]
-            self.roster.down(peer, "the connection was lost")
+            self.book.down(peer, "the connection was lost")
         connection.gone.set()
 
     async def _lose_later(self, connection: _Connection, seconds: float) -> None:
@@ -371,8 +371,8 @@ class MemoryHost:
         connection = _Connection(self, far)
         self.connections[far.peer_id] = connection
         far.connections[self._peer] = connection
-        self.roster.up(far.peer_id)
-        far.roster.up(self._peer)
+        self.book.up(far.peer_id)
+        far.book.up(self._peer)
 
     async def disconnect(self, peer: PeerId, reason: str) -> None:
         await trio.lowlevel.checkpoint()
@@ -389,7 +389,7 @@ class MemoryHost:
             raise PeerUnreachable(f"{peer}: the connection is gone", peer=peer)
         far = connection.far_end(self)
         if not far._serves(protocol, self._peer):
-            raise refusal(peer, protocol, NOT_SERVED if self._peer in far.roster.admitted else STRANGER)
+            raise refusal(peer, protocol, NOT_SERVED if self._peer in far.book.admitted else STRANGER)
         out, into = _Pipe(there), _Pipe(back)
         ours = MemoryStream(peer, connection, into, out)
         theirs = MemoryStream(self._peer, connection, out, into)
@@ -420,7 +420,7 @@ class MemoryHost:
     def _pass_on(self, name: tuple[PeerId, int], topic: str, data: bytes, *, source: PeerId) -> None:
         for peer, connection in sorted(self.connections.items()):
             far = connection.far_end(self)
-            admitted = peer in self.roster.admitted and self._peer in far.roster.admitted
+            admitted = peer in self.book.admitted and self._peer in far.book.admitted
             if peer != source and admitted and topic in far._topics and not self._network.loses_gossip():
                 arrival = self._network.link(self._peer, peer).arrival(len(data))
                 far._start(far._hear, connection, name, topic, data, arrival)
@@ -449,10 +449,10 @@ class MemoryHost:
             self._seen.popitem(last=False)
 
     def events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
-        return self.roster.events()
+        return self.book.events()
 
     def guest_events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
-        return self.roster.guest_events()
+        return self.book.guest_events()
 
     @property
     def links(self) -> Changes:

@@ -15,7 +15,7 @@ from protocols.ids import PeerId
 EVENT_ITEMS: Final = 4096  # a reader that is so far behind misses the oldest events
 
 
-class Roster:
+class PeerBook:
     """The book of peers that both hosts keep."""
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """A process that runs one libp2p host and takes orders: one JSON object a line, answered by one line each.
 
 Orders: {"do": "admit", "peer": id, "admitted": bool}, {"do": "block", "seconds": s}, {"do": "connect", "peer": id,
-"addresses": […]}, {"do": "peers"}, {"do": "offer dead lanes"}. The process ends with its standard input.
+"addresses": […]}, {"do": "peers"}, {"do": "be out of reach"}. The process ends with its standard input.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ async def obey(host: Libp2pHost, order: dict[str, Any]) -> object:
             await host.connect(PeerId(order["peer"]), order["addresses"])
         case "peers":
             return host.peers
-        case "offer dead lanes":
-            host._lanes._ports = {"127.0.0.1": 1}
+        case "be out of reach":
+            host.port_of = lambda _: 1  # type: ignore[method-assign]
     return "done"
 
 
@@ -95,7 +95,7 @@ async def main() -> None:
     async with trio.open_nursery() as nursery:
         await nursery.start(host.run)
         nursery.start_soon(gossip_back)
-        hello = {"peer": host.peer_id, "addresses": host.addresses, "lanes": host._lanes._ports}
+        hello = {"peer": host.peer_id, "addresses": host.addresses}
         await trio.to_thread.run_sync(print, json.dumps(hello))
         while True:
             sys.stdout.flush()
@@ -121,7 +121,6 @@ class Victim:
         self.peer = PeerId(hello["peer"])
         self.addresses: list[str] = hello["addresses"]
         self.port = int(self.addresses[0].split("/")[4])
-        self.lane_port: int = hello["lanes"]["127.0.0.1"]
 
     async def order(self, **order: object) -> object:
         return await trio.to_thread.run_sync(self._order, order)

@@ -217,19 +217,25 @@ async def test_a_stranger_gets_and_brings_no_gossip(victim: Victim, old: Member)
             assert not pubsub.peers and not pubsub.peer_topics
 
 
-async def test_random_bytes_on_the_ports(victim: Victim, old: Member) -> None:
+async def test_random_bytes_on_the_port(victim: Victim, old: Member) -> None:
     noise = prefixed(b"/multistream/1.0.0\n") + prefixed(b"/noise\n")
-    for port in (victim.port, victim.lane_port):
-        for start in (b"", noise, noise + b"\x00\x20" + os.urandom(32), b"\x16\x03\x01\x02\x00\x01", b"\xff" * 10):
-            for _ in range(4):
-                stream = await trio.open_tcp_stream("127.0.0.1", port)
-                with suppress(trio.BrokenResourceError):
-                    await stream.send_all(start + os.urandom(3000))
-                    await stream.send_eof()
-                with trio.fail_after(20), suppress(trio.BrokenResourceError):
-                    while await stream.receive_some():
-                        pass
-                await stream.aclose()
+    for start in (
+        b"",
+        noise,
+        noise + b"\x00\x20" + os.urandom(32),
+        b"\x16",
+        b"\x16\x03\x01\x02\x00\x01",
+        b"\xff" * 10,
+    ):
+        for _ in range(4):
+            stream = await trio.open_tcp_stream("127.0.0.1", victim.port)
+            with suppress(trio.BrokenResourceError):
+                await stream.send_all(start + os.urandom(3000))
+                await stream.send_eof()
+            with trio.fail_after(20), suppress(trio.BrokenResourceError):
+                while await stream.receive_some():
+                    pass
+            await stream.aclose()
 
 
 async def test_garbage_inside_noise_and_yamux(victim: Victim, old: Member) -> None:
@@ -299,15 +305,14 @@ async def test_streams_without_end(victim: Victim, old: Member) -> None:
 
 
 async def test_five_hundred_idle_sockets(victim: Victim, old: Member) -> None:
-    for port in (victim.port, victim.lane_port):
-        sockets = [socket.create_connection(("127.0.0.1", port)) for _ in range(500)]
-        try:
-            await served(old, victim)
-            async with member(victim) as new:
-                await served(new, victim)
-        finally:
-            for one in sockets:
-                one.close()
+    sockets = [socket.create_connection(("127.0.0.1", victim.port)) for _ in range(500)]
+    try:
+        await served(old, victim)
+        async with member(victim) as new:
+            await served(new, victim)
+    finally:
+        for one in sockets:
+            one.close()
 
 
 async def test_more_strangers_than_places(victim: Victim, old: Member) -> None:

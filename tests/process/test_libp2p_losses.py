@@ -158,15 +158,38 @@ async def test_a_port_in_use_is_said_in_a_sentence(victim: Victim) -> None:
         await served(host, victim)
 
 
-async def test_without_a_lane_port_the_streams_of_libp2p_do(victim: Victim) -> None:
-    """A firewall lets the first port through and not the second."""
-    async with member(victim) as host:
-        await victim.order(do="offer dead lanes")
+async def test_where_lanes_can_not_be_dialled_the_streams_of_libp2p_do(victim: Victim) -> None:
+    """A peer behind a router: it has dialled us, and we can't dial it."""
+    host = open_host(secrets.token_bytes(32))
+    host.admit(victim.peer, True)
+    await victim.admit(host.peer_id)
+    await victim.order(do="be out of reach")
+    async with trio.open_nursery() as nursery:
+        await nursery.start(host.run)
+        await victim.order(do="connect", peer=host.peer_id, addresses=host.addresses)
         for lane in (Lane.TOKEN, Lane.BULK):
             stream = await host.open_stream(victim.peer, ECHO, lane)
             assert type(stream).__name__ == "YamuxStream"
             await stream.aclose()
         await served(host, victim)
+        nursery.cancel_scope.cancel()
+
+
+async def test_lanes_go_both_ways_whoever_has_dialled(victim: Victim) -> None:
+    for we_dial in (True, False):
+        host = open_host(secrets.token_bytes(32))
+        host.admit(victim.peer, True)
+        await victim.admit(host.peer_id)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(host.run)
+            if we_dial:
+                await host.connect(victim.peer, victim.addresses)
+            else:
+                await victim.order(do="connect", peer=host.peer_id, addresses=host.addresses)
+            stream = await host.open_stream(victim.peer, ECHO, Lane.TOKEN)
+            assert type(stream).__name__ == "TlsStream"
+            await stream.aclose()
+            nursery.cancel_scope.cancel()
 
 
 async def test_processes_that_dial_each_other_at_once(victim: Victim) -> None:

@@ -100,7 +100,7 @@ def test_a_disk_that_takes_no_layer(mesh: Mesh, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with log.open("wb") as errors:
         child = subprocess.Popen(
-            ["bash", "-c", command + " --direct-port 0"],
+            ["bash", "-c", command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=errors,
@@ -119,3 +119,20 @@ def test_a_disk_that_takes_no_layer(mesh: Mesh, tmp_path: Path) -> None:
         child.terminate()
         child.wait(30)
     assert child.returncode == 0
+
+
+def test_a_signal_during_the_start_ends_it_without_a_traceback(tmp_path: Path) -> None:
+    """At the first line that it logs, and at the line that says that it runs."""
+    assert meshnode("init", "--listen", "/ip4/127.0.0.1/tcp/0", folder=tmp_path).code == 0
+    for awaited in ("", "meshnode runs as"):
+        child = subprocess.Popen(
+            [sys.executable, "-m", "meshnode", "start", "--data", str(tmp_path), "--log-level", "debug"],
+            stderr=subprocess.PIPE,
+            env=clean_environment(),
+            text=True,
+        )
+        assert child.stderr is not None
+        assert any(awaited in line for line in child.stderr)
+        child.terminate()
+        _, said = child.communicate(timeout=60)
+        assert (child.returncode, "Traceback" in said) == (0, False), said

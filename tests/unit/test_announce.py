@@ -66,23 +66,3 @@ async def test_a_name_is_dialled() -> None:
             await client.connect(server.peer_id, [owned(f"/dns4/localhost/tcp/{port}", server.peer_id)])
             assert server.peer_id in client.peers
             nursery.cancel_scope.cancel()
-
-
-@pytest.mark.net
-async def test_a_host_without_direct_lanes_runs() -> None:
-    host = Libp2pHost(bytes(32), [LOOPBACK], lane_port=-1)
-    with trio.fail_after(20):
-        async with trio.open_nursery() as nursery:
-            await nursery.start(host.run)
-            assert len(host.addresses) == 1
-            nursery.cancel_scope.cancel()
-
-
-@pytest.mark.net
-async def test_a_direct_port_in_use_is_named_with_its_setting() -> None:
-    with trio.fail_after(20):
-        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        async with listener:
-            host = Libp2pHost(bytes(32), [LOOPBACK], lane_port=listener.socket.getsockname()[1])
-            with pytest.raises(ConfigError, match=r"network\.direct_port"):
-                await host.run()

@@ -14,7 +14,7 @@ import pytest
 
 from meshnode.cli.main import _parser
 from meshnode.config.load import load_config
-from meshnode.config.settings import DEFAULT_PORT, DIRECT_PORT
+from meshnode.config.settings import DEFAULT_PORT
 from meshnode.core.errors import ConfigError, IdentityError
 
 FOLDER = Path(__file__).resolve().parents[2] / "bootstrap"
@@ -32,7 +32,6 @@ def test_the_configuration_is_that_of_a_meeting_point() -> None:
     config = load_config(FOLDER, {})
     assert config.serve.memory.off
     assert [address.rpartition("/")[2] for address in config.network.listen] == [str(DEFAULT_PORT)]
-    assert config.network.direct_port == DIRECT_PORT
     assert config.log.format == "json"
 
 
@@ -96,4 +95,3 @@ def test_the_guide_names_what_there_is() -> None:
     for name in re.findall(r"bootstrap/([\w.-]+)", text):
         assert (FOLDER / name).exists(), name
     assert str(DEFAULT_PORT) in text
-    assert str(DIRECT_PORT) in text

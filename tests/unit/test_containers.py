@@ -19,7 +19,7 @@ import pytest
 
 from meshnode.cli.main import _parser
 from meshnode.config.load import load_config
-from meshnode.config.settings import DEFAULT_PORT, DIRECT_PORT
+from meshnode.config.settings import DEFAULT_PORT
 from meshnode.core.sizes import parse_size
 from meshnode.doctor.device import OVERHEAD_BYTES
 from meshnode.membership.enrolment import open_ticket
@@ -69,7 +69,7 @@ def test_the_image_runs_the_node_as_somebody_without_rights() -> None:
     assert f"--uid {user}" in stage["RUN"][0]
     assert stage["VOLUME"] == ["/data"]
     assert "MESHNODE_DATA=/data" in stage["ENV"][0]
-    assert stage["EXPOSE"] == [f"{DEFAULT_PORT}/tcp {DIRECT_PORT}/tcp"]
+    assert stage["EXPOSE"] == [f"{DEFAULT_PORT}/tcp"]
     assert stage["STOPSIGNAL"] == ["SIGTERM"]
     assert json.loads(stage["ENTRYPOINT"][0]) == ["meshnode"]
     words = json.loads(stage["CMD"][0])
@@ -194,7 +194,6 @@ def test_first_start_and_restart_with_the_real_program(tmp_path: Path) -> None:
     common = {
         "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
         "TICKET_FILE": str(tmp_path / "ticket"),
-        "MESHNODE_NETWORK__DIRECT_PORT": "0",
         "MESHNODE_SERVE__ENGINE": "null",
     }
     bootstrap = {
@@ -249,8 +248,8 @@ def started(words: list[str], environment: dict[str, str]) -> subprocess.Popen[s
 def stopped(process: subprocess.Popen[str]) -> None:
     """SIGTERM to the process itself: `exec` has made the node of the script."""
     process.terminate()
-    process.communicate(timeout=60)
-    assert process.returncode == 0
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
 
 
 # ------------------------------------------------------------ compose

@@ -158,16 +158,14 @@ CASES: dict[str, tuple[Check, Level, str]] = {
     "swarm key: none": (lambda: device.check_swarm_key("can't read /k: no such file"), WRONG, "/k: no such file."),
     "state": (lambda: device.check_state("/data/state.sqlite", ""), OK, "state.sqlite"),
     "state: damaged": (lambda: device.check_state("/data/state.sqlite", "not a database"), WRONG, "move"),
-    "port": (lambda: device.check_port(PortFacts(address=PORT, setting="network.listen")), OK, "free"),
+    "port": (lambda: device.check_port(PortFacts(address=PORT)), OK, "free"),
     "port: ours": (
-        lambda: device.check_port(PortFacts(address=PORT, setting="network.listen", ours=True, problem="in use")),
+        lambda: device.check_port(PortFacts(address=PORT, ours=True, problem="in use")),
         OK,
         "our running node",
     ),
     "port: taken": (
-        lambda: device.check_port(
-            PortFacts(address=PORT, setting="network.listen", owner="nginx (process 7)", problem="in use")
-        ),
+        lambda: device.check_port(PortFacts(address=PORT, owner="nginx (process 7)", problem="in use")),
         WRONG,
         "by nginx (process 7)",
     ),
@@ -353,10 +351,7 @@ def test_a_damaged_state_file_is_told(tmp_path: Path) -> None:
 def test_a_port_is_free_taken_or_ours(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        environ = {
-            "MESHNODE_NETWORK__LISTEN": f"/ip4/127.0.0.1/tcp/{port}, /ip6/::1/tcp/0",
-            "MESHNODE_NETWORK__DIRECT_PORT": "-1",
-        }
+        environ = {"MESHNODE_NETWORK__LISTEN": f"/ip4/127.0.0.1/tcp/{port}, /ip6/::1/tcp/0"}
         config = load_config(tmp_path, environ)
         (taken,) = device_facts.port_facts(config, None)
         assert taken.problem
@@ -380,18 +375,6 @@ def test_a_running_node_is_asked_for_its_ports() -> None:
     assert named.address == "/ip4/192.0.2.1/tcp/4331"
     addresses = ["/ip4/192.0.2.1/tcp/4331" + peer, "/dns4/node.example/tcp/4331" + peer]
     assert device_facts.hosts_of_node(addresses) == (["192.0.2.1"], ["/dns4/node.example/tcp/4331"])
-
-
-def test_the_direct_port_is_looked_at_on_every_interface_once(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        environ = {
-            "MESHNODE_NETWORK__LISTEN": "/ip4/127.0.0.1/tcp/0, /ip4/127.0.0.1/tcp/0",
-            "MESHNODE_NETWORK__DIRECT_PORT": str(port),
-        }
-        (direct,) = device_facts.port_facts(load_config(tmp_path, environ), None)
-        assert (direct.setting, direct.address) == ("network.direct_port", f"/ip4/127.0.0.1/tcp/{port}")
-        assert direct.problem
 
 
 def test_a_lock_and_its_holder(tmp_path: Path) -> None:
@@ -472,7 +455,6 @@ def test_the_command_on_a_good_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MESHNODE_NETWORK__LISTEN", "/ip4/127.0.0.1/tcp/0")
-    monkeypatch.setenv("MESHNODE_NETWORK__DIRECT_PORT", "0")
     Paths(tmp_path).create()
     init_network(tmp_path, "home")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

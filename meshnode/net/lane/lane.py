@@ -1,11 +1,12 @@
-"""Direct lanes: TLS 1.3 connections beside the libp2p one, for tokens and for bulk.
+"""Direct lanes: TLS 1.3 connections beside the libp2p one, on the same port, for tokens and for bulk.
 
-A host listens on a second port with a certificate made at start. Over a libp2p stream of `/meshnode/lane/1`,
-which is authenticated by Noise and served to admitted peers only, the dialler receives 66 bytes: the port (2, 0 for
-"none"), the SHA-256 of the certificate (32) and a token (32) that is good once and for ten seconds. It dials the
-address of the libp2p connection, accepts that certificate and no other, and sends the token, a length (2) and a
-protocol id; one byte answers: 0 go on, 1 not served, 2 not admitted, 3 too many. So the acceptor knows the dialler
-by its token and the dialler knows the acceptor by its certificate; both came through the authenticated stream.
+A host has a certificate made at start. Over a libp2p stream of `/meshnode/lane/1`, which is authenticated by Noise
+and served to admitted peers only, the dialler receives 66 bytes: the port where the host listens (2, 0 for "none"),
+the SHA-256 of the certificate (32) and a token (32) that is good once and for ten seconds. It dials where it has
+dialled the libp2p connection, or, when the host has dialled that, the host's address and this port. It accepts that
+certificate and no other, and sends the token, a length (2) and a protocol id; one byte answers: 0 go on, 1 not
+served, 2 not admitted, 3 too many. So the acceptor knows the dialler by its token and the dialler knows the acceptor
+by its certificate; both came through the authenticated stream.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import secrets
 import ssl
 import tempfile
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
 
 import trio
 from cryptography import x509
@@ -28,16 +30,14 @@ from cryptography.x509.oid import NameOID
 
 from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.core.log import get_logger
-from meshnode.net.lane.tls_stream import TlsStream
-from meshnode.net.peer_book import Roster
-from meshnode.net.pending import PendingConnections
+from meshnode.net.lane.tls_stream import Socket, TlsStream
+from meshnode.net.peer_book import PeerBook
 from meshnode.net.port import Stream
 from meshnode.net.protocol_table import NOT_SERVED, STRANGER, ProtocolTable, refusal
 from protocols.ids import PeerId
 
 PROTOCOL: Final = "/meshnode/lane/1"
 DIAL_SECONDS: Final = 3.0
-HANDSHAKE_SECONDS: Final = 5.0
 TOKEN_SECONDS: Final = 10.0
 RETRY_SECONDS: Final = 60.0  # after a failed dial the peer is asked over libp2p for so long
 MAX_TOKENS: Final = 1024
@@ -50,54 +50,49 @@ _GO_ON, _NOT_SERVED, _NOT_ADMITTED, _TOO_MANY = range(4)
 _log = get_logger("lane")
 
 
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """The two ends of a libp2p connection: IP address and TCP port."""
+
+    here: tuple[str, int]
+    there: tuple[str, int]
+    dialled: bool  # by us, so that `there` can be dialled
+
+
+class Connections(Protocol):
+    """The libp2p connections that lanes lie beside."""
+
+    async def open_agreed(self, peer: PeerId, protocols: tuple[str, ...]) -> Stream:
+        """A libp2p stream of one of these protocols. Raises PeerUnreachable, Declined."""
+
+    def ends_of(self, peer: PeerId) -> Ends | None:
+        """Of the connection to a peer; None when there is none."""
+
+    def port_of(self, host: str) -> int:
+        """Where this host listens at an address of this machine; 0: nowhere."""
+
+
 class DirectLanes:
-    """Offers, accepts and opens direct lanes.
+    """Offers, accepts and opens direct lanes."""
 
-    Args:
-      table: the protocols that are served.
-      roster: who is admitted.
-      open_stream: opens a libp2p stream of `PROTOCOL` to a peer.
-      local_host: the address of this machine on the libp2p connection of a peer, "" when there is none.
-      remote_host: the address of the peer on it.
-    """
-
-    def __init__(
-        self,
-        table: ProtocolTable,
-        roster: Roster,
-        open_stream: Callable[[PeerId], Awaitable[Stream]],
-        local_host: Callable[[PeerId], str],
-        remote_host: Callable[[PeerId], str],
-    ) -> None:
+    def __init__(self, table: ProtocolTable, book: PeerBook, connections: Connections) -> None:
+        """`table`: the protocols that are served; `book`: who is admitted."""
         self._table = table
-        self._roster = roster
-        self._open_stream = open_stream
-        self._local_host = local_host
-        self._remote_host = remote_host
+        self._book = book
+        self._connections = connections
         self._server, self._certificate_hash = _server_context()
         self._client = _client_context()
-        self._ports: dict[str, int] = {}
         self._tokens: OrderedDict[bytes, tuple[PeerId, float]] = OrderedDict()
         self._lanes: dict[PeerId, set[TlsStream]] = {}
         self._failed_at: dict[PeerId, float] = {}
-        self._pending = PendingConnections()
         self._nursery: trio.Nursery | None = None
         table.add(PROTOCOL, self._offer)
 
-    async def run(
-        self,
-        listeners: list[trio.SocketListener],
-        *,
-        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-    ) -> None:
-        """Accept lanes until cancelled; then all of them break."""
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep lanes until cancelled; then all of them break."""
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                for listener in listeners:
-                    host, port = listener.socket.getsockname()[:2]
-                    self._ports[host] = port
-                    nursery.start_soon(self._accept_forever, listener)
                 task_status.started()
                 await trio.sleep_forever()
         finally:
@@ -122,35 +117,30 @@ class DirectLanes:
             self._tokens.popitem(last=False)
         token = secrets.token_bytes(TOKEN_BYTES)
         self._tokens[token] = (stream.peer, now + TOKEN_SECONDS)
-        host = self._local_host(stream.peer)
-        port = self._ports.get(host) or self._ports.get("::" if ":" in host else "0.0.0.0") or 0
+        ends = self._connections.ends_of(stream.peer)
+        port = 0 if ends is None else self._connections.port_of(ends.here[0]) if ends.dialled else ends.here[1]
         await stream.send_all(port.to_bytes(2, "big") + self._certificate_hash + token)
 
-    async def _accept_forever(self, listener: trio.SocketListener) -> None:
-        assert self._nursery is not None
-        while True:
-            try:
-                sock, (host, *_) = await listener.socket.accept()
-            except OSError as error:  # no file descriptors left, or the caller is gone already
-                _log.warning("lane.unaccepted", reason=str(error))
-                await trio.sleep(0.1)
-                continue
-            self._nursery.start_soon(self._take_caller, sock, host)
+    async def accept(self, sock: Socket, first: bytes) -> tuple[TlsStream, str] | None:
+        """A lane and its protocol, from a connection whose `first` bytes are read; None: refused, and told so.
 
-    async def _take_caller(self, sock: trio.socket.SocketType, host: str) -> None:
-        stream = TlsStream(sock, self._server, server=True)
-        protocol = ""
-        with self._pending.enter(host, HANDSHAKE_SECONDS):
-            try:
-                _prepare(sock)
-                await stream.handshake()
-                protocol = await self._greet(stream)
-            except (PeerUnreachable, OSError) as error:
-                _log.debug("lane.refused", address=host, reason=str(error))
-        if protocol:
-            await self._table.run(protocol, stream)
-        else:
-            stream.break_off("refused")
+        Raises PeerUnreachable: it is no lane of ours.
+        """
+        stream = TlsStream(sock, self._server, server=True, first=first)
+        kept = False
+        try:
+            await stream.handshake()
+            protocol = await self._greet(stream)
+            kept = bool(protocol)
+        finally:
+            if not kept:
+                stream.break_off("refused")
+        return (stream, protocol) if protocol else None
+
+    async def serve(self, lane: tuple[TlsStream, str]) -> None:
+        """Run the handler of an accepted lane until it ends."""
+        stream, protocol = lane
+        await self._table.run(protocol, stream)
 
     async def _greet(self, stream: TlsStream) -> str:
         """Whose lane it is and for which protocol; "" when it is refused. Raises PeerUnreachable."""
@@ -164,7 +154,7 @@ class DirectLanes:
             raise PeerUnreachable(f"it asked for a protocol with a name of {size} bytes", peer=peer)
         protocol = (await _read(stream, size)).decode("utf-8", "replace")
         answer = _GO_ON
-        if peer not in self._roster.admitted or peer not in self._roster:
+        if peer not in self._book.admitted or peer not in self._book:
             answer = _NOT_ADMITTED
         elif protocol not in self._table or protocol == PROTOCOL:
             answer = _NOT_SERVED
@@ -197,16 +187,17 @@ class DirectLanes:
         if self._nursery is None or self._failed_at.get(peer, -RETRY_SECONDS) > trio.current_time() - RETRY_SECONDS:
             return None
         try:
-            port, pin, token = await self._ask(peer)
+            port, certificate_hash, token = await self._ask(peer)
         except (PeerUnreachable, Declined):
             return None  # the libp2p stream that is tried next says why
-        if port:
+        ends = self._connections.ends_of(peer)
+        if ends is not None and (ends.dialled or port):
             stream: TlsStream | None = None
             opened = False
             try:
                 with trio.move_on_after(DIAL_SECONDS):
-                    stream = await self._dial(self._remote_host(peer), port)
-                    await self._introduce(stream, peer, pin, token, protocol)
+                    stream = await self._dial(*(ends.there if ends.dialled else (ends.there[0], port)))
+                    await self._introduce(stream, peer, certificate_hash, token, protocol)
                     opened = True
                     return stream
             except (PeerUnreachable, OSError) as error:
@@ -218,7 +209,7 @@ class DirectLanes:
         return None
 
     async def _ask(self, peer: PeerId) -> tuple[int, bytes, bytes]:
-        request = await self._open_stream(peer)
+        request = await self._connections.open_agreed(peer, (PROTOCOL,))
         try:
             offer = await _read(request, _OFFER_BYTES)
         finally:
@@ -229,13 +220,14 @@ class DirectLanes:
     async def _dial(self, host: str, port: int) -> TlsStream:
         wire = await trio.open_tcp_stream(host, port)
         stream = TlsStream(wire.socket, self._client, server=False)
-        _prepare(wire.socket)
         await stream.handshake()
         return stream
 
-    async def _introduce(self, stream: TlsStream, peer: PeerId, pin: bytes, token: bytes, protocol: str) -> None:
+    async def _introduce(
+        self, stream: TlsStream, peer: PeerId, certificate_hash: bytes, token: bytes, protocol: str
+    ) -> None:
         """Raises PeerUnreachable, Declined."""
-        if not hmac.compare_digest(hashlib.sha256(stream.certificate).digest(), pin):
+        if not hmac.compare_digest(hashlib.sha256(stream.certificate).digest(), certificate_hash):
             raise PeerUnreachable(f"somebody else answers at the lane of {peer}", peer=peer)
         stream.peer = peer
         name = protocol.encode()
@@ -258,10 +250,6 @@ async def _read(stream: Stream, size: int) -> bytes:
             raise PeerUnreachable("the stream ended inside the greeting", peer=stream.peer)
         data += piece
     return data
-
-
-def _prepare(sock: trio.socket.SocketType) -> None:
-    sock.setsockopt(trio.socket.IPPROTO_TCP, trio.socket.TCP_NODELAY, 1)
 
 
 def _server_context() -> tuple[ssl.SSLContext, bytes]:

@@ -34,10 +34,12 @@ Socket = trio.socket.SocketType
 class TlsStream:
     """Made by `handshake`; belongs to one peer once `peer` is set."""
 
-    def __init__(self, sock: Socket, context: ssl.SSLContext, *, server: bool) -> None:
+    def __init__(self, sock: Socket, context: ssl.SSLContext, *, server: bool, first: bytes = b"") -> None:
+        """`first`: what has been read from the socket already."""
         self.peer = PeerId("")
         self._sock = sock
         self._incoming = ssl.MemoryBIO()
+        self._incoming.write(first)
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server)
         self._drained = b""  # decrypted before our end was sent

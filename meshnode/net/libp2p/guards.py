@@ -82,14 +82,14 @@ Offers = Callable[[PeerId], Sequence[str]]  # the protocols that a peer may use
 class PlainWire(ReadWriteCloser):  # type: ignore[misc]  # the library has no types here
     """A TCP stream as the library wants it. `read(n)` returns n bytes, fewer only at the end."""
 
-    def __init__(self, stream: trio.SocketStream, cover: Cover | None = None) -> None:
-        """`cover`: of a private network, over all that comes and goes."""
+    def __init__(self, stream: trio.SocketStream, cover: Cover | None = None, first: bytes = b"") -> None:
+        """`cover`: of a private network, over all that comes and goes; `first`: what has been read already."""
         self._stream = stream
         self._cover = cover
-        self._buffer = bytearray()
+        self._buffer = bytearray(first if cover is None else cover.open(first))
         host, port = stream.socket.getpeername()[:2]
         self.remote = address_of(host, port)
-        self.local_host: str = stream.socket.getsockname()[0]
+        self.local: tuple[str, int] = stream.socket.getsockname()[:2]
 
     async def read(self, n: int | None = None) -> bytes:
         wanted = 1 if n is None else n
@@ -196,7 +196,7 @@ class GuardedMuxer(IMuxedConn):  # type: ignore[misc]  # the library has no type
         self.peer_id = peer_id
         self.session = YamuxSession(PeerId(str(peer_id)), wire, initiator=initiator)
         self.remote: Address = wire.plain.remote
-        self.local_host = wire.plain.local_host
+        self.local = wire.plain.local
         self.initiator = initiator
         self.event_started = trio.Event()
         self.on_close: Callable[[], Awaitable[None]] | None = None
@@ -293,12 +293,12 @@ class GuardedSwarm(Swarm):  # type: ignore[misc]  # the library has no types her
         self._watcher = watcher
         self._swarm_key = swarm_key
 
-    async def take_socket(self, stream: trio.SocketStream, dialled: PeerId | None) -> None:
+    async def take_socket(self, stream: trio.SocketStream, dialled: PeerId | None, first: bytes = b"") -> None:
         """Make a connection of a TCP stream: Noise, then Yamux. Plaintext is not spoken.
 
-        Raises whatever the handshake raises; the stream is closed then.
+        `first`: what has been read of it already. Raises whatever the handshake raises; the stream is closed then.
         """
-        plain = PlainWire(stream, Cover(self._swarm_key) if self._swarm_key else None)
+        plain = PlainWire(stream, Cover(self._swarm_key) if self._swarm_key else None, first)
         initiator = dialled is not None
         try:
             raw = RawConnection(plain, initiator)

@@ -8,34 +8,29 @@ Handlers run in our nursery, the library only waits for them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 import trio
-from libp2p.security.noise.exceptions import NoiseFailure
 
-from meshnode.core.errors import ConfigError, PeerUnreachable
+from meshnode.core.errors import PeerUnreachable
 from meshnode.core.log import get_logger
 from meshnode.core.signal import Changes
 from meshnode.net import heartbeat
-from meshnode.net.addresses import Address, address_of, owned, parse_address, reachable_hosts
+from meshnode.net.addresses import address_of, owned, reachable_hosts
 from meshnode.net.heartbeat import Heartbeat
 from meshnode.net.inbox import Inbox
-from meshnode.net.lane import lane as direct
-from meshnode.net.lane.lane import DirectLanes
+from meshnode.net.lane.lane import DirectLanes, Ends
+from meshnode.net.libp2p.dialler import Dialler
 from meshnode.net.libp2p.guards import IDENTIFY, PING, ConnectionWatcher, GuardedMuxer, Libp2pStack
+from meshnode.net.libp2p.listener import Listener
 from meshnode.net.libp2p.multistream import ADMITTED, agree, propose
 from meshnode.net.libp2p.yamux import MAX_STREAMS, YamuxStream
-from meshnode.net.peer_book import Roster
-from meshnode.net.pending import PendingConnections
+from meshnode.net.peer_book import PeerBook
 from meshnode.net.port import MAX_GOSSIP_BYTES, Handler, Lane, PeerEvent, Stream, Validator
 from meshnode.net.protocol_table import NOT_SERVED, STRANGER, ProtocolTable, refusal
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import PeerId
 
-CONNECT_SECONDS: Final = 10.0
-STAGGER_SECONDS: Final = 0.3  # an address that does not answer holds up the next one for so long
-HANDSHAKE_SECONDS: Final = 10.0
 OPEN_SECONDS: Final = 10.0
 AGREE_SECONDS: Final = 10.0
 FAREWELL_SECONDS: Final = 1.5
@@ -44,14 +39,6 @@ STRANGER_SECONDS: Final = 60.0  # a peer that is not admitted by then is disconn
 MAX_STRANGERS: Final = 64
 STRANGER_STREAMS: Final = 16
 GUEST_STREAMS: Final = 64  # go-bitswap opens one for every answer
-ACCEPT_PAUSE_SECONDS: Final = 0.1
-BACKLOG: Final = 1024
-NO_HANDSHAKE: Final = (
-    "it takes the connection and gives no libp2p handshake; either no libp2p node is there, or it and this node do "
-    "not have the same network.swarm_key"
-)
-KEY_HINT: Final = "; this node has a swarm key (network.swarm_key), and only nodes with the same key understand it"
-ANOTHER_KEY: Final = "; it may understand only nodes that have the same swarm key (network.swarm_key)"
 
 _log = get_logger("net")
 
@@ -62,8 +49,6 @@ class Libp2pHost(ConnectionWatcher):
     Args:
       seed: the 32 bytes of the Ed25519 node key; the peer id follows from it.
       listen: multiaddrs like /ip4/0.0.0.0/tcp/4331; port 0 takes any free one.
-      lane_port: where direct lanes are accepted, on the same interfaces; 0 takes any free port, -1 none. A peer
-        that can't reach it uses libp2p streams instead.
       announce: multiaddrs that others are told instead of those we find on this machine.
       swarm_key: the 32 bytes that every libp2p connection of a private IPFS network goes under; empty: none.
 
@@ -76,40 +61,30 @@ class Libp2pHost(ConnectionWatcher):
         seed: bytes,
         listen: Sequence[str],
         *,
-        lane_port: int = 0,
         announce: Sequence[str] = (),
         swarm_key: bytes = b"",
     ) -> None:
-        self._listen = [_listen_address(text) for text in listen]
         self._announce = tuple(announce)
-        self._lane_port = lane_port
         self._table = ProtocolTable()
         self._table.add(heartbeat.PROTOCOL, heartbeat.answer)
-        self._roster = Roster()
+        self._book = PeerBook()
         self._topics: dict[str, tuple[Validator, Inbox[tuple[PeerId, bytes]]]] = {}
         self._connections: dict[PeerId, list[GuardedMuxer]] = {}
         self._heartbeats: dict[PeerId, tuple[Heartbeat, trio.CancelScope]] = {}
-        self._pending = PendingConnections()
-        self._dialling: dict[PeerId, trio.Lock] = {}
-        self._hint = KEY_HINT if swarm_key else ""
         self._addresses: tuple[str, ...] = ()
         self._nursery: trio.Nursery | None = None
         self._stack = Libp2pStack(
             seed,
             self,
             lambda: self._addresses,
-            self._open_agreed,
+            self.open_agreed,
             self._offers,
-            self._roster.admitted.__contains__,
+            self._book.admitted.__contains__,
             swarm_key,
         )
-        self._lanes = DirectLanes(
-            self._table,
-            self._roster,
-            lambda peer: self._open_agreed(peer, (direct.PROTOCOL,)),
-            lambda peer: connection.local_host if (connection := self._live(peer)) else "",
-            lambda peer: connection.remote.host if (connection := self._live(peer)) else "",
-        )
+        self._lanes = DirectLanes(self._table, self._book, self)
+        self._listener = Listener(listen, self._take_libp2p, self._lanes)
+        self._dialler = Dialler(self._stack.swarm, self, keyed=bool(swarm_key))
         self._stack.host.serve = self._serve
         self._stack.pubsub.deliver = self._deliver
 
@@ -123,22 +98,26 @@ class Libp2pHost(ConnectionWatcher):
 
     @property
     def peers(self) -> tuple[PeerId, ...]:
-        return self._roster.connected
+        return self._book.connected
 
     @property
     def guests(self) -> tuple[PeerId, ...]:
-        return self._roster.connected_guests
+        return self._book.connected_guests
 
     # Running
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        listeners, lane_listeners = await self._open_listeners()
-        found = tuple(text for listener in listeners for text in self._names_of(listener))
+        await self._listener.open()
+        found = tuple(
+            str(address_of(ip, port, self.peer_id))
+            for host, port in self._listener.bound
+            for ip in reachable_hosts(host)
+        )
         self._addresses = tuple(owned(text, self.peer_id) for text in self._announce) or found
         scope = trio.CancelScope(shield=True)  # lives on for the farewell when we are cancelled
         try:
             async with trio.open_nursery() as nursery:
-                await nursery.start(self._run_shielded, scope, listeners, lane_listeners)
+                await nursery.start(self._run_shielded, scope)
                 task_status.started()
                 try:
                     await trio.sleep_forever()
@@ -149,25 +128,16 @@ class Libp2pHost(ConnectionWatcher):
         finally:
             self._nursery = None
             with trio.CancelScope(shield=True):
-                for listener in (*listeners, *lane_listeners):
-                    await listener.aclose()
+                await self._listener.aclose()
 
-    async def _run_shielded(
-        self,
-        scope: trio.CancelScope,
-        listeners: list[trio.SocketListener],
-        lane_listeners: list[trio.SocketListener],
-        *,
-        task_status: trio.TaskStatus[None],
-    ) -> None:
+    async def _run_shielded(self, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
         with scope:
             async with self._stack.running(), trio.open_nursery() as nursery:
                 self._nursery = nursery
-                await nursery.start(self._lanes.run, lane_listeners)
+                await nursery.start(self._lanes.run)
                 for topic, (validator, _) in self._topics.items():
                     await self._stack.subscribe(topic, _contained(topic, validator))
-                for listener in listeners:
-                    nursery.start_soon(self._accept_forever, listener)
+                nursery.start_soon(self._listener.run)
                 task_status.started()
                 await trio.sleep_forever()
 
@@ -179,61 +149,19 @@ class Libp2pHost(ConnectionWatcher):
                 for connection in connections:
                     nursery.start_soon(connection.session.close, "this host has stopped")
 
-    async def _open_listeners(self) -> tuple[list[trio.SocketListener], list[trio.SocketListener]]:
-        """For libp2p, and for direct lanes on the same interfaces. Raises ConfigError."""
-        listeners: list[trio.SocketListener] = []
-        lanes: dict[str, trio.SocketListener] = {}
-        try:
-            for address in self._listen:
-                listeners.append(await _open_listener(address, "network.listen"))
-                if self._lane_port >= 0 and address.host not in lanes:
-                    lane = replace(address, port=self._lane_port)
-                    lanes[address.host] = await _open_listener(lane, "network.direct_port")
-        except ConfigError:
-            for listener in (*listeners, *lanes.values()):
-                await listener.aclose()
-            raise
-        return listeners, list(lanes.values())
-
-    def _names_of(self, listener: trio.SocketListener) -> list[str]:
-        host, port = listener.socket.getsockname()[:2]
-        return [str(address_of(ip, port, self.peer_id)) for ip in reachable_hosts(host)]
-
-    async def _accept_forever(self, listener: trio.SocketListener) -> None:
-        assert self._nursery is not None
-        while True:
-            try:
-                stream = await listener.accept()
-            except OSError as error:  # no file descriptors left, or the caller is gone already
-                _log.warning("connection.unaccepted", reason=str(error))
-                await trio.sleep(ACCEPT_PAUSE_SECONDS)
-                continue
-            self._nursery.start_soon(self._take_caller, stream)
-
-    async def _take_caller(self, stream: trio.SocketStream) -> None:
-        try:
-            host = stream.socket.getpeername()[0]
-        except OSError:
-            await trio.aclose_forcefully(stream)
-            return
-        with self._pending.enter(host, HANDSHAKE_SECONDS) as scope:
-            try:
-                await self._stack.swarm.take_socket(stream, None)
-            except Exception as error:  # noqa: BLE001 - the border: whatever a stranger's handshake provokes
-                _log.debug("handshake.failed", address=host, reason=_reason(error))
-        if scope.cancelled_caught:
-            await trio.aclose_forcefully(stream)
+    async def _take_libp2p(self, stream: trio.SocketStream, first: bytes) -> None:
+        await self._stack.swarm.take_socket(stream, None, first)
 
     # Connections
 
     def connection_up(self, connection: GuardedMuxer) -> None:
         """A connection has authenticated its peer. Called by the library's side."""
         peer = connection.peer
-        if peer not in self._roster.admitted:
-            connection.session.max_streams = GUEST_STREAMS if peer in self._roster.guests else STRANGER_STREAMS
+        if peer not in self._book.admitted:
+            connection.session.max_streams = GUEST_STREAMS if peer in self._book.guests else STRANGER_STREAMS
         self._connections.setdefault(peer, []).append(connection)
-        self._roster.up(peer)
-        if self._nursery is not None and peer not in self._roster.guests:
+        self._book.up(peer)
+        if self._nursery is not None and peer not in self._book.guests:
             self._nursery.start_soon(self._limit_stranger, connection)
         self._start_heartbeat(peer)
 
@@ -262,15 +190,15 @@ class Libp2pHost(ConnectionWatcher):
             scope.cancel()
         self._lanes.break_off(peer, connection.session.ended)
         _log.debug("connection.over", peer=peer, reason=connection.session.ended)
-        self._roster.down(peer, connection.session.ended)
+        self._book.down(peer, connection.session.ended)
 
     async def _limit_stranger(self, connection: GuardedMuxer) -> None:
         strangers = [
             other
             for peer, connections in self._connections.items()
             for other in connections
-            if peer not in self._roster.admitted
-            and peer not in self._roster.guests
+            if peer not in self._book.admitted
+            and peer not in self._book.guests
             and not other.initiator
             and not other.session.ended
         ]
@@ -279,34 +207,51 @@ class Libp2pHost(ConnectionWatcher):
         with trio.move_on_after(STRANGER_SECONDS):
             await connection.session.over.wait()
             return
-        if connection.peer not in self._roster.admitted and connection.peer not in self._roster.guests:
+        if connection.peer not in self._book.admitted and connection.peer not in self._book.guests:
             await connection.session.close(f"it did not become a member within {STRANGER_SECONDS:.0f} s")
 
-    def _live(self, peer: PeerId) -> GuardedMuxer | None:
+    def live(self, peer: PeerId) -> GuardedMuxer | None:
         """The oldest connection to a peer that has not ended."""
         return next((c for c in self._connections.get(peer, ()) if not c.session.ended), None)
 
+    async def wait_ended(self, peer: PeerId) -> None:
+        """Until a peer has a connection that is up, or none at all, not even one that is ending."""
+        while self._connections.get(peer) and self.live(peer) is None:  # noqa: ASYNC110 - once, as a rule
+            await trio.sleep(LAST_WORDS_SECONDS)  # what `_forget_later` waits, too
+
+    def ends_of(self, peer: PeerId) -> Ends | None:
+        """Of the connection to a peer; None when there is none."""
+        connection = self.live(peer)
+        if connection is None:
+            return None
+        return Ends(connection.local, (connection.remote.host, connection.remote.port), connection.initiator)
+
+    def port_of(self, host: str) -> int:
+        """Where this host listens at an address of this machine; 0: nowhere."""
+        ports = dict(reversed(self._listener.bound))  # the first one of each address
+        return ports.get(host) or ports.get("::" if ":" in host else "0.0.0.0") or 0
+
     def admit(self, peer: PeerId, admitted: bool) -> None:
         if not admitted:
-            self._roster.admitted.discard(peer)
+            self._book.admitted.discard(peer)
             if self._nursery is not None:
                 self._nursery.start_soon(self.disconnect, peer, "its membership was withdrawn")
             return
-        self._roster.admitted.add(peer)
+        self._book.admitted.add(peer)
         for connection in self._connections.get(peer, ()):
             connection.session.max_streams = MAX_STREAMS
         self._start_heartbeat(peer)
 
     def welcome(self, peer: PeerId, protocols: Sequence[str]) -> None:
-        self._roster.welcome(peer, protocols)
+        self._book.welcome(peer, protocols)
         for connection in self._connections.get(peer, ()):
             connection.session.max_streams = GUEST_STREAMS
         self._start_heartbeat(peer)
 
     async def dismiss(self, peer: PeerId, reason: str) -> None:
-        if peer in self._roster.guests:
+        if peer in self._book.guests:
             connections = self._cut(peer, reason)
-            del self._roster.guests[peer]
+            del self._book.guests[peer]
             await _close_all(connections, reason)
 
     async def disconnect(self, peer: PeerId, reason: str) -> None:
@@ -326,82 +271,20 @@ class Libp2pHost(ConnectionWatcher):
     async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
         if peer == self.peer_id:
             raise PeerUnreachable("that is this very node", peer=peer)
-        lock = self._dialling.setdefault(peer, trio.Lock())
-        failures: list[str] = []
-        silent: dict[str, None] = {}
-        try:
-            async with lock:
-                with trio.move_on_after(CONNECT_SECONDS):
-                    await self._wait_for_the_dying(peer)
-                    if self._live(peer) is None:
-                        await self._dial_all(peer, addresses, failures, silent)
-        finally:
-            if not lock.statistics().tasks_waiting and not lock.locked():
-                self._dialling.pop(peer, None)
-        if self._live(peer) is None:
-            failures += [f"{where}: {NO_HANDSHAKE}" for where in silent]
-            why = "; ".join(failures) or f"no answer within {CONNECT_SECONDS:.0f} s at {', '.join(addresses)}"
-            raise PeerUnreachable(
-                f"{peer} can't be reached: {why + self._hint if addresses else 'no address is known'}", peer=peer
-            )
-
-    async def _wait_for_the_dying(self, peer: PeerId) -> None:
-        while self._connections.get(peer) and self._live(peer) is None:  # noqa: ASYNC110 - once, as a rule
-            await trio.sleep(LAST_WORDS_SECONDS)  # what `_forget_later` waits, too
-
-    async def _dial_all(
-        self, peer: PeerId, addresses: Sequence[str], failures: list[str], silent: dict[str, None]
-    ) -> None:
-        """Try one address after the other, the next one as soon as one fails or takes long; the first one wins.
-
-        Gives what failed, as sentences, and the addresses that took a connection and have not failed or succeeded.
-        """
-        async with trio.open_nursery() as nursery:
-            for text in addresses:
-                over = trio.Event()
-                nursery.start_soon(self._dial, peer, text, failures, silent, over, nursery.cancel_scope)
-                with trio.move_on_after(STAGGER_SECONDS):
-                    await over.wait()
-
-    async def _dial(
-        self,
-        peer: PeerId,
-        text: str,
-        failures: list[str],
-        silent: dict[str, None],
-        over: trio.Event,
-        others: trio.CancelScope,
-    ) -> None:
-        where = text.partition("/p2p/")[0]
-        try:
-            address = parse_address(text)
-            if address.peer not in ("", peer):
-                raise RemoteProtocolError(f"{text} is the address of another peer")
-            stream = await trio.open_tcp_stream(address.host, address.port)
-            silent[where] = None
-            await self._stack.swarm.take_socket(stream, peer)
-        except RemoteProtocolError as error:
-            failures.append(str(error))
-        except Exception as error:  # noqa: BLE001 - the border: whatever the system or a handshake raises
-            failures.append(f"{where}: {_reason(error)}")
-            if where in silent and not self._hint and not _knew_libp2p(error):
-                failures[-1] += ANOTHER_KEY
-            silent.pop(where, None)
-        else:
-            others.cancel()
-        over.set()
+        await self._dialler.connect(peer, addresses)
 
     # Streams
 
     async def open_stream(self, peer: PeerId, protocol: str, lane: Lane = Lane.CONTROL) -> Stream:
-        if lane is not Lane.CONTROL and peer in self._roster.admitted:
+        if lane is not Lane.CONTROL and peer in self._book.admitted:
             direct_stream = await self._lanes.open(peer, protocol)
             if direct_stream is not None:
                 return direct_stream
-        return await self._open_agreed(peer, (protocol,))
+        return await self.open_agreed(peer, (protocol,))
 
-    async def _open_agreed(self, peer: PeerId, protocols: tuple[str, ...]) -> YamuxStream:
-        connection = self._live(peer)
+    async def open_agreed(self, peer: PeerId, protocols: tuple[str, ...]) -> YamuxStream:
+        """A libp2p stream of one of these protocols. Raises PeerUnreachable, Declined."""
+        connection = self.live(peer)
         if connection is None:
             raise PeerUnreachable(f"{peer} is not connected", peer=peer)
         stream = connection.session.open()
@@ -443,12 +326,12 @@ class Libp2pHost(ConnectionWatcher):
 
     def _serves(self, protocol: str, peer: PeerId) -> bool:
         if protocol == ADMITTED:
-            return peer in self._roster.admitted
-        if peer in self._roster.guests:
-            return protocol in (IDENTIFY, PING) or (protocol in self._roster.guests[peer] and protocol in self._table)
+            return peer in self._book.admitted
+        if peer in self._book.guests:
+            return protocol in (IDENTIFY, PING) or (protocol in self._book.guests[peer] and protocol in self._table)
         if self._stack.serves(protocol):
-            return protocol in (IDENTIFY, PING) or peer in self._roster.admitted
-        return self._table.serves(protocol, peer, self._roster.admitted)
+            return protocol in (IDENTIFY, PING) or peer in self._book.admitted
+        return self._table.serves(protocol, peer, self._book.admitted)
 
     def _offers(self, peer: PeerId) -> list[str]:
         """Every protocol that this peer may use now."""
@@ -466,20 +349,20 @@ class Libp2pHost(ConnectionWatcher):
     # Heartbeat
 
     def _start_heartbeat(self, peer: PeerId) -> None:
-        if self._nursery is None or peer in self._heartbeats or peer not in self._roster:
+        if self._nursery is None or peer in self._heartbeats or peer not in self._book:
             return
-        if peer in self._roster.guests:
+        if peer in self._book.guests:
             beat = Heartbeat(
-                lambda: self._open_agreed(peer, (PING,)),
+                lambda: self.open_agreed(peer, (PING,)),
                 lambda: self._heard_at(peer),
                 lambda: None,
                 beat_bytes=heartbeat.PING_BYTES,
                 period=heartbeat.GUEST_PERIOD_SECONDS,
                 silence=heartbeat.GUEST_SILENCE_SECONDS,
             )
-        elif peer in self._roster.admitted:
+        elif peer in self._book.admitted:
             beat = Heartbeat(
-                lambda: self._open_agreed(peer, (heartbeat.PROTOCOL,)),
+                lambda: self.open_agreed(peer, (heartbeat.PROTOCOL,)),
                 lambda: self._heard_at(peer),
                 lambda: self._stack.pubsub.greet(peer),
                 on_moved=self._roster.links.notify,
@@ -528,37 +411,15 @@ class Libp2pHost(ConnectionWatcher):
             self._topics[topic][1].put((forwarder, data))
 
     def events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
-        return self._roster.events()
+        return self._book.events()
 
     def guest_events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
-        return self._roster.guest_events()
+        return self._book.guest_events()
 
 
 def open_host(seed: bytes, *, swarm_key: bytes = b"") -> Libp2pHost:
     """A host on a free port of the loopback interface."""
     return Libp2pHost(seed, ["/ip4/127.0.0.1/tcp/0"], swarm_key=swarm_key)
-
-
-def _listen_address(text: str) -> Address:
-    try:
-        address = parse_address(text)
-    except RemoteProtocolError as error:
-        raise ConfigError(f"We can't listen at {text!r}: {error}") from error
-    if not address.kind.startswith("ip") or address.peer:
-        raise ConfigError(f"We can't listen at {text!r}; write an IP address of this machine: /ip4/0.0.0.0/tcp/4331")
-    return address
-
-
-async def _open_listener(address: Address, setting: str) -> trio.SocketListener:
-    """Without SO_REUSEPORT, with which the library would share a port with whoever else uses it."""
-    try:
-        (listener,) = await trio.open_tcp_listeners(address.port, host=address.host, backlog=BACKLOG)
-    except OSError as error:
-        raise ConfigError(
-            f"We can't listen at {address}: {error.strerror or error}. Stop the program that uses this port, or "
-            f"choose another with {setting} (port 0 takes any free one)."
-        ) from error
-    return listener
 
 
 def _contained(topic: str, validator: Validator) -> Validator:
@@ -576,20 +437,3 @@ async def _close_all(connections: Sequence[GuardedMuxer], reason: str) -> None:
     async with trio.open_nursery() as nursery:
         for connection in connections:
             nursery.start_soon(connection.session.close, reason)
-
-
-def _knew_libp2p(error: BaseException | None) -> bool:
-    """Whether a handshake that failed got as far as Noise, so that both sides have the same swarm key."""
-    while error is not None and not isinstance(error, NoiseFailure):
-        error = error.__cause__
-    return error is not None
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost cause, which is the one that a person can do something about."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    if isinstance(error, BaseExceptionGroup):
-        return "; ".join(dict.fromkeys(_reason(inner) for inner in error.exceptions))
-    text = getattr(error, "strerror", None) or str(error)
-    return text or type(error).__name__
