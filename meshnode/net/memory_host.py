@@ -456,7 +456,7 @@ class MemoryHost:
 
     @property
     def links(self) -> Changes:
-        return self.roster.links
+        return self.book.links
 
     def round_trip_us(self, peer: PeerId) -> int | None:
         if peer not in self.connections:
