@@ -89,12 +89,12 @@ async def test_a_model_is_served_by_its_name() -> None:
     async with World.open(SEED) as world:
         first = await mesh(world, memory="4MB")
         await world.publish("n1", ModelSpec(name="other", layers=12))
-        await world.until(lambda: world.all_ready() and world["n3"].running.served().manifest.name == "other")
+        await world.until(lambda: world.all_ready() and world["n3"].running.releases.current.manifest.name == "other")
         node = library(world, "n3")
         with pytest.raises(ModelError, match="has no variant int8; it has int4"):
             await node.serve("noise", variant="int8")
         await node.serve("noise")
-        await world.until(lambda: world.all_ready() and world["n1"].running.served().manifest.name == "noise")
+        await world.until(lambda: world.all_ready() and world["n1"].running.releases.current.manifest.name == "noise")
         assert await world.ask("n2") == first
 
 
@@ -139,7 +139,7 @@ async def test_the_newest_model_is_served() -> None:
     async with World.open(SEED) as world:
         first = await mesh(world, memory="4MB")
         await world.publish("n2", ModelSpec(name="other", layers=12))
-        await world.until(lambda: world.all_ready() and world["n3"].running.served().manifest.name == "other")
+        await world.until(lambda: world.all_ready() and world["n3"].running.releases.current.manifest.name == "other")
         assert await world.ask("n1") != first
 
 
