@@ -3,15 +3,14 @@
 Nesting is the shutdown order: what is opened last is cancelled first.
 
     ground    network host, content, membership, discovery, guests, directory, pipes
-    work      placement, stage, readiness, inventory, replication, arrival, upkeep of the advert, control socket
+    work      placement, links, stage, readiness, inventory, replication, arrival, control socket
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import structlog
@@ -33,20 +32,22 @@ from meshnode.membership.registry import Registry
 from meshnode.model.facts import facts_of
 from meshnode.model.release import ServedRelease
 from meshnode.net.pipes import Pipes
-from meshnode.net.port import Host, PeerEvent
-from meshnode.policy.route import NoRoute, plan_route
+from meshnode.net.port import Host
 from meshnode.services.content.fetch import PATIENCE_SECONDS, ContentService
 from meshnode.services.dht import DhtClient, DhtSettings
 from meshnode.services.directory.directory import DirectoryService, DirectorySettings, next_incarnation
 from meshnode.services.discovery import DiscoveryService
 from meshnode.services.external_peers import ExternalPeers, ExternalSettings
 from meshnode.services.holds import HoldStreams
-from meshnode.services.inference.origin import GenerationService, Receipt, Request, Target
+from meshnode.services.inference.load import StageLoad
+from meshnode.services.inference.origin import OriginService
 from meshnode.services.inference.readiness import ReadinessService
+from meshnode.services.inference.router import Router
 from meshnode.services.inference.stage import StageService
-from meshnode.services.inference.text import AnsweringService, Question, Text
+from meshnode.services.inference.text import TextService
 from meshnode.services.inventory import InventoryService
 from meshnode.services.ipfs_daemon import IpfsDaemonService, Publication
+from meshnode.services.links import LinksService
 from meshnode.services.membership import Introduction, MembershipService
 from meshnode.services.placement import PlacementConfig, PlacementService
 from meshnode.services.port import Progress
@@ -55,19 +56,16 @@ from meshnode.services.replication import ReplicationService
 from meshnode.state import releases
 from meshnode.state.port import State
 from meshnode.store.port import OpenFile, Store
-from protocols.advert.messages import Advert, RoundTrip
+from protocols.advert.messages import Advert
 from protocols.bitswap import messages as bitswap
 from protocols.errors import RemoteProtocolError
 from protocols.ids import DAG_CBOR, Cid, PeerId, cid_codec, short
 from protocols.manifest.codec import open_manifest
 from protocols.manifest.messages import FileRef, Manifest
 from protocols.membership import messages as membership
-from protocols.pipe.messages import Close, Hop, Message, Open, Opened, Refused, Sampling, Step, Token
 
 DHT_PATIENCE_SECONDS: Final = 60.0  # a search among strangers goes on for so long
-UPKEEP_SECONDS: Final = 0.5  # how often the advert's load and round trips are looked at
-ROUND_TRIP_CHANGE: Final = 0.3  # a link is advertised again when it changed by this share
-PROBE_TOKENS: Final = (1, 1)  # any two token ids: what is proven is that the chain answers
+UPKEEP_SECONDS: Final = 0.5  # how often bad providers are looked for
 
 log = structlog.get_logger()
 
@@ -196,6 +194,7 @@ class Node:
             outside_so_far=None if outside is None else outside.so_far,
         )
         self.daemon = None if parts.daemon is None else self._look_after(parts.daemon)
+        served = _Releases(self)
         self.pipes = Pipes(self.host)
         holds = HoldStreams(self.host)
         self.placement = PlacementService(
@@ -222,21 +221,13 @@ class Node:
             wall=wall,
         )
         holds.serve(self.placement.answer_hold)
-        self.stage = StageService(
-            us=identity.peer_id,
-            send=self.pipes.send,
-            serving=self.placement.engine,
-            engine_lost=self.placement.engine_lost,
-        )
-        self.generation = GenerationService(
-            us=identity.peer_id, send=self.pipes.send, target=self._target, route=self._route, rng=rng
-        )
-        self.pipes.deliver_to(self._deliver)
-        self.pipes.report_to(self._lose)
-        self.answering = AnsweringService(manifest=self._manifest, fetch=self._fetch_readable, workers=parts.workers)
-        self.readiness = ReadinessService(
-            chain=self._chain, changed=self.directory.changes.wait, probe=self._probe, health=self.health
-        )
+        self.load = StageLoad()
+        self.stage = StageService(identity.peer_id, self.pipes, self.placement, self.load)
+        router = Router(identity.peer_id, self.directory, served)
+        self.origin = OriginService(identity.peer_id, self.pipes, router, served, rng)
+        self.readiness = ReadinessService(router, self.origin, self.host, self.pipes, self.health)
+        self.text = TextService(served, self.content, self.origin, self.readiness, parts.workers)
+        self.links = LinksService(self.host, self.directory)
         self.replication = ReplicationService(
             us=identity.peer_id,
             directory=self.directory,
@@ -246,7 +237,7 @@ class Node:
             fetch=self._fetch,
             replicas=config.content.replicas,
             loading=lambda: self.placement.progress() is not None,
-            busy=lambda: self.stage.sessions > 0,
+            busy=lambda: self.load.sessions > 0,
             health=self.health,
         )
         self.arrival = ArrivalService(
@@ -310,7 +301,6 @@ class Node:
 
         `extra`: services on top (the control socket).
         """
-        events = self.host.events()
         async with trio.open_nursery() as ground:
             await ground.start(self.host.run)
             for below in (
@@ -326,9 +316,10 @@ class Node:
             ):
                 await ground.start(supervise, below)
             async with trio.open_nursery() as work:
-                work.start_soon(self._follow_peers, events)
-                work.start_soon(self._keep_advert)
+                work.start_soon(self._report_load)
+                work.start_soon(self._watch_providers)
                 for service in (
+                    self.links,
                     self.stage,
                     self.placement,
                     self.readiness,
@@ -350,38 +341,14 @@ class Node:
         log.info("node.stopped")
         self.ended.set()
 
-    async def _follow_peers(self, events: trio.MemoryReceiveChannel[PeerEvent]) -> None:
-        async for event in events:
-            if event.connected:
-                self.readiness.look_again()
-            else:
-                self._lose(event.peer, event.reason)
+    async def _report_load(self) -> None:
+        while True:
+            await self.load.changes.wait()
+            self.placement.report_load(self.load.sessions, self.load.queue_us)
 
-    def _lose(self, peer: PeerId, reason: str) -> None:
-        self.stage.peer_gone(peer, reason)
-        self.generation.peer_gone(peer, reason)
-        chain, _ = self._chain()
-        if isinstance(chain, tuple) and any(hop.peer == peer for hop in chain):
-            self.readiness.doubt(f"{short(peer)} went away: {reason}")
-
-    async def _deliver(self, peer: PeerId, message: Message, body: bytes, network_us: int) -> None:
-        match message:
-            case Open() | Step() | Close():
-                await self.stage.receive(peer, message, body, network_us)
-            case Opened() | Refused() | Token():
-                await self.generation.receive(peer, message, network_us)
-            case _:
-                pass
-
-    async def _keep_advert(self) -> None:
-        """Load and links, put into our advert when they change."""
+    async def _watch_providers(self) -> None:
         while True:
             self._name_liars()
-            self.placement.report_load(self.stage.sessions, self.stage.queue_us)
-            before = self.directory.me().round_trips
-            trips = self._round_trips(before)
-            if trips != before:
-                self.directory.advertise(replace(self.directory.me(), round_trips=trips))
             await trio.sleep(UPKEEP_SECONDS)
 
     def _name_liars(self) -> None:
@@ -399,19 +366,6 @@ class Node:
                 check="`ipfs repo verify`" if guest else "`meshnode model verify`",
             )
 
-    def _round_trips(self, before: tuple[RoundTrip, ...]) -> tuple[RoundTrip, ...]:
-        old = {trip.peer: trip.us for trip in before}
-        out = []
-        for peer in self.host.peers[:64]:
-            us = self.host.round_trip_us(peer)
-            if us is None:
-                continue
-            was = old.get(peer)
-            if was is not None and abs(us - was) <= ROUND_TRIP_CHANGE * was + 500:
-                us = was
-            out.append(RoundTrip(peer=peer, us=us))
-        return tuple(out)
-
     # ------------------------------------------------------------ the model and the chain
 
     def served(self) -> Served | None:
@@ -425,88 +379,14 @@ class Node:
             releases.remember(self.database, Cid(head.manifest), head.variant)  # for `meshnode model list`
         return Served(Cid(head.manifest), head.variant, manifest)
 
-    def _manifest(self) -> tuple[Cid, Manifest] | None:
-        served = self.served()
-        return None if served is None else (served.cid, served.manifest)
-
-    def _target(self) -> Target | None:
-        served = self.served()
-        if served is None:
-            return None
-        shape = served.manifest.architecture
-        return Target(served.cid, served.variant, shape.layers, shape.context, frozenset(shape.eos_ids))
-
-    def _route(self, target: Target, seed: int, avoid: frozenset[PeerId]) -> tuple[Hop, ...] | NoRoute:
-        served = self.served()
-        row_bytes = 4 * served.manifest.architecture.hidden if served else 4096
-        return plan_route(
-            self.directory.live(),
-            target.manifest,
-            target.variant,
-            target.layers,
-            self.identity.peer_id,
-            seed,
-            self.generation.in_flight(),
-            avoid,
-            row_bytes=row_bytes,
-        )
-
-    def _chain(self) -> tuple[object, str]:
-        target = self._target()
-        if target is None:
-            head = self.directory.announcement()
-            if head is None and (manifest := self.arrival.awaited) is not None:
-                return None, f"the manifest {manifest} of the model that was added here has not arrived yet"
-            if head is None:
-                return None, "the network serves no model yet; add one with: meshnode model add PATH"
-            return None, f"the description of the model {head.name} has not arrived yet"
-        route = self._route(target, 0, frozenset())
-        return (None, route.reason) if isinstance(route, NoRoute) else (route, "")
-
     async def _fetch(self, cid: Cid, size: int, *, progress: Progress | None = None) -> None:
         await self.content.fetch(FileRef(cid=cid, size=size), progress=progress)
-
-    async def _fetch_readable(self, cid: Cid, size: int) -> OpenFile:
-        return await self.content.open(FileRef(cid=cid, size=size))
 
     async def _reveal(self, cid: Cid) -> OpenFile:
         revealed = await self.parts.workers.run(self.store.reveal, cid)
         if revealed is None:
             raise ContentUnavailable(f"the file {cid} was removed while it was being opened; ask again", cid=cid)
         return revealed
-
-    async def _probe(self) -> None:
-        request = Request(PROBE_TOKENS, 1, Sampling(seed=0))
-        async with aclosing(self.generation.generate(request)) as pieces:
-            async for _ in pieces:
-                pass
-
-    async def answer(self, question: Question) -> AsyncGenerator[Text | Receipt, None]:
-        """The answer in words piece by piece, at last its receipt. Use it in `contextlib.aclosing`.
-
-        Raises what `AnsweringService.answer` and `GenerationService.generate` raise.
-        """
-        receipt: Receipt | None = None
-
-        async def tokens(
-            prompt: tuple[int, ...], max_tokens: int, sampling: Sampling
-        ) -> AsyncGenerator[int | str, None]:
-            nonlocal receipt
-            async with aclosing(self.generation.generate(Request(prompt, max_tokens, sampling))) as pieces:
-                async for piece in pieces:
-                    if isinstance(piece, Receipt):
-                        yield piece.reason
-                    else:
-                        receipt = piece.receipt
-                        yield piece.token
-
-        async with aclosing(self.answering.answer(question, tokens)) as words:
-            async for word in words:
-                if isinstance(word, Text):
-                    yield word
-                elif receipt is not None:  # an answer has one token or more
-                    receipt.reason = word.reason
-                    yield receipt
 
     def announce(self, manifest: Cid, variant: str) -> None:
         """Say that the network serves this release from now on. Its manifest must be in our store.
@@ -546,3 +426,13 @@ class _Releases:
         if served is None:
             return None
         return ServedRelease(served.cid, served.variant, served.manifest, facts_of(served.manifest, served.variant))
+
+    @property
+    def why_none(self) -> str:
+        node = self._node
+        head = node.directory.announcement()
+        if head is not None:
+            return f"the description of the model {head.name} has not arrived yet"
+        if (manifest := node.arrival.awaited) is not None:
+            return f"the manifest {manifest} of the model that was added here has not arrived yet"
+        return "the network serves no model yet; add one with: meshnode model add PATH"

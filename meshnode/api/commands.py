@@ -15,13 +15,12 @@ from meshnode.api.releases import check_variant, find_release
 from meshnode.api.status import status_of
 from meshnode.core.errors import BadRequest, ModelError
 from meshnode.node import Node
-from meshnode.services.inference import origin, text
+from meshnode.services.inference import receipt, text
 from protocols.errors import RemoteProtocolError
 from protocols.ids import DAG_CBOR, Cid, cid_codec, short
 from protocols.manifest.codec import open_manifest
 from protocols.pipe.messages import Sampling
 
-PATIENCE_S: Final = 10.0  # a mesh that is just starting gets this long before a question is refused
 MAX_WAIT_S: Final = 86_400.0
 
 
@@ -62,16 +61,13 @@ class Commands:
 
     async def _generate(self, request: Json) -> AsyncGenerator[Json, None]:
         question = read_question(request)
-        ready = self._node.readiness
-        if not ready.now.ready:
-            yield {"waiting": ready.now.sentence}
-            with trio.move_on_after(PATIENCE_S):  # whatever is wrong then is said by the attempt itself
-                await ready.wait_ready()
         tokens: list[int] = []
         texts: list[str] = []
-        async with aclosing(self._node.answer(_in_tokens(question, self._node.parts.rng))) as pieces:
+        async with aclosing(self._node.text.answer(_in_tokens(question, self._node.parts.rng))) as pieces:
             async for piece in pieces:
-                if isinstance(piece, text.Text):
+                if isinstance(piece, text.Waiting):
+                    yield {"waiting": piece.why}
+                elif isinstance(piece, text.Text):
                     texts.append(piece.text)
                     if piece.token >= 0:
                         tokens.append(piece.token)
@@ -155,7 +151,7 @@ def _in_tokens(question: Question, rng: random.Random) -> text.Question:
     )
 
 
-def _receipt(figures: origin.Receipt) -> Receipt:
+def _receipt(figures: receipt.Receipt) -> Receipt:
     return Receipt(
         route=tuple(Stage(peer=hop.peer, first=hop.first, last=hop.last) for hop in figures.route),
         ttft_ms=round(figures.first_token_ms, 2),

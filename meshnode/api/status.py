@@ -48,7 +48,7 @@ def status_of(node: Node) -> Status:
         me=_peer(node, live[node.identity.peer_id]),
         peers=tuple(peers),
         progress=_progress(node),
-        sessions=node.generation.running,
+        sessions=node.origin.running,
         rss_bytes=psutil.Process().memory_info().rss,
         torch_imported="torch" in sys.modules,
         engine=_engine(node),

@@ -30,6 +30,8 @@ MAX_TICK_SECONDS: Final = 0.5  # a longer tick means that we were held up, not t
 KEPT_SECONDS: Final = 60.0
 BEAT_BYTES: Final = 8
 MAX_UNANSWERED: Final = 60
+MOVE: Final = 0.3
+MOVE_US: Final = 500
 PING_BYTES: Final = 32  # github.com/libp2p/specs/blob/master/ping/ping.md
 GUEST_PERIOD_SECONDS: Final = 5.0
 GUEST_SILENCE_SECONDS: Final = 15.0
@@ -48,6 +50,7 @@ class Heartbeat:
       open_stream: opens a stream of `PROTOCOL` to the peer.
       heard_at: when the last bytes of any kind came from the peer (`trio.current_time`).
       on_answer: called when the peer has agreed to the heartbeat, which it does once it admits us.
+      on_moved: called when the round trip is first measured, and when it has moved by `MOVE` and `MOVE_US`.
       beat_bytes: what is sent and comes back each time.
       period, silence: seconds between beats, and without a byte until the peer is given up.
     """
@@ -58,6 +61,7 @@ class Heartbeat:
         heard_at: Callable[[], float],
         on_answer: Callable[[], None],
         *,
+        on_moved: Callable[[], None] = lambda: None,
         beat_bytes: int = BEAT_BYTES,
         period: float = PERIOD_SECONDS,
         silence: float = SILENCE_SECONDS,
@@ -65,6 +69,8 @@ class Heartbeat:
         self._open_stream = open_stream
         self._heard_at = heard_at
         self._on_answer = on_answer
+        self._on_moved = on_moved
+        self._told_us: int | None = None
         self._beat_bytes = beat_bytes
         self._period = period
         self._silence = silence
@@ -152,3 +158,7 @@ class Heartbeat:
             self._trips.append((now, round((now - sent) * 1_000_000)))
         while self._trips and self._trips[0][0] < now - KEPT_SECONDS:
             self._trips.popleft()
+        us, told = self.round_trip_us, self._told_us
+        if us is not None and (told is None or abs(us - told) > MOVE * told + MOVE_US):
+            self._told_us = us
+            self._on_moved()

@@ -18,6 +18,7 @@ from trio.lowlevel import ParkingLot
 
 from meshnode.core.errors import PeerUnreachable
 from meshnode.core.log import get_logger
+from meshnode.core.signal import Changes
 from meshnode.net.inbox import Inbox
 from meshnode.net.peer_book import PeerBook
 from meshnode.net.port import MAX_GOSSIP_BYTES, STALL_SECONDS, Handler, Lane, PeerEvent, Stream, Validator
@@ -199,6 +200,8 @@ class MemoryNetwork:
         for way in ((one, other), (other, one)):
             link = self.link(*way)
             link.delay, link.bandwidth = delay, bandwidth
+            if way[0] in self.hosts:
+                self.hosts[way[0]].book.links.notify()
 
     def set_gossip_loss(self, share: float) -> None:
         """The share (0 to 1) of gossiped copies that get lost, drawn for each hop."""
@@ -452,6 +455,10 @@ class MemoryHost:
 
     def guest_events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
         return self.book.guest_events()
+
+    @property
+    def links(self) -> Changes:
+        return self.book.links
 
     def round_trip_us(self, peer: PeerId) -> int | None:
         if peer not in self.connections:

@@ -7,6 +7,7 @@ from typing import Final
 
 import trio
 
+from meshnode.core.signal import Changes
 from meshnode.net.inbox import Inbox
 from meshnode.net.port import PeerEvent
 from protocols.ids import PeerId
@@ -19,6 +20,7 @@ class PeerBook:
 
     def __init__(self) -> None:
         self.admitted: set[PeerId] = set()
+        self.links = Changes()  # see `Host.links`; the host tells of round trips
         self.guests: dict[PeerId, frozenset[str]] = {}  # and the protocols that each may use
         self._connected: set[PeerId] = set()
         self._readers: list[Inbox[PeerEvent]] = []
@@ -79,6 +81,7 @@ class PeerBook:
     def _tell(self, event: PeerEvent) -> None:
         for watcher in self._watchers:
             watcher(event)
+        self.links.notify()
         readers = self._guest_readers if event.peer in self.guests else self._readers
         readers[:] = [reader for reader in readers if not reader.abandoned]
         for reader in readers:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
-import structlog
 import trio
 
 from meshnode.core.errors import Declined, PeerUnreachable
+from meshnode.core.log import get_logger
+from meshnode.core.tasks import Tasks
 from meshnode.net.port import Host, Lane, PeerEvent, Stream
 from protocols.errors import RemoteProtocolError
 from protocols.frame import FrameReader, pack
@@ -22,18 +23,21 @@ from protocols.ids import PeerId, short
 from protocols.pipe.messages import PIPE, Message, Ping, Pong, Step, Token
 
 PROTOCOL: Final = "/meshnode/pipe/1"
-PING_SECONDS: Final = 1.0
-FIRST_PINGS: Final = (0.02, 0.05, 0.1, 0.2)  # pauses on a new pipe: the very first ping pays for opening the way back
-SEND_SECONDS: Final = 10.0  # a piece that can't be handed to the socket for so long breaks the pipe
+PING_S: Final = 1.0  # between pings while messages flow; doubles while none do
+LONGEST_PING_S: Final = 60.0
+FIRST_PINGS: Final = (0.02, 0.05, 0.1, 0.2)  # when messages begin to flow; the first one pays for the way back
+SEND_S: Final = 10.0  # a piece that can't be handed to the socket for so long breaks the pipe
 PIECE_BYTES: Final = 1 << 16  # a link that takes less than 6.5 KB/s is none
 OFFSET_SAMPLES: Final = 16
+OFFSET_US: Final = 20_000_000  # clocks of two devices part by a millisecond in that time
 READ_BYTES: Final = 1 << 18
 MOST_UNDER_WAY_US: Final = 3_600_000_000  # an hour: whatever a peer says about its clock
 
-Receiver = Callable[[PeerId, Message, bytes, int], Awaitable[None]]  # peer, message, body, network_us
-Mourner = Callable[[PeerId, str], None]  # peer, reason
+M = TypeVar("M", bound=Message)
+Handler = Callable[[PeerId, M, bytes, int], None]  # peer, message, body, microseconds under way
+Listener = Callable[[PeerId, str], None]  # peer, reason
 
-log = structlog.get_logger()
+_log = get_logger("pipes")
 
 
 def now_us() -> int:
@@ -46,7 +50,7 @@ class ClockOffset:
     section 8: the sample of least delay has the least error)."""
 
     def __init__(self) -> None:
-        self._samples: deque[tuple[int, int]] = deque(maxlen=OFFSET_SAMPLES)  # (round trip, offset), us
+        self._samples: deque[tuple[int, int, int]] = deque(maxlen=OFFSET_SAMPLES)  # (round trip, offset, when), us
 
     def add(self, pong: Pong, received_us: int) -> None:
         held_us = pong.sent_us - pong.received_us
@@ -54,7 +58,9 @@ class ClockOffset:
         if held_us < 0 or round_trip < 0:
             return  # not a time that can have passed
         offset = ((pong.received_us - pong.ping_sent_us) + (pong.sent_us - received_us)) // 2
-        self._samples.append((round_trip, offset))
+        while self._samples and self._samples[0][2] < received_us - OFFSET_US:
+            self._samples.popleft()
+        self._samples.append((round_trip, offset, received_us))
 
     @property
     def compared(self) -> int:
@@ -68,6 +74,24 @@ class ClockOffset:
         return min(MOST_UNDER_WAY_US, max(0, received_us - (sent_us - min(self._samples)[1])))
 
 
+class _Pipe:
+    """What is known of one neighbour, and our way to it while there is one."""
+
+    def __init__(self, peer: PeerId) -> None:
+        self.peer = peer
+        self.stream: Stream | None = None
+        self.lock = trio.Lock()
+        self.clock = ClockOffset()
+        self.answering = False
+        self.idle = True  # no message since the last ping
+        self.used = trio.Event()
+
+    def use(self) -> None:
+        """A message passes."""
+        self.idle = False
+        self.used.set()
+
+
 class Pipes:
     """Sends messages to neighbours and hands on what they send."""
 
@@ -75,28 +99,27 @@ class Pipes:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._streams: dict[PeerId, Stream] = {}
-        self._locks: dict[PeerId, trio.Lock] = {}
-        self._offsets: dict[PeerId, ClockOffset] = {}
-        self._receiver: Receiver | None = None
-        self._mourner: Mourner | None = None
-        self._nursery: trio.Nursery | None = None
-        self._answering: set[PeerId] = set()
-        self._pinging: set[PeerId] = set()
-        self._ping_number = 0
+        self._pipes: dict[PeerId, _Pipe] = {}
+        self._handlers: dict[type, Handler[Any]] = {}
+        self._listeners: list[Listener] = []
+        self._tasks = Tasks()
+        self.pings = 0  # sent so far
         host.handle(PROTOCOL, self._serve)
 
     def clock_of(self, peer: PeerId) -> ClockOffset:
         """What is known of a peer's clock."""
-        return self._offsets.setdefault(peer, ClockOffset())
+        return self._pipe(peer).clock
 
-    def deliver_to(self, receiver: Receiver) -> None:
-        """Set who takes the messages. Called in the order of arrival per peer; must return quickly."""
-        self._receiver = receiver
+    def handle(self, kind: type[M], handler: Handler[M]) -> None:
+        """Hand over messages of one kind in the order of arrival per peer; those without a handler are dropped.
 
-    def report_to(self, mourner: Mourner) -> None:
-        """Set who is told when our pipe to a peer breaks: what was sent last may not have arrived."""
-        self._mourner = mourner
+        The handler must return at once. RemoteProtocolError from it ends the sender's pipe.
+        """
+        self._handlers[kind] = handler
+
+    def on_lost(self, listener: Listener) -> None:
+        """Tell a listener when our pipe or connection to a peer breaks: what was sent last may not have arrived."""
+        self._listeners.append(listener)
 
     async def send(self, peer: PeerId, message: Message, body: bytes = b"") -> None:
         """Send one message; steps and tokens are stamped with the time.
@@ -109,40 +132,79 @@ class Pipes:
         others share the pipe.
         """
         if peer == self._host.peer_id:
-            await self._hand_on(peer, message, body, 0)
+            self._hand_over(peer, message, body, 0)
             await trio.lowlevel.checkpoint()  # our stage starts to compute before the sender goes on
             return
-        lock = self._locks.setdefault(peer, trio.Lock())
+        pipe = self._pipe(peer)
+        if pipe.idle:
+            pipe.use()
+        await self._send(pipe, message, body)
+
+    def _pipe(self, peer: PeerId) -> _Pipe:
+        pipe = self._pipes.get(peer)
+        if pipe is None:
+            pipe = self._pipes[peer] = _Pipe(peer)
+        return pipe
+
+    async def _send(self, pipe: _Pipe, message: Message, body: bytes = b"") -> None:
+        lock = pipe.lock
         try:
             lock.acquire_nowait()  # a free lock must not cost a round of the event loop on every token
         except trio.WouldBlock:
             await lock.acquire()
         try:
-            stream = self._streams.get(peer)
-            if stream is None:
-                stream = await self._open(peer)
-            await self._write(peer, stream, message, body)
+            await self._write(pipe, pipe.stream or await self._open(pipe), message, body)
         finally:
             lock.release()
 
-    async def _open(self, peer: PeerId) -> Stream:
-        stream = await self._host.open_stream(peer, PROTOCOL, Lane.TOKEN)
-        self._streams[peer] = stream
-        self._ping_number += 1
-        await self._write(peer, stream, Ping(number=self._ping_number, sent_us=now_us()), b"")
-        if self._nursery is not None:
-            self._nursery.start_soon(self._compare_clocks, peer, stream)
+    async def _open(self, pipe: _Pipe) -> Stream:
+        stream = pipe.stream = await self._host.open_stream(pipe.peer, PROTOCOL, Lane.TOKEN)
+        await self._write(pipe, stream, self._next_ping())
+        self._tasks.start_soon(self._compare_clocks, pipe, stream)
         return stream
 
-    async def _compare_clocks(self, peer: PeerId, stream: Stream) -> None:
-        """A few pings soon after a pipe was opened, so that the first receipts tell its delay."""
-        for pause in FIRST_PINGS:
-            await trio.sleep(pause)
-            if self._streams.get(peer) is not stream:
-                return
-            await self._ping(peer)
+    def _next_ping(self) -> Ping:
+        self.pings += 1
+        return Ping(number=self.pings, sent_us=now_us())
 
-    async def _write(self, peer: PeerId, stream: Stream, message: Message, body: bytes) -> None:
+    async def _compare_clocks(self, pipe: _Pipe, stream: Stream) -> None:
+        """Ping while the pipe is open: at once when messages begin to flow, then every second, then ever more seldom.
+
+        So the receipts of a session tell its delays, a session that waits hears of a broken pipe, and an idle mesh
+        costs next to nothing.
+        """
+        while True:
+            for pause in FIRST_PINGS:
+                await trio.sleep(pause)
+                if not await self._ping(pipe, stream):
+                    return
+            pause = PING_S
+            woken = False
+            while not woken:
+                pipe.idle, pipe.used = True, trio.Event()
+                if pause == PING_S:
+                    await trio.sleep(pause)
+                else:
+                    with trio.move_on_after(pause):
+                        await pipe.used.wait()
+                        woken = True
+                if not await self._ping(pipe, stream):
+                    return
+                pause = min(LONGEST_PING_S, 2 * pause) if pipe.idle else PING_S
+
+    async def _ping(self, pipe: _Pipe, stream: Stream) -> bool:
+        """Whether it could be sent over this stream."""
+        async with pipe.lock:
+            if pipe.stream is not stream:
+                return False
+            try:
+                await self._write(pipe, stream, self._next_ping())
+            except PeerUnreachable as error:
+                _log.debug("ping.unsent", peer=short(pipe.peer), reason=str(error))
+                return False
+        return True
+
+    async def _write(self, pipe: _Pipe, stream: Stream, message: Message, body: bytes = b"") -> None:
         if isinstance(message, Step | Token):
             message = dataclasses.replace(message, sent_us=now_us())
         data = memoryview(pack(PIPE.encode(message), body))
@@ -150,98 +212,82 @@ class Pipes:
         try:
             while sent < len(data):
                 piece = data[sent : sent + PIECE_BYTES]
-                with trio.CancelScope(shield=True, deadline=trio.current_time() + SEND_SECONDS) as scope:
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + SEND_S) as scope:
                     await stream.send_all(piece)
                 if scope.cancelled_caught:
                     raise PeerUnreachable(
-                        f"{peer} took no data for {SEND_SECONDS:.0f} s; its pipe is closed", peer=peer
+                        f"{pipe.peer} took no data for {SEND_S:.0f} s; its pipe is closed", peer=pipe.peer
                     )
                 sent += len(piece)
         except PeerUnreachable as error:
             why = str(error)
             raise
         finally:
-            if sent < len(data):
-                await self._drop(peer, stream, why)
+            if sent < len(data) and pipe.stream is stream:
+                self._lost(pipe.peer, why)
+                await self._close(pipe)
 
-    async def _drop(self, peer: PeerId, stream: Stream, reason: str) -> None:
-        if self._streams.get(peer) is not stream:
-            return
-        del self._streams[peer]
-        if self._mourner is not None:
-            self._mourner(peer, reason)
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
-            await stream.reset()
+    async def _close(self, pipe: _Pipe) -> None:
+        stream, pipe.stream = pipe.stream, None
+        if stream is not None:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                await stream.reset()
 
-    async def _hand_on(self, peer: PeerId, message: Message, body: bytes, network_us: int) -> None:
-        if self._receiver is not None:
-            await self._receiver(peer, message, body, network_us)
+    def _lost(self, peer: PeerId, reason: str) -> None:
+        for listener in self._listeners:
+            listener(peer, reason)
+
+    def _hand_over(self, peer: PeerId, message: Message, body: bytes, network_us: int) -> None:
+        handler = self._handlers.get(type(message))
+        if handler is not None:
+            handler(peer, message, body, network_us)
 
     async def _serve(self, stream: Stream) -> None:
         """Read one neighbour's pipe until it ends."""
         peer = stream.peer
-        offset = self.clock_of(peer)
+        pipe = self._pipe(peer)
         reader = FrameReader()
         while data := await stream.receive_some(READ_BYTES):
             received_us = now_us()
             for frame in reader.feed(data):
                 message = PIPE.decode(frame.header)
                 if isinstance(message, Ping):
-                    self._answer_soon(peer, message, received_us)
+                    self._answer_soon(pipe, message, received_us)
                 elif isinstance(message, Pong):
-                    offset.add(message, received_us)
+                    pipe.clock.add(message, received_us)
                 else:
+                    if pipe.idle:
+                        pipe.use()
                     sent_us = message.sent_us if isinstance(message, Step | Token) else received_us
-                    await self._hand_on(peer, message, frame.body, offset.under_way_us(sent_us, received_us))
+                    self._hand_over(peer, message, frame.body, pipe.clock.under_way_us(sent_us, received_us))
         if reader.pending:
             raise RemoteProtocolError(f"the pipe of {peer} was cut off inside a frame")
 
-    def _answer_soon(self, peer: PeerId, ping: Ping, received_us: int) -> None:
+    def _answer_soon(self, pipe: _Pipe, ping: Ping, received_us: int) -> None:
         """Answer from a task of its own; while one answer waits for its pipe, further pings get none."""
-        if self._nursery is not None and peer not in self._answering:
-            self._answering.add(peer)
-            self._nursery.start_soon(self._answer, peer, ping, received_us)
+        if not pipe.answering:
+            pipe.answering = True
+            self._tasks.start_soon(self._answer, pipe, ping, received_us)
 
-    async def _answer(self, peer: PeerId, ping: Ping, received_us: int) -> None:
+    async def _answer(self, pipe: _Pipe, ping: Ping, received_us: int) -> None:
+        pong = Pong(number=ping.number, ping_sent_us=ping.sent_us, received_us=received_us, sent_us=now_us())
         try:
-            await self.send(
-                peer,
-                Pong(number=ping.number, ping_sent_us=ping.sent_us, received_us=received_us, sent_us=now_us()),
-            )
+            await self._send(pipe, pong)
         except (PeerUnreachable, Declined) as error:
-            log.debug("pong.unsent", peer=short(peer), reason=str(error))
+            _log.debug("pong.unsent", peer=short(pipe.peer), reason=str(error))
         finally:
-            self._answering.discard(peer)
+            pipe.answering = False
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Compare clocks over every open pipe, once a second, until cancelled."""
+        """Compare clocks over open pipes, and close those of peers that went away, until cancelled."""
         async with trio.open_nursery() as nursery:
-            self._nursery = nursery
             nursery.start_soon(self._follow, self._host.events())
-            task_status.started()
-            try:
-                while True:
-                    await trio.sleep(PING_SECONDS)
-                    for peer in list(self._streams):
-                        if peer not in self._pinging:
-                            self._pinging.add(peer)
-                            nursery.start_soon(self._ping, peer)
-            finally:
-                self._nursery = None
-
-    async def _ping(self, peer: PeerId) -> None:
-        self._ping_number += 1
-        try:
-            await self.send(peer, Ping(number=self._ping_number, sent_us=now_us()))
-        except (PeerUnreachable, Declined) as error:
-            log.debug("ping.unsent", peer=short(peer), reason=str(error))
-        finally:
-            self._pinging.discard(peer)
+            await self._tasks.run(task_status=task_status)
 
     async def _follow(self, events: trio.MemoryReceiveChannel[PeerEvent]) -> None:
         """A pipe does not outlive its connection: the peer that comes back knows nothing of it."""
         async with events:
             async for event in events:
-                stream = self._streams.get(event.peer)
-                if not event.connected and stream is not None:
-                    await self._drop(event.peer, stream, event.reason)
+                if not event.connected:
+                    self._lost(event.peer, event.reason)
+                    await self._close(self._pipe(event.peer))

@@ -12,6 +12,7 @@ from typing import Final, Protocol
 
 import trio
 
+from meshnode.core.signal import Changes
 from protocols.ids import PeerId
 
 STALL_SECONDS: Final = 60.0  # a reader that takes nothing for so long breaks the stream
@@ -140,6 +141,10 @@ class Host(Protocol):
 
     def guest_events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
         """The same about guests, which `events` leaves out."""
+
+    @property
+    def links(self) -> Changes:
+        """Whenever somebody connects or goes, and when a round trip is first measured or moves by a third."""
 
     def round_trip_us(self, peer: PeerId) -> int | None:
         """The heartbeat's median round trip of the last minute, in microseconds; None when unknown."""

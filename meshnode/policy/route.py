@@ -18,7 +18,7 @@ from typing import Final
 from meshnode.model.facts import Range
 from meshnode.policy.mesh_view import layer_us_of
 from meshnode.policy.placement import runs
-from protocols.advert.messages import INTENT, LOADING, SERVING, Advert, Serving
+from protocols.advert.messages import INTENT, LOADING, SERVING, Advert, Serving, Span
 from protocols.ids import PeerId, short
 from protocols.pipe.messages import MAX_STAGES, Hop
 
@@ -40,7 +40,7 @@ class NoRoute:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stage:
+class _Candidate:
     peer: PeerId
     incarnation: int
     first: int
@@ -72,17 +72,17 @@ def _is_local(advert: Advert) -> bool:
     return bool(advert.addresses) and all(address.startswith(local) for address in advert.addresses)
 
 
-def _serves(serving: Serving | None, manifest: str, variant: str, layers: int) -> bool:
+def _serves(serving: Serving | None, model: Span) -> bool:
     if serving is None or serving.state != SERVING or serving.span is None:
         return False
     span = serving.span
-    return (span.manifest, span.variant) == (manifest, variant) and span.first < span.last <= layers
+    return (span.manifest, span.variant) == (model.manifest, model.variant) and span.first < span.last <= model.last
 
 
-def _draw(stages: list[_Stage], seed: int, boundary: int) -> list[_Stage]:
+def _draw(stages: list[_Candidate], seed: int, boundary: int) -> list[_Candidate]:
     """`CANDIDATES` of the stages, drawn without replacement in proportion to their speed."""
     left = list(stages)
-    out: list[_Stage] = []
+    out: list[_Candidate] = []
     while left and len(out) < CANDIDATES:
         weights = [max(1, 1_000_000_000 // (stage.layer_us + stage.wait_us)) for stage in left]
         text = f"meshnode/route/1:{seed}:{boundary}:{len(out)}".encode()
@@ -97,21 +97,19 @@ def _draw(stages: list[_Stage], seed: int, boundary: int) -> list[_Stage]:
 
 def plan_route(
     view: Mapping[PeerId, Advert],
-    manifest: str,
-    variant: str,
-    layers: int,
+    model: Span,
     origin: PeerId,
     seed: int,
+    *,
     in_flight: Mapping[PeerId, int] | None = None,
     avoid: Collection[PeerId] = (),
-    *,
     row_bytes: int = ROW_BYTES,
 ) -> tuple[Hop, ...] | NoRoute:
     """The chain of stages for a new session, or why there is none.
 
     Args:
       view: live adverts, ours included if we serve.
-      layers: of the whole model.
+      model: all layers of what is asked for, which begin at 0.
       seed: draws the candidates; another seed spreads load differently.
       in_flight: our own sessions per peer that run now.
       avoid: peers that failed us a moment ago.
@@ -119,10 +117,10 @@ def plan_route(
     """
     busy = in_flight or {}
     speed = layer_us_of(view)
-    stages: list[_Stage] = []
+    stages: list[_Candidate] = []
     for peer, advert in sorted(view.items()):
         serving = advert.serving
-        if advert.leaving or peer in avoid or serving is None or not _serves(serving, manifest, variant, layers):
+        if advert.leaving or peer in avoid or serving is None or not _serves(serving, model):
             continue
         assert serving.span is not None
         first, last = serving.span.first, serving.span.last
@@ -131,18 +129,18 @@ def plan_route(
         wait = serving.queue_us + mine * layer_us * (last - first)
         if serving.max_sessions and max(serving.sessions, mine) >= serving.max_sessions:
             wait += FULL_US
-        stages.append(_Stage(peer, advert.incarnation, first, last, layer_us, wait))
-    chain = _cheapest(view, stages, layers, origin, seed, row_bytes)
+        stages.append(_Candidate(peer, advert.incarnation, first, last, layer_us, wait))
+    chain = _cheapest(view, stages, model.last, origin, seed, row_bytes)
     if chain is None:
-        return _why_not(view, stages, manifest, variant, layers, avoid)
+        return _why_not(view, stages, model, avoid)
     if len(chain) > MAX_STAGES:
         return NoRoute(f"the shortest chain has {len(chain)} stages; {MAX_STAGES} are possible", 30_000)
     return tuple(Hop(peer=s.peer, incarnation=s.incarnation, first=a, last=b) for s, (a, b) in chain)
 
 
 def _cheapest(
-    view: Mapping[PeerId, Advert], stages: list[_Stage], layers: int, origin: PeerId, seed: int, row_bytes: int
-) -> list[tuple[_Stage, Range]] | None:
+    view: Mapping[PeerId, Advert], stages: list[_Candidate], layers: int, origin: PeerId, seed: int, row_bytes: int
+) -> list[tuple[_Candidate, Range]] | None:
     cuts = sorted({0, layers, *(s.first for s in stages), *(s.last for s in stages)})
 
     def link(one: PeerId, other: PeerId) -> int:
@@ -153,7 +151,7 @@ def _cheapest(
 
     # Boundaries are passed in order, so every label is final when its boundary is reached. A label is the
     # cheapest way to a boundary whose last stage ran on that peer: cost, stages so far, and the chain.
-    Label = tuple[int, int, list[tuple[_Stage, Range]]]
+    Label = tuple[int, int, list[tuple[_Candidate, Range]]]
     best: dict[int, dict[PeerId, Label]] = {0: {origin: (0, 0, [])}}
     for at in cuts[:-1]:
         if at not in best:
@@ -189,21 +187,16 @@ def in_words(ranges: Collection[Range]) -> str:
 
 
 def _why_not(
-    view: Mapping[PeerId, Advert],
-    stages: list[_Stage],
-    manifest: str,
-    variant: str,
-    layers: int,
-    avoid: Collection[PeerId],
+    view: Mapping[PeerId, Advert], stages: list[_Candidate], model: Span, avoid: Collection[PeerId]
 ) -> NoRoute:
     covered = {layer for s in stages for layer in range(s.first, s.last)}
-    holes = runs(layer for layer in range(layers) if layer not in covered)
+    holes = runs(layer for layer in range(model.last) if layer not in covered)
     words = in_words(holes)
     shunned = sorted(
         peer
         for peer in avoid
         if peer in view
-        and _serves(serving := view[peer].serving, manifest, variant, layers)
+        and _serves(serving := view[peer].serving, model)
         and serving is not None
         and serving.span is not None
         and any(a < serving.span.last and serving.span.first < b for a, b in holes)

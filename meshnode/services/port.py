@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from meshnode.core.signal import Changes
+from meshnode.engine.port import Engine
 from meshnode.model.release import ServedRelease
 from meshnode.store.port import OpenFile
-from protocols.advert.messages import Advert, Announcement, Holding
+from protocols.advert.messages import Advert, Announcement, Holding, Span
 from protocols.ids import Cid, PeerId
 from protocols.manifest.messages import FileRef
+from protocols.pipe.messages import Message
 
+M = TypeVar("M", bound=Message)
 Progress = Callable[[int, int], None]  # (bytes verified and written, bytes in all)
 
 
@@ -63,6 +66,10 @@ class Releases(Protocol):
     def current(self) -> ServedRelease | None:
         """None until an announcement and its manifest are here."""
 
+    @property
+    def why_none(self) -> str:
+        """While `current` is None: what is missing, in a sentence."""
+
 
 class Content(Protocol):
     """Files and blocks by content address, from the store or from whoever has them (`content/`)."""
@@ -78,6 +85,68 @@ class Content(Protocol):
 
     async def block(self, cid: Cid) -> bytes:
         """One small block (a manifest); it is kept in the store. Raises ContentUnavailable, DiskError."""
+
+
+class Pipes(Protocol):
+    """Messages of sessions to and from other nodes, and ourselves (`net/pipes.py`)."""
+
+    def handle(self, kind: type[M], handler: Callable[[PeerId, M, bytes, int], None]) -> None:
+        """Hand over messages of one kind as they come: (sender, message, body, microseconds under way).
+
+        The handler must return at once. RemoteProtocolError from it ends the sender's pipe.
+        """
+
+    def on_lost(self, listener: Callable[[PeerId, str], None]) -> None:
+        """Tell a listener (peer, reason) when what was sent to a peer last may not have arrived."""
+
+    async def send(self, peer: PeerId, message: Message, body: bytes = b"") -> None:
+        """Send one message. Raises PeerUnreachable, Declined. If cancelled: it is sent whole, or not at all."""
+
+
+class OpenSpan(Protocol):
+    """Layers that are open and compute."""
+
+    @property
+    def engine(self) -> Engine: ...
+
+    @property
+    def span(self) -> Span: ...
+
+    @property
+    def incarnation(self) -> int:
+        """Of this node, as routes name it."""
+
+    def enter(self) -> None:
+        """A session begins on it."""
+
+    def leave(self) -> None:
+        """It has ended."""
+
+
+class Spans(Protocol):
+    """The layers that this node serves."""
+
+    def engine(self) -> OpenSpan | None:
+        """What new sessions may use now."""
+
+    def engine_lost(self, engine: Engine, reason: str) -> None:
+        """A step found the engine dead."""
+
+
+class Load(Protocol):
+    """How busy our stage is (`inference/`)."""
+
+    @property
+    def changes(self) -> Changes:
+        """Whenever one of the two changes."""
+
+    @property
+    def sessions(self) -> int:
+        """That are open."""
+
+    @property
+    def queue_us(self) -> int:
+        """How long a step waits for the engine, a moving average; small moves are not told."""
 
 
 class Members(Protocol):

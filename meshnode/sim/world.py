@@ -244,7 +244,7 @@ class World:
         """The answer tokens that one node gets to a prompt. Raises Declined, PeerUnreachable."""
         question = Question(tokens=prompt, max_tokens=max_tokens, sampling=Sampling(seed=0))
         tokens = []
-        async with aclosing(self.devices[name].running.answer(question)) as pieces:
+        async with aclosing(self.devices[name].running.text.answer(question)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Text) and piece.token >= 0:
                     tokens.append(piece.token)

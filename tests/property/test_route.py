@@ -12,6 +12,7 @@ from protocols.advert.messages import DRAINING, LOADING, SERVING, Advert, RoundT
 from protocols.ids import PeerId
 
 LAYERS = 10
+MODEL = Span(manifest="m", variant="v", first=0, last=LAYERS)
 
 
 @st.composite
@@ -50,7 +51,7 @@ def views(draw: st.DrawFn) -> dict[PeerId, Advert]:
     views(), st.integers(0, 1 << 32), st.sets(st.sampled_from([PeerId(f"peer-{i}") for i in range(7)]), max_size=2)
 )
 def test_a_route_is_a_whole_chain(view: dict[PeerId, Advert], seed: int, avoid: set[PeerId]) -> None:
-    found = plan_route(view, "m", "v", LAYERS, PeerId("peer-0"), seed, {PeerId("peer-1"): 2}, avoid)
+    found = plan_route(view, MODEL, PeerId("peer-0"), seed, in_flight={PeerId("peer-1"): 2}, avoid=avoid)
     usable = {
         peer: a.serving.span
         for peer, a in view.items()
@@ -71,6 +72,6 @@ def test_a_route_is_a_whole_chain(view: dict[PeerId, Advert], seed: int, avoid: 
         assert span.first <= hop.first < hop.last <= span.last
         assert hop.incarnation == view[PeerId(hop.peer)].incarnation
     again = plan_route(
-        dict(reversed(view.items())), "m", "v", LAYERS, PeerId("peer-0"), seed, {PeerId("peer-1"): 2}, avoid
+        dict(reversed(view.items())), MODEL, PeerId("peer-0"), seed, in_flight={PeerId("peer-1"): 2}, avoid=avoid
     )
     assert again == found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,7 @@ from protocols.ids import PeerId
 from protocols.pipe.messages import Hop
 
 ORIGIN = PeerId("origin")
+MODEL = Span(manifest="m", variant="v", first=0, last=12)
 
 
 def advert(
@@ -51,7 +53,7 @@ def advert(
 
 def route(*adverts: Advert, seed: int = 1, **options: object) -> tuple[Hop, ...] | NoRoute:
     view = {PeerId(a.peer): a for a in (advert("origin"), *adverts)}
-    return plan_route(view, "m", "v", 12, ORIGIN, seed, **options)  # type: ignore[arg-type]
+    return plan_route(view, MODEL, ORIGIN, seed, **options)  # type: ignore[arg-type]
 
 
 def spans(found: tuple[Hop, ...] | NoRoute) -> list[tuple[str, int, int]]:
@@ -84,7 +86,7 @@ def test_fewer_stages_win_between_equals() -> None:
 def test_starting_at_home_saves_a_hop() -> None:
     view = {PeerId(a.peer): a for a in (advert("origin", 0, 12), *(advert(f"p{i}", 0, 12) for i in range(8)))}
     for seed in range(20):
-        assert spans(plan_route(view, "m", "v", 12, ORIGIN, seed)) == [("origin", 0, 12)]
+        assert spans(plan_route(view, MODEL, ORIGIN, seed)) == [("origin", 0, 12)]
 
 
 def test_a_far_peer_is_worse_than_a_slow_one() -> None:
@@ -137,8 +139,8 @@ def test_why_there_is_no_route() -> None:
 
 def test_another_release_is_no_stage() -> None:
     view = {PeerId("a"): advert("a", 0, 12)}
-    assert isinstance(plan_route(view, "other", "v", 12, ORIGIN, 1), NoRoute)
-    assert isinstance(plan_route(view, "m", "other", 12, ORIGIN, 1), NoRoute)
+    assert isinstance(plan_route(view, replace(MODEL, manifest="other"), ORIGIN, 1), NoRoute)
+    assert isinstance(plan_route(view, replace(MODEL, variant="other"), ORIGIN, 1), NoRoute)
 
 
 def test_round_trips() -> None:

@@ -14,6 +14,7 @@ import trio
 
 from meshnode.core.errors import PeerUnreachable
 from meshnode.core.log import get_logger
+from meshnode.core.signal import Changes
 from meshnode.net import heartbeat
 from meshnode.net.addresses import address_of, owned, reachable_hosts
 from meshnode.net.heartbeat import Heartbeat
@@ -364,6 +365,7 @@ class Libp2pHost(ConnectionWatcher):
                 lambda: self.open_agreed(peer, (heartbeat.PROTOCOL,)),
                 lambda: self._heard_at(peer),
                 lambda: self._stack.pubsub.greet(peer),
+                on_moved=self._book.links.notify,
             )
             self._stack.pubsub.greet(peer)
         else:
@@ -381,6 +383,10 @@ class Libp2pHost(ConnectionWatcher):
         if not scope.cancelled_caught:
             for connection in list(self._connections.get(peer, ())):
                 await connection.session.kill(beat.lost)
+
+    @property
+    def links(self) -> Changes:
+        return self._book.links
 
     def round_trip_us(self, peer: PeerId) -> int | None:
         beat, _ = self._heartbeats.get(peer, (None, None))

@@ -5,20 +5,22 @@ from __future__ import annotations
 import array
 import math
 import random
-import statistics
 import sys
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Final
 
-import structlog
 import trio
 
 from meshnode.core.errors import Declined, PeerUnreachable
+from meshnode.core.log import get_logger
+from meshnode.model.release import ServedRelease
 from meshnode.policy.chunking import chunks
 from meshnode.policy.route import NoRoute
+from meshnode.services.inference.receipt import Piece, Receipt, Request
+from meshnode.services.inference.router import Router
+from meshnode.services.port import Pipes, Releases
 from protocols.codec import encode
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import SESSION_BYTES, PeerId, short
@@ -38,97 +40,15 @@ from protocols.pipe.machine import (
     Stop,
 )
 from protocols.pipe.machine import Send as SendEffect
-from protocols.pipe.messages import Close, Hop, HopTime, Message, Opened, Refused, Sampling, Token
+from protocols.pipe.messages import Close, Hop, Opened, Refused, Token
 
 EVENTS: Final = 256  # messages of one session that wait for us: stages answer once per step
-GOODBYE_SECONDS: Final = 2.0  # for telling the stages that a session is over
+GOODBYE_S: Final = 2.0  # for telling the stages that a session is over
 MAX_TOKEN_ID: Final = 1 << 24  # as in a Token
 OPEN_ATTEMPTS: Final = 3  # routes that are tried when a stage refuses before the first token
 RETRY_CODES: Final = frozenset({"fenced", "busy", "not-ready", "engine-lost", "bad-input", "too-long", LOST})
 
-log = structlog.get_logger()
-
-Send = Callable[[PeerId, Message, bytes], Awaitable[None]]
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What the network serves: the model that routes are made for."""
-
-    manifest: str
-    variant: str
-    layers: int
-    context: int  # tokens
-    eos: frozenset[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One prompt and how to answer it."""
-
-    prompt: tuple[int, ...]
-    max_tokens: int
-    sampling: Sampling
-    chunk_rows: int = 256
-
-
-@dataclass(slots=True)
-class Receipt:
-    """What was run, with figures. Times in seconds (monotonic), hop times in microseconds."""
-
-    route: tuple[Hop, ...]
-    prompt: tuple[int, ...]
-    tokens: list[int] = field(default_factory=list)
-    began: float = 0.0
-    arrivals: list[float] = field(default_factory=list)  # of each token
-    hop_times: list[tuple[HopTime, ...]] = field(default_factory=list)  # per token, per stage
-    return_us: list[int] = field(default_factory=list)  # per token: last stage -> origin
-    reason: str = ""
-
-    @property
-    def first_token_ms(self) -> float:
-        return (self.arrivals[0] - self.began) * 1000 if self.arrivals else math.nan
-
-    @property
-    def decode_tokens_s(self) -> float:
-        """Tokens per second after the first one; NaN below two tokens."""
-        if len(self.arrivals) < 2:
-            return math.nan
-        return (len(self.arrivals) - 1) / (self.arrivals[-1] - self.arrivals[0])
-
-    def hops(self) -> list[dict[str, object]]:
-        """Per stage: who, which layers, and the medians over the decode steps, in milliseconds."""
-        steps = self.hop_times[1:] or self.hop_times
-        out: list[dict[str, object]] = []
-        for index, hop in enumerate(self.route):
-            times = [step[index] for step in steps]
-            out.append(
-                {
-                    "peer": hop.peer,
-                    "first": hop.first,
-                    "last": hop.last,
-                    "network_ms": _median_ms([t.network_us for t in times]),
-                    "queue_ms": _median_ms([t.queue_us for t in times]),
-                    "compute_ms": _median_ms([t.compute_us for t in times]),
-                }
-            )
-        return out
-
-    def return_ms(self) -> float:
-        """Median time from the last stage back to us."""
-        return _median_ms(self.return_us[1:] or self.return_us)
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One token of the answer, as it comes. `receipt`: of this answer, up to this token; it goes on growing."""
-
-    token: int
-    receipt: Receipt
-
-
-def _median_ms(values: Sequence[int]) -> float:
-    return round(statistics.median(values) / 1000, 3) if values else 0.0
+_log = get_logger("origin")
 
 
 class Generation:
@@ -160,27 +80,20 @@ class Generation:
         return self._events.popleft() if self._events else Expired()
 
 
-class GenerationService:
+class OriginService:
     """The origin's side of every session this node asks for."""
 
-    name = "generation"
-
-    def __init__(
-        self,
-        *,
-        us: PeerId,
-        send: Send,
-        target: Callable[[], Target | None],
-        route: Callable[[Target, int, frozenset[PeerId]], tuple[Hop, ...] | NoRoute],
-        rng: random.Random,
-    ) -> None:
-        """`route(target, seed, avoid)`: a chain of stages over the newest view."""
+    def __init__(self, us: PeerId, pipes: Pipes, router: Router, releases: Releases, rng: random.Random) -> None:
         self._us = us
-        self._send = send
-        self._target = target
-        self._route = route
+        self._pipes = pipes
+        self._router = router
+        self._releases = releases
         self._rng = rng
         self._running: dict[bytes, Generation] = {}
+        pipes.handle(Opened, self.receive)
+        pipes.handle(Refused, self.receive)
+        pipes.handle(Token, self.receive)
+        pipes.on_lost(self.peer_lost)
 
     @property
     def running(self) -> int:
@@ -194,8 +107,11 @@ class GenerationService:
                 out[PeerId(peer)] = out.get(PeerId(peer), 0) + 1
         return out
 
-    async def receive(self, peer: PeerId, message: Opened | Refused | Token, network_us: int) -> None:
-        """Take an answer of a stage. Sessions that are over are ignored."""
+    def receive(self, peer: PeerId, message: Opened | Refused | Token, _: bytes, network_us: int) -> None:
+        """Take an answer of a stage. Sessions that are over are ignored.
+
+        Raises RemoteProtocolError when the peer may not send it: its pipe is closed.
+        """
         generation = self._running.get(message.session)
         if generation is None:
             return
@@ -205,42 +121,37 @@ class GenerationService:
             raise RemoteProtocolError(f"more than {EVENTS} messages for one session at once")
         generation.put(Received(peer, message, network_us))
 
-    def peer_gone(self, peer: PeerId, reason: str) -> None:
+    def peer_lost(self, peer: PeerId, reason: str) -> None:
         """Our connection or pipe to a peer broke: sessions that pass through it fail at once."""
         for generation in self._running.values():
             if peer in generation.machine.peers:
                 generation.put(PeerGone(peer, reason))
 
     async def generate(self, request: Request) -> AsyncGenerator[Piece | Receipt, None]:
-        """Tokens as they come, at last the receipt.
-
-        Raises:
-          Declined: no model, no route, the prompt is too long, or every stage asked said no.
-          PeerUnreachable: a stage was lost on the way (which one, and which layers).
-
-        If cancelled or closed: every stage is told that the session is over (2 s at most).
-        """
-        target = self._target()
-        if target is None:
-            raise Declined("no-model", "the network serves no model yet; add one with: meshnode model add PATH")
+        """See `receipt.Generator`."""
+        release = self._releases.current
+        if release is None:
+            raise Declined("no-model", self._releases.why_none)
         _check(request)
-        room = target.context - len(request.prompt)
+        context = release.manifest.architecture.context
+        room = context - len(request.prompt)
         if room < 1:
             raise Declined(
                 "too-long",
-                f"the prompt has {len(request.prompt)} tokens; the model holds {target.context} with its answer",
+                f"the prompt has {len(request.prompt)} tokens; the model holds {context} with its answer",
             )
         avoid: set[PeerId] = set()
         failure: Declined | PeerUnreachable | None = None
         for attempt in range(OPEN_ATTEMPTS):
-            route = self._route(target, self._rng.getrandbits(32), frozenset(avoid))
+            seed = self._rng.getrandbits(32)
+            route = self._router.route(release, seed, in_flight=self.in_flight(), avoid=avoid)
             if isinstance(route, NoRoute):
                 # That there is no other way is no news; why this one failed is.
                 raise failure or Declined("no-route", route.reason, retry_ms=route.retry_ms)
             started = False
             try:
                 async with (
-                    self._session(target, route, request, min(request.max_tokens, room)) as generation,
+                    self._session(release, route, request, min(request.max_tokens, room)) as generation,
                     aclosing(self._drive(generation)) as pieces,
                 ):
                     async for piece in pieces:
@@ -250,7 +161,7 @@ class GenerationService:
                 code = error.code if isinstance(error, Declined) else LOST
                 if started or code not in RETRY_CODES or error.peer is None or attempt == OPEN_ATTEMPTS - 1:
                     raise
-                log.info("route.retried", peer=short(error.peer), reason=str(error))
+                _log.info("route.retried", peer=short(error.peer), reason=str(error))
                 avoid.add(error.peer)
                 failure = error
             else:
@@ -259,7 +170,7 @@ class GenerationService:
 
     @asynccontextmanager
     async def _session(
-        self, target: Target, route: tuple[Hop, ...], request: Request, max_tokens: int
+        self, release: ServedRelease, route: tuple[Hop, ...], request: Request, max_tokens: int
     ) -> AsyncIterator[Generation]:
         """Registers a session and, whatever happens, tells its stages that it is over."""
         key = self._rng.randbytes(SESSION_BYTES)
@@ -267,13 +178,13 @@ class GenerationService:
             session=key,
             attempt=0,
             us=self._us,
-            manifest=target.manifest,
-            variant=target.variant,
+            manifest=release.cid,
+            variant=release.variant_name,
             route=route,
             prompt=request.prompt,
             chunks=chunks(len(request.prompt), request.chunk_rows),
             max_tokens=max_tokens,
-            eos=target.eos,
+            eos=frozenset(release.manifest.architecture.eos_ids),
             sampling=request.sampling,
         )
         generation = Generation(machine, Receipt(route, request.prompt, began=trio.current_time()))
@@ -285,7 +196,7 @@ class GenerationService:
             stopped = machine.handle(Stop("cancelled"), trio.current_time())
             goodbyes = generation.goodbyes + [effect for effect in stopped if isinstance(effect, SendEffect)]
             # All at once: a stage that takes nothing must not keep the others from hearing of it.
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_SECONDS):
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_S):
                 async with trio.open_nursery() as nursery:
                     for goodbye in goodbyes:
                         nursery.start_soon(self._perform, goodbye)
@@ -325,7 +236,7 @@ class GenerationService:
             return machine.handle(event, trio.current_time())
         except RemoteProtocolError as error:
             assert isinstance(event, Received)
-            log.warning("stage.misbehaved", peer=short(event.peer), reason=str(error))
+            _log.warning("stage.misbehaved", peer=short(event.peer), reason=str(error))
             gone = PeerGone(event.peer, f"it broke the rules of the pipe: {error}")
             return machine.handle(gone, trio.current_time())
 
@@ -335,7 +246,7 @@ class GenerationService:
         if sys.byteorder == "big":
             body.byteswap()
         try:
-            await self._send(PeerId(effect.peer), effect.message, body.tobytes())
+            await self._pipes.send(PeerId(effect.peer), effect.message, body.tobytes())
         except (PeerUnreachable, Declined) as error:
             return str(error)
         return None

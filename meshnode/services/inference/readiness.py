@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final
 
-import structlog
 import trio
 
 from meshnode.core.errors import Declined, TransientError
 from meshnode.core.health import Health
+from meshnode.core.log import get_logger
+from meshnode.core.signal import Changes
+from meshnode.net.port import Host
+from meshnode.policy.route import NoRoute
+from meshnode.services.inference.receipt import Generator, Request
+from meshnode.services.inference.router import Router
+from meshnode.services.port import Pipes
+from protocols.backoff import Backoff
+from protocols.ids import PeerId, short
+from protocols.pipe.messages import Sampling
 
-PROBE_SECONDS: Final = 20.0  # a probe that takes longer has failed
-AGAIN_SECONDS: Final = 60.0  # an unchanged chain is probed this often
-RETRY_SECONDS: Final = 1.0  # after a failure, doubling up to the above
+PROBE_S: Final = 20.0  # a probe that takes longer has failed
+AGAIN_S: Final = 60.0  # an unchanged chain is probed this often
+RETRY_S: Final = 1.0  # after a failure, doubling up to the above
+PROBE: Final = Request((1, 1), 1, Sampling(seed=0))  # any two token ids: what is proven is that the chain answers
 
-log = structlog.get_logger()
+_log = get_logger("readiness")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,70 +43,75 @@ class ReadinessService:
 
     name = "readiness"
 
-    def __init__(
-        self,
-        *,
-        chain: Callable[[], tuple[object, str]],
-        changed: Callable[[], Awaitable[object]],
-        probe: Callable[[], Awaitable[None]],
-        health: Health,
-    ) -> None:
-        """
-        Args:
-          chain: what a probe would pass through (compared for changes), or None with the reason in words.
-          changed: waits for the next change of the view.
-          probe: passes one token through the chain; raises Declined or TransientError.
-        """
-        self._chain = chain
-        self._changed = changed
-        self._probe = probe
+    def __init__(self, router: Router, origin: Generator, host: Host, pipes: Pipes, health: Health) -> None:
+        self._router = router
+        self._origin = origin
+        self._host = host
         self._health = health
         self.now = Readiness(False, "this node has just started")
-        self._turned = trio.Event()
+        self.changes = Changes()  # of `now`
         self._pause = trio.CancelScope()
-
-    def doubt(self, reason: str) -> None:
-        """Something that the chain needs has just failed: not ready, until another probe token came back."""
-        if self.now.ready:
-            self._say(Readiness(False, f"the chain has just broken: {reason}"))
-        self._pause.cancel()
-
-    def look_again(self) -> None:
-        """Something came back that a failed probe may have missed: do not wait for the next one."""
-        if not self.now.ready:
-            self._pause.cancel()
+        pipes.on_lost(self._peer_lost)
 
     async def wait_ready(self) -> None:
         """Until the chain answers. If cancelled: nothing happened."""
         while not self.now.ready:
-            await self._turned.wait()
+            await self.changes.wait()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Probe until cancelled."""
-        task_status.started()
-        retry = RETRY_SECONDS  # the pause after the next failure
-        while True:
-            pause = AGAIN_SECONDS
-            found = chain, why = self._chain()
-            if chain is None:
-                self._say(Readiness(False, why))
-                self._health.clear("probe-failed")
-                retry = RETRY_SECONDS
-            elif await self._try():
-                retry = RETRY_SECONDS
-            else:
-                pause, retry = retry, min(AGAIN_SECONDS, 2 * retry)
-            with trio.move_on_after(pause) as self._pause:
-                while self._chain() == found:
-                    await self._changed()
+        backoff = Backoff(RETRY_S, AGAIN_S)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._follow_peers)
+            for changes in self._router.changes:
+                nursery.start_soon(self._follow, changes)
+            task_status.started()
+            while True:
+                pause = AGAIN_S
+                self._seen = chain = self._router.usual()
+                if isinstance(chain, NoRoute):
+                    self._say(Readiness(False, chain.reason))
+                    self._health.clear("probe-failed")
+                    backoff.reset()
+                elif await self._probe():
+                    backoff.reset()
+                else:
+                    pause = backoff.next()
+                with trio.move_on_after(pause) as self._pause:
+                    if self._router.usual() == chain:
+                        await trio.sleep_forever()
 
-    async def _try(self) -> bool:
-        """One probe; whether it came back."""
+    async def _follow(self, changes: Changes) -> None:
+        while True:
+            await changes.wait()
+            if self._router.usual() != self._seen:
+                self._pause.cancel()
+
+    async def _follow_peers(self) -> None:
+        """Somebody came (back) whom a failed probe may have missed: do not wait for the next one."""
+        async with self._host.events() as events:
+            async for event in events:
+                if event.connected and not self.now.ready:
+                    self._pause.cancel()
+
+    def _peer_lost(self, peer: PeerId, reason: str) -> None:
+        """Not ready without a peer of the chain, until another probe token came back."""
+        chain = self._router.usual()
+        if isinstance(chain, NoRoute) or all(hop.peer != peer for hop in chain):
+            return
+        if self.now.ready:
+            self._say(Readiness(False, f"the chain has just broken: {short(peer)} went away: {reason}"))
+        self._pause.cancel()
+
+    async def _probe(self) -> bool:
+        """Pass one token through the chain; whether it came back."""
         began = trio.current_time()
-        reason = f"no probe token came back within {PROBE_SECONDS:.0f} s"
+        reason = f"no probe token came back within {PROBE_S:.0f} s"
         try:
-            with trio.fail_after(PROBE_SECONDS):
-                await self._probe()
+            with trio.fail_after(PROBE_S):
+                async with aclosing(self._origin.generate(PROBE)) as pieces:
+                    async for _ in pieces:
+                        pass
         except (Declined, TransientError, trio.TooSlowError) as error:
             if not isinstance(error, trio.TooSlowError):
                 reason = str(error)
@@ -110,7 +125,6 @@ class ReadinessService:
 
     def _say(self, readiness: Readiness) -> None:
         if readiness.ready != self.now.ready:
-            log.info("chain.changed", ready=readiness.ready, why=readiness.sentence)
+            _log.info("chain.changed", ready=readiness.ready, why=readiness.sentence)
         self.now = readiness
-        self._turned.set()
-        self._turned = trio.Event()
+        self.changes.notify()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from typing import Final, Protocol
+from typing import Final
 
-import structlog
 import trio
 
 from meshnode.core.errors import Declined, EngineLost, PeerUnreachable
-from meshnode.engine.port import Engine
-from protocols.advert.messages import Span
+from meshnode.core.log import get_logger
+from meshnode.core.tasks import Tasks
+from meshnode.services.inference.load import StageLoad
+from meshnode.services.port import OpenSpan, Pipes, Spans
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId, SessionId, short
 from protocols.pipe.machine import LOST, Ran, StageState, refusal
@@ -23,29 +23,14 @@ MAX_SESSIONS: Final = 1024  # far above what any engine opens; further ones are 
 MAX_WAITING_STEPS: Final = 1024  # steps of one session that wait for the engine: a prompt of 256k tokens
 MAX_UNTOLD: Final = 64  # refusals to one peer that wait for its pipe; further ones it learns by our silence
 RETRY_MS: Final = 2_000  # what a busy stage advises
-QUEUE_WEIGHT: Final = 0.1  # of the newest sample in the moving average of the queue
 
-log = structlog.get_logger()
-
-Send = Callable[[PeerId, Message, bytes], Awaitable[None]]
-
-
-class Served(Protocol):
-    """A span that is open and answers (see the placement service)."""
-
-    engine: Engine
-    span: Span
-    incarnation: int
-
-    def enter(self) -> None: ...
-
-    def leave(self) -> None: ...
+_log = get_logger("stage")
 
 
 class _Session:
     """One session on our stage: its machine, and the steps that wait for the engine."""
 
-    def __init__(self, machine: Machine, served: Served, prompt: tuple[int, ...]) -> None:
+    def __init__(self, machine: Machine, served: OpenSpan, prompt: tuple[int, ...]) -> None:
         self.machine = machine
         self.served = served
         self.prompt = prompt
@@ -60,62 +45,32 @@ class StageService:
 
     name = "stage"
 
-    def __init__(
-        self,
-        *,
-        us: PeerId,
-        send: Send,
-        serving: Callable[[], Served | None],
-        engine_lost: Callable[[Engine, str], None],
-    ) -> None:
-        """`serving`: the span that is open now. `engine_lost`: told when an engine fails under a session."""
+    def __init__(self, us: PeerId, pipes: Pipes, spans: Spans, load: StageLoad) -> None:
+        """`load` is kept up to date here."""
         self._us = us
-        self._send = send
-        self._serving = serving
-        self._engine_lost = engine_lost
+        self._pipes = pipes
+        self._spans = spans
+        self._load = load
         self._sessions: dict[bytes, _Session] = {}
-        self._nursery: trio.Nursery | None = None
+        self._tasks = Tasks()
         self._untold: Counter[PeerId] = Counter()
-        self._queue_us = 0.0
-
-    @property
-    def sessions(self) -> int:
-        """Open sessions."""
-        return len(self._sessions)
-
-    @property
-    def queue_us(self) -> int:
-        """Moving average of how long a step waits for the engine, microseconds."""
-        return round(self._queue_us)
+        pipes.handle(Open, self._open)
+        pipes.handle(Step, self._step)
+        pipes.handle(Close, self._close)
+        pipes.on_lost(self._peer_lost)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; the origins of open sessions notice by our disconnection."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            task_status.started()
-            try:
-                await trio.sleep_forever()
-            finally:
-                self._nursery = None
+        await self._tasks.run(task_status=task_status)
 
-    async def receive(self, peer: PeerId, message: Open | Step | Close, body: bytes, network_us: int) -> None:
-        """Take one message; never waits for the engine or for another peer.
+    def _close(self, peer: PeerId, message: Close, _body: bytes, _network_us: int) -> None:
+        session = self._sessions.get(message.session)
+        if session is not None and session.machine.opening.attempt == message.attempt:
+            if not session.machine.may_close(peer):
+                raise RemoteProtocolError(f"{peer} closed a session of another origin")
+            self._end(session)
 
-        Raises RemoteProtocolError when the peer may not send it: its pipe is closed.
-        """
-        match message:
-            case Open():
-                self._open(peer, message, body)
-            case Step():
-                self._step(peer, message, body, network_us)
-            case Close():
-                session = self._sessions.get(message.session)
-                if session is not None and session.machine.opening.attempt == message.attempt:
-                    if not session.machine.may_close(peer):
-                        raise RemoteProtocolError(f"{peer} closed a session of another origin")
-                    self._end(session)
-
-    def peer_gone(self, peer: PeerId, reason: str) -> None:
+    def _peer_lost(self, peer: PeerId, reason: str) -> None:
         """Our connection or pipe to a peer broke: its sessions are over, and so are those that pass it steps."""
         for session in list(self._sessions.values()):
             machine = session.machine
@@ -124,7 +79,7 @@ class StageService:
             elif machine.downstream == peer:
                 self._refuse(session, LOST, f"{self._us} can't pass a step on: {reason}")
 
-    def _open(self, peer: PeerId, opening: Open, body: bytes) -> None:
+    def _open(self, peer: PeerId, opening: Open, body: bytes, _network_us: int) -> None:
         if peer != opening.origin:
             raise RemoteProtocolError(f"{peer} opened a session in the name of {opening.origin}")
         machine = Machine(opening, self._us)
@@ -136,9 +91,9 @@ class StageService:
         old = self._sessions.get(opening.session)
         if old is not None and (old.machine.opening.origin != peer or old.machine.opening.attempt >= opening.attempt):
             raise RemoteProtocolError(f"{peer} opened a session id a second time")
-        served, nursery = self._serving(), self._nursery
+        served = self._spans.engine()
         why = self._fence(machine, served)
-        if served is None or nursery is None or why:
+        if served is None or why:
             self._tell_soon(peer, refusal(opening, "fenced", why, RETRY_MS))
             return
         if len(self._sessions) >= MAX_SESSIONS:
@@ -148,9 +103,10 @@ class StageService:
             self._end(old)
         prompt = struct.unpack(f"<{len(body) // 4}i", body)
         session = self._sessions[opening.session] = _Session(machine, served, prompt)
-        nursery.start_soon(self._work, session, old)
+        self._load.count(len(self._sessions))
+        self._tasks.start_soon(self._work, session, old)
 
-    def _fence(self, machine: Machine, served: Served | None) -> str:
+    def _fence(self, machine: Machine, served: OpenSpan | None) -> str:
         """Why we don't serve exactly what the route says; empty when we do."""
         hop, opening = machine.hop, machine.opening
         if served is None:
@@ -215,7 +171,7 @@ class StageService:
                 except Declined as error:
                     self._refuse(session, error.code, str(error), error.retry_ms)
                 except EngineLost as error:
-                    self._engine_lost(engine, str(error))
+                    self._spans.engine_lost(engine, str(error))
                     self._refuse(session, "engine-lost", f"the engine of {self._us} failed: {error}", RETRY_MS)
                 except PeerUnreachable as error:
                     code = LOST if error.peer == machine.downstream else "not-ready"
@@ -253,7 +209,7 @@ class StageService:
         )
         spent_us = round((trio.current_time() - arrived) * 1e6)
         queue_us = max(0, spent_us - result.compute_us)
-        self._queue_us += QUEUE_WEIGHT * (queue_us - self._queue_us)
+        self._load.waited(queue_us)
         times = HopTime(network_us=network_us, queue_us=queue_us, compute_us=result.compute_us)
         onward = machine.ran(Ran(step, result.token, times))
         if onward is not None:
@@ -263,7 +219,7 @@ class StageService:
     async def _pass_on(self, peer: str, message: Message, body: bytes = b"") -> None:
         """Raises PeerUnreachable, also when the peer does not admit us."""
         try:
-            await self._send(PeerId(peer), message, body)
+            await self._pipes.send(PeerId(peer), message, body)
         except Declined as error:
             raise PeerUnreachable(str(error), peer=PeerId(peer)) from error
 
@@ -275,22 +231,22 @@ class StageService:
         if session.machine.state is StageState.CLOSED:
             return
         origin, message = session.machine.refusal(code, reason, retry_ms)
-        log.info("session.refused", origin=short(origin), code=code, reason=reason)
+        _log.info("session.refused", origin=short(origin), code=code, reason=reason)
         self._tell_soon(PeerId(origin), message)
         self._end(session)
 
     def _tell_soon(self, peer: PeerId, message: Message) -> None:
         """Send bad news from a task of its own: who takes messages must not wait for a peer that takes none."""
-        if self._nursery is not None and self._untold[peer] < MAX_UNTOLD:
+        if self._untold[peer] < MAX_UNTOLD:
             self._untold[peer] += 1
-            self._nursery.start_soon(self._tell, peer, message)
+            self._tasks.start_soon(self._tell, peer, message)
 
     async def _tell(self, peer: PeerId, message: Message) -> None:
         """A peer that can't be reached learns it by our silence."""
         try:
-            await self._send(peer, message, b"")
+            await self._pipes.send(peer, message)
         except (PeerUnreachable, Declined) as error:
-            log.info("refusal.unsent", peer=short(peer), reason=str(error))
+            _log.info("refusal.unsent", peer=short(peer), reason=str(error))
         finally:
             self._untold[peer] -= 1
             if not self._untold[peer]:
@@ -301,3 +257,4 @@ class StageService:
         session.scope.cancel()
         if self._sessions.get(session.machine.opening.session) is session:
             del self._sessions[session.machine.opening.session]
+            self._load.count(len(self._sessions))

@@ -1,8 +1,8 @@
-"""Questions in words: text or chat turns in, text out, through the generation that is given."""
+"""Questions in words: text or chat turns in, text out, through the generations of the origin."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,9 @@ import trio
 from meshnode.core.errors import Declined, ModelError
 from meshnode.core.memory import give_back
 from meshnode.core.workers import Threads, Workers
-from meshnode.store.port import OpenFile
+from meshnode.services.inference.readiness import ReadinessService
+from meshnode.services.inference.receipt import Generator, Receipt, Request
+from meshnode.services.port import Content, Releases
 from meshnode.text.stops import StopStrings
 from protocols.ids import Cid
 from protocols.manifest.messages import Manifest
@@ -22,6 +24,7 @@ from protocols.pipe.messages import Sampling
 if TYPE_CHECKING:
     from meshnode.text.tokenizer import Tokenizer
 
+PATIENCE_S: Final = 10.0  # a mesh that is just starting gets this long before a question is refused
 MAX_TEXT: Final = 1 << 20  # characters of a question: far above any context
 MAX_TURNS: Final = 1024
 MAX_STOPS: Final = 16
@@ -49,11 +52,10 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """The end: why it ended, and what was asked in tokens."""
+class Waiting:
+    """The chain does not answer yet; it is given `PATIENCE_S`."""
 
-    reason: str
-    prompt: tuple[int, ...]
+    why: str
 
 
 def check(question: Question) -> None:
@@ -97,36 +99,33 @@ def _prompt(tokenizer: Tokenizer, question: Question) -> tuple[int, ...]:
     return tokenizer.chat(question.turns or ())
 
 
-Generate = Callable[[tuple[int, ...], int, Sampling], AsyncGenerator[int | str, None]]  # tokens, at last the reason
-
-
-class AnsweringService:
+class TextService:
     """Holds the tokenizer of the served model, loaded when the first question comes."""
-
-    name = "answering"
 
     def __init__(
         self,
-        *,
-        manifest: Callable[[], tuple[Cid, Manifest] | None],
-        fetch: Callable[[Cid, int], Awaitable[OpenFile]],
+        releases: Releases,
+        content: Content,
+        origin: Generator,
+        readiness: ReadinessService,
         workers: Workers = Threads(),
     ) -> None:
-        self._manifest = manifest
-        self._fetch = fetch
+        self._releases = releases
+        self._content = content
+        self._origin = origin
+        self._readiness = readiness
         self._workers = workers
         self._loaded: tuple[Cid, Tokenizer] | None = None
         self._loading = trio.Lock()
 
     async def tokenizer(self) -> Tokenizer:
         """Of the model that is served now. Raises Declined `no-model`, ContentUnavailable, ModelError."""
-        served = self._manifest()
-        if served is None:
-            raise Declined("no-model", "the network serves no model yet; add one with: meshnode model add PATH")
-        cid, manifest = served
+        release = self._releases.current
+        if release is None:
+            raise Declined("no-model", self._releases.why_none)
         async with self._loading:
-            if self._loaded is None or self._loaded[0] != cid:
-                self._loaded = (cid, await self._load(manifest))
+            if self._loaded is None or self._loaded[0] != release.cid:
+                self._loaded = (release.cid, await self._load(release.manifest))
             return self._loaded[1]
 
     async def _load(self, manifest: Manifest) -> Tokenizer:
@@ -138,10 +137,10 @@ class AnsweringService:
         template_ref = manifest.files.get("chat_template.jinja")
         shape = manifest.architecture
         with ExitStack() as opened:
-            path = opened.enter_context(await self._fetch(vocabulary.cid, vocabulary.size))
+            path = opened.enter_context(await self._content.open(vocabulary))
             template_path: Path | None = None
             if template_ref is not None:
-                template_path = opened.enter_context(await self._fetch(template_ref.cid, template_ref.size))
+                template_path = opened.enter_context(await self._content.open(template_ref))
 
             def load() -> Tokenizer:
                 from meshnode.text.tokenizer import Tokenizer  # 10 MB that a node which is never asked does without
@@ -160,29 +159,35 @@ class AnsweringService:
 
             return await self._workers.run(load)
 
-    async def answer(self, question: Question, generate: Generate) -> AsyncGenerator[Text | Answer, None]:
-        """The answer piece by piece, at last its end. Use it in `contextlib.aclosing`.
+    async def answer(self, question: Question) -> AsyncGenerator[Waiting | Text | Receipt, None]:
+        """The answer piece by piece, at last its receipt. Use it in `contextlib.aclosing`.
 
-        `generate` is closed before its end when a stop string is met.
+        A chain that does not answer yet is waited for a while first.
 
-        Raises what `generate` raises, and Declined `bad-request`.
+        Raises what `Generator.generate` raises, ContentUnavailable, ModelError, and Declined `bad-request`.
+
+        If cancelled or closed: the generation ends.
         """
         check(question)
+        if not self._readiness.now.ready:
+            yield Waiting(self._readiness.now.sentence)
+            with trio.move_on_after(PATIENCE_S):  # whatever is wrong then is said by the attempt itself
+                await self._readiness.wait_ready()
         tokenizer = await self.tokenizer()
         # In a thread: a long text takes a second, and the template came with the model.
         prompt = await self._workers.run(_prompt, tokenizer, question, abandon_on_cancel=True)
         words, stops = tokenizer.stream(prompt), StopStrings(question.stop)
-        reason = ""
-        async with aclosing(generate(prompt, question.max_tokens, question.sampling)) as pieces:
+        request = Request(prompt, question.max_tokens, question.sampling)
+        async with aclosing(self._origin.generate(request)) as pieces:
             async for piece in pieces:
-                if isinstance(piece, str):
-                    reason = piece
-                    continue
-                shown, met = stops.feed(words.feed(piece))
-                yield Text(shown, piece)
-                if met:
-                    yield Answer("stop", prompt)
+                if isinstance(piece, Receipt):
+                    if rest := stops.rest():
+                        yield Text(rest, -1)
+                    yield piece
                     return
-        if rest := stops.rest():
-            yield Text(rest, -1)
-        yield Answer(reason, prompt)
+                shown, met = stops.feed(words.feed(piece.token))
+                yield Text(shown, piece.token)
+                if met:
+                    piece.receipt.reason = "stop"
+                    yield piece.receipt
+                    return

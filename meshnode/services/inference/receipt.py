@@ -1,0 +1,94 @@
+"""What a generation is asked for, and what it gives: tokens, and a receipt of how they came."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from protocols.pipe.messages import Hop, HopTime, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt and how to answer it."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling
+    chunk_rows: int = 256
+
+
+@dataclass(slots=True)
+class Receipt:
+    """What was run, with figures. Times in seconds (monotonic), hop times in microseconds."""
+
+    route: tuple[Hop, ...]
+    prompt: tuple[int, ...]
+    tokens: list[int] = field(default_factory=list)
+    began: float = 0.0
+    arrivals: list[float] = field(default_factory=list)  # of each token
+    hop_times: list[tuple[HopTime, ...]] = field(default_factory=list)  # per token, per stage
+    return_us: list[int] = field(default_factory=list)  # per token: last stage -> origin
+    reason: str = ""
+
+    @property
+    def first_token_ms(self) -> float:
+        return (self.arrivals[0] - self.began) * 1000 if self.arrivals else math.nan
+
+    @property
+    def decode_tokens_s(self) -> float:
+        """Tokens per second after the first one; NaN below two tokens."""
+        if len(self.arrivals) < 2:
+            return math.nan
+        return (len(self.arrivals) - 1) / (self.arrivals[-1] - self.arrivals[0])
+
+    def hops(self) -> list[dict[str, object]]:
+        """Per stage: who, which layers, and the medians over the decode steps, in milliseconds."""
+        steps = self.hop_times[1:] or self.hop_times
+        out: list[dict[str, object]] = []
+        for index, hop in enumerate(self.route):
+            times = [step[index] for step in steps]
+            out.append(
+                {
+                    "peer": hop.peer,
+                    "first": hop.first,
+                    "last": hop.last,
+                    "network_ms": _median_ms([t.network_us for t in times]),
+                    "queue_ms": _median_ms([t.queue_us for t in times]),
+                    "compute_ms": _median_ms([t.compute_us for t in times]),
+                }
+            )
+        return out
+
+    def return_ms(self) -> float:
+        """Median time from the last stage back to us."""
+        return _median_ms(self.return_us[1:] or self.return_us)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One token of the answer, as it comes. `receipt`: of this answer, up to this token; it goes on growing."""
+
+    token: int
+    receipt: Receipt
+
+
+class Generator(Protocol):
+    """Answers in tokens (`origin.py`)."""
+
+    def generate(self, request: Request) -> AsyncGenerator[Piece | Receipt, None]:
+        """Tokens as they come, at last the receipt. Use it in `contextlib.aclosing`.
+
+        Raises:
+          Declined: no model, no route, the prompt is too long, or every stage asked said no.
+          PeerUnreachable: a stage was lost on the way (which one, and which layers).
+
+        If cancelled or closed: every stage is told that the session is over (2 s at most).
+        """
+
+
+def _median_ms(values: Sequence[int]) -> float:
+    return round(statistics.median(values) / 1000, 3) if values else 0.0
