@@ -15,7 +15,7 @@ from meshnode.services.inference.origin import EVENTS
 from meshnode.services.inference.receipt import Piece, Receipt, Request
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId
-from protocols.pipe.machine import STEP_SECONDS
+from protocols.pipe.machine import STEP_S
 from protocols.pipe.messages import Close, HopTime, Open, Opened, Refused, Sampling, Token
 from tests.services.pipe_mesh import GREEDY, LAYERS, PROMPT, RELEASE, SHAPE, Member, alone, open_mesh
 
@@ -183,7 +183,7 @@ async def test_a_slow_reader_loses_nothing(autojump_clock: MockClock) -> None:
             async for piece in pieces:
                 if isinstance(piece, Piece):
                     got.append(piece.token)
-                    await trio.sleep(1.2 * STEP_SECONDS if len(got) == 3 else 0)
+                    await trio.sleep(1.2 * STEP_S if len(got) == 3 else 0)
         assert got == alone(most=6)
 
 

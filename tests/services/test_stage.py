@@ -19,7 +19,7 @@ from meshnode.services.inference.stage import MAX_SESSIONS, MAX_UNTOLD, MAX_WAIT
 from protocols.advert.messages import Span
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId
-from protocols.pipe.machine import IDLE_SECONDS
+from protocols.pipe.machine import IDLE_S
 from protocols.pipe.messages import Close, Hop, HopTime, Message, Open, Opened, Refused, Step, Token
 from tests.adverts import MANIFEST, OTHER_MANIFEST
 from tests.services.pipe_mesh import GREEDY, LAYERS, PROMPT, SHAPE, LocalEngine, Served, alone
@@ -488,10 +488,10 @@ async def test_an_origin_that_takes_nothing_holds_nobody_up(autojump_clock: Mock
 async def test_a_forgotten_session_is_freed(autojump_clock: MockClock) -> None:
     async with bench() as b:
         await b.take(ME, opening(), ids(*PROMPT))
-        with trio.move_on_after(IDLE_SECONDS):
+        with trio.move_on_after(IDLE_S):
             await trio.sleep_forever()
         assert b.load.sessions == 1
-        with trio.move_on_after(IDLE_SECONDS):
+        with trio.move_on_after(IDLE_S):
             await trio.sleep_forever()
         assert [code for code, _ in b.said] == ["idle"]
         assert b.local.open_sessions == set()
