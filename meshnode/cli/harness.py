@@ -103,7 +103,7 @@ def make(arguments: argparse.Namespace, folder: Path) -> Mesh:
     source = None
     if arguments.model is not None:
         cache = arguments.cache or cache_folder(os.environ)
-        source = published(arguments.model, arguments.variant, cache.absolute(), StepProgress())
+        source = published(arguments.model, (arguments.variant,), cache.absolute(), StepProgress())
     memory = tuple(arguments.memory.split(",")) if arguments.memory else ()
     plan = Plan(
         nodes=arguments.nodes,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -28,23 +29,25 @@ def cache_folder(environ: Mapping[str, str]) -> Path:
     return base / "meshnode"
 
 
-def published(source: str, variant: str, cache: Path, progress: Progress | None = None) -> Path:
-    """The folder that `run_publisher` writes for one variant of this source, made unless it is there already.
+def published(source: str, variants: Sequence[str], cache: Path, progress: Progress | None = None) -> Path:
+    """The folder that `run_publisher` writes for these variants of this source, made unless it is there already.
 
-    Raises ModelError, DiskError (see `run_publisher`).
+    Waits for another process that is making it. Raises ModelError, DiskError (see `run_publisher`).
     """
-    kept, code = f"{variant}-{_of_source(source)}", _of_code()
+    kept, code = f"{'-'.join(variants)}-{_of_source(source)}", _of_code()
     folder = cache / "published" / f"{kept}-{code}"
     if folder.is_dir():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as made:
-            out = Path(made) / "out"
-            out.mkdir()
-            run_publisher(source, out, (variant,), progress)
-            if not folder.is_dir():  # another run may have been faster
-                out.rename(folder)
+        with (folder.parent / f".{kept}.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.is_dir():
+                with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as made:
+                    out = Path(made) / "out"
+                    out.mkdir()
+                    run_publisher(source, out, variants, progress)
+                    out.rename(folder)
         for old in folder.parent.glob(f"{kept}-*"):
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)  # an earlier version of this program made it

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,14 +28,34 @@ from protocols.pipe.messages import Sampling
 
 Json = dict[str, Any]
 LAYERS = 30
+VARIANTS = ("int4", "int8", "fp32")
 PAGES_MB = 60  # shared libraries that resident memory counts in both processes of a node
 _CACHE = Path(__file__).parents[2] / "build" / "cache"
 _NAME = bytes(16)
 
 
+def example_folder() -> Path:
+    """The demonstration model in every variant as the publisher writes it, kept between runs."""
+    return published("example:smollm2", VARIANTS, _CACHE)
+
+
 def model_folder(variant: str) -> Path:
-    """The demonstration model as the publisher writes it, kept between runs."""
-    return published("example:smollm2", variant, _CACHE)
+    """The same folder with one variant in it: a mesh need not hash the others."""
+    whole = example_folder()
+    folder = _CACHE / "variants" / whole.name / variant
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+            out = Path(made) / "out"
+            others = [name for other in VARIANTS if other != variant for name in (other, f"graph-{other}.onnx.zlib")]
+            shutil.copytree(whole, out, copy_function=os.link, ignore=lambda *_: others)
+            index = json.loads((whole / "index.json").read_text(encoding="utf-8"))
+            index["variants"] = {variant: index["variants"][variant]}
+            (out / "index.json").unlink()  # a link to that of the whole
+            (out / "index.json").write_text(json.dumps(index), encoding="utf-8")
+            with suppress(OSError):  # another process was faster
+                out.rename(folder)
+    return folder
 
 
 @contextmanager

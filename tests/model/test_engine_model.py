@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from meshnode.engine.port import StageSpec
 from meshnode.engine.process import EngineProcess, load_request
 from protocols.ids import SessionId
 from protocols.manifest.messages import Architecture
+from tests.model.real_mesh import example_folder
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
@@ -28,21 +27,8 @@ TOKENS = 24
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("smollm2")
-    command = [
-        sys.executable,
-        "-m",
-        "meshnode.publisher.publish",
-        "--source",
-        "example:smollm2",
-        "--out",
-        str(folder),
-    ]
-    for variant in ("int4", "int8", "fp32"):
-        command += ["--variant", variant]
-    subprocess.run(command, check=True, timeout=600, stdout=subprocess.DEVNULL)
-    return folder
+def smollm2() -> Path:
+    return example_folder()
 
 
 def spec_of(folder: Path, variant: str, first: int, last: int) -> StageSpec:

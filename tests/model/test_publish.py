@@ -17,18 +17,14 @@ from meshnode.publisher import release as releasing
 from meshnode.publisher.quality import sample_tokens
 from meshnode.publisher.release import run_publisher
 from tests.model.cutting import Pieces, published, random_checkpoint, reference_greedy
+from tests.model.real_mesh import VARIANTS, example_folder
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
-VARIANTS = ("int4", "int8", "fp32")
-
 
 @pytest.fixture(scope="module")
-def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example in all variants, made by the child process."""
-    folder = tmp_path_factory.mktemp("smollm2")
-    run_publisher("example:smollm2", folder, VARIANTS)
-    return folder
+def example() -> Path:
+    return example_folder()
 
 
 def index_of(folder: Path) -> dict[str, Any]:
