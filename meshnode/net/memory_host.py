@@ -200,6 +200,8 @@ class MemoryNetwork:
         for way in ((one, other), (other, one)):
             link = self.link(*way)
             link.delay, link.bandwidth = delay, bandwidth
+            if way[0] in self.hosts:
+                self.hosts[way[0]].book.links.notify()
 
     def set_gossip_loss(self, share: float) -> None:
         """The share (0 to 1) of gossiped copies that get lost, drawn for each hop."""

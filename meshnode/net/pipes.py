@@ -103,7 +103,7 @@ class Pipes:
         self._handlers: dict[type, Handler[Any]] = {}
         self._listeners: list[Listener] = []
         self._tasks = Tasks()
-        self._ping_number = 0
+        self.pings = 0  # sent so far
         host.handle(PROTOCOL, self._serve)
 
     def clock_of(self, peer: PeerId) -> ClockOffset:
@@ -164,8 +164,8 @@ class Pipes:
         return stream
 
     def _next_ping(self) -> Ping:
-        self._ping_number += 1
-        return Ping(number=self._ping_number, sent_us=now_us())
+        self.pings += 1
+        return Ping(number=self.pings, sent_us=now_us())
 
     async def _compare_clocks(self, pipe: _Pipe, stream: Stream) -> None:
         """Ping while the pipe is open: at once when messages begin to flow, then every second, then ever more seldom.

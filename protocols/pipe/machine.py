@@ -1,6 +1,6 @@
 """Both ends of /meshnode/pipe/1 as state machines without I/O. See SPEC.md.
 
-Rule 1: every state and every transition is in ORIGIN_TRANSITIONS or STAGE_TRANSITIONS, nowhere else.
+Rule 1: every transition is in ORIGIN_TRANSITIONS or STAGE_TRANSITIONS, and the next state is read from there.
 Rule 2: no clock, no randomness, no await. Time comes in as `now` (seconds), a wish to be woken goes out as
 `deadline`, messages go out as effects.
 """
@@ -16,10 +16,10 @@ from typing import Final
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.pipe.messages import Close, Hop, HopTime, Message, Open, Opened, Refused, Sampling, Step, Token
 
-OPEN_SECONDS: Final = 15.0  # all stages must answer Open; one of them may have to split a segment first
-STEP_SECONDS: Final = 60.0  # between two tokens; an engine that hangs is killed by its own node before
-PREFILL_ROW_SECONDS: Final = 0.25  # added per prompt row: the slowest device we mean to wait for
-IDLE_SECONDS: Final = 600.0  # a stage keeps a session without steps: so long may the reader of an answer dawdle
+OPEN_S: Final = 15.0  # all stages must answer Open; one of them may have to split a segment first
+STEP_S: Final = 60.0  # between two tokens; an engine that hangs is killed by its own node before
+PREFILL_ROW_S: Final = 0.25  # added per prompt row: the slowest device we mean to wait for
+IDLE_S: Final = 600.0  # a stage keeps a session without steps: so long may the reader of an answer dawdle
 LOST: Final = "lost"  # a peer went away, or the stage before it could not reach it
 TIMEOUT: Final = "timeout"
 
@@ -111,20 +111,37 @@ class OriginState(Enum):
     CLOSED = "closed"
 
 
-ORIGIN_TRANSITIONS: Final[Mapping[tuple[OriginState, type], tuple[OriginState, ...]]] = {
-    (OriginState.NEW, Begin): (OriginState.OPENING,),
-    (OriginState.NEW, Stop): (OriginState.CLOSED,),
-    (OriginState.OPENING, Opened): (OriginState.OPENING, OriginState.RUNNING),
-    (OriginState.OPENING, Refused): (OriginState.CLOSED,),
-    (OriginState.OPENING, PeerGone): (OriginState.OPENING, OriginState.CLOSED),
-    (OriginState.OPENING, Stop): (OriginState.CLOSED,),
-    (OriginState.OPENING, Expired): (OriginState.CLOSED,),
-    (OriginState.RUNNING, Token): (OriginState.RUNNING, OriginState.CLOSED),
-    (OriginState.RUNNING, Refused): (OriginState.CLOSED,),
-    (OriginState.RUNNING, PeerGone): (OriginState.RUNNING, OriginState.CLOSED),
-    (OriginState.RUNNING, Stop): (OriginState.CLOSED,),
-    (OriginState.RUNNING, Expired): (OriginState.CLOSED,),
+class OriginTurn(Enum):
+    """What an event means to the origin."""
+
+    BEGIN = "Begin"
+    OPENED = "Opened"  # others are missing
+    ALL_OPENED = "last Opened"
+    TOKEN = "Token"
+    LAST_TOKEN = "last Token"  # an end token, or there is room for no further one
+    REFUSED = "Refused"
+    PEER_GONE = "PeerGone"  # a peer of the route
+    STOP = "Stop"
+    EXPIRED = "Expired"
+
+
+ORIGIN_TRANSITIONS: Final[Mapping[tuple[OriginState, OriginTurn], OriginState]] = {
+    (OriginState.NEW, OriginTurn.BEGIN): OriginState.OPENING,
+    (OriginState.NEW, OriginTurn.STOP): OriginState.CLOSED,
+    (OriginState.OPENING, OriginTurn.OPENED): OriginState.OPENING,
+    (OriginState.OPENING, OriginTurn.ALL_OPENED): OriginState.RUNNING,
+    (OriginState.OPENING, OriginTurn.REFUSED): OriginState.CLOSED,
+    (OriginState.OPENING, OriginTurn.PEER_GONE): OriginState.CLOSED,
+    (OriginState.OPENING, OriginTurn.STOP): OriginState.CLOSED,
+    (OriginState.OPENING, OriginTurn.EXPIRED): OriginState.CLOSED,
+    (OriginState.RUNNING, OriginTurn.TOKEN): OriginState.RUNNING,
+    (OriginState.RUNNING, OriginTurn.LAST_TOKEN): OriginState.CLOSED,
+    (OriginState.RUNNING, OriginTurn.REFUSED): OriginState.CLOSED,
+    (OriginState.RUNNING, OriginTurn.PEER_GONE): OriginState.CLOSED,
+    (OriginState.RUNNING, OriginTurn.STOP): OriginState.CLOSED,
+    (OriginState.RUNNING, OriginTurn.EXPIRED): OriginState.CLOSED,
 }
+# No turn, and ignored: messages of another attempt, the loss of a peer outside the route, anything once closed.
 
 
 class Origin:
@@ -176,30 +193,72 @@ class Origin:
           RemoteProtocolError: a peer sent what this state does not allow; nothing has changed.
           LocalProtocolError: we did.
         """
-        if self.state is OriginState.CLOSED:
+        if self.state is OriginState.CLOSED or self._is_stale(event):
             return ()
-        if isinstance(event, Received) and event.message.attempt != self._attempt:
-            return ()
-        kind = type(event.message) if isinstance(event, Received) else type(event)
-        if (self.state, kind) not in ORIGIN_TRANSITIONS:
+        turn = self._turn_of(event)
+        after = ORIGIN_TRANSITIONS.get((self.state, turn))
+        if after is None:
             if isinstance(event, Received):
-                raise RemoteProtocolError(f"{event.peer} sent {kind.__name__}; the session is {self.state.value}")
-            raise LocalProtocolError(f"{kind.__name__} in state {self.state.value}")
+                kind = type(event.message).__name__
+                raise RemoteProtocolError(f"{event.peer} sent {kind}; the session is {self.state.value}")
+            raise LocalProtocolError(f"{turn.value} in state {self.state.value}")
+        effects = self._act(turn, event, now)
+        if after is OriginState.CLOSED:
+            self.deadline = None
+            closes = () if self.state is OriginState.NEW else self._closes()
+            effects = (*effects[:-1], *closes, effects[-1])
+        self.state = after
+        return effects
+
+    def _is_stale(self, event: OriginEvent) -> bool:
         match event:
+            case Received():
+                return event.message.attempt != self._attempt
+            case PeerGone(peer):
+                return peer not in self.peers
+        return False
+
+    def _turn_of(self, event: OriginEvent) -> OriginTurn:
+        if not isinstance(event, Received):
+            return _TURNS[type(event)]
+        match event.message:
+            case Token(token=token):
+                last = token in self._eos or self._next + 1 == self._end
+                return OriginTurn.LAST_TOKEN if last else OriginTurn.TOKEN
+            case Opened(index=index):
+                all_opened = len(self._opened | {index}) == len(self._route)
+                return OriginTurn.ALL_OPENED if all_opened else OriginTurn.OPENED
+            case Refused():
+                return OriginTurn.REFUSED
+
+    def _act(self, turn: OriginTurn, event: OriginEvent, now: float) -> tuple[OriginEffect, ...]:
+        """What to do; of a session that ends by it, the end comes last. Raises RemoteProtocolError first of all."""
+        match event:
+            case Received():
+                return self._received(turn, event, now)
             case Begin():
                 return self._begin(now)
-            case Received():
-                return self._received(event, now)
             case PeerGone(peer, reason):
-                return self._peer_gone(peer, reason)
+                hop = next(hop for hop in self._route if hop.peer == peer)
+                return (Failed(LOST, f"{_layers(hop)} went away: {reason}", peer),)
             case Stop(reason):
-                return (*self._close(), Finished(reason))
+                return (Finished(reason),)
             case Expired():
-                return self._expired()
+                return (self._expired(),)
+
+    def _received(self, turn: OriginTurn, event: Received, now: float) -> tuple[OriginEffect, ...]:
+        peer, message = event.peer, event.message
+        if isinstance(message, Token):
+            return self._token(turn, peer, message, event.network_us, now)
+        if message.index >= len(self._route) or self._route[message.index].peer != peer:
+            raise RemoteProtocolError(f"{peer} answered for stage {message.index}, which is not its own")
+        if isinstance(message, Refused):
+            return (self._refused(message),)
+        self._opened.add(message.index)
+        return self._prefill(now) if turn is OriginTurn.ALL_OPENED else ()
 
     def _begin(self, now: float) -> tuple[OriginEffect, ...]:
-        self.state = OriginState.OPENING
-        self._wait(now, OPEN_SECONDS)
+        self._wait(now, OPEN_S)
         last = len(self._route) - 1
         return tuple(
             Send(
@@ -220,21 +279,6 @@ class Origin:
             for index, hop in enumerate(self._route)
         )
 
-    def _received(self, event: Received, now: float) -> tuple[OriginEffect, ...]:
-        message = event.message
-        if isinstance(message, Token):
-            return self._token(event.peer, message, event.network_us, now)
-        if message.index >= len(self._route) or self._route[message.index].peer != event.peer:
-            raise RemoteProtocolError(f"{event.peer} answered for stage {message.index}, which is not its own")
-        if isinstance(message, Refused):
-            return (*self._close(), self._refused(message))
-        self._opened.add(message.index)
-        if len(self._opened) < len(self._route):
-            return ()
-        self.state = OriginState.RUNNING
-        self._wait(now, STEP_SECONDS + PREFILL_ROW_SECONDS * len(self._prompt))
-        return self._prefill()
-
     def _refused(self, message: Refused) -> Failed:
         """A stage that could not reach the next one is not the one to avoid."""
         hop = self._route[message.index]
@@ -248,7 +292,8 @@ class Origin:
         self.deadline = now + seconds
         self._patience = seconds
 
-    def _prefill(self) -> tuple[OriginEffect, ...]:
+    def _prefill(self, now: float) -> tuple[OriginEffect, ...]:
+        self._wait(now, STEP_S + PREFILL_ROW_S * len(self._prompt))
         steps: list[OriginEffect] = []
         position = 0
         for rows in self._chunks:
@@ -269,7 +314,9 @@ class Origin:
         )
         return Send(self._route[0].peer, step, body)
 
-    def _token(self, peer: str, message: Token, network_us: int, now: float) -> tuple[OriginEffect, ...]:
+    def _token(
+        self, turn: OriginTurn, peer: str, message: Token, network_us: int, now: float
+    ) -> tuple[OriginEffect, ...]:
         if peer != self._route[-1].peer:
             raise RemoteProtocolError(f"{peer} sent a token, but the last stage is {self._route[-1].peer}")
         if message.position != self._next:
@@ -278,39 +325,31 @@ class Origin:
             raise RemoteProtocolError(f"{peer} sent {len(message.times)} hop times for {len(self._route)} stages")
         self._next += 1
         emit = Emit(message.token, message.position, message.times, network_us)
-        if message.token in self._eos:
-            return (emit, *self._close(), Finished("eos"))
-        if self._next == self._end:
-            return (emit, *self._close(), Finished("length"))
-        self._wait(now, STEP_SECONDS)
+        if turn is OriginTurn.LAST_TOKEN:
+            return (emit, Finished("eos" if message.token in self._eos else "length"))
+        self._wait(now, STEP_S)
         # The stages work on the next token while the reader of this one takes his time.
         return (self._step(message.position, (message.token,), sample=True, prefill=False), emit)
 
-    def _peer_gone(self, peer: str, reason: str) -> tuple[OriginEffect, ...]:
-        hops = [hop for hop in self._route if hop.peer == peer]
-        if not hops:
-            return ()
-        return (*self._close(), Failed(LOST, f"{_layers(hops[0])} went away: {reason}", peer))
-
-    def _expired(self) -> tuple[OriginEffect, ...]:
+    def _expired(self) -> Failed:
         seconds = f"{self._patience:.0f} s"
         if self.state is OriginState.OPENING:
             missing = [hop for i, hop in enumerate(self._route) if i not in self._opened]
             who = " and ".join(_layers(hop) for hop in missing)
-            return (
-                *self._close(),
-                Failed(TIMEOUT, f"{who} did not open the session within {seconds}", missing[0].peer),
-            )
+            return Failed(TIMEOUT, f"{who} did not open the session within {seconds}", missing[0].peer)
         text = f"no token came within {seconds} from {' and '.join(_layers(hop) for hop in self._route)}".rstrip(",")
-        return (*self._close(), Failed(TIMEOUT, text, None))
+        return Failed(TIMEOUT, text, None)
 
-    def _close(self) -> tuple[Send, ...]:
-        was = self.state
-        self.state = OriginState.CLOSED
-        self.deadline = None
-        if was is OriginState.NEW:
-            return ()
+    def _closes(self) -> tuple[Send, ...]:
         return tuple(Send(peer, Close(session=self._session, attempt=self._attempt)) for peer in self.peers)
+
+
+_TURNS: Final[Mapping[type[OriginEvent], OriginTurn]] = {
+    Begin: OriginTurn.BEGIN,
+    PeerGone: OriginTurn.PEER_GONE,
+    Stop: OriginTurn.STOP,
+    Expired: OriginTurn.EXPIRED,
+}
 
 
 def _layers(hop: Hop) -> str:
@@ -320,13 +359,6 @@ def _layers(hop: Hop) -> str:
 
 
 # ---------------------------------------------------------------- stage
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Have the engine run this step."""
-
-    step: Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,15 +375,15 @@ class StageState(Enum):
     CLOSED = "closed"
 
 
-STAGE_TRANSITIONS: Final[Mapping[tuple[StageState, type], tuple[StageState, ...]]] = {
-    (StageState.OPEN, Step): (StageState.OPEN,),
-    (StageState.OPEN, Ran): (StageState.OPEN,),
-    (StageState.OPEN, Close): (StageState.CLOSED,),
-    (StageState.OPEN, Refused): (StageState.CLOSED,),  # said by us
-}
+STAGE_TRANSITIONS: Final[Mapping[tuple[StageState, type], StageState]] = {
+    (StageState.OPEN, Step): StageState.OPEN,
+    (StageState.OPEN, Ran): StageState.OPEN,
+    (StageState.OPEN, Close): StageState.CLOSED,
+    (StageState.OPEN, Refused): StageState.CLOSED,  # said by us
+}  # what else happens is ignored
 
 
-class Stage:
+class StageSession:
     """One session, seen from a stage of its route: who may feed it, in which order, and where to send."""
 
     def __init__(self, opening: Open, us: str) -> None:
@@ -378,16 +410,17 @@ class Stage:
     @property
     def patience(self) -> float:
         """Seconds without a step after which a session is not kept: its Close must have got lost."""
-        return IDLE_SECONDS + PREFILL_ROW_SECONDS * self.opening.capacity
+        return IDLE_S + PREFILL_ROW_S * self.opening.capacity
 
-    def take(self, peer: str, step: Step) -> Run | None:
-        """A step came in. None: stale (another attempt, or the session is closed), ignored.
+    def take(self, peer: str, step: Step) -> bool:
+        """A step came in. Whether the engine is to run it; one of another attempt or a closed session is ignored.
 
         Raises:
           RemoteProtocolError: from the wrong peer, with a gap, above the capacity, wrong number of times.
         """
-        if self.state is StageState.CLOSED or step.attempt != self.opening.attempt:
-            return None
+        after = STAGE_TRANSITIONS.get((self.state, Step))
+        if after is None or step.attempt != self.opening.attempt:
+            return False
         if peer != self._upstream:
             raise RemoteProtocolError(f"{peer} sent a step, but {self._upstream} is the stage before us")
         if step.position > self._next:
@@ -399,11 +432,12 @@ class Stage:
         if len(step.times) != self.opening.index:
             raise RemoteProtocolError(f"{peer} sent {len(step.times)} hop times to stage {self.opening.index}")
         self._next = step.position + step.rows
-        return Run(step)
+        self.state = after
+        return True
 
     def ran(self, result: Ran) -> tuple[str, Message] | None:
         """The engine is done: where to send what (the body comes beside it). None: nothing to send."""
-        if self.state is StageState.CLOSED:
+        if not self._go(Ran):
             return None
         step = result.step
         times = (*step.times, result.time)
@@ -432,11 +466,18 @@ class Stage:
         return peer == self.opening.origin
 
     def close(self) -> None:
-        self.state = StageState.CLOSED
+        """The session is over; again is no harm."""
+        self._go(Close)
+
+    def _go(self, event: type) -> bool:
+        """Take the transition of an event that nothing can be wrong with; False where the table has none."""
+        after = STAGE_TRANSITIONS.get((self.state, event))
+        self.state = after or self.state
+        return after is not None
 
     def refusal(self, code: str, reason: str, retry_ms: int = 0) -> tuple[str, Refused]:
         """End the session and tell its origin why."""
-        self.state = StageState.CLOSED
+        self._go(Refused)
         return self.opening.origin, refusal(self.opening, code, reason, retry_ms)
 
 

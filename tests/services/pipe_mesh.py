@@ -5,29 +5,37 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import trio
 
 from meshnode.core.errors import Declined, EngineLost
+from meshnode.core.health import Health
+from meshnode.core.signal import Changes
 from meshnode.engine.null_stage import NullStage
-from meshnode.engine.port import StageReport, StageSpec, StepResult
+from meshnode.engine.port import Engine, StageReport, StageSpec, StepResult
 from meshnode.engine.process import load_request
 from meshnode.engine.sessions import Sessions
+from meshnode.model.facts import facts_of
+from meshnode.model.release import ServedRelease
 from meshnode.net.memory_host import MemoryHost, MemoryNetwork
 from meshnode.net.pipes import Pipes
-from meshnode.policy.route import NoRoute, plan_route
-from meshnode.services.inference.origin import GenerationService, Receipt, Request, Target
+from meshnode.services.inference.load import StageLoad
+from meshnode.services.inference.origin import OriginService
+from meshnode.services.inference.readiness import ReadinessService
+from meshnode.services.inference.receipt import Receipt, Request
+from meshnode.services.inference.router import Router
 from meshnode.services.inference.stage import StageService
-from protocols.advert.messages import SERVING, Serving, Span
+from protocols.advert.messages import SERVING, Advert, Serving, Span
 from protocols.enginewire.messages import BAD_INPUT
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId, SessionId
 from protocols.manifest.messages import Architecture
-from protocols.pipe.messages import Close, Hop, Message, Open, Opened, Refused, Sampling, Step, Token
+from protocols.pipe.messages import Sampling
 from tests.adverts import MANIFEST, advert_of, peer_of
+from tests.services.placement_world import make_manifest
 
 LAYERS = 9
 SHAPE = Architecture(
@@ -42,6 +50,8 @@ SHAPE = Architecture(
     bos_ids=(1,),
     eos_ids=(2,),
 )
+_MANIFEST = replace(make_manifest(LAYERS), architecture=SHAPE)
+RELEASE = ServedRelease(MANIFEST, "int4", _MANIFEST, facts_of(_MANIFEST, "int4"))
 GREEDY = Sampling(seed=0)
 PROMPT = (5, 6, 7, 8, 9)
 
@@ -157,18 +167,26 @@ class Member:
     span: Span | None  # as its advert says
     engine_failures: list[str] = field(default_factory=list)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    heard: list[tuple[PeerId, Message]] = field(default_factory=list)
+    load: StageLoad = field(default_factory=StageLoad)
+    health: Health = field(default_factory=lambda: Health(trio.current_time))
     stage: StageService = field(init=False)
-    generation: GenerationService = field(init=False)
+    origin: OriginService = field(init=False)
+    readiness: ReadinessService = field(init=False)
 
     @property
     def peer(self) -> PeerId:
         return self.host.peer_id
 
     @property
-    def engine(self) -> LocalEngine:
+    def local(self) -> LocalEngine:
         assert self.served is not None
         return self.served.engine
+
+    def engine(self) -> Served | None:
+        return self.served
+
+    def engine_lost(self, engine: Engine, reason: str) -> None:
+        self.engine_failures.append(reason)
 
     def kill(self) -> None:
         """End at once, like a killed process."""
@@ -187,7 +205,7 @@ class Member:
         """One generation to its end; `each` hears of the number of tokens so far."""
         count = 0
         request = Request(tuple(prompt), most, sampling, chunk_rows)
-        async with aclosing(self.generation.generate(request)) as pieces:
+        async with aclosing(self.origin.generate(request)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Receipt):
                     return piece
@@ -203,7 +221,9 @@ class Mesh:
         self.network = MemoryNetwork()
         self.members: list[Member] = []
         self.rng = random.Random(5)
-        self.target: Target | None = Target(MANIFEST, "int4", LAYERS, SHAPE.context, frozenset(SHAPE.eos_ids))
+        self.changes = Changes()  # of `live` and `current`
+        self.current: ServedRelease | None = RELEASE
+        self.why_none = "the network serves no model yet"
         self.prefer: PeerId | None = None  # looks faster than it is
         self._nursery = nursery
         self._change = trio.Event()
@@ -222,34 +242,10 @@ class Mesh:
         engine.changed = self._changed
         served = Served(engine, span) if last else None
         member = Member(number, host, Pipes(host), served, served.span if served else None)
-        member.stage = StageService(
-            us=member.peer,
-            send=member.pipes.send,
-            serving=lambda: member.served,
-            engine_lost=lambda _, reason: member.engine_failures.append(reason),
-        )
-        member.generation = GenerationService(
-            us=member.peer,
-            send=member.pipes.send,
-            target=lambda: self.target,
-            route=lambda target, seed, avoid: self.route(member, target, seed, avoid),
-            rng=random.Random(number),
-        )
-
-        async def deliver(peer: PeerId, message: Message, body: bytes, network_us: int) -> None:
-            member.heard.append((peer, message))
-            match message:
-                case Open() | Step() | Close():
-                    await member.stage.receive(peer, message, body, network_us)
-                case Opened() | Refused() | Token():
-                    await member.generation.receive(peer, message, network_us)
-
-        def lose(peer: PeerId, reason: str) -> None:
-            member.stage.peer_gone(peer, reason)
-            member.generation.peer_gone(peer, reason)
-
-        member.pipes.deliver_to(deliver)
-        member.pipes.report_to(lose)
+        member.stage = StageService(member.peer, member.pipes, member, member.load)
+        router = Router(member.peer, self, self)
+        member.origin = OriginService(member.peer, member.pipes, router, self, random.Random(number))
+        member.readiness = ReadinessService(router, member.origin, host, member.pipes, member.health)
         await self._nursery.start(self._run, member)
         for other in self.members:
             if other.peer in self.network.hosts:
@@ -261,19 +257,15 @@ class Mesh:
 
     async def _run(self, member: Member, *, task_status: trio.TaskStatus[None]) -> None:
         with member.scope:
-            events = member.host.events()
             async with trio.open_nursery() as nursery:
                 await nursery.start(member.host.run)
                 await nursery.start(member.pipes.run)
                 await nursery.start(member.stage.run)
                 task_status.started()
-                async for event in events:
-                    if not event.connected:
-                        member.stage.peer_gone(event.peer, event.reason)
-                        member.generation.peer_gone(event.peer, event.reason)
 
-    def route(self, origin: Member, target: Target, seed: int, avoid: frozenset[PeerId]) -> tuple[Hop, ...] | NoRoute:
-        view = {
+    def live(self) -> dict[PeerId, Advert]:
+        """Every member that says it serves something."""
+        return {
             member.peer: advert_of(
                 member.number,
                 incarnation=1,
@@ -288,16 +280,6 @@ class Mesh:
             for member in self.members
             if (span := member.span) is not None
         }
-        return plan_route(
-            view,
-            target.manifest,
-            target.variant,
-            target.layers,
-            origin.peer,
-            seed,
-            origin.generation.in_flight(),
-            avoid,
-        )
 
     async def chain(self, *cuts: int) -> Member:
         """A node for each span between the cuts, and one that serves nothing and asks."""
@@ -313,9 +295,9 @@ class Mesh:
         """Wait until no running member knows of any session any more; an engine is the last that hears of the end."""
         with trio.fail_after(30):
             while any(
-                member.stage.sessions
-                or member.generation.running
-                or (member.served is not None and (member.served.sessions or member.engine.open_sessions))
+                member.load.sessions
+                or member.origin.running
+                or (member.served is not None and (member.served.sessions or member.local.open_sessions))
                 for member in self.members
                 if member.peer in self.network.hosts
             ):

@@ -154,7 +154,7 @@ async def test_a_provider_is_found_among_many_servers(autojump_clock: MockClock)
         provider = await it.start(Node(it.host("provider"), it.seeds, provides=[CID], anyone=True))
         assert await provided(provider) == K
         us = await it.start(Node(it.host("us"), it.servers[7].host.addresses))
-        readers = us.host.roster.readers
+        readers = us.host.book.readers
         brought = Brought()
         async with trio.open_nursery() as fetch:
             fetch.start_soon(us.dht.find, CID, brought.offer)
@@ -165,7 +165,7 @@ async def test_a_provider_is_found_among_many_servers(autojump_clock: MockClock)
             fetch.cancel_scope.cancel()
         await trio.sleep(2 * LINGER_S)
         assert us.host.guests == () and provider.host.peers == (), "nobody stays longer than needed"
-        assert us.host.roster.readers == readers
+        assert us.host.book.readers == readers
         assert us.dht.known_peers > K / 2
 
 

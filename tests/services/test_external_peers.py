@@ -547,7 +547,7 @@ async def test_a_peer_is_a_guest_as_long_as_anybody_wants_it(autojump_clock: Moc
             async with us.external.use(gone, ["/ip4/10.9.9.9/tcp/1"]):
                 pytest.fail("there is nobody")
         await trio.testing.wait_all_tasks_blocked()
-        assert us.host.roster.guests == {} and us.external._reasons == {}
+        assert us.host.book.guests == {} and us.external._reasons == {}
 
 
 async def test_a_peer_that_is_wanted_again_while_it_leaves_stays(autojump_clock: MockClock) -> None:
@@ -570,12 +570,12 @@ async def test_a_configured_peer_outlives_its_use_and_its_visit(autojump_clock: 
             us.external.configure(server.peer_id, server.addresses, "content.ipfs_api")
         await trio.sleep(2 * LINGER_S)
         assert us.host.guests == (server.peer_id,)
-        assert us.host.roster.guests[server.peer_id] == {PROTOCOL}
+        assert us.host.book.guests[server.peer_id] == {PROTOCOL}
         async with us.external.use(server.peer_id, server.addresses, ["/a"]):
             us.external.release(server.peer_id, "content.ipfs_api", "it moved")
             await trio.sleep(2 * LINGER_S)
             assert us.host.guests == (server.peer_id,)
-            assert us.host.roster.guests[server.peer_id] == {"/a"}
+            assert us.host.book.guests[server.peer_id] == {"/a"}
         await trio.sleep(2 * LINGER_S)
         assert us.host.guests == ()
 
@@ -598,7 +598,7 @@ async def test_visitors_are_few_and_are_forgotten(autojump_clock: MockClock) -> 
             await late.open_stream(US, "/members/only")
         it.network.kill(late.peer_id)
         await trio.sleep(1)
-        assert late.peer_id not in us.external.came and late.peer_id not in us.host.roster.guests
+        assert late.peer_id not in us.external.came and late.peer_id not in us.host.book.guests
         assert not us.external.take_in(late.peer_id), "it is not connected"
 
 

@@ -11,11 +11,13 @@ import trio
 from trio.testing import MockClock
 
 from meshnode.core.errors import Declined, PeerUnreachable
-from meshnode.services.inference.origin import EVENTS, GenerationService, Piece, Receipt, Request
+from meshnode.services.inference.origin import EVENTS
+from meshnode.services.inference.receipt import Piece, Receipt, Request
 from protocols.errors import RemoteProtocolError
-from protocols.pipe.machine import STEP_SECONDS
-from protocols.pipe.messages import Close, HopTime, Open, Opened, Refused, Sampling, Step, Token
-from tests.services.pipe_mesh import GREEDY, LAYERS, PROMPT, SHAPE, Member, alone, open_mesh
+from protocols.ids import PeerId
+from protocols.pipe.machine import STEP_S
+from protocols.pipe.messages import Close, HopTime, Open, Opened, Refused, Sampling, Token
+from tests.services.pipe_mesh import GREEDY, LAYERS, PROMPT, RELEASE, SHAPE, Member, alone, open_mesh
 
 Lie = Callable[[bytes], Opened | Refused | Token]
 TIME = HopTime(network_us=0, queue_us=0, compute_us=0)
@@ -60,7 +62,7 @@ async def test_the_cuts_of_a_prompt_change_nothing(autojump_clock: MockClock) ->
         asker = await mesh.chain(4)
         for rows in (3, 8, 256):
             assert (await asker.ask(prompt, chunk_rows=rows)).tokens == alone(prompt)
-        assert (0, 3) in mesh.members[1].engine.steps
+        assert (0, 3) in mesh.members[1].local.steps
 
 
 async def test_draws_repeat_with_their_seed(autojump_clock: MockClock) -> None:
@@ -116,8 +118,8 @@ async def test_the_answer_ends_at_an_end_token(autojump_clock: MockClock) -> Non
     right = alone(most=12)
     async with open_mesh() as mesh:
         asker = await mesh.chain(4)
-        assert mesh.target is not None
-        mesh.target = replace(mesh.target, eos=frozenset({right[4]}))
+        manifest = replace(RELEASE.manifest, architecture=replace(SHAPE, eos_ids=(right[4],)))
+        mesh.current = replace(RELEASE, manifest=manifest)
         receipt = await asker.ask()
         assert receipt.tokens == right[: right.index(right[4]) + 1]
         assert receipt.reason == "eos"
@@ -144,30 +146,30 @@ async def test_cancelling_frees_the_session_on_every_stage(after: int, autojump_
 
             if after == 0:
                 for member in mesh.members[:3]:
-                    member.engine.held = trio.Event()
+                    member.local.held = trio.Event()
                 scope.deadline = trio.current_time() + 1
             await asker.ask(most=200, each=each)
         assert scope.cancelled_caught
         for member in mesh.members[:3]:
-            if member.engine.held is not None:
-                member.engine.held.set()
+            if member.local.held is not None:
+                member.local.held.set()
         await mesh.freed()
 
 
 async def test_whoever_closes_the_generator_frees_the_session(autojump_clock: MockClock) -> None:
     async with open_mesh() as mesh:
         asker = await mesh.chain(3, 6)
-        async with aclosing(asker.generation.generate(Request(PROMPT, 100, GREEDY))) as pieces:
+        async with aclosing(asker.origin.generate(Request(PROMPT, 100, GREEDY))) as pieces:
             assert isinstance(await anext(pieces), Piece)
-            assert asker.generation.running == 1
-        assert asker.generation.running == 0
+            assert asker.origin.running == 1
+        assert asker.origin.running == 0
         await mesh.freed()
 
 
 async def test_no_stage_holds_a_session_while_the_reader_looks_at_the_receipt(autojump_clock: MockClock) -> None:
     async with open_mesh() as mesh:
         asker = await mesh.chain(3, 6)
-        async with aclosing(asker.generation.generate(Request(PROMPT, 2, GREEDY))) as pieces:
+        async with aclosing(asker.origin.generate(Request(PROMPT, 2, GREEDY))) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Receipt):
                     await mesh.freed()
@@ -177,11 +179,11 @@ async def test_a_slow_reader_loses_nothing(autojump_clock: MockClock) -> None:
     async with open_mesh() as mesh:
         asker = await mesh.chain(3, 6)
         got: list[int] = []
-        async with aclosing(asker.generation.generate(Request(PROMPT, 6, GREEDY))) as pieces:
+        async with aclosing(asker.origin.generate(Request(PROMPT, 6, GREEDY))) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Piece):
                     got.append(piece.token)
-                    await trio.sleep(1.2 * STEP_SECONDS if len(got) == 3 else 0)
+                    await trio.sleep(1.2 * STEP_S if len(got) == 3 else 0)
         assert got == alone(most=6)
 
 
@@ -189,17 +191,11 @@ async def test_a_lost_goodbye_costs_a_stage_its_patience_not_the_session_for_eve
     async with open_mesh() as mesh:
         asker = await mesh.chain(4)
         deaf = mesh.members[1]
-        deliver = deaf.stage.receive
-
-        async def forget(peer: str, message: Open | Step | Close, body: bytes, network_us: int) -> None:
-            if not isinstance(message, Close):
-                await deliver(peer, message, body, network_us)  # type: ignore[arg-type]
-
-        deaf.stage.receive = forget  # type: ignore[assignment, method-assign]
+        deaf.pipes.handle(Close, lambda *_: None)
         await asker.ask(most=2)
-        assert deaf.stage.sessions == 1
+        assert deaf.load.sessions == 1
         with trio.fail_after(700):
-            while deaf.stage.sessions:
+            while deaf.load.sessions:
                 await mesh.change()
 
 
@@ -230,7 +226,7 @@ async def test_a_stage_that_dies_on_the_way_is_named_with_its_layers(number: int
         assert trio.current_time() - died[0] < 5
         assert caught.value.peer == victim.peer
         assert victim.peer in str(caught.value)
-        span = victim.engine.spec
+        span = victim.local.spec
         assert f"layers {span.first} to {span.last - 1}" in str(caught.value)
         await mesh.freed()
 
@@ -268,17 +264,24 @@ async def test_before_the_first_token_another_route_is_taken(
         assert broken.served is not None
         match failure:
             case "engine":
-                broken.engine.dies_after = 0
+                broken.local.dies_after = 0
             case "restarted":
                 broken.served.incarnation = 2
             case "idle":
                 broken.served = None
             case "moved":
                 broken.served.span = replace(broken.served.span, first=1)
+        said: list[str] = []
+
+        def refused(peer: PeerId, message: Refused, body: bytes, network_us: int) -> None:
+            said.append(message.code)
+            asker.origin.receive(peer, message, body, network_us)
+
+        asker.pipes.handle(Refused, refused)
         receipt = await asker.ask()
         assert receipt.tokens == alone()
         assert receipt.route[0].peer == other.peer
-        assert [m.code for _, m in asker.heard if isinstance(m, Refused)] == [code]
+        assert said == [code]
         assert broken.engine_failures == (["it was killed by SIGKILL"] if failure == "engine" else [])
         await mesh.freed()
 
@@ -321,11 +324,7 @@ async def test_a_stage_that_does_not_open_is_given_up(autojump_clock: MockClock)
     async with open_mesh() as mesh:
         asker = await mesh.chain(3, 6)
         dumb = mesh.members[1]
-
-        async def ignore(*_: object) -> None:
-            return
-
-        dumb.stage.receive = ignore  # type: ignore[assignment, method-assign]
+        dumb.pipes.handle(Open, lambda *_: None)
         error = await fails(asker)
         assert error.peer == dumb.peer
         assert "did not open the session within 15 s" in str(error)
@@ -336,7 +335,7 @@ async def test_an_engine_that_dies_later_ends_the_answer(autojump_clock: MockClo
     async with open_mesh() as mesh:
         asker = await mesh.chain(3, 6)
         victim = mesh.members[1]
-        victim.engine.dies_after = 4
+        victim.local.dies_after = 4
         error = await fails(asker)
         assert isinstance(error, Declined)
         assert (error.code, error.peer) == ("engine-lost", victim.peer)
@@ -351,11 +350,11 @@ async def test_an_engine_that_hangs_ends_the_answer_with_a_sentence(autojump_clo
 
         def each(count: int) -> None:
             if count == 3:
-                mesh.members[2].engine.held = trio.Event()
+                mesh.members[2].local.held = trio.Event()
 
         with pytest.raises(PeerUnreachable, match=r"no token came within 60 s from the node .*, which runs layers 0"):
             await asker.ask(most=100, each=each)
-        held = mesh.members[2].engine.held
+        held = mesh.members[2].local.held
         assert held is not None
         held.set()
         await mesh.freed()
@@ -398,7 +397,7 @@ async def test_bad_requests_are_declined_with_a_sentence(
     async with open_mesh() as mesh:
         asker = await mesh.chain(3, 6)
         with pytest.raises(Declined) as caught:
-            async with aclosing(asker.generation.generate(request_)) as pieces:
+            async with aclosing(asker.origin.generate(request_)) as pieces:
                 async for _ in pieces:
                     pass
         assert caught.value.code == code
@@ -415,7 +414,7 @@ async def test_without_a_model_or_a_chain_that_is_said(autojump_clock: MockClock
         assert isinstance(error, Declined)
         assert error.code == "no-route"
         assert "layers 4 to 8 are held by nobody" in str(error)
-        mesh.target = None
+        mesh.current = None
         error = await fails(asker)
         assert isinstance(error, Declined)
         assert (error.code, str(error).startswith("the network serves no model yet")) == ("no-model", True)
@@ -426,19 +425,19 @@ async def test_a_peer_that_answers_for_a_session_of_others_is_refused(autojump_c
         asker = await mesh.chain(4)
         stranger = await mesh.start()
         got: list[int] = []
-        async with aclosing(asker.generation.generate(Request(PROMPT, 10, GREEDY))) as pieces:
+        async with aclosing(asker.origin.generate(Request(PROMPT, 10, GREEDY))) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Piece):
                     got.append(piece.token)
                 if len(got) != 2:
                     continue
-                (key,) = asker.generation._running
+                (key,) = asker.origin._running
                 for lie in (
                     Token(session=key, attempt=0, position=7, token=1, sent_us=0, times=(TIME, TIME)),
                     Refused(session=key, attempt=0, index=0, code="busy", reason="ha"),
                 ):
                     with pytest.raises(RemoteProtocolError, match="takes no part in"):
-                        await asker.generation.receive(stranger.peer, lie, 0)
+                        asker.origin.receive(stranger.peer, lie, b"", 0)
                     await stranger.pipes.send(asker.peer, lie)
         assert got == alone(most=10)
 
@@ -460,10 +459,10 @@ async def test_a_stage_that_lies_ends_its_session_and_nothing_else(
         asker = await mesh.chain(4)
         peer = mesh.members[liar].peer
         with pytest.raises(PeerUnreachable) as caught:
-            async with aclosing(asker.generation.generate(Request(PROMPT, 50, GREEDY))) as pieces:
+            async with aclosing(asker.origin.generate(Request(PROMPT, 50, GREEDY))) as pieces:
                 await anext(pieces)
-                (key,) = asker.generation._running
-                await asker.generation.receive(peer, lie(key), 0)
+                (key,) = asker.origin._running
+                asker.origin.receive(peer, lie(key), b"", 0)
                 async for _ in pieces:
                     pass
         assert caught.value.peer == peer
@@ -477,13 +476,13 @@ async def test_a_flood_is_the_fault_of_its_peer_and_a_loss_is_still_heard(autoju
         asker = await mesh.chain(4)
         peer = mesh.members[0].peer
         with pytest.raises(PeerUnreachable):
-            async with aclosing(asker.generation.generate(Request(PROMPT, 50, GREEDY))) as pieces:
+            async with aclosing(asker.origin.generate(Request(PROMPT, 50, GREEDY))) as pieces:
                 await anext(pieces)
-                (key,) = asker.generation._running
+                (key,) = asker.origin._running
                 with pytest.raises(RemoteProtocolError, match=f"more than {EVENTS} messages"):
                     for _ in range(EVENTS + 1):
-                        await asker.generation.receive(peer, Opened(session=key, attempt=1, index=0), 0)
-                asker.generation.peer_gone(mesh.members[1].peer, "its cable was cut")
+                        asker.origin.receive(peer, Opened(session=key, attempt=1, index=0), b"", 0)
+                asker.origin.peer_lost(mesh.members[1].peer, "its cable was cut")
                 async for _ in pieces:
                     pass
         await mesh.freed()
@@ -494,9 +493,8 @@ async def test_answers_after_the_end_are_ignored(autojump_clock: MockClock) -> N
         asker = await mesh.chain(4)
         await asker.ask(most=1)
         late = Opened(session=bytes(16), attempt=0, index=0)
-        await asker.generation.receive(mesh.members[0].peer, late, 0)
-        assert isinstance(asker.generation, GenerationService)
-        assert asker.generation.in_flight() == {}
+        asker.origin.receive(mesh.members[0].peer, late, b"", 0)
+        assert asker.origin.in_flight() == {}
 
 
 async def test_a_reader_that_falls_asleep_is_told_so(autojump_clock: MockClock) -> None:
@@ -504,7 +502,7 @@ async def test_a_reader_that_falls_asleep_is_told_so(autojump_clock: MockClock) 
         asker = await mesh.chain(4)
         got: list[int] = []
         with pytest.raises(Declined, match=r"no step came to .* for 605 s") as caught:
-            async with aclosing(asker.generation.generate(Request(PROMPT, 15, GREEDY))) as pieces:
+            async with aclosing(asker.origin.generate(Request(PROMPT, 15, GREEDY))) as pieces:
                 async for piece in pieces:
                     assert isinstance(piece, Piece)
                     got.append(piece.token)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -13,18 +13,21 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.core.health import Health
+from meshnode.core.signal import Changes
+from meshnode.net.port import PeerEvent
 from meshnode.policy.route import NoRoute
-from meshnode.services.inference.origin import Request
-from meshnode.services.inference.readiness import AGAIN_SECONDS, PROBE_SECONDS, Readiness, ReadinessService
-from protocols.pipe.messages import Token
-from tests.services.pipe_mesh import GREEDY, Mesh, open_mesh
+from meshnode.services.inference.readiness import AGAIN_S, PROBE_S, Readiness, ReadinessService
+from meshnode.services.inference.receipt import Piece, Receipt, Request
+from protocols.ids import PeerId
+from protocols.pipe.messages import Hop, Message, Token
+from tests.services.pipe_mesh import open_mesh
 
 
 @dataclass
 class Chain:
-    """A chain that can be changed, broken and held up."""
+    """A chain that can be changed, broken and held up, in the place of the router, the origin and the network."""
 
-    route: object = None
+    route: str | None = None
     why: str = "layers 3 to 5 are held by nobody"
     failure: Exception | None = None
     takes_s: float = 0.1
@@ -32,37 +35,39 @@ class Chain:
     health: Health = field(default_factory=lambda: Health(trio.current_time))
 
     def __post_init__(self) -> None:
-        self._event = trio.Event()
-        self.service = ReadinessService(
-            chain=lambda: (self.route, "" if self.route else self.why),
-            changed=self._changed,
-            probe=self._probe,
-            health=self.health,
-        )
+        self.changes = (Changes(), Changes())
+        self.appear, self._events = trio.open_memory_channel[PeerEvent](10)
+        self.service = ReadinessService(self, self, self, self, self.health)  # type: ignore[arg-type]
 
-    async def _changed(self) -> None:
-        await self._event.wait()
+    def usual(self) -> tuple[Hop, ...] | NoRoute:
+        return NoRoute(self.why, 0) if self.route is None else (Hop(peer=self.route, incarnation=1, first=0, last=1),)
 
-    async def _probe(self) -> None:
+    def events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
+        return self._events
+
+    def on_lost(self, listener: Callable[[PeerId, str], None]) -> None:
+        self.lose = listener
+
+    async def generate(self, _: Request) -> AsyncGenerator[Piece | Receipt, None]:
         self.probes.append(trio.current_time())
         await trio.sleep(self.takes_s)
         if self.failure is not None:
             raise self.failure
+        yield Receipt((), ())
 
-    async def set(self, route: object) -> None:
+    async def set(self, route: str | None) -> None:
         """Change the view, and let the service see it."""
         self.route = route
         await self.touch()
 
     async def touch(self) -> None:
-        self._event.set()
-        self._event = trio.Event()
+        self.changes[len(self.probes) % 2].notify()
         await wait_all_tasks_blocked()
 
     async def says(self, ready: bool, within: float = 30) -> Readiness:
         with trio.fail_after(within):
             while self.service.now.ready != ready:
-                await self.service._turned.wait()
+                await self.service.changes.wait()
         return self.service.now
 
     def warned(self) -> bool:
@@ -99,7 +104,7 @@ async def test_nothing_is_ready_before_a_token_has_passed(autojump_clock: MockCl
 
 async def test_without_a_chain_the_reason_is_said_and_nothing_probed(autojump_clock: MockClock) -> None:
     async with running(Chain()) as chain:
-        await until(3 * AGAIN_SECONDS)
+        await until(3 * AGAIN_S)
         assert chain.service.now == Readiness(False, "layers 3 to 5 are held by nobody")
         assert chain.probes == []
         await chain.set("one")
@@ -151,10 +156,10 @@ async def test_a_change_during_the_probe_is_not_missed(autojump_clock: MockClock
 
 async def test_an_unchanged_chain_is_probed_once_a_minute(autojump_clock: MockClock) -> None:
     async with running(Chain(route="one")) as chain:
-        await until(5 * AGAIN_SECONDS)
+        await until(5 * AGAIN_S)
         assert len(chain.probes) == 5
         chain.failure = PeerUnreachable("the node bob went away")
-        await chain.says(False, within=AGAIN_SECONDS + 1)
+        await chain.says(False, within=AGAIN_S + 1)
         assert chain.warned() is False, "shown after five seconds"
         await until(6)
         assert chain.warned()
@@ -169,7 +174,7 @@ async def test_failures_are_tried_again_more_and_more_seldom(before: bool, autoj
     async with running(Chain(route="one", takes_s=0, failure=None if before else failure)) as chain:
         if before:
             chain.failure = failure
-            await chain.says(False, within=AGAIN_SECONDS + 1)
+            await chain.says(False, within=AGAIN_S + 1)
         first = len(chain.probes) - 1
         await until(400)
         pauses = [round(later - sooner) for sooner, later in pairwise(chain.probes[first:])]
@@ -178,43 +183,19 @@ async def test_failures_are_tried_again_more_and_more_seldom(before: bool, autoj
 
 async def test_a_probe_that_hangs_has_failed(autojump_clock: MockClock) -> None:
     async with running(Chain(route="one", takes_s=1000)) as chain:
-        await until(PROBE_SECONDS + 0.5)
+        await until(PROBE_S + 0.5)
         assert chain.service.now.sentence == "the probe failed: no probe token came back within 20 s"
         chain.takes_s = 0
-        await chain.says(True, within=2 * PROBE_SECONDS)
+        await chain.says(True, within=2 * PROBE_S)
 
 
 # ---------------------------------------------------------------- over a real chain of stages
 
 
-def watch(mesh: Mesh, number: int, health: Health) -> ReadinessService:
-    """Readiness of a member, over its own routes and generations."""
-    member = mesh.members[number]
-
-    def chain() -> tuple[object, str]:
-        assert mesh.target is not None
-        route = mesh.route(member, mesh.target, 0, frozenset())
-        return (None, route.reason) if isinstance(route, NoRoute) else (route, "")
-
-    async def probe() -> None:
-        async with aclosing(member.generation.generate(Request((1, 1), 1, GREEDY))) as pieces:
-            async for _ in pieces:
-                pass
-
-    async def changed() -> None:
-        async with member.host.events() as events:
-            await wait_all_tasks_blocked()
-            for _ in member.host.peers:
-                events.receive_nowait()
-            await events.receive()
-
-    return ReadinessService(chain=chain, changed=changed, probe=probe, health=health)
-
-
 async def test_a_real_chain_is_ready_and_its_loss_is_named(autojump_clock: MockClock) -> None:
     async with open_mesh() as mesh:
         await mesh.chain(3, 6)
-        service = watch(mesh, 3, Health(trio.current_time))
+        service = mesh.members[3].readiness
         victim = mesh.members[1]
         async with trio.open_nursery() as nursery:
             await nursery.start(service.run)
@@ -223,6 +204,7 @@ async def test_a_real_chain_is_ready_and_its_loss_is_named(autojump_clock: MockC
             await mesh.freed()
             victim.kill()
             victim.span = None
+            mesh.changes.notify()
             await until(1)
             assert service.now == Readiness(False, "layers 3 to 5 are held by nobody, and no node is loading")
             nursery.cancel_scope.cancel()
@@ -232,15 +214,15 @@ async def test_a_chain_that_looks_whole_but_does_not_answer_is_not_ready(autojum
     async with open_mesh() as mesh:
         await mesh.chain(3, 6)
         dead = mesh.members[1]
-        dead.engine.dies_after = 0
-        service = watch(mesh, 3, Health(trio.current_time))
+        dead.local.dies_after = 0
+        service = mesh.members[3].readiness
         async with trio.open_nursery() as nursery:
             await nursery.start(service.run)
             await until(0.5)
             assert not service.now.ready
             assert dead.peer in service.now.sentence
             assert "SIGKILL" in service.now.sentence
-            dead.engine.dies_after = None
+            dead.local.dies_after = None
             await until(10)
             assert service.now.ready
             nursery.cancel_scope.cancel()
@@ -250,15 +232,13 @@ async def test_a_lying_stage_costs_readiness_and_not_the_service(autojump_clock:
     async with open_mesh() as mesh:
         await mesh.chain(3, 6)
         last = mesh.members[2]
-        service = watch(mesh, 3, Health(trio.current_time))
-        send = last.stage._send
+        service = mesh.members[3].readiness
+        send = last.pipes.send
 
-        async def lie(peer: object, message: object, body: bytes) -> None:
-            if isinstance(message, Token):
-                message = replace(message, position=77)
-            await send(peer, message, body)  # type: ignore[arg-type]
+        async def lie(peer: PeerId, message: Message, body: bytes = b"") -> None:
+            await send(peer, replace(message, position=77) if isinstance(message, Token) else message, body)
 
-        last.stage._send = lie  # type: ignore[assignment]
+        last.pipes.send = lie  # type: ignore[method-assign]
         async with trio.open_nursery() as nursery:
             await nursery.start(service.run)
             await until(5)
@@ -272,17 +252,19 @@ async def test_a_broken_chain_is_not_ready_until_another_token_has_passed(autoju
     async with running(Chain(route="one")) as chain:
         await chain.says(True)
         chain.failure = PeerUnreachable("no heartbeat")
-        chain.service.doubt("node2 went away")
-        assert chain.service.now == Readiness(False, "the chain has just broken: node2 went away")
+        chain.lose(PeerId("two"), "no part of the chain")
+        assert chain.service.now.ready
+        chain.lose(PeerId("one"), "it was killed")
+        assert chain.service.now == Readiness(False, "the chain has just broken: one went away: it was killed")
         await until(3)
         assert chain.service.now == Readiness(False, "the probe failed: no heartbeat")
         failed = len(chain.probes)
         await until(20)
         chain.failure = None
-        chain.service.look_again()
+        chain.appear.send_nowait(PeerEvent(PeerId("one"), connected=True))
         await chain.says(True, within=0.5)
         assert failed < len(chain.probes) < failed + 6
         probes = len(chain.probes)
-        chain.service.look_again()
+        chain.appear.send_nowait(PeerEvent(PeerId("one"), connected=True))
         await until(10)
         assert len(chain.probes) == probes, "what is ready needs no further look"

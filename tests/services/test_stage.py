@@ -14,11 +14,12 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from meshnode.core.errors import Declined, PeerUnreachable
+from meshnode.services.inference.load import QUEUE_STEP_US, StageLoad
 from meshnode.services.inference.stage import MAX_SESSIONS, MAX_UNTOLD, MAX_WAITING_STEPS, StageService
 from protocols.advert.messages import Span
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId
-from protocols.pipe.machine import IDLE_SECONDS
+from protocols.pipe.machine import IDLE_S
 from protocols.pipe.messages import Close, Hop, HopTime, Message, Open, Opened, Refused, Step, Token
 from tests.adverts import MANIFEST, OTHER_MANIFEST
 from tests.services.pipe_mesh import GREEDY, LAYERS, PROMPT, SHAPE, LocalEngine, Served, alone
@@ -30,18 +31,40 @@ TIME = HopTime(network_us=0, queue_us=0, compute_us=0)
 
 @dataclass
 class Bench:
-    """A stage service, its engine, and what it sent."""
+    """A stage service over an engine, in the place of its pipes and its spans; and what it sent."""
 
-    service: StageService
     served: Served
     sent: list[tuple[PeerId, Message, bytes]] = field(default_factory=list)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     serving: bool = True
     deliver: Callable[[PeerId], Awaitable[None]] | None = None
     failures: list[str] = field(default_factory=list)
+    load: StageLoad = field(default_factory=StageLoad)
+
+    def __post_init__(self) -> None:
+        self._handlers: dict[type, Callable[..., None]] = {}
+        self.service = StageService(US, self, self, self.load)
+
+    def handle(self, kind: type, handler: Callable[..., None]) -> None:
+        self._handlers[kind] = handler
+
+    def on_lost(self, listener: Callable[[PeerId, str], None]) -> None:
+        self.lose = listener
+
+    async def send(self, peer: PeerId, message: Message, body: bytes = b"") -> None:
+        await trio.lowlevel.checkpoint()
+        if self.deliver is not None:
+            await self.deliver(peer)
+        self.sent.append((peer, message, body))
+
+    def engine(self) -> Served | None:
+        return self.served if self.serving else None
+
+    def engine_lost(self, _: object, reason: str) -> None:
+        self.failures.append(reason)
 
     @property
-    def engine(self) -> LocalEngine:
+    def local(self) -> LocalEngine:
         return self.served.engine
 
     @property
@@ -53,35 +76,24 @@ class Bench:
     def tokens(self) -> list[tuple[int, int]]:
         return [(m.position, m.token) for _, m, _ in self.sent if isinstance(m, Token)]
 
+    def receive(self, peer: PeerId, message: Open | Step | Close, body: bytes = b"") -> None:
+        self._handlers[type(message)](peer, message, body, 0)
+
     async def take(self, peer: PeerId, message: Open | Step | Close, body: bytes = b"") -> None:
         """Deliver one message and let the service do what it can do at once."""
-        await self.service.receive(peer, message, body, 0)
+        self.receive(peer, message, body)
         with trio.move_on_after(0.5):
             await trio.sleep_forever()
 
 
 @asynccontextmanager
 async def bench(first: int = 0, last: int = LAYERS, **limits: int) -> AsyncIterator[Bench]:
-    async def send(peer: PeerId, message: Message, body: bytes) -> None:
-        await trio.lowlevel.checkpoint()
-        if made.deliver is not None:
-            await made.deliver(peer)
-        made.sent.append((peer, message, body))
-
-    served = Served(
-        LocalEngine(first, last, **limits), Span(manifest=MANIFEST, variant="int4", first=first, last=last)
-    )
-    service = StageService(
-        us=US,
-        send=send,
-        serving=lambda: made.served if made.serving else None,
-        engine_lost=lambda _, reason: made.failures.append(reason),
-    )
-    made = Bench(service, served)
+    engine = LocalEngine(first, last, **limits)
+    made = Bench(Served(engine, Span(manifest=MANIFEST, variant="int4", first=first, last=last)))
 
     async def run(*, task_status: trio.TaskStatus[None]) -> None:
         with made.scope:
-            await service.run(task_status=task_status)
+            await made.service.run(task_status=task_status)
 
     async with trio.open_nursery() as nursery:
         await nursery.start(run)
@@ -143,7 +155,7 @@ async def test_one_session_from_open_to_close(autojump_clock: MockClock) -> None
     async with bench() as b:
         await b.take(ME, opening(), ids(*PROMPT))
         assert b.sent == [(ME, Opened(session=S, attempt=1, index=0), b"")]
-        assert (b.service.sessions, b.served.sessions) == (1, 1)
+        assert (b.load.sessions, b.served.sessions) == (1, 1)
         await b.take(ME, step(0, 3, sample=False), ids(*PROMPT[:3]))
         await b.take(ME, step(3, 2), ids(*PROMPT[3:]))
         for i in range(2):
@@ -151,7 +163,7 @@ async def test_one_session_from_open_to_close(autojump_clock: MockClock) -> None
         assert b.tokens == [(5, right[0]), (6, right[1]), (7, right[2])]
         await b.take(ME, Close(session=S, attempt=1))
         await b.take(ME, Close(session=S, attempt=1))
-        assert (b.service.sessions, b.served.sessions, b.engine.open_sessions) == (0, 0, set())
+        assert (b.load.sessions, b.served.sessions, b.local.open_sessions) == (0, 0, set())
         assert b.said == []
 
 
@@ -184,13 +196,26 @@ async def test_a_step_again_gives_the_same_token_again(autojump_clock: MockClock
 
 async def test_the_queue_is_measured(autojump_clock: MockClock) -> None:
     async with bench() as b:
-        assert b.service.queue_us == 0
-        b.engine.tampers = lambda result: replace(result, compute_us=0)
+        b.local.tampers = lambda result: replace(result, compute_us=0)
         await b.take(ME, opening(), ids(*PROMPT))
         await b.take(ME, step(0, 5), ids(*PROMPT))
         token = next(m for _, m, _ in b.sent if isinstance(m, Token))
         assert token.times[0].queue_us > 0
-        assert b.service.queue_us == pytest.approx(token.times[0].queue_us / 10, abs=1)
+
+
+def test_the_wait_is_told_when_it_has_moved() -> None:
+    load = StageLoad()
+    for _ in range(100):
+        load.waited(QUEUE_STEP_US)
+    assert (load.queue_us, load.changes.version) == (0, 0), "every advert costs every node"
+    for _ in range(100):
+        load.waited(10 * QUEUE_STEP_US)
+    assert 6 * QUEUE_STEP_US < load.queue_us < 10 * QUEUE_STEP_US
+    assert load.changes.version < 6
+    load.count(2)
+    told = load.changes.version
+    load.count(2)
+    assert (load.sessions, load.changes.version) == (2, told)
 
 
 # ---------------------------------------------------------------- opening
@@ -212,7 +237,7 @@ async def test_what_we_do_not_serve_exactly_is_fenced(
         await b.take(ME, opening(**change), ids(*PROMPT))
         ((code, reason),) = b.said
         assert (code, words in reason) == ("fenced", True)
-        assert b.service.sessions == 0
+        assert b.load.sessions == 0
 
 
 async def test_a_node_without_layers_says_so(autojump_clock: MockClock) -> None:
@@ -238,7 +263,7 @@ async def test_an_open_that_breaks_the_rules_costs_the_pipe(
     async with bench() as b:
         with pytest.raises(RemoteProtocolError, match=words):
             await b.take(peer, message, body)
-        assert (b.service.sessions, b.sent) == (0, [])
+        assert (b.load.sessions, b.sent) == (0, [])
 
 
 async def test_a_session_is_not_opened_twice(autojump_clock: MockClock) -> None:
@@ -259,15 +284,15 @@ async def test_a_higher_attempt_replaces_the_session(autojump_clock: MockClock) 
     right = alone(most=1)
     async with bench() as b:
         await b.take(ME, opening(), ids(*PROMPT))
-        b.engine.held = trio.Event()
+        b.local.held = trio.Event()
         await b.take(ME, step(0, 5), ids(*PROMPT))
         await b.take(ME, opening(attempt=2), ids(*PROMPT))
-        b.engine.held.set()
+        b.local.held.set()
         await b.take(ME, step(0, 5), ids(*PROMPT))
         assert b.tokens == [], "steps of the old attempt are stale"
         await b.take(ME, step(0, 5, attempt=2), ids(*PROMPT))
         assert b.tokens == [(5, right[0])]
-        assert (b.service.sessions, b.served.sessions, len(b.engine.open_sessions)) == (1, 1, 1)
+        assert (b.load.sessions, b.served.sessions, len(b.local.open_sessions)) == (1, 1, 1)
 
 
 async def test_a_full_engine_says_when_to_come_again(autojump_clock: MockClock) -> None:
@@ -276,7 +301,7 @@ async def test_a_full_engine_says_when_to_come_again(autojump_clock: MockClock) 
         await b.take(ME, opening(session=bytes(16)), ids(*PROMPT))
         (refused,) = [m for _, m, _ in b.sent if isinstance(m, Refused)]
         assert (refused.session, refused.code, refused.retry_ms) == (bytes(16), "busy", 1000)
-        assert b.service.sessions == 1
+        assert b.load.sessions == 1
 
 
 async def test_too_little_memory_and_too_long_sessions_are_told_apart(autojump_clock: MockClock) -> None:
@@ -298,11 +323,11 @@ async def test_a_flood_of_sessions_does_not_pile_up(autojump_clock: MockClock) -
     async with bench(max_sessions=8) as b:
         b.deliver = deaf
         for number in range(MAX_SESSIONS + 2 * MAX_UNTOLD):
-            await b.service.receive(ME, opening(session=number.to_bytes(16, "big")), ids(*PROMPT), 0)
-        assert b.service.sessions == MAX_SESSIONS
+            b.receive(ME, opening(session=number.to_bytes(16, "big")), ids(*PROMPT))
+        assert b.load.sessions == MAX_SESSIONS
         with trio.move_on_after(10):
             await trio.sleep_forever()
-        assert b.service.sessions == 8
+        assert b.load.sessions == 8
         assert len(sending) == 8 + MAX_UNTOLD
 
 
@@ -348,7 +373,7 @@ async def test_wrong_rows_end_the_session_with_a_sentence(
         await b.take(ME, message, body)
         ((said, reason),) = b.said
         assert (said, words in reason) == (code, True), reason
-        assert (b.service.sessions, b.served.sessions, b.engine.open_sessions) == (0, 0, set())
+        assert (b.load.sessions, b.served.sessions, b.local.open_sessions) == (0, 0, set())
         await b.take(ME, step(0, 1), ids(5))
         assert b.tokens == []
 
@@ -373,25 +398,25 @@ async def test_only_the_stage_before_feeds(liar: PeerId, autojump_clock: MockClo
 async def test_a_flood_of_steps_ends_the_session(autojump_clock: MockClock) -> None:
     async with bench() as b:
         await b.take(ME, opening(capacity=SHAPE.context), ids(*PROMPT))
-        b.engine.held = trio.Event()
+        b.local.held = trio.Event()
         for _ in range(MAX_WAITING_STEPS + 2):
-            await b.service.receive(ME, step(0, 1), ids(5), 0)
-        assert b.service.sessions == 0
-        b.engine.held.set()
+            b.receive(ME, step(0, 1), ids(5))
+        assert b.load.sessions == 0
+        b.local.held.set()
         await b.take(ME, Close(session=S, attempt=1))
         assert [code for code, _ in b.said] == ["busy"]
-        assert b.engine.open_sessions == set()
+        assert b.local.open_sessions == set()
 
 
 async def test_few_large_steps_are_a_flood_as_well(autojump_clock: MockClock) -> None:
     async with bench() as b:
         await b.take(ME, opening(), ids(*PROMPT))
-        b.engine.held = trio.Event()
+        b.local.held = trio.Event()
         for _ in range(3):
-            await b.service.receive(ME, step(0, 32), ids(*[5] * 32), 0)
+            b.receive(ME, step(0, 32), ids(*[5] * 32))
         await wait_all_tasks_blocked()
         assert [code for code, _ in b.said] == ["busy"]
-        b.engine.held.set()
+        b.local.held.set()
 
 
 # ---------------------------------------------------------------- the world
@@ -400,7 +425,7 @@ async def test_few_large_steps_are_a_flood_as_well(autojump_clock: MockClock) ->
 async def test_an_engine_that_dies_is_reported_and_the_session_ends(autojump_clock: MockClock) -> None:
     async with bench() as b:
         await b.take(ME, opening(), ids(*PROMPT))
-        b.engine.dies_after = 0
+        b.local.dies_after = 0
         await b.take(ME, step(0, 5), ids(*PROMPT))
         assert b.failures == ["it was killed by SIGKILL"]
         assert b.said == [("engine-lost", "the engine of us failed: it was killed by SIGKILL")]
@@ -420,27 +445,27 @@ async def test_a_next_stage_that_can_not_be_reached_is_reported(error: Exception
         b.deliver = fail
         await b.take(BOB, step(0, 2, hops=1), hidden(2))
         assert b.said == [("lost", f"us can't pass a step on: {error}")]
-        assert b.engine.open_sessions == set()
+        assert b.local.open_sessions == set()
 
 
 async def test_a_next_stage_that_goes_away_is_reported_before_the_next_step(autojump_clock: MockClock) -> None:
     async with bench(3, 6) as b:
         await b.take(ME, opening(MIDDLE))
-        b.service.peer_gone(BOB, "it is the business of its origin")
-        assert b.service.sessions == 1
-        b.service.peer_gone(CAT, "the connection was lost")
+        b.lose(BOB, "it is the business of its origin")
+        assert b.load.sessions == 1
+        b.lose(CAT, "the connection was lost")
         await wait_all_tasks_blocked()
         assert b.said == [("lost", "us can't pass a step on: the connection was lost")]
-        assert b.service.sessions == 0
+        assert b.load.sessions == 0
 
 
 async def test_the_sessions_of_an_origin_end_with_it(autojump_clock: MockClock) -> None:
     async with bench() as b:
         await b.take(ME, opening(), ids(*PROMPT))
         await b.take(BOB, opening(origin=BOB, session=bytes(16)), ids(*PROMPT))
-        b.service.peer_gone(ME, "gone")
+        b.lose(ME, "gone")
         await b.take(BOB, step(0, 5, session=bytes(16)), ids(*PROMPT))
-        assert b.engine.open_sessions == {bytes(16)}
+        assert b.local.open_sessions == {bytes(16)}
         assert b.tokens == [(5, alone(most=1)[0])]
 
 
@@ -453,7 +478,7 @@ async def test_an_origin_that_takes_nothing_holds_nobody_up(autojump_clock: Mock
         b.deliver = deaf
         b.serving = False
         for _ in range(2 * MAX_UNTOLD):
-            await b.service.receive(ME, opening(), ids(*PROMPT), 0)
+            b.receive(ME, opening(), ids(*PROMPT))
         b.serving = True
         await b.take(BOB, opening(origin=BOB), ids(*PROMPT))
         await b.take(BOB, step(0, 5), ids(*PROMPT))
@@ -463,13 +488,13 @@ async def test_an_origin_that_takes_nothing_holds_nobody_up(autojump_clock: Mock
 async def test_a_forgotten_session_is_freed(autojump_clock: MockClock) -> None:
     async with bench() as b:
         await b.take(ME, opening(), ids(*PROMPT))
-        with trio.move_on_after(IDLE_SECONDS):
+        with trio.move_on_after(IDLE_S):
             await trio.sleep_forever()
-        assert b.service.sessions == 1
-        with trio.move_on_after(IDLE_SECONDS):
+        assert b.load.sessions == 1
+        with trio.move_on_after(IDLE_S):
             await trio.sleep_forever()
         assert [code for code, _ in b.said] == ["idle"]
-        assert b.engine.open_sessions == set()
+        assert b.local.open_sessions == set()
 
 
 async def test_stopping_frees_every_session(autojump_clock: MockClock) -> None:
@@ -479,7 +504,5 @@ async def test_stopping_frees_every_session(autojump_clock: MockClock) -> None:
         b.scope.cancel()
         with trio.move_on_after(1):
             await trio.sleep_forever()
-        assert (b.engine.open_sessions, b.served.sessions, b.service.sessions) == (set(), 0, 0)
-        b.service.peer_gone(ME, "afterwards")
-        await b.take(ME, opening(), ids(*PROMPT))
-        assert b.service.sessions == 0
+        assert (b.local.open_sessions, b.served.sessions, b.load.sessions) == (set(), 0, 0)
+        b.lose(ME, "afterwards")

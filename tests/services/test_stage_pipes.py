@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -12,7 +12,8 @@ from trio.testing import MockClock
 
 from meshnode.core.errors import PeerUnreachable
 from meshnode.net.memory_host import MemoryHost, MemoryNetwork
-from meshnode.net.pipes import MOST_UNDER_WAY_US, PROTOCOL, SEND_SECONDS, ClockOffset, Pipes
+from meshnode.net.pipes import MOST_UNDER_WAY_US, PROTOCOL, SEND_S, ClockOffset, Pipes
+from meshnode.net.port import Stream
 from protocols.frame import pack
 from protocols.ids import PeerId
 from protocols.pipe.messages import PIPE, Close, HopTime, Message, Pong, Step
@@ -30,15 +31,20 @@ class Node:
     heard: list[tuple[PeerId, Message, bytes, int]] = field(default_factory=list)
     lost: list[tuple[PeerId, str]] = field(default_factory=list)
     news: trio.Event = field(default_factory=trio.Event)
-    slow: Callable[[], Awaitable[None]] | None = None
+    broken: bool = False
 
     @property
     def peer(self) -> PeerId:
         return self.host.peer_id
 
-    async def take(self, peer: PeerId, message: Message, body: bytes, network_us: int) -> None:
-        if self.slow is not None:
-            await self.slow()
+    def __post_init__(self) -> None:
+        self.pipes.handle(Close, self.take)
+        self.pipes.handle(Step, self.take)
+        self.pipes.on_lost(self.lose)
+
+    def take(self, peer: PeerId, message: Message, body: bytes, network_us: int) -> None:
+        if self.broken:
+            raise PeerUnreachable("this receiver has had enough")
         self.heard.append((peer, message, body, network_us))
         self._tell()
 
@@ -65,8 +71,6 @@ async def pair(*, delay: float = 0.001, bandwidth: float = 0.0) -> AsyncIterator
     one, other = (Node(host, Pipes(host)) for host in hosts)
     async with trio.open_nursery() as nursery:
         for node in (one, other):
-            node.pipes.deliver_to(node.take)
-            node.pipes.report_to(node.lose)
             await nursery.start(node.host.run)
             await nursery.start(node.pipes.run)
         one.host.admit(other.peer, True)
@@ -93,7 +97,7 @@ async def test_a_large_frame_over_a_slow_link_takes_its_time(autojump_clock: Moc
         began = trio.current_time()
         await one.pipes.send(other.peer, STEP, bytes(4_000_000))
         await other.until(lambda: other.heard, 100)
-        assert trio.current_time() - began > 3 * SEND_SECONDS
+        assert trio.current_time() - began > 3 * SEND_S
         assert one.lost == []
 
 
@@ -108,13 +112,21 @@ async def test_large_frames_both_ways_do_not_wait_for_each_other(autojump_clock:
 
 
 async def test_a_reader_that_takes_nothing_breaks_the_pipe(autojump_clock: MockClock) -> None:
-    async with pair() as (one, other, _):
-        other.slow = trio.sleep_forever
-        await one.pipes.send(other.peer, CLOSE)
+    async def sleep(_: Stream) -> None:
+        await trio.sleep_forever()
+
+    async with pair() as (one, _, network), trio.open_nursery() as nursery:
+        deaf = network.host(peer_of(3))
+        deaf.handle(PROTOCOL, sleep)
+        await nursery.start(deaf.run)
+        one.host.admit(deaf.peer_id, True)
+        deaf.admit(one.peer, True)
+        await one.host.connect(deaf.peer_id, deaf.addresses)
         with pytest.raises(PeerUnreachable, match="took no data for 10 s") as caught:
-            await one.pipes.send(other.peer, STEP, bytes(4_000_000))
-        assert caught.value.peer == other.peer
-        assert [peer for peer, _ in one.lost] == [other.peer]
+            await one.pipes.send(deaf.peer_id, STEP, bytes(4_000_000))
+        assert caught.value.peer == deaf.peer_id
+        assert [peer for peer, _ in one.lost] == [deaf.peer_id]
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_pipe_is_opened_anew_after_the_peer_came_back(autojump_clock: MockClock) -> None:
@@ -162,11 +174,7 @@ async def test_a_pipe_that_breaks_is_reported_within_two_pings(autojump_clock: M
     async with pair() as (one, other, _):
         await one.pipes.send(other.peer, CLOSE)
         await other.until(lambda: other.heard, 5)
-
-        async def refuse() -> None:
-            raise PeerUnreachable("this receiver has had enough")
-
-        other.slow = refuse
+        other.broken = True
         await one.pipes.send(other.peer, CLOSE)
         await one.until(lambda: one.lost, 2.5)
         assert [peer for peer, _ in one.lost] == [other.peer]
@@ -179,6 +187,33 @@ async def test_clocks_are_compared_soon_after_a_pipe_was_opened(autojump_clock: 
             await trio.sleep_forever()
         assert one.pipes.clock_of(other.peer).compared >= 4
         assert other.pipes.clock_of(one.peer).compared >= 4
+
+
+async def test_a_pipe_that_nobody_uses_is_quiet_and_its_clocks_are_compared_again_when_somebody_does(
+    autojump_clock: MockClock,
+) -> None:
+    async with pair() as (one, other, network):
+        await one.pipes.send(other.peer, CLOSE)
+        await trio.sleep(100)
+        clock = one.pipes.clock_of(other.peer)
+        before = one.pipes.pings
+        await trio.sleep(600)
+        assert one.pipes.pings - before <= 10
+        network.set_link(one.peer, other.peer, delay=0.005)
+        await one.pipes.send(other.peer, STEP)
+        await trio.sleep(0.5)
+        assert clock.compared >= 4, "those of the idle time don't count any more"
+        await one.pipes.send(other.peer, STEP)
+        await other.until(lambda: len(other.heard) == 3, 1)
+        assert other.heard[-1][3] == pytest.approx(5000, abs=100)
+
+
+async def test_while_messages_flow_clocks_are_compared_every_second(autojump_clock: MockClock) -> None:
+    async with pair() as (one, other, _):
+        for _ in range(300):
+            await one.pipes.send(other.peer, STEP)
+            await trio.sleep(0.1)
+        assert 30 <= one.pipes.pings <= 40
 
 
 async def test_the_time_under_way_is_measured_against_the_clock_of_the_peer(autojump_clock: MockClock) -> None:

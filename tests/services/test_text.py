@@ -13,16 +13,23 @@ import pytest
 import trio
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
+from trio.testing import MockClock
 
 from meshnode.core.errors import ContentUnavailable, Declined, FatalError, ModelError, PeerUnreachable
+from meshnode.core.signal import Changes
+from meshnode.model.facts import facts_of
+from meshnode.model.release import ServedRelease
+from meshnode.services.inference.readiness import Readiness
+from meshnode.services.inference.receipt import Piece, Receipt, Request
 from meshnode.services.inference.text import (
     MAX_STOPS,
     MAX_TEXT,
     MAX_TURNS,
-    Answer,
-    AnsweringService,
+    PATIENCE_S,
     Question,
     Text,
+    TextService,
+    Waiting,
     check,
 )
 from meshnode.store.port import OpenFile
@@ -70,43 +77,56 @@ class Desk:
         self.fast = FastTokenizer.from_file(str(build_tokenizer(self.folder)))
         (self.folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
         self.manifest = replace(make_manifest(), files={name: self.file(name) for name in self.files})
-        self.service = AnsweringService(
-            manifest=lambda: None if self.manifest is None else (self.cid, self.manifest),
-            fetch=self.fetch,
-        )
+        self.changes = Changes()
+        self.why_none = "add one with: meshnode model add PATH"
+        self.now = Readiness(True, "")
+        self.service = self.open_service(self)
+
+    def open_service(self, content: Any) -> TextService:
+        """Asks us for everything else."""
+        return TextService(self, content, self, self)  # type: ignore[arg-type]
+
+    @property
+    def current(self) -> ServedRelease | None:
+        made = self.manifest
+        return None if made is None else ServedRelease(self.cid, "int4", made, facts_of(made, "int4"))
+
+    async def wait_ready(self) -> None:
+        while not self.now.ready:
+            await self.changes.wait()
 
     files = ("tokenizer.json", "chat_template.jinja")
 
     def file(self, name: str) -> FileRef:
         return FileRef(cid=cid_of(RAW, name.encode()), size=len(name))
 
-    async def fetch(self, cid: Cid, size: int) -> OpenFile:
+    async def open(self, file: FileRef) -> OpenFile:
         await trio.lowlevel.checkpoint()
-        (name,) = [name for name in self.files if self.file(name) == FileRef(cid=cid, size=size)]
+        (name,) = [name for name in self.files if self.file(name) == file]
         self.fetched.append(name)
         return OpenFile(self.folder / name)
 
-    async def generate(
-        self, prompt: tuple[int, ...], most: int, sampling: Sampling
-    ) -> AsyncGenerator[int | str, None]:
-        self.asked.append((prompt, most, sampling))
+    async def generate(self, request: Request) -> AsyncGenerator[Piece | Receipt, None]:
+        self.asked.append((request.prompt, request.max_tokens, request.sampling))
+        receipt = Receipt((), request.prompt)
         try:
-            for token in self.fast.encode(self.reply).ids[:most]:
+            for token in self.fast.encode(self.reply).ids[: request.max_tokens]:
                 await trio.lowlevel.checkpoint()
-                yield token
+                yield Piece(token, receipt)
             if self.broken is not None:
                 raise self.broken
-            yield self.reason
+            receipt.reason = self.reason
+            yield receipt
         finally:
             self.closed += 1
 
-    async def ask(self, **question: Any) -> tuple[list[str], Answer]:
+    async def ask(self, **question: Any) -> tuple[list[str], Receipt]:
         """The pieces of text and the end of one answer."""
         texts = []
         settings: dict[str, Any] = {"sampling": GREEDY, **question}
-        async with aclosing(self.service.answer(Question(**settings), self.generate)) as pieces:
+        async with aclosing(self.service.answer(Question(**settings))) as pieces:
             async for piece in pieces:
-                if isinstance(piece, Answer):
+                if isinstance(piece, Receipt):
                     return texts, piece
                 assert isinstance(piece, Text)
                 texts.append(piece.text)
@@ -121,7 +141,7 @@ def desk(tmp_path: Path) -> Desk:
 async def test_text_is_continued(desk: Desk) -> None:
     texts, answer = await desk.ask(text="say it", max_tokens=20)
     assert texts == list("hello")
-    assert answer == Answer("eos", tuple(desk.fast.encode("say it").ids))
+    assert (answer.reason, answer.prompt) == ("eos", tuple(desk.fast.encode("say it").ids))
     assert desk.asked == [(answer.prompt, 20, GREEDY)]
 
 
@@ -175,7 +195,7 @@ async def test_the_length_ends_the_answer(desk: Desk) -> None:
 
 
 async def test_who_goes_away_ends_the_generation(desk: Desk) -> None:
-    async with aclosing(desk.service.answer(Question(text="x", sampling=GREEDY), desk.generate)) as pieces:
+    async with aclosing(desk.service.answer(Question(text="x", sampling=GREEDY))) as pieces:
         await anext(pieces)
     assert desk.closed == 1
 
@@ -201,17 +221,16 @@ async def test_a_load_that_failed_leaves_no_file_open(desk: Desk, trouble: str) 
     """An encrypted file is revealed as a copy in memory, which lives as long as its descriptor."""
     opened: list[int] = []
 
-    async def fetch(cid: Cid, size: int) -> OpenFile:
-        if opened and trouble == "fetch":
-            raise ContentUnavailable("nobody gives it", cid=cid)
-        revealed = await desk.fetch(cid, size)
-        opened.append(os.open(revealed.path, os.O_RDONLY))
-        return OpenFile(revealed.path, opened[-1])
+    class Careful:
+        async def open(self, file: FileRef) -> OpenFile:
+            if opened and trouble == "fetch":
+                raise ContentUnavailable("nobody gives it", cid=file.cid)
+            revealed = await desk.open(file)
+            opened.append(os.open(revealed.path, os.O_RDONLY))
+            return OpenFile(revealed.path, opened[-1])
 
     (desk.folder / "chat_template.jinja").write_bytes(b"\xff")
-    desk.service = AnsweringService(
-        manifest=lambda: (desk.cid, desk.manifest) if desk.manifest else None, fetch=fetch
-    )
+    desk.service = desk.open_service(Careful())
     with pytest.raises((ContentUnavailable, ModelError)):
         await desk.ask(text="x")
     assert opened
@@ -267,6 +286,21 @@ async def test_a_template_that_is_none_is_the_fault_of_the_model(desk: Desk) -> 
     (desk.folder / "chat_template.jinja").write_text("{% for %}", encoding="utf-8")
     with pytest.raises(ModelError, match="template can't be read"):
         await desk.ask(text="x")
+
+
+@pytest.mark.parametrize("comes", [True, False])
+async def test_a_chain_that_does_not_answer_yet_is_given_a_while(
+    desk: Desk, comes: bool, autojump_clock: MockClock
+) -> None:
+    desk.now = Readiness(False, "it has just started")
+    began = trio.current_time()
+    async with aclosing(desk.service.answer(Question(text="x", sampling=GREEDY))) as pieces:
+        assert await anext(pieces) == Waiting("it has just started")
+        if comes:
+            desk.now = Readiness(True, "")
+            desk.changes.notify()
+        assert isinstance(await anext(pieces), Text)
+    assert (trio.current_time() - began >= PATIENCE_S) == (not comes)
 
 
 USER = {"role": "user", "content": "hi"}

@@ -63,7 +63,7 @@ async def test_a_stream_that_is_closed_frees_every_stage() -> None:
             assert (await node.status()).sessions == 1
             await pieces.aclose()
             assert (await node.status()).sessions == 0
-            await world.until(lambda: all(device.running.stage.sessions == 0 for device in world.up))
+            await world.until(lambda: all(device.running.load.sessions == 0 for device in world.up))
             assert pieces.answer is None
             left = node.stream([5, 6, 7], max_tokens=2000, temperature=0)
             await anext(left)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -138,8 +139,8 @@ def test_why_there_is_no_route() -> None:
 
 def test_another_release_is_no_stage() -> None:
     view = {PeerId("a"): advert("a", 0, 12)}
-    assert isinstance(plan_route(view, "other", "v", 12, ORIGIN, 1), NoRoute)
-    assert isinstance(plan_route(view, "m", "other", 12, ORIGIN, 1), NoRoute)
+    assert isinstance(plan_route(view, replace(MODEL, manifest="other"), ORIGIN, 1), NoRoute)
+    assert isinstance(plan_route(view, replace(MODEL, variant="other"), ORIGIN, 1), NoRoute)
 
 
 def test_round_trips() -> None:

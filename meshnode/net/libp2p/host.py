@@ -365,7 +365,7 @@ class Libp2pHost(ConnectionWatcher):
                 lambda: self.open_agreed(peer, (heartbeat.PROTOCOL,)),
                 lambda: self._heard_at(peer),
                 lambda: self._stack.pubsub.greet(peer),
-                on_moved=self._roster.links.notify,
+                on_moved=self._book.links.notify,
             )
             self._stack.pubsub.greet(peer)
         else:
@@ -386,7 +386,7 @@ class Libp2pHost(ConnectionWatcher):
 
     @property
     def links(self) -> Changes:
-        return self._roster.links
+        return self._book.links
 
     def round_trip_us(self, peer: PeerId) -> int | None:
         beat, _ = self._heartbeats.get(peer, (None, None))

@@ -15,8 +15,7 @@ from meshnode.services.inference.load import StageLoad
 from meshnode.services.port import OpenSpan, Pipes, Spans
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId, SessionId, short
-from protocols.pipe.machine import LOST, Ran, StageState, refusal
-from protocols.pipe.machine import Stage as Machine
+from protocols.pipe.machine import LOST, Ran, StageSession, StageState, refusal
 from protocols.pipe.messages import Close, HopTime, Message, Open, Opened, Step
 
 MAX_SESSIONS: Final = 1024  # far above what any engine opens; further ones are not even asked for
@@ -30,7 +29,7 @@ _log = get_logger("stage")
 class _Session:
     """One session on our stage: its machine, and the steps that wait for the engine."""
 
-    def __init__(self, machine: Machine, served: OpenSpan, prompt: tuple[int, ...]) -> None:
+    def __init__(self, machine: StageSession, served: OpenSpan, prompt: tuple[int, ...]) -> None:
         self.machine = machine
         self.served = served
         self.prompt = prompt
@@ -82,7 +81,7 @@ class StageService:
     def _open(self, peer: PeerId, opening: Open, body: bytes, _network_us: int) -> None:
         if peer != opening.origin:
             raise RemoteProtocolError(f"{peer} opened a session in the name of {opening.origin}")
-        machine = Machine(opening, self._us)
+        machine = StageSession(opening, self._us)
         if len(body) % 4 or len(body) > 4 * opening.capacity:
             raise RemoteProtocolError(
                 f"{peer} sent a prompt of {len(body)} bytes; token ids have 4 bytes each, "
@@ -106,7 +105,7 @@ class StageService:
         self._load.count(len(self._sessions))
         self._tasks.start_soon(self._work, session, old)
 
-    def _fence(self, machine: Machine, served: OpenSpan | None) -> str:
+    def _fence(self, machine: StageSession, served: OpenSpan | None) -> str:
         """Why we don't serve exactly what the route says; empty when we do."""
         hop, opening = machine.hop, machine.opening
         if served is None:
@@ -132,7 +131,7 @@ class StageService:
                 raise
             self._refuse(session, "fenced", str(error))
             return
-        if run is None:
+        if not run:
             return
         due = 4 * step.rows * (session.served.engine.spec.architecture.hidden if machine.hop.first else 1)
         if len(body) != due:
