@@ -115,8 +115,8 @@ class ReleasesService:
                 newest = self._directory.announcement()
                 if _names(newest) != _names(announced):
                     announced = newest
-                    self._become(None)
-                    if announced is not None:
+                    self._become(None if announced is None else self._here(announced))
+                    if announced is not None and self._current is None:
                         nursery.start_soon(self._learn, announced)
                 await self._directory.changes.wait(version)
 
@@ -127,22 +127,32 @@ class ReleasesService:
             self._current = release
             self._changes.notify()
 
+    def _here(self, announced: Announcement) -> ServedRelease | None:
+        """The release, if its manifest is in our store and holds."""
+        cid, variant = Cid(announced.manifest), announced.variant
+        block = self._blocks.block(cid)
+        if block is None:
+            return None
+        try:
+            manifest = open_manifest(block)
+            return ServedRelease(cid, variant, manifest, facts_of(manifest, variant))
+        except (ProtocolError, KeyError) as error:
+            _log.error("manifest.refused", cid=cid, variant=variant, reason=str(error))
+            return None
+
     async def _learn(self, announced: Announcement) -> None:
-        """Fetch and check the manifest, again and again until it is here or something else is announced."""
+        """Fetch the manifest, again and again until it is here or something else is announced."""
         backoff = Backoff(*FETCH_PAUSE_S)
-        while _names(self._directory.announcement()) == _names(announced):
-            cid, variant = Cid(announced.manifest), announced.variant
+        while self._current is None and _names(self._directory.announcement()) == _names(announced):
             try:
-                manifest = open_manifest(await self._content.block(cid))
-                release = ServedRelease(cid, variant, manifest, facts_of(manifest, variant))
-            except (TransientError, Declined) as error:
-                _log.warning("manifest.missing", cid=cid, reason=str(error))
-            except (FatalError, ProtocolError, KeyError) as error:
-                _log.error("manifest.refused", cid=cid, variant=variant, reason=str(error))
+                await self._content.block(Cid(announced.manifest))
+            except (TransientError, Declined, FatalError, ProtocolError) as error:
+                _log.warning("manifest.missing", cid=announced.manifest, reason=str(error))
             else:
-                if _names(self._directory.announcement()) == _names(announced):
+                release = self._here(announced)
+                if release is not None and _names(self._directory.announcement()) == _names(announced):
                     self._become(release)
-                return
+                    return
             await trio.sleep(backoff.next())
 
     async def _bring_in(self) -> None:
