@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import time
 
-import pytest
 import trio
+from trio.testing import MockClock
 
 from meshnode.sim.model import ModelSpec
 from meshnode.sim.world import World
 from tests.conftest import SEED
 
-pytestmark = pytest.mark.usefixtures("autojump_clock")
 
-
-async def test_a_mesh_that_lacks_layers_waits_without_work() -> None:
+async def test_a_mesh_that_lacks_layers_waits_without_work(autojump_clock: MockClock) -> None:
     async with World.open(SEED) as world:
         world.add(3, memory="1.4MB")
         await world.start_all()
         await world.publish("n1")
         await world.until(world.all_ready)
         world.split(["n1"], ["n2", "n3"])
-        began = time.process_time()
+        began = time.perf_counter()
         await trio.sleep(60)
-        assert time.process_time() - began < 6, "a loop spins while layers are held by nobody"
+        assert time.perf_counter() - began < 15, "a loop spins while layers are held by nobody"
         assert not world.all_ready()
         world.network.heal()
         await world.until(lambda: world.connected() and world.all_ready())
 
 
-async def test_a_node_that_has_just_moved_ends_the_sessions_of_its_old_span_before_it_leaves() -> None:
+async def test_a_node_ends_the_sessions_of_its_old_span_before_it_leaves(
+    autojump_clock: MockClock,
+) -> None:
     async with World.open(SEED) as world:
         world.add(4, memory="4MB")
         await world.start_all()
