@@ -20,7 +20,11 @@ from meshnode.core.health import Health
 from meshnode.core.signal import Changes
 from meshnode.engine.port import StageReport, StageSpec
 from meshnode.model.facts import ModelFacts, Range, facts_of
-from meshnode.services.placement import PlacementConfig, PlacementService
+from meshnode.model.release import ServedRelease
+from meshnode.services.inference.load import StageLoad
+from meshnode.services.placement import PlacementService, PlacementSettings
+from meshnode.services.port import Progress
+from meshnode.services.spans import SpansService, SpansSettings
 from meshnode.store.port import OpenFile, StoreUsage
 from protocols.advert.messages import LEASE_MS, RENEW_MS, Advert, Announcement, Serving
 from protocols.ids import RAW, Cid, PeerId, cid_of
@@ -84,6 +88,7 @@ class FakeEngine:
         self._work = work
         self.rss_bytes = 0
         self.stopped = False
+        self._gone = trio.Event()
 
     @property
     def spec(self) -> StageSpec:
@@ -103,8 +108,16 @@ class FakeEngine:
         )
 
     async def stop(self) -> None:
-        self.rss_bytes = 0
         self.stopped = True
+        self.die()
+
+    def die(self) -> None:
+        self.rss_bytes = 0
+        self._gone.set()
+
+    async def wait_lost(self) -> str:
+        await self._gone.wait()
+        return "its process is gone"
 
     async def open(self, *_: Any, **__: Any) -> None:
         raise NotImplementedError
@@ -126,45 +139,26 @@ class FakeContent:
         self.pins: dict[str, set[Cid]] = {}
         self.quota_bytes = 1 << 40
 
-    def path(self, cid: Cid) -> Path | None:
-        return Path(cid) if self._everything or cid in self.held else None
-
-    def reveal(self, cid: Cid) -> OpenFile | None:
-        raise NotImplementedError
-
-    async def opened(self, cid: Cid) -> OpenFile:
-        await trio.lowlevel.checkpoint()
-        assert cid in self.held
-        return OpenFile(Path(cid))
-
-    def block(self, cid: Cid) -> bytes | None:
-        return b"manifest" if self._everything else None
-
-    def pin(self, cid: Cid, name: str) -> None:
-        self.pins.setdefault(name, set()).add(cid)
-
     def unpin(self, name: str) -> None:
         self.pins.pop(name, None)
 
     def pin_only(self, name: str, cids: Collection[Cid]) -> None:
         self.pins[name] = set(cids)
 
-    async def fetch(self, cid: Cid, size: int, *, progress: Callable[[int, int], None]) -> Path:
-        if not self._everything and cid not in self.held:
-            await trio.sleep(size / self._world.bytes_s / 2)
-            progress(size // 2, size)
-            await trio.sleep(size / self._world.bytes_s / 2)
-        self.held.add(cid)
-        return Path(cid)
+    async def fetch(self, file: FileRef, *, progress: Progress | None = None) -> None:
+        if not self._everything and file.cid not in self.held:
+            await trio.sleep(file.size / self._world.bytes_s / 2)
+            if progress is not None:
+                progress(file.size // 2, file.size)
+            await trio.sleep(file.size / self._world.bytes_s / 2)
+        self.held.add(file.cid)
 
-    async def fetch_block(self, cid: Cid) -> bytes:
-        await trio.sleep(0.05)
-        return b"manifest"
+    async def open(self, file: FileRef, *, progress: Progress | None = None) -> OpenFile:
+        await trio.lowlevel.checkpoint()
+        assert file.cid in self.held
+        return OpenFile(Path(file.cid))
 
-    def put_block(self, data: bytes, codec: int) -> Cid:
-        raise NotImplementedError
-
-    def add_file(self, source: Path, *, pin: str) -> Cid:
+    async def block(self, cid: Cid) -> bytes:
         raise NotImplementedError
 
     def files(self) -> frozenset[Cid]:
@@ -198,6 +192,9 @@ class FakeDirectory:
     def announcements(self) -> Mapping[PeerId, Announcement]:
         return {} if self._world.head is None else {PeerId(self._world.head.peer): self._world.head}
 
+    def announce(self, **_: Any) -> Announcement:
+        raise NotImplementedError
+
     def providers(self, cid: Cid) -> Sequence[PeerId]:
         raise NotImplementedError
 
@@ -220,10 +217,33 @@ class FakeDirectory:
             self.changes.notify()
 
 
+class FakeReleases:
+    """The announced release, whose manifest is always here."""
+
+    why_none = "nothing is announced"
+
+    def __init__(self, world: World, directory: FakeDirectory) -> None:
+        self._world = world
+        self._known: ServedRelease | None = None
+        self.changes = directory.changes
+
+    @property
+    def current(self) -> ServedRelease | None:
+        head = self._world.head
+        if head is None:
+            self._known = None
+        elif self._known is None or self._known.cid != head.manifest:
+            manifest = self._world.manifest
+            self._known = ServedRelease(Cid(head.manifest), head.variant, manifest, facts_of(manifest, head.variant))
+        return self._known
+
+
 @dataclass
 class Member:
     peer: PeerId
     service: PlacementService
+    spans: SpansService
+    load: StageLoad
     directory: FakeDirectory
     content: FakeContent
     health: Health
@@ -233,7 +253,7 @@ class Member:
 
     @property
     def span(self) -> Range | None:
-        stage = self.service.engine()
+        stage = self.spans.engine()
         return (stage.span.first, stage.span.last) if stage else None
 
 
@@ -327,8 +347,6 @@ class World:
         max_layers: int = 0,
         layer_us: int = 1000,
         everything: bool = False,
-        holds: bool = True,
-        roles: tuple[str, ...] = ("serve",),
     ) -> Member:
         peer = PeerId(name)
         advert = Advert(
@@ -338,7 +356,7 @@ class World:
             issued_ms=self._wall(),
             name=name,
             software="test",
-            roles=roles,
+            roles=(),
             addresses=(),
             serving=None,
         )
@@ -357,23 +375,25 @@ class World:
             member.engines.append(made)
             return made
 
-        service = PlacementService(
-            peer=peer,
-            incarnation=advert.incarnation,
-            directory=directory,
-            fetch=content.fetch,
-            fetch_block=content.fetch_block,
-            reveal=content.opened,
-            content=content,
-            open_manifest=lambda _: self.manifest,
-            engine_factory=engine,
-            config=PlacementConfig(memory_bytes=memory, max_layers=max_layers),
-            health=health,
-            draw=random.Random(f"{name}{self._rng.random()}").random,
-            holds=Asker() if holds else None,
-            wall=self._wall,
+        rng = random.Random(f"{name}{self._rng.random()}")
+        spans = SpansService(
+            content,
+            content,
+            engine,
+            health,
+            SpansSettings(incarnation=advert.incarnation, memory_bytes=memory, rng=rng),
         )
-        member = Member(peer, service, directory, content, health, trio.CancelScope())
+        load = StageLoad()
+        service = PlacementService(
+            directory,
+            FakeReleases(self, directory),
+            spans,
+            Asker(),
+            load,
+            health,
+            PlacementSettings(memory_bytes=memory, rng=rng, wall=self._wall, max_layers=max_layers),
+        )
+        member = Member(peer, service, spans, load, directory, content, health, trio.CancelScope())
         self.members[peer] = member
         await self._nursery.start(self._run, member)
         # A new connection starts with an exchange of what both sides know.
@@ -386,6 +406,7 @@ class World:
         with member.scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._life, member)
+                await nursery.start(member.spans.run)
                 await member.service.run(task_status=task_status)
 
     def kill(self, peer: PeerId) -> None:

@@ -94,7 +94,7 @@ async def test_what_a_span_needs_is_pinned_before_it_is_fetched(autojump_clock: 
         variant = w.manifest.variants["int4"]
         wanted = {f.cid for f in variant.groups(0, 12).values()} | {variant.graph.cid}
         with trio.fail_after(20):
-            while member.service.progress() is None:  # noqa: ASYNC110 virtual time; no event tells
+            while member.spans.loading is None:  # noqa: ASYNC110 virtual time; no event tells
                 await trio.sleep(0.1)
         assert not member.content.held
         assert list(member.content.pins.values()) == [wanted]
@@ -107,14 +107,12 @@ async def test_a_leaving_node_hands_over_first(autojump_clock: MockClock) -> Non
         await w.covered(10)
         await trio.sleep(20)
         leaver = next(m for m in w.members.values() if sum(s == m.span for s in w.spans().values()) == 1)
-        stage = leaver.service.engine()
-        assert stage is not None
-        stage.enter()
+        leaver.load.count(1)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(leaver.service.drain)
             await trio.sleep(3)
             assert w.state(leaver.peer) == DRAINING
-            stage.leave()
+            leaver.load.count(0)
         assert leaver.directory.advert.leaving
         assert not w.holes()
         assert w.voluntary_holes == []
@@ -155,7 +153,7 @@ async def test_a_lost_engine_leaves_the_advert_and_comes_back(autojump_clock: Mo
     async with world() as w:
         member = await w.join("a", 500 * MB)
         await w.covered(10)
-        member.engines[-1].rss_bytes = 0
+        member.engines[-1].die()
         with trio.fail_after(2):
             await w.until(lambda: bool(w.holes()))
         codes = [shown.code for shown in member.health.current(trio.current_time())]
@@ -202,7 +200,7 @@ async def test_layers_beyond_the_quota_are_said_before_anything_is_fetched(autoj
         member.content.quota_bytes = 200 * MB
         await w.covered(60)
         member.content.quota_bytes = 20 * MB  # lowered: what is here is served as before
-        member.engines[-1].rss_bytes = 0
+        member.engines[-1].die()
         await trio.sleep(5)
         await w.covered(60)
 
@@ -239,15 +237,15 @@ async def test_a_new_release_replaces_the_old_one(autojump_clock: MockClock) -> 
     async with world() as w:
         member = await w.join("a", 500 * MB)
         await w.covered(10)
-        old = member.service.engine()
+        old = member.spans.engine()
         assert old is not None
         assert w.head is not None
         w.head = type(w.head)(**{**_fields(w.head), "manifest": "bafyother", "sequence": 2})
         w.manifest = make_manifest(8)
         member.directory.changes.notify()
         with trio.fail_after(20):
-            await w.until(lambda: (s := member.service.engine()) is not None and s.span.manifest == "bafyother")
-        stage = member.service.engine()
+            await w.until(lambda: (s := member.spans.engine()) is not None and s.span.manifest == "bafyother")
+        stage = member.spans.engine()
         assert stage is not None
         assert (stage.span.first, stage.span.last) == (0, 8)
         await trio.sleep(2)
@@ -262,7 +260,7 @@ async def test_a_retired_release_is_no_longer_served(autojump_clock: MockClock) 
         w.head = None
         member.directory.changes.notify()
         with trio.fail_after(5):
-            await w.until(lambda: member.service.engine() is None)
+            await w.until(lambda: member.spans.engine() is None)
         await trio.sleep(2)
         assert member.engines[0].stopped
 
@@ -271,7 +269,7 @@ async def test_an_old_span_ends_only_after_its_sessions(autojump_clock: MockCloc
     async with world() as w:
         member = await w.join("a", 500 * MB)
         await w.covered(10)
-        stage = member.service.engine()
+        stage = member.spans.engine()
         assert stage is not None
         stage.enter()
         w.head = None
@@ -297,7 +295,7 @@ async def test_with_memory_for_both_the_old_span_serves_until_the_new_one_is_up(
         for member in fast:
             if member not in left:
                 w.kill(member.peer)
-        stages = {m.peer: m.service.engine() for m in left}
+        stages = {m.peer: m.spans.engine() for m in left}
         for stage in stages.values():
             assert stage is not None
             stage.enter()

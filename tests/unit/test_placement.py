@@ -7,7 +7,7 @@ import pytest
 from meshnode.bench.placement import case_of, measure, petals, planned
 from meshnode.model.facts import ModelFacts, facts_of, tight_memory
 from meshnode.policy.mesh_view import UNMEASURED_LAYER_US, coarse_us, nodes_of
-from meshnode.policy.moves import Move, Stay, abandoned, decide, guards_of, outranked, rank, still_right, unserved
+from meshnode.policy.moves import Move, abandoned, decide, guards_of, outranked, rank, still_right, unserved
 from meshnode.policy.placement import Node, cover, plan, windows_of
 from meshnode.policy.prediction import predict
 from protocols.advert.messages import DRAINING, INTENT, LOADING, SERVING, Advert, Serving, Span
@@ -123,8 +123,8 @@ def test_decide_places_stays_and_repairs() -> None:
     assert isinstance(decide(FLAT, [node("a", 12)], "a", 0), Move)
     served = [node("a", span=(0, 4)), node("b", span=(4, 8)), node("c", span=(8, 12))]
     for name in "abc":
-        assert isinstance(decide(FLAT, served, name, 0), Stay)
-    assert decide(FLAT, served, "stranger", 0) == Stay("this node takes no layers")
+        assert decide(FLAT, served, name, 0) is None
+    assert decide(FLAT, served, "stranger", 0) is None
     broken = [node("a", span=(0, 4)), node("b", span=(4, 8)), node("c", span=(0, 4))]
     moves = [d for name in "abc" if isinstance(d := decide(FLAT, broken, name, 0), Move)]
     assert [(m.target, m.urgent, m.repair, m.exclusive) for m in moves] == [((8, 12), True, True, True)]
@@ -144,7 +144,7 @@ def test_at_most_two_move_for_speed() -> None:
 
 def test_small_gains_move_nobody() -> None:
     nodes = [node("a", 6, span=(0, 6)), node("b", 6, span=(6, 12)), node("c", 6, span=(0, 6), rate=100_000)]
-    assert all(isinstance(decide(FLAT, nodes, n.peer, 0), Stay) for n in nodes)
+    assert all(decide(FLAT, nodes, n.peer, 0) is None for n in nodes)
 
 
 def test_leaving_needs_somebody_who_stays() -> None:
