@@ -82,7 +82,6 @@ def this_machine(name: str) -> Machine:
     return Machine(
         name=name,
         free_memory_bytes=psutil.virtual_memory().available,
-        cpus=os.cpu_count() or 1,
         tags=("cpu", *power),
     )
 

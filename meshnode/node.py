@@ -71,7 +71,6 @@ class Machine:
 
     name: str  # for people
     free_memory_bytes: int  # at the start
-    cpus: int
     tags: tuple[str, ...]  # "cpu", "gpu", "mains", "battery"
 
 
@@ -265,12 +264,8 @@ class Node:
             peer=self.identity.peer_id,
             incarnation=self.incarnation,
             sequence=0,
-            issued_ms=0,
             name=machine.name[:64],
-            software=__version__,
-            roles=(),
             addresses=(),
-            cpus=machine.cpus,
             memory_bytes=memory,
             disk_free_bytes=self.store.usage().room_bytes,
             max_layers=self.config.serve.layers,

@@ -441,8 +441,6 @@ class PlacementService:
         me = self._directory.me()
         says = replace(
             me,
-            memory_bytes=gives.memory_bytes,
-            max_layers=gives.max_layers,
             layer_decode_us=decode,
             layer_prefill_us=prefill,
             serving=Serving(
@@ -451,7 +449,6 @@ class PlacementService:
                 target=want.target if want else None,
                 epoch=self._mover.epoch,
                 decode_us=serving.report.decode_us if serving else 0,
-                prefill_us=serving.report.prefill_us if serving else 0,
                 sessions=self._load.sessions if serving else 0,
                 max_sessions=gives.max_sessions if serving else 0,
                 queue_us=self._load.queue_us if serving else 0,

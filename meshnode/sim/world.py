@@ -211,7 +211,7 @@ class World:
             engine=engine,
             sources=(),
             daemon=None,
-            machine=Machine(name=device.name, free_memory_bytes=1 << 30, cpus=1, tags=("cpu",)),
+            machine=Machine(name=device.name, free_memory_bytes=1 << 30, tags=("cpu",)),
             health=Health(monotonic),
             wall=self.wall,
             rng=random.Random(self.rng.getrandbits(64)),

@@ -353,11 +353,10 @@ class World:
             peer=peer,
             incarnation=self._wall(),
             sequence=0,
-            issued_ms=self._wall(),
             name=name,
-            software="test",
-            roles=(),
             addresses=(),
+            memory_bytes=memory,
+            max_layers=max_layers,
             serving=None,
         )
         directory = FakeDirectory(self, advert)
