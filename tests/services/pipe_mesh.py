@@ -13,7 +13,6 @@ import numpy as np
 import trio
 
 from meshnode.core.errors import EngineLost
-from meshnode.core.health import Health
 from meshnode.core.signal import Changes
 from meshnode.engine import local
 from meshnode.engine.port import Engine, StageSpec, StepResult
@@ -23,7 +22,6 @@ from meshnode.net.memory_host import MemoryHost, MemoryNetwork
 from meshnode.net.pipes import Pipes
 from meshnode.services.inference.load import StageLoad
 from meshnode.services.inference.origin import OriginService
-from meshnode.services.inference.readiness import ReadinessService
 from meshnode.services.inference.receipt import Receipt, Request
 from meshnode.services.inference.router import Router
 from meshnode.services.inference.stage import StageService
@@ -121,10 +119,8 @@ class Member:
     engine_failures: list[str] = field(default_factory=list)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     load: StageLoad = field(default_factory=StageLoad)
-    health: Health = field(default_factory=lambda: Health(trio.current_time))
     stage: StageService = field(init=False)
     origin: OriginService = field(init=False)
-    readiness: ReadinessService = field(init=False)
 
     @property
     def peer(self) -> PeerId:
@@ -173,16 +169,12 @@ class Mesh:
     def __init__(self, nursery: trio.Nursery) -> None:
         self.network = MemoryNetwork()
         self.members: list[Member] = []
-        self.rng = random.Random(5)
         self.changes = Changes()  # of `live` and `current`
         self.current: ServedRelease | None = RELEASE
         self.why_none = "the network serves no model yet"
         self.prefer: PeerId | None = None  # looks faster than it is
         self._nursery = nursery
         self._change = trio.Event()
-
-    def peer(self, number: int) -> PeerId:
-        return peer_of(number)
 
     async def start(
         self, first: int = 0, last: int = 0, *, max_sessions: int = 8, max_kv_bytes: int = 1 << 30
@@ -198,7 +190,6 @@ class Mesh:
         member.stage = StageService(member.peer, member.pipes, member, member.load)
         router = Router(member.peer, self, self)
         member.origin = OriginService(member.peer, member.pipes, router, self, random.Random(number))
-        member.readiness = ReadinessService(router, member.origin, host, member.pipes, member.health)
         await self._nursery.start(self._run, member)
         for other in self.members:
             if other.peer in self.network.hosts:
