@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from trio.testing import MockClock
 
 from meshnode.sim.world import World
 from tests.conftest import SEED
 
-pytestmark = pytest.mark.usefixtures("autojump_clock")
 
-
-async def test_a_lost_node_ends_readiness_at_once_and_its_return_brings_it_back() -> None:
+async def test_a_lost_node_ends_readiness_at_once_and_its_return_brings_it_back(autojump_clock: MockClock) -> None:
     async with World.open(SEED) as world:
         world.add(3, memory="1.4MB")
         await world.start_all()

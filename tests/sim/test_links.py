@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from trio.testing import MockClock
 
 from meshnode.sim.world import World
 from protocols.ids import PeerId
 from tests.conftest import SEED
 
-pytestmark = pytest.mark.usefixtures("autojump_clock")
 
-
-async def test_round_trips_are_advertised_when_they_are_measured_and_when_they_move() -> None:
+async def test_round_trips_are_advertised_when_they_are_measured_and_when_they_move(
+    autojump_clock: MockClock,
+) -> None:
     async with World.open(SEED) as world:
         world.add(2)
         await world.start_all()
