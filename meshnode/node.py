@@ -3,7 +3,7 @@
 Nesting is the shutdown order: what is opened last is cancelled first.
 
     ground    network host, content, membership, discovery, guests, directory, pipes
-    work      placement, links, stage, readiness, inventory, replication, arrival, control socket
+    work      links, stage, releases, spans, placement, readiness, inventory, replication, control socket
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import trio
 from meshnode import __version__
 from meshnode.config.settings import Config
 from meshnode.core.clock import Wall
-from meshnode.core.errors import ContentUnavailable, Declined
 from meshnode.core.health import Health
 from meshnode.core.service import Service, supervise
 from meshnode.core.workers import Workers
@@ -29,8 +28,6 @@ from meshnode.ipfs.rpc import IpfsApi
 from meshnode.membership.identity import Identity
 from meshnode.membership.port import Membership
 from meshnode.membership.registry import Registry
-from meshnode.model.facts import facts_of
-from meshnode.model.release import ServedRelease
 from meshnode.net.pipes import Pipes
 from meshnode.net.port import Host
 from meshnode.services.content.fetch import PATIENCE_SECONDS, ContentService
@@ -38,7 +35,7 @@ from meshnode.services.dht import DhtClient, DhtSettings
 from meshnode.services.directory.directory import DirectoryService, DirectorySettings, next_incarnation
 from meshnode.services.discovery import DiscoveryService
 from meshnode.services.external_peers import ExternalPeers, ExternalSettings
-from meshnode.services.holds import HoldStreams
+from meshnode.services.holds import HoldAnswers, HoldQuestions
 from meshnode.services.inference.load import StageLoad
 from meshnode.services.inference.origin import OriginService
 from meshnode.services.inference.readiness import ReadinessService
@@ -49,16 +46,14 @@ from meshnode.services.inventory import InventoryService
 from meshnode.services.ipfs_daemon import IpfsDaemonService, Publication
 from meshnode.services.links import LinksService
 from meshnode.services.membership import Introduction, MembershipService
-from meshnode.services.placement import PlacementConfig, PlacementService
-from meshnode.services.port import Progress
-from meshnode.services.releases import ArrivalService
+from meshnode.services.placement import PlacementService, PlacementSettings
+from meshnode.services.releases import ReleasesService
 from meshnode.services.replication import ReplicationService
-from meshnode.state import releases
+from meshnode.services.spans import SpansService, SpansSettings
 from meshnode.state.port import State
-from meshnode.store.port import OpenFile, Store
-from protocols.advert.messages import Advert
+from meshnode.store.port import Store
+from protocols.advert.messages import Advert, Head
 from protocols.bitswap import messages as bitswap
-from protocols.errors import RemoteProtocolError
 from protocols.ids import DAG_CBOR, Cid, PeerId, cid_codec, short
 from protocols.manifest.codec import open_manifest
 from protocols.manifest.messages import FileRef, Manifest
@@ -68,15 +63,6 @@ DHT_PATIENCE_SECONDS: Final = 60.0  # a search among strangers goes on for so lo
 UPKEEP_SECONDS: Final = 0.5  # how often bad providers are looked for
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """The model that the network serves, with its manifest."""
-
-    cid: Cid
-    variant: str
-    manifest: Manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,61 +179,59 @@ class Node:
             tree_outside=None if outside is None else outside.tree,
             outside_so_far=None if outside is None else outside.so_far,
         )
+        self.releases = ReleasesService(self.directory, self.content, self.store, self.database, self.health)
         self.daemon = None if parts.daemon is None else self._look_after(parts.daemon)
-        served = _Releases(self)
         self.pipes = Pipes(self.host)
-        holds = HoldStreams(self.host)
-        self.placement = PlacementService(
-            peer=identity.peer_id,
-            incarnation=self.incarnation,
-            directory=self.directory,
-            fetch=self._fetch,
-            fetch_block=self.content.block,
-            reveal=self._reveal,
-            content=self.store,
-            open_manifest=open_manifest,
-            engine_factory=parts.engine,
-            config=PlacementConfig(
+        self.spans = SpansService(
+            self.content,
+            self.store,
+            parts.engine,
+            self.health,
+            SpansSettings(
+                incarnation=self.incarnation,
                 memory_bytes=memory,
-                max_layers=config.serve.layers,
+                rng=rng,
+                kind=config.serve.engine,
                 threads=config.serve.threads,
                 max_sessions=config.serve.sessions,
                 kv_bytes=config.serve.kv_memory.of(memory),
-                engine=config.serve.engine,
             ),
-            health=self.health,
-            draw=rng.random,
-            holds=holds,
-            wall=wall,
         )
-        holds.serve(self.placement.answer_hold)
         self.load = StageLoad()
-        self.stage = StageService(identity.peer_id, self.pipes, self.placement, self.load)
-        router = Router(identity.peer_id, self.directory, served)
-        self.origin = OriginService(identity.peer_id, self.pipes, router, served, rng)
+        self.placement = PlacementService(
+            self.directory,
+            self.releases,
+            self.spans,
+            HoldQuestions(self.host),
+            self.load,
+            self.health,
+            PlacementSettings(
+                memory_bytes=memory,
+                rng=rng,
+                wall=wall,
+                max_layers=config.serve.layers,
+                max_sessions=config.serve.sessions,
+            ),
+        )
+        HoldAnswers(self.host, self.placement)
+        self.stage = StageService(identity.peer_id, self.pipes, self.spans, self.load)
+        router = Router(identity.peer_id, self.directory, self.releases)
+        self.origin = OriginService(identity.peer_id, self.pipes, router, self.releases, rng)
         self.readiness = ReadinessService(router, self.origin, self.host, self.pipes, self.health)
-        self.text = TextService(served, self.content, self.origin, self.readiness, parts.workers)
+        self.text = TextService(self.releases, self.content, self.origin, self.readiness, parts.workers)
         self.links = LinksService(self.host, self.directory)
         self.replication = ReplicationService(
             us=identity.peer_id,
             directory=self.directory,
-            release=self.placement.release,
+            release=self._replicated,
             holdings=self.inventory.holdings,
             store=self.store,
             fetch=self._fetch,
             replicas=config.content.replicas,
-            loading=lambda: self.placement.progress() is not None,
+            loading=lambda: self.spans.loading is not None,
             busy=lambda: self.load.sessions > 0,
             health=self.health,
         )
-        self.arrival = ArrivalService(
-            waiting=lambda: releases.waiting(self.database),
-            fetch_block=self.content.block,
-            announce=self.announce,
-            forget=lambda: releases.wait_no_longer(self.database),
-            health=self.health,
-        )
-        self._remembered: tuple[str, str] | None = None
         self._liars: set[PeerId] = set()
         self.stopping = trio.Event()
         self.ended = trio.Event()
@@ -270,7 +254,7 @@ class Node:
             self.database,
             self.health,
             held=self.inventory,
-            releases=_Releases(self) if self.config.content.ipfs_publish else None,
+            releases=self.releases if self.config.content.ipfs_publish else None,
         )
         return IpfsDaemonService(
             ipfs, self.host, self.external, self.membership, self.content, publication, self.health
@@ -316,16 +300,16 @@ class Node:
             ):
                 await ground.start(supervise, below)
             async with trio.open_nursery() as work:
-                work.start_soon(self._report_load)
                 work.start_soon(self._watch_providers)
                 for service in (
                     self.links,
                     self.stage,
+                    self.releases,
+                    self.spans,
                     self.placement,
                     self.readiness,
                     self.inventory,
                     self.replication,
-                    self.arrival,
                     *extra,
                 ):
                     await work.start(supervise, service)
@@ -340,11 +324,6 @@ class Node:
             ground.cancel_scope.cancel()
         log.info("node.stopped")
         self.ended.set()
-
-    async def _report_load(self) -> None:
-        while True:
-            await self.load.changes.wait()
-            self.placement.report_load(self.load.sessions, self.load.queue_us)
 
     async def _watch_providers(self) -> None:
         while True:
@@ -368,71 +347,11 @@ class Node:
 
     # ------------------------------------------------------------ the model and the chain
 
-    def served(self) -> Served | None:
-        """The release that the network serves, once its manifest is here."""
-        release = self.placement.release()
-        if release is None:
+    def _replicated(self) -> tuple[Head, Manifest] | None:
+        head, release = self.directory.announcement(), self.releases.current
+        if head is None or release is None or (head.manifest, head.variant) != (release.cid, release.variant_name):
             return None
-        head, manifest = release
-        if self._remembered != (head.manifest, head.variant):
-            self._remembered = (head.manifest, head.variant)
-            releases.remember(self.database, Cid(head.manifest), head.variant)  # for `meshnode model list`
-        return Served(Cid(head.manifest), head.variant, manifest)
+        return head, release.manifest
 
-    async def _fetch(self, cid: Cid, size: int, *, progress: Progress | None = None) -> None:
-        await self.content.fetch(FileRef(cid=cid, size=size), progress=progress)
-
-    async def _reveal(self, cid: Cid) -> OpenFile:
-        revealed = await self.parts.workers.run(self.store.reveal, cid)
-        if revealed is None:
-            raise ContentUnavailable(f"the file {cid} was removed while it was being opened; ask again", cid=cid)
-        return revealed
-
-    def announce(self, manifest: Cid, variant: str) -> None:
-        """Say that the network serves this release from now on. Its manifest must be in our store.
-
-        Args:
-          variant: empty for the smallest one.
-
-        Raises:
-          Declined: `forbidden` or `no-model`.
-        """
-        block = self.store.block(manifest)
-        if block is None:
-            raise Declined("no-model", f"the manifest {manifest} is not in this node's store")
-        try:
-            release = open_manifest(block)
-        except RemoteProtocolError as error:
-            raise Declined("no-model", f"the manifest {manifest} does not hold: {error}") from error
-        variant = variant or release.smallest_variant()
-        if variant not in release.variants:
-            raise Declined(
-                "no-model", f"{release.name} has no variant {variant}; it has {', '.join(release.variants)}"
-            )
-        self.directory.announce(name=release.name, version=release.version, manifest=manifest, variant=variant)
-        releases.wait_no_longer(self.database)
-
-
-class _Releases:
-    """What the network serves, for those who wait for it. Until `services/releases.py` says so."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
-        self.changes = node.directory.changes
-
-    @property
-    def current(self) -> ServedRelease | None:
-        served = self._node.served()
-        if served is None:
-            return None
-        return ServedRelease(served.cid, served.variant, served.manifest, facts_of(served.manifest, served.variant))
-
-    @property
-    def why_none(self) -> str:
-        node = self._node
-        head = node.directory.announcement()
-        if head is not None:
-            return f"the description of the model {head.name} has not arrived yet"
-        if (manifest := node.arrival.awaited) is not None:
-            return f"the manifest {manifest} of the model that was added here has not arrived yet"
-        return "the network serves no model yet; add one with: meshnode model add PATH"
+    async def _fetch(self, cid: Cid, size: int) -> None:
+        await self.content.fetch(FileRef(cid=cid, size=size))

@@ -88,7 +88,7 @@ class Commands:
         cid, manifest, before = find_release(node.database, node.store, wanted)
         variant = str(request.get("variant") or before or manifest.smallest_variant())
         check_variant(manifest, variant)
-        node.announce(cid, variant)
+        node.releases.announce(cid, variant)
         yield {"done": True}
 
     async def _fetch_manifest(self, request: Json) -> AsyncGenerator[Json, None]:

@@ -22,7 +22,8 @@ from meshnode.api.messages import (
     SpanStatus,
     Status,
 )
-from meshnode.node import Node, Served
+from meshnode.model.release import ServedRelease
+from meshnode.node import Node
 from protocols.advert.messages import Advert
 from protocols.ids import PeerId
 
@@ -30,7 +31,7 @@ from protocols.ids import PeerId
 def status_of(node: Node) -> Status:
     """Everything that `meshnode status` shows."""
     live = node.directory.live()
-    served = node.served()
+    served = node.releases.current
     ready = node.readiness.now
     prediction = node.placement.prediction()
     peers = [_peer(node, advert) for peer, advert in live.items() if peer != node.identity.peer_id]
@@ -66,12 +67,12 @@ def status_of(node: Node) -> Status:
     )
 
 
-def _model(served: Served) -> ServedModel:
+def _model(served: ServedRelease) -> ServedModel:
     return ServedModel(
         name=served.manifest.name,
         version=served.manifest.version,
         manifest=served.cid,
-        variant=served.variant,
+        variant=served.variant_name,
         layers=served.manifest.architecture.layers,
     )
 
@@ -101,7 +102,7 @@ def _peer(node: Node, advert: Advert) -> PeerStatus:
 
 
 def _progress(node: Node) -> ProgressStatus | None:
-    progress = node.placement.progress()
+    progress = node.spans.loading
     if progress is None:
         return None
     span = progress.span
@@ -116,7 +117,7 @@ def _progress(node: Node) -> ProgressStatus | None:
 
 
 def _engine(node: Node) -> EngineStatus | None:
-    stage = node.placement.engine()
+    stage = node.spans.engine()
     if stage is None:
         return None
     return EngineStatus(
@@ -124,7 +125,7 @@ def _engine(node: Node) -> EngineStatus | None:
     )
 
 
-def _content(node: Node, served: Served | None) -> ContentStatus:
+def _content(node: Node, served: ServedRelease | None) -> ContentStatus:
     usage = node.store.usage()
     dht = node.dht
     hot, warm, cold = (0, 0, 0) if served is None else _tiers(node, served)
@@ -149,13 +150,13 @@ def _content(node: Node, served: Served | None) -> ContentStatus:
     )
 
 
-def _tiers(node: Node, served: Served) -> tuple[int, int, int]:
+def _tiers(node: Node, served: ServedRelease) -> tuple[int, int, int]:
     """Bytes of the served model by how far away they are: mapped by our engine, on our disk, elsewhere."""
-    variant = served.manifest.variants[served.variant]
+    variant = served.variant
     every = {ref.cid: ref.size for ref in (variant.graph, *variant.groups(0, len(variant.layers)).values())}
-    stage = node.placement.engine()
+    stage = node.spans.engine()
     mapped: Collection[str] = ()
-    if stage is not None and (stage.span.manifest, stage.span.variant) == (served.cid, served.variant):
+    if stage is not None and served.layers_of(stage.span) is not None:
         mapped = {ref.cid for ref in variant.groups(stage.span.first, stage.span.last).values()}
     here = node.store.files()
     hot = sum(size for cid, size in every.items() if cid in mapped)
@@ -163,11 +164,11 @@ def _tiers(node: Node, served: Served) -> tuple[int, int, int]:
     return hot, warm, sum(every.values()) - hot - warm
 
 
-def _copies(node: Node, served: Served) -> CopiesStatus | None:
+def _copies(node: Node, served: ServedRelease) -> CopiesStatus | None:
     copies = node.replication.copies()
     if copies is None:
         return None
-    variant = served.manifest.variants[served.variant]
+    variant = served.variant
     groups = variant.groups(0, served.manifest.architecture.layers)
     named = {**groups, "graph": variant.graph, **served.manifest.files}
     return CopiesStatus(

@@ -30,6 +30,11 @@ def coarse_us(layer_us: int) -> int:
     return base * 1414 // 1000 if layer_us * 1000 < base * 1682 else base * 2
 
 
+def rate_of(layer_us: int) -> int:
+    """Layers per second, in thousandths: how fast placement takes a node to be."""
+    return max(1, 1_000_000_000 // coarse_us(layer_us))
+
+
 def nodes_of(view: Mapping[PeerId, Advert], manifest: str, variant: str, layers: int) -> tuple[Node, ...]:
     """The peers that give memory to serving and do not leave, sorted by peer id.
 
@@ -56,7 +61,7 @@ def nodes_of(view: Mapping[PeerId, Advert], manifest: str, variant: str, layers:
                 peer=peer,
                 memory_bytes=advert.memory_bytes,
                 max_layers=advert.max_layers,
-                rate=max(1, 1_000_000_000 // coarse_us(speed[peer])),
+                rate=rate_of(speed[peer]),
                 span=span,
                 target=here(serving.target) if serving is not None else None,
                 epoch=serving.epoch if serving is not None else 0,

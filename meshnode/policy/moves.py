@@ -22,13 +22,6 @@ MOVERS: Final = 2
 SLOT_MS: Final = 30_000  # the right to move first is drawn anew this often
 
 
-@dataclass(frozen=True, slots=True)
-class Stay:
-    """Nothing to do. `why` is for logs."""
-
-    why: str
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
     """Go to `target`.
@@ -43,7 +36,6 @@ class Move:
     exclusive: bool
     urgent: bool
     repair: bool
-    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +63,11 @@ def unserved(facts: ModelFacts, nodes: Iterable[Node]) -> tuple[Range, ...]:
 
 def slot_of(wall_ms: int) -> int:
     return wall_ms // SLOT_MS
+
+
+def slot_left_s(wall_ms: int) -> float:
+    """Seconds until the next slot."""
+    return (SLOT_MS - wall_ms % SLOT_MS) / 1000
 
 
 def rank(peer: str, number: int) -> bytes:
@@ -124,40 +121,36 @@ def _movers(facts: ModelFacts, nodes: Sequence[Node], wanted: Plan, slot: int, *
     return frozenset(peer for peer, _ in chosen)
 
 
-def decide(facts: ModelFacts, nodes: Sequence[Node], me: str, slot: int) -> Move | Stay:
-    """What the node `me` should do now, given what everybody advertised (itself included).
+def decide(facts: ModelFacts, nodes: Sequence[Node], me: str, slot: int) -> Move | None:
+    """Where the node `me` should go now, given what everybody advertised (itself included); None: nowhere.
 
-    While it has an announced target, the answer says whether that is still right: Stay, or another Move.
+    While it has an announced target, the answer says whether that is still right: None, or another Move.
     """
     mine = next((n for n in nodes if n.peer == me), None)
     if mine is None or mine.draining:
-        return Stay("this node takes no layers")
+        return None
     view = nodes
     if mine.place is None and all(n.span is None and (n.target is None or n.tentative) for n in nodes):
         # A cold start: everybody plans at the same moment. Who announced a few milliseconds earlier must not
         # change what the others compute.
         view = [replace(n, target=None, tentative=False) for n in nodes]
     wanted = wanted_plan(facts, view)
-    target = wanted.spans.get(me)
-    if target is None:
-        return Stay("not even one layer fits into the memory of this node")
-    if target == mine.place:
-        return Stay("this node is in its place")
+    target = wanted.spans.get(me)  # None: not even one layer fits into its memory
+    if target is None or target == mine.place:
+        return None
     urgent = bool(unserved(facts, nodes))
     if mine.span is None:
-        why = "this node has no layers yet"
-        return Move(target=target, source=None, exclusive=False, urgent=urgent, repair=urgent, why=why)
+        return Move(target=target, source=None, exclusive=False, urgent=urgent, repair=urgent)
     if mine.target is None or mine.target != target:
         everybody = wanted.reshuffled and urgent
         # A node that already announced is judged as if it had not: its own intent is what is in question.
         view = [n if n.peer != me else replace(n, target=None) for n in nodes]
         if not everybody and me not in _movers(facts, view, wanted, slot, protect=not urgent):
-            return Stay("others move first")
+            return None  # others move first
     exclusive = _exclusive(facts, mine, target)
     places = {n.peer: n.place for n in nodes if n.place is not None and not n.draining}
     repair = urgent or not all(coverage_of(facts, nodes, places))
-    why = "layers have no holder" if repair else "another place serves the mesh better"
-    return Move(target=target, source=mine.span, exclusive=exclusive, urgent=urgent, repair=repair, why=why)
+    return Move(target=target, source=mine.span, exclusive=exclusive, urgent=urgent, repair=repair)
 
 
 def still_right(facts: ModelFacts, nodes: Sequence[Node], me: str, epoch: int, *, protect: bool) -> str | None:

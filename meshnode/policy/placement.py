@@ -64,11 +64,6 @@ class Plan:
     def bottleneck(self) -> int:
         return min(self.coverage)
 
-    def digest(self) -> str:
-        """Hash of the plan, to compare between nodes."""
-        text = ";".join(f"{peer}:{first}-{last}" for peer, (first, last) in sorted(self.spans.items()))
-        return sha256(text.encode()).hexdigest()
-
 
 def runs(layers: Iterable[int]) -> tuple[Range, ...]:
     """Sorted layer numbers as ranges [first, last)."""

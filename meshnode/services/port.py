@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from meshnode.core.signal import Changes
+from meshnode.engine import open_span
 from meshnode.engine.port import Engine
 from meshnode.model.release import ServedRelease
 from meshnode.store.port import OpenFile
 from protocols.advert.messages import Advert, Announcement, Holding, Span
 from protocols.ids import Cid, PeerId
+from protocols.intent.messages import Answer, Hold
 from protocols.manifest.messages import FileRef
 from protocols.pipe.messages import Message
 
@@ -50,6 +53,11 @@ class Directory(Adverts, Protocol):
 
     def announcements(self) -> Mapping[PeerId, Announcement]:
         """The newest announcement of every publisher, those taken back too, sorted by publisher."""
+
+    def announce(
+        self, *, name: str, version: str, manifest: Cid, variant: str, retired: bool = False
+    ) -> Announcement:
+        """Say that the network serves this release from now on, or no longer. Raises Declined `forbidden`."""
 
     def providers(self, cid: Cid) -> Sequence[PeerId]:
         """Peers that say they have a file or block, never ourselves; the best first."""
@@ -131,6 +139,72 @@ class Spans(Protocol):
 
     def engine_lost(self, engine: Engine, reason: str) -> None:
         """A step found the engine dead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """A span on its way. `phase` is "fetching" or "opening"."""
+
+    model: str  # for people
+    span: Span
+    phase: str
+    files: int
+    files_done: int
+    bytes_total: int
+    bytes_done: int
+
+
+class ManySpans(Spans, Protocol):
+    """Everything that is open here, for whoever decides what that is (`spans.py`)."""
+
+    def engine(self) -> open_span.OpenSpan | None:
+        """What new sessions may use now."""
+
+    @property
+    def changes(self) -> Changes:
+        """Whenever a span begins or ceases to be served, is lost, or has ended."""
+
+    @property
+    def loading(self) -> Loading | None:
+        """What is being fetched or opened."""
+
+    @property
+    def retiring(self) -> bool:
+        """Whether an old span is still there, for its last sessions."""
+
+    @property
+    def rests_until(self) -> float:
+        """After an engine was lost, nothing should be opened before (trio's clock)."""
+
+    @property
+    def layer_us(self) -> tuple[int, int]:
+        """As measured on our engines: microseconds per average layer, one row, and per row of many; 0: not yet."""
+
+    async def open(self, release: ServedRelease, span: Span) -> open_span.OpenSpan:
+        """Fetch what the span needs, and start an engine for it. `serve` it or `discard` it.
+
+        Raises ContentUnavailable, DiskError, ModelError, EngineLost, RemoteProtocolError.
+        If cancelled: what was fetched may stay, an engine that is half open is ended.
+        """
+
+    def serve(self, opened: open_span.OpenSpan) -> None:
+        """New sessions use this one from now on; the one before ends when its sessions have."""
+
+    def vacate(self) -> None:
+        """No new sessions; what was served ends when its sessions have."""
+
+    def discard(self, opened: open_span.OpenSpan) -> None:
+        """End one that was opened and is not served."""
+
+
+class Holds(Protocol):
+    """Other nodes' promises to keep layers (`holds.py`)."""
+
+    async def ask(self, peer: PeerId, hold: Hold) -> Answer:
+        """Ask one peer. Raises PeerUnreachable (no answer in 5 s), Declined, RemoteProtocolError.
+
+        If cancelled: the peer may have promised; its promise runs out by itself.
+        """
 
 
 class Load(Protocol):

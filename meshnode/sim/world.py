@@ -237,7 +237,7 @@ class World:
         assert device.store is not None, f"{name} does not run"
         model = make_model(spec, device.identity.signing_key, self.wall())
         cid = give(device.store, model, device.folder)
-        device.running.announce(cid, "")
+        device.running.releases.announce(cid, "")
         return cid
 
     async def ask(self, name: str, prompt: tuple[int, ...] = (5, 6, 7), *, max_tokens: int = 12) -> list[int]:
@@ -280,7 +280,7 @@ class World:
             if device.node is None:
                 lines.append(f"{device.name}: down")
                 continue
-            span = device.node.placement.engine()
+            span = device.node.spans.engine()
             layers = "idle" if span is None else f"layers {span.span.first} to {span.span.last - 1}"
             lines.append(f"{device.name}: {layers}; {device.node.readiness.now.sentence}")
         return "\n".join(lines)

@@ -1,6 +1,6 @@
 """A node's own intent, and the promises that it gives to others, as state machines without I/O.
 
-Rule 1: every state and every transition is in TRANSITIONS, nowhere else.
+Rule 1: every state and every transition is in TRANSITIONS, nowhere else: the code looks them up there.
 Rule 2: no clock, no randomness, no await. Time comes in as `now` (seconds, monotonic), a wish to be woken goes
 out as `deadline`, orders go out as effects, draws come from the function given to the constructor.
 """
@@ -131,7 +131,7 @@ class AskHolds:
 
 
 @dataclass(frozen=True, slots=True)
-class Release:
+class Vacate:
     """Stop serving the present span: no new sessions, then end its engine."""
 
 
@@ -154,7 +154,7 @@ class Discard:
     """Stop loading, or end what was loaded."""
 
 
-Effect = Announce | Withdraw | Recheck | AskHolds | Release | Load | Switch | Discard
+Effect = Announce | Withdraw | Recheck | AskHolds | Vacate | Load | Switch | Discard
 
 TRANSITIONS: Final[Mapping[tuple[State, type], tuple[State, ...]]] = {
     (State.RESTING, Want): (State.ANNOUNCED,),
@@ -182,6 +182,12 @@ TRANSITIONS: Final[Mapping[tuple[State, type], tuple[State, ...]]] = {
     (State.PAUSED, Cancelled): (State.RESTING,),
 }
 
+_OVERDUE: Final = {
+    State.LOADING: f"loading took longer than {LOAD_TIMEOUT_S:.0f} s",
+    State.ASKING: "the peers that should keep our layers did not answer",
+    State.PARTING: "the peers that should keep our layers did not answer",
+}
+
 
 def settled_wait_s(peers: int) -> float:
     """How long an intent must be visible before a node that serves may act: gossip reaches `peers` peers in
@@ -205,92 +211,88 @@ class Mover:
         self.reason = ""  # why the last move did not happen
         self._draw = draw
 
+    @property
+    def loads(self) -> bool:
+        """Whether the target is being fetched, or open already."""
+        return self.state in (State.LOADING, State.PARTING)
+
+    def expects(self, event: Event) -> bool:
+        """Whether this state allows the event."""
+        return (self.state, type(event)) in TRANSITIONS
+
     def handle(self, event: Event, now: float) -> tuple[Effect, ...]:
         """Take one event, return what to do, in order.
 
         Raises:
           LocalProtocolError: this state does not allow the event; nothing has changed.
         """
-        if (self.state, type(event)) not in TRANSITIONS:
+        if not self.expects(event):
             raise LocalProtocolError(f"an intent does not expect {type(event).__name__} while {self.state.value}")
+        before = self.state
+        following = TRANSITIONS[before, type(event)]
         match event:
             case Want():
                 self.epoch += 1
                 self.want = event
-                self._go(State.ANNOUNCED, now + event.wait_s)
+                self._enter(following, now + event.wait_s)
                 return (Announce(event.target, self.epoch),)
-            case Expired():
-                return self._expired(now)
             case Confirmed():
                 want = self._wanted()
                 if want.exclusive and want.leaves:
-                    self._go(State.ASKING, now + HOLD_TIMEOUT_S)
+                    self._enter(following, now + HOLD_TIMEOUT_S, State.ASKING)
                     return (AskHolds(want.target, True, self.epoch),)
-                self._go(State.LOADING, now + LOAD_TIMEOUT_S)
-                return (*((Release(),) if want.exclusive and want.source else ()), Load(want.target))
-            case Guarded():
-                want = self._wanted()
-                if self.state is State.ASKING:
-                    self._go(State.LOADING, now + LOAD_TIMEOUT_S)
-                    return (Release(), Load(want.target))
-                return self._switch(want)
-            case Loaded():
-                want = self._wanted()
-                if want.leaves and not want.exclusive:
-                    self._go(State.PARTING, now + HOLD_TIMEOUT_S)
-                    return (AskHolds(want.target, False, self.epoch),)
-                return self._switch(want)
-            case Refused() | Failed():
-                return self._stop(event.reason, now, failed=isinstance(event, Failed))
+                self._enter(following, now + LOAD_TIMEOUT_S, State.LOADING)
+                return (*((Vacate(),) if want.exclusive and want.source else ()), Load(want.target))
+            case Guarded() if before is State.ASKING:
+                self._enter(following, now + LOAD_TIMEOUT_S)
+                return (Vacate(), Load(self._wanted().target))
+            case Loaded() if (want := self._wanted()).leaves and not want.exclusive:
+                self._enter(following, now + HOLD_TIMEOUT_S, State.PARTING)
+                return (AskHolds(want.target, False, self.epoch),)
+            case Loaded() | Guarded():
+                target = self._wanted().target
+                self._enter(following, None, State.RESTING)
+                self.failures = 0
+                self.reason = ""
+                return (Switch(target),)
+            case Expired() if before is State.ANNOUNCED:
+                self._enter(following, None)
+                return (Recheck(),)
+            case Expired() if before in (State.RESTING, State.PAUSED):
+                self._enter(following, None)
+                return ()
             case Cancelled():
-                had = self.state in (State.LOADING, State.PARTING)
-                announced = self.state not in (State.RESTING, State.PAUSED)
                 self.reason = event.reason
-                self.want = None
-                self._go(State.RESTING, None)
-                return (*((Discard(),) if had else ()), *((Withdraw(event.reason),) if announced else ()))
+                self._enter(following, None)
+            case Expired():
+                self.reason = _OVERDUE[before]
+                self._enter(following, now + self._pause(failed=before is State.LOADING))
+            case Refused() | Failed():
+                self.reason = event.reason
+                self._enter(following, now + self._pause(failed=isinstance(event, Failed)))
+        discard = (Discard(),) if before in (State.LOADING, State.PARTING) else ()
+        return (*discard, *((Withdraw(self.reason),) if before not in (State.RESTING, State.PAUSED) else ()))
 
     def _wanted(self) -> Want:
         assert self.want is not None, "every state but RESTING and PAUSED has a move"
         return self.want
 
-    def _go(self, state: State, deadline: float | None) -> None:
-        self.state = state
+    def _enter(self, following: tuple[State, ...], deadline: float | None, choice: State | None = None) -> None:
+        """Go to the state that the table names, or to the `choice` among those that it names."""
+        (self.state,) = following if choice is None else [state for state in following if state is choice]
         self.deadline = deadline
+        if self.state in (State.RESTING, State.PAUSED):
+            self.want = None
 
-    def _expired(self, now: float) -> tuple[Effect, ...]:
-        match self.state:
-            case State.ANNOUNCED:
-                self._go(State.CHECKING, None)
-                return (Recheck(),)
-            case State.LOADING:
-                return self._stop(f"loading took longer than {LOAD_TIMEOUT_S:.0f} s", now, failed=True)
-            case State.ASKING | State.PARTING:
-                return self._stop("the peers that should keep our layers did not answer", now, failed=False)
-            case _:
-                self._go(State.RESTING, None)
-                return ()
-
-    def _switch(self, want: Want) -> tuple[Effect, ...]:
-        self.failures = 0
-        self.reason = ""
-        self.want = None
-        self._go(State.RESTING, None)
-        return (Switch(want.target),)
-
-    def _stop(self, reason: str, now: float, *, failed: bool) -> tuple[Effect, ...]:
-        discard = self.state in (State.LOADING, State.PARTING)
+    def _pause(self, *, failed: bool) -> float:
+        """Seconds until the next attempt. Call while the move is known."""
         if failed:
             first, cap = FAILURE_PAUSE_S
-            pause = min(cap, first * 2**self.failures) * (0.5 + self._draw())
+            pause: float = min(cap, first * 2.0**self.failures) * (0.5 + self._draw())
             self.failures = min(self.failures + 1, 16)
-        else:
-            low, high = self._wanted().pause_s
-            pause = low + (high - low) * self._draw()
-        self.reason = reason
-        self.want = None
-        self._go(State.PAUSED, now + pause)
-        return (*((Discard(),) if discard else ()), Withdraw(reason))
+            return pause
+        low, high = self._wanted().pause_s
+        return low + (high - low) * self._draw()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

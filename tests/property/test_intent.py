@@ -68,7 +68,7 @@ def test_any_events(events: list[intent.Event], draw: float) -> None:
                     assert announced
                     assert not loading
                     loading = True
-                case intent.Release():
+                case intent.Vacate():
                     assert before[3] is not None
                     assert before[3].exclusive
                     assert not before[3].leaves or isinstance(event, intent.Guarded), "left without a promise"

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from trio.testing import MockClock
 
 from meshnode.core.errors import BadRequest, Declined, ModelError
 from meshnode.embed import LocalNode
 from meshnode.sim.model import ModelSpec
 from meshnode.sim.world import World
 from tests.conftest import SEED
-
-pytestmark = pytest.mark.usefixtures("autojump_clock")
 
 
 def library(world: World, name: str) -> LocalNode:
@@ -29,7 +28,7 @@ async def mesh(world: World, nodes: int = 3, memory: str = "1.4MB") -> list[int]
     return await world.ask("n1")
 
 
-async def test_status_tells_who_serves_what() -> None:
+async def test_status_tells_who_serves_what(autojump_clock: MockClock) -> None:
     async with World.open(SEED) as world:
         await mesh(world)
         status = await library(world, "n2").status()
@@ -42,7 +41,7 @@ async def test_status_tells_who_serves_what() -> None:
         assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
 
 
-async def test_every_node_gives_the_same_answer() -> None:
+async def test_every_node_gives_the_same_answer(autojump_clock: MockClock) -> None:
     async with World.open(SEED) as world:
         answer = await mesh(world)
         for name in world.devices:
@@ -53,7 +52,7 @@ async def test_every_node_gives_the_same_answer() -> None:
             assert len(pieces.answer.receipt.route) == 3
 
 
-async def test_a_stream_that_is_closed_frees_every_stage() -> None:
+async def test_a_stream_that_is_closed_frees_every_stage(autojump_clock: MockClock) -> None:
     async with World.open(SEED) as world:
         await mesh(world)
         async with library(world, "n1") as node:
@@ -70,14 +69,14 @@ async def test_a_stream_that_is_closed_frees_every_stage() -> None:
         assert (await node.status()).sessions == 0, "leaving the block closes what still streams"
 
 
-async def test_a_question_is_checked_before_it_is_asked() -> None:
+async def test_a_question_is_checked_before_it_is_asked(autojump_clock: MockClock) -> None:
     async with World.open(SEED) as world:
         await mesh(world, nodes=1, memory="8MB")
         with pytest.raises(BadRequest, match="temperature is 99; it takes a number from 0 to 10"):
             library(world, "n1").stream("w1", temperature=99)
 
 
-async def test_waiting_for_a_mesh_that_is_not_ready_says_why() -> None:
+async def test_waiting_for_a_mesh_that_is_not_ready_says_why(autojump_clock: MockClock) -> None:
     async with World.open(SEED) as world:
         world.add()
         await world.start_all()
@@ -85,20 +84,20 @@ async def test_waiting_for_a_mesh_that_is_not_ready_says_why() -> None:
             await library(world, "n1").wait_ready(5)
 
 
-async def test_a_model_is_served_by_its_name() -> None:
+async def test_a_model_is_served_by_its_name(autojump_clock: MockClock) -> None:
     async with World.open(SEED) as world:
         first = await mesh(world, memory="4MB")
         await world.publish("n1", ModelSpec(name="other", layers=12))
-        await world.until(lambda: world.all_ready() and world["n3"].running.served().manifest.name == "other")
+        await world.until(lambda: world.all_ready() and world["n3"].running.releases.current.manifest.name == "other")
         node = library(world, "n3")
         with pytest.raises(ModelError, match="has no variant int8; it has int4"):
             await node.serve("noise", variant="int8")
         await node.serve("noise")
-        await world.until(lambda: world.all_ready() and world["n1"].running.served().manifest.name == "noise")
+        await world.until(lambda: world.all_ready() and world["n1"].running.releases.current.manifest.name == "noise")
         assert await world.ask("n2") == first
 
 
-async def test_a_lone_node_answers_alone_and_says_so() -> None:
+async def test_a_lone_node_answers_alone_and_says_so(autojump_clock: MockClock) -> None:
     async with World.open(SEED) as world:
         answer = await mesh(world, nodes=1, memory="8MB")
         assert len(answer) == 12
@@ -106,7 +105,7 @@ async def test_a_lone_node_answers_alone_and_says_so() -> None:
         assert (me.first, me.last) == (0, 24)
 
 
-async def test_without_a_model_a_question_is_refused_with_what_to_do() -> None:
+async def test_without_a_model_a_question_is_refused_with_what_to_do(autojump_clock: MockClock) -> None:
     async with World.open(SEED) as world:
         world.add(2)
         await world.start_all()
@@ -114,7 +113,7 @@ async def test_without_a_model_a_question_is_refused_with_what_to_do() -> None:
             await world.ask("n1")
 
 
-async def test_a_node_that_died_comes_back_with_its_files_and_serves_again() -> None:
+async def test_a_node_that_died_comes_back_with_its_files_and_serves_again(autojump_clock: MockClock) -> None:
     async with World.open(SEED) as world:
         answer = await mesh(world)
         fetched = world["n3"].running.content.bytes_fetched
@@ -127,7 +126,7 @@ async def test_a_node_that_died_comes_back_with_its_files_and_serves_again() -> 
         assert await world.ask("n3") == answer
 
 
-async def test_an_engine_that_dies_is_started_again() -> None:
+async def test_an_engine_that_dies_is_started_again(autojump_clock: MockClock) -> None:
     async with World.open(SEED) as world:
         answer = await mesh(world)
         world["n2"].engines[-1].lose("it was killed by SIGKILL")
@@ -135,15 +134,15 @@ async def test_an_engine_that_dies_is_started_again() -> None:
         assert await world.ask("n3") == answer
 
 
-async def test_the_newest_model_is_served() -> None:
+async def test_the_newest_model_is_served(autojump_clock: MockClock) -> None:
     async with World.open(SEED) as world:
         first = await mesh(world, memory="4MB")
         await world.publish("n2", ModelSpec(name="other", layers=12))
-        await world.until(lambda: world.all_ready() and world["n3"].running.served().manifest.name == "other")
+        await world.until(lambda: world.all_ready() and world["n3"].running.releases.current.manifest.name == "other")
         assert await world.ask("n1") != first
 
 
-async def test_serving_what_is_not_here_is_refused() -> None:
+async def test_serving_what_is_not_here_is_refused(autojump_clock: MockClock) -> None:
     async with World.open(SEED) as world:
         world.add()
         await world.start_all()

@@ -65,7 +65,7 @@ def test_break_before_make_asks_before_it_releases() -> None:
     m.handle(want(source=span(0, 4), leaves=True, exclusive=True), 0.0)
     m.handle(intent.Expired(), 1.0)
     assert m.handle(intent.Confirmed(), 1.0) == (intent.AskHolds(span(4, 8), True, 1),)
-    assert m.handle(intent.Guarded(), 2.0) == (intent.Release(), intent.Load(span(4, 8)))
+    assert m.handle(intent.Guarded(), 2.0) == (intent.Vacate(), intent.Load(span(4, 8)))
     assert m.handle(intent.Loaded(), 3.0) == (intent.Switch(span(4, 8)),)
 
 
@@ -73,7 +73,7 @@ def test_nothing_is_asked_when_nothing_is_at_risk() -> None:
     m = mover()
     m.handle(want(source=span(0, 4), exclusive=True), 0.0)
     m.handle(intent.Expired(), 1.0)
-    assert m.handle(intent.Confirmed(), 1.0) == (intent.Release(), intent.Load(span(4, 8)))
+    assert m.handle(intent.Confirmed(), 1.0) == (intent.Vacate(), intent.Load(span(4, 8)))
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
