@@ -289,5 +289,7 @@ class Pipes:
         async with events:
             async for event in events:
                 if not event.connected:
+                    pipe = self._pipe(event.peer)
+                    pipe.clock = ClockOffset()  # it may come back with another clock: a process has its own
                     self._lost(event.peer, event.reason)
-                    await self._close(self._pipe(event.peer))
+                    await self._close(pipe)

@@ -212,7 +212,7 @@ class Load(Protocol):
 
     @property
     def changes(self) -> Changes:
-        """Whenever one of the two changes."""
+        """Whenever one of the two has changed for longer than a moment."""
 
     @property
     def sessions(self) -> int:

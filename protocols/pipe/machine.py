@@ -170,6 +170,7 @@ class Origin:
             raise LocalProtocolError("a session needs a route, a prompt that its chunks add up to, and max_tokens")
         self.state = OriginState.NEW
         self.deadline: float | None = None
+        self.peers: Final = tuple(dict.fromkeys(hop.peer for hop in route))  # distinct, in their order
         self._session, self._attempt, self._us = session, attempt, us
         self._manifest, self._variant, self._route = manifest, variant, route
         self._prompt, self._chunks = prompt, tuple(chunks)
@@ -178,11 +179,6 @@ class Origin:
         self._opened: set[int] = set()
         self._next = len(prompt)  # position of the token that comes next
         self._patience = 0.0  # seconds until the deadline, when it was set
-
-    @property
-    def peers(self) -> tuple[str, ...]:
-        """Distinct peers of the route, in its order."""
-        return tuple(dict.fromkeys(hop.peer for hop in self._route))
 
     def handle(self, event: OriginEvent, now: float) -> tuple[OriginEffect, ...]:
         """Take one event at time `now` (seconds, monotonic) and return what to do, in order.

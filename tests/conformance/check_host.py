@@ -603,10 +603,16 @@ async def many_streams_at_once(make: Make) -> None:
 async def round_trips_are_known(make: Make) -> None:
     async with pair(make) as (one, other):
         with trio.fail_after(8):
-            while (trip := one.round_trip_us(other.peer_id)) is None:  # noqa: ASYNC110 - no event tells it
-                await trio.sleep(0.05)
+            version = 0
+            while (trip := one.round_trip_us(other.peer_id)) is None:
+                version = await one.links.wait(version)
         assert 0 < trip < 5_000_000
         assert one.round_trip_us(NOBODY) is None
+        version = one.links.version
+        await other.disconnect(one.peer_id, "a pause")
+        with trio.fail_after(8):
+            while one.round_trip_us(other.peer_id) is not None:
+                version = await one.links.wait(version)
 
 
 CHECKS: Final[tuple[Check, ...]] = (

@@ -108,8 +108,9 @@ async def test_an_event_loop_that_is_held_up_accuses_nobody(victim: Victim) -> N
     async with member(victim) as host:
         stream = await host.open_stream(victim.peer, ECHO)
         with trio.fail_after(5):
-            while host.round_trip_us(victim.peer) is None:  # noqa: ASYNC110 - no event tells it
-                await trio.sleep(0.05)
+            version = 0
+            while host.round_trip_us(victim.peer) is None:
+                version = await host.links.wait(version)
         time.sleep(2.0)  # noqa: ASYNC251 - ours
         await victim.order(do="block", seconds=2.0)  # theirs
         time.sleep(2.0)  # noqa: ASYNC251

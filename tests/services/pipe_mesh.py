@@ -7,35 +7,30 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import trio
 
-from meshnode.core.errors import Declined, EngineLost
-from meshnode.core.health import Health
+from meshnode.core.errors import EngineLost
 from meshnode.core.signal import Changes
-from meshnode.engine.null_stage import NullStage
-from meshnode.engine.port import Engine, StageReport, StageSpec, StepResult
-from meshnode.engine.process import load_request
-from meshnode.engine.sessions import Sessions
+from meshnode.engine import local
+from meshnode.engine.port import Engine, StageSpec, StepResult
 from meshnode.model.facts import facts_of
 from meshnode.model.release import ServedRelease
 from meshnode.net.memory_host import MemoryHost, MemoryNetwork
 from meshnode.net.pipes import Pipes
 from meshnode.services.inference.load import StageLoad
 from meshnode.services.inference.origin import OriginService
-from meshnode.services.inference.readiness import ReadinessService
 from meshnode.services.inference.receipt import Receipt, Request
 from meshnode.services.inference.router import Router
 from meshnode.services.inference.stage import StageService
+from meshnode.sim.model import ModelSpec, make_model
 from protocols.advert.messages import SERVING, Advert, Serving, Span
-from protocols.enginewire.messages import BAD_INPUT
-from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId, SessionId
 from protocols.manifest.messages import Architecture
 from protocols.pipe.messages import Sampling
-from tests.adverts import MANIFEST, advert_of, peer_of
-from tests.services.placement_world import make_manifest
+from tests.adverts import MANIFEST, advert_of, key_of, peer_of
 
 LAYERS = 9
 SHAPE = Architecture(
@@ -50,96 +45,52 @@ SHAPE = Architecture(
     bos_ids=(1,),
     eos_ids=(2,),
 )
-_MANIFEST = replace(make_manifest(LAYERS), architecture=SHAPE)
+_MANIFEST = replace(make_model(ModelSpec(layers=LAYERS), key_of(1), 1).manifest, architecture=SHAPE)
 RELEASE = ServedRelease(MANIFEST, "int4", _MANIFEST, facts_of(_MANIFEST, "int4"))
 GREEDY = Sampling(seed=0)
 PROMPT = (5, 6, 7, 8, 9)
 
 
-class LocalEngine:
-    """The null engine inside this process, in virtual time: `step_s` passes in each step."""
+class LocalEngine(local.LocalEngine):
+    """The null engine in virtual time, which can be held up, killed and made to tamper."""
 
     def __init__(self, first: int, last: int, *, max_sessions: int = 8, max_kv_bytes: int = 1 << 30) -> None:
-        self._spec = StageSpec(
-            kind="null",
-            graph=Path(),
-            groups={},
-            first=first,
-            last=last,
-            architecture=SHAPE,
-            threads=1,
-            max_sessions=max_sessions,
-            max_kv_bytes=max_kv_bytes,
+        super().__init__(
+            StageSpec(
+                kind="null",
+                graph=Path(),
+                groups={},
+                first=first,
+                last=last,
+                architecture=SHAPE,
+                threads=1,
+                max_sessions=max_sessions,
+                max_kv_bytes=max_kv_bytes,
+            )
         )
-        self._sessions = Sessions(
-            NullStage(layers=LAYERS, hidden=SHAPE.hidden, vocab=SHAPE.vocab), load_request(self._spec)
-        )
-        self._turn = trio.Lock()
         self.open_sessions: set[bytes] = set()
-        self.step_s = 0.001
         self.dies_after: int | None = None  # steps
         self.tampers: Callable[[StepResult], StepResult] = lambda result: result
         self.held: trio.Event | None = None  # steps wait for it
         self.steps: list[tuple[int, int]] = []  # (position, rows) of each
-        self.rss_bytes = 0
         self.changed: Callable[[], None] = lambda: None
 
-    @property
-    def spec(self) -> StageSpec:
-        return self._spec
+    async def open(self, session: SessionId, **settings: Any) -> None:
+        await super().open(session, **settings)
+        self.open_sessions.add(session)
 
-    async def start(self) -> StageReport:
-        return StageReport(pid=1, load_ms=0, weight_bytes=0, decode_us=1000, prefill_us=100)
-
-    async def open(
-        self,
-        session: SessionId,
-        *,
-        first: int,
-        last: int,
-        capacity: int,
-        sampling: Sampling | None,
-        prompt: tuple[int, ...],
-    ) -> None:
-        async with self._turn:
-            await trio.sleep(self.step_s)
-            tokens = np.asarray(prompt, np.int32)
-            self._sessions.open(session, first=first, last=last, capacity=capacity, sampling=sampling, prompt=tokens)
-            self.open_sessions.add(session)
-
-    async def step(
-        self, session: SessionId, *, position: int, rows: int, data: bytes, sample: bool, prefill: bool = False
-    ) -> StepResult:
-        async with self._turn:
-            if self.dies_after is not None and len(self.steps) >= self.dies_after:
-                raise EngineLost("it was killed by SIGKILL")
-            self.steps.append((position, rows))
-            await trio.sleep(self.step_s)
-            if self.held is not None:
-                await self.held.wait()
-            try:
-                out, token = self._sessions.step(
-                    session, position=position, rows=rows, body=data, sample_after=sample, prefill=prefill
-                )
-            except Declined as error:
-                if error.code == BAD_INPUT:
-                    raise RemoteProtocolError(str(error)) from None
-                raise
-            return self.tampers(StepResult(data=out.tobytes(), token=token, compute_us=round(self.step_s * 1e6)))
+    async def step(self, session: SessionId, *, position: int, rows: int, **settings: Any) -> StepResult:
+        if self.dies_after is not None and len(self.steps) >= self.dies_after:
+            raise EngineLost("it was killed by SIGKILL")
+        self.steps.append((position, rows))
+        if self.held is not None:
+            await self.held.wait()
+        return self.tampers(await super().step(session, position=position, rows=rows, **settings))
 
     async def close(self, session: SessionId) -> None:
-        async with self._turn:
-            await trio.sleep(self.step_s)
-            self._sessions.close(session)
-            self.open_sessions.discard(session)
-            self.changed()
-
-    async def stop(self) -> None:
-        self.open_sessions.clear()
-
-    async def wait_lost(self) -> str:
-        await trio.sleep_forever()
-        raise AssertionError
+        await super().close(session)
+        self.open_sessions.discard(session)
+        self.changed()
 
 
 @dataclass
@@ -168,10 +119,8 @@ class Member:
     engine_failures: list[str] = field(default_factory=list)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     load: StageLoad = field(default_factory=StageLoad)
-    health: Health = field(default_factory=lambda: Health(trio.current_time))
     stage: StageService = field(init=False)
     origin: OriginService = field(init=False)
-    readiness: ReadinessService = field(init=False)
 
     @property
     def peer(self) -> PeerId:
@@ -220,16 +169,12 @@ class Mesh:
     def __init__(self, nursery: trio.Nursery) -> None:
         self.network = MemoryNetwork()
         self.members: list[Member] = []
-        self.rng = random.Random(5)
         self.changes = Changes()  # of `live` and `current`
         self.current: ServedRelease | None = RELEASE
         self.why_none = "the network serves no model yet"
         self.prefer: PeerId | None = None  # looks faster than it is
         self._nursery = nursery
         self._change = trio.Event()
-
-    def peer(self, number: int) -> PeerId:
-        return peer_of(number)
 
     async def start(
         self, first: int = 0, last: int = 0, *, max_sessions: int = 8, max_kv_bytes: int = 1 << 30
@@ -245,7 +190,6 @@ class Mesh:
         member.stage = StageService(member.peer, member.pipes, member, member.load)
         router = Router(member.peer, self, self)
         member.origin = OriginService(member.peer, member.pipes, router, self, random.Random(number))
-        member.readiness = ReadinessService(router, member.origin, host, member.pipes, member.health)
         await self._nursery.start(self._run, member)
         for other in self.members:
             if other.peer in self.network.hosts:
@@ -317,8 +261,7 @@ async def open_mesh() -> AsyncIterator[Mesh]:
 
 def alone(prompt: Sequence[int] = PROMPT, *, most: int = 12, sampling: Sampling = GREEDY) -> list[int]:
     """The answer of one process that holds the whole model."""
-    engine = LocalEngine(0, LAYERS)
-    sessions = engine._sessions
+    sessions = LocalEngine(0, LAYERS)._sessions
     text = np.asarray(prompt, np.int32)
     sessions.open(b"s", first=0, last=LAYERS, capacity=SHAPE.context, sampling=sampling, prompt=text)
     out: list[int] = []

@@ -49,13 +49,6 @@ async def test_an_origin_that_serves_takes_part_in_its_own_chain(autojump_clock:
         await mesh.freed()
 
 
-async def test_a_node_alone_answers_itself(autojump_clock: MockClock) -> None:
-    async with open_mesh() as mesh:
-        only = await mesh.start(0, LAYERS)
-        assert (await only.ask()).tokens == alone()
-        await mesh.freed()
-
-
 async def test_the_cuts_of_a_prompt_change_nothing(autojump_clock: MockClock) -> None:
     prompt = tuple(range(3, 60))
     async with open_mesh() as mesh:
@@ -153,16 +146,6 @@ async def test_cancelling_frees_the_session_on_every_stage(after: int, autojump_
         for member in mesh.members[:3]:
             if member.local.held is not None:
                 member.local.held.set()
-        await mesh.freed()
-
-
-async def test_whoever_closes_the_generator_frees_the_session(autojump_clock: MockClock) -> None:
-    async with open_mesh() as mesh:
-        asker = await mesh.chain(3, 6)
-        async with aclosing(asker.origin.generate(Request(PROMPT, 100, GREEDY))) as pieces:
-            assert isinstance(await anext(pieces), Piece)
-            assert asker.origin.running == 1
-        assert asker.origin.running == 0
         await mesh.freed()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import pytest
@@ -19,8 +19,7 @@ from meshnode.policy.route import NoRoute
 from meshnode.services.inference.readiness import AGAIN_S, PROBE_S, Readiness, ReadinessService
 from meshnode.services.inference.receipt import Piece, Receipt, Request
 from protocols.ids import PeerId
-from protocols.pipe.messages import Hop, Message, Token
-from tests.services.pipe_mesh import open_mesh
+from protocols.pipe.messages import Hop
 
 
 @dataclass
@@ -187,64 +186,6 @@ async def test_a_probe_that_hangs_has_failed(autojump_clock: MockClock) -> None:
         assert chain.service.now.sentence == "the probe failed: no probe token came back within 20 s"
         chain.takes_s = 0
         await chain.says(True, within=2 * PROBE_S)
-
-
-# ---------------------------------------------------------------- over a real chain of stages
-
-
-async def test_a_real_chain_is_ready_and_its_loss_is_named(autojump_clock: MockClock) -> None:
-    async with open_mesh() as mesh:
-        await mesh.chain(3, 6)
-        service = mesh.members[3].readiness
-        victim = mesh.members[1]
-        async with trio.open_nursery() as nursery:
-            await nursery.start(service.run)
-            with trio.fail_after(5):
-                await service.wait_ready()
-            await mesh.freed()
-            victim.kill()
-            victim.span = None
-            mesh.changes.notify()
-            await until(1)
-            assert service.now == Readiness(False, "layers 3 to 5 are held by nobody, and no node is loading")
-            nursery.cancel_scope.cancel()
-
-
-async def test_a_chain_that_looks_whole_but_does_not_answer_is_not_ready(autojump_clock: MockClock) -> None:
-    async with open_mesh() as mesh:
-        await mesh.chain(3, 6)
-        dead = mesh.members[1]
-        dead.local.dies_after = 0
-        service = mesh.members[3].readiness
-        async with trio.open_nursery() as nursery:
-            await nursery.start(service.run)
-            await until(0.5)
-            assert not service.now.ready
-            assert dead.peer in service.now.sentence
-            assert "SIGKILL" in service.now.sentence
-            dead.local.dies_after = None
-            await until(10)
-            assert service.now.ready
-            nursery.cancel_scope.cancel()
-
-
-async def test_a_lying_stage_costs_readiness_and_not_the_service(autojump_clock: MockClock) -> None:
-    async with open_mesh() as mesh:
-        await mesh.chain(3, 6)
-        last = mesh.members[2]
-        service = mesh.members[3].readiness
-        send = last.pipes.send
-
-        async def lie(peer: PeerId, message: Message, body: bytes = b"") -> None:
-            await send(peer, replace(message, position=77) if isinstance(message, Token) else message, body)
-
-        last.pipes.send = lie  # type: ignore[method-assign]
-        async with trio.open_nursery() as nursery:
-            await nursery.start(service.run)
-            await until(5)
-            assert not service.now.ready
-            assert "broke the rules of the pipe" in service.now.sentence
-            nursery.cancel_scope.cancel()
 
 
 async def test_a_broken_chain_is_not_ready_until_another_token_has_passed(autojump_clock: MockClock) -> None:

@@ -212,10 +212,21 @@ def test_the_wait_is_told_when_it_has_moved() -> None:
         load.waited(10 * QUEUE_STEP_US)
     assert 6 * QUEUE_STEP_US < load.queue_us < 10 * QUEUE_STEP_US
     assert load.changes.version < 6
-    load.count(2)
-    told = load.changes.version
-    load.count(2)
-    assert (load.sessions, load.changes.version) == (2, told)
+
+
+async def test_sessions_that_stay_are_told(autojump_clock: MockClock) -> None:
+    async with bench() as b:
+        await b.take(ME, opening(), ids(*PROMPT))
+        b.receive(ME, Close(session=S, attempt=1))
+        b.receive(ME, opening(attempt=2), ids(*PROMPT))
+        told = b.load.changes.version
+        with trio.move_on_after(1):
+            await b.load.changes.wait()
+        assert (b.load.sessions, b.load.changes.version) == (1, told)
+        b.receive(ME, Close(session=S, attempt=2))
+        with trio.fail_after(1):
+            await b.load.changes.wait(told)
+        assert b.load.sessions == 0
 
 
 # ---------------------------------------------------------------- opening

@@ -32,11 +32,12 @@ from meshnode.services.inference.text import (
     Waiting,
     check,
 )
+from meshnode.sim.model import ModelSpec, make_model
 from meshnode.store.port import OpenFile
 from protocols.ids import RAW, Cid, cid_of
 from protocols.manifest.messages import FileRef, Manifest
 from protocols.pipe.messages import Sampling
-from tests.services.placement_world import make_manifest
+from tests.adverts import key_of
 
 GREEDY = Sampling(seed=0)
 TEMPLATE = (
@@ -76,7 +77,9 @@ class Desk:
     def __post_init__(self) -> None:
         self.fast = FastTokenizer.from_file(str(build_tokenizer(self.folder)))
         (self.folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-        self.manifest = replace(make_manifest(), files={name: self.file(name) for name in self.files})
+        self.manifest = replace(
+            make_model(ModelSpec(), key_of(1), 1).manifest, files={name: self.file(name) for name in self.files}
+        )
         self.changes = Changes()
         self.why_none = "add one with: meshnode model add PATH"
         self.now = Readiness(True, "")

@@ -60,7 +60,9 @@ class StageService:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; the origins of open sessions notice by our disconnection."""
-        await self._tasks.run(task_status=task_status)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._load.settle)
+            await self._tasks.run(task_status=task_status)
 
     def _close(self, peer: PeerId, message: Close, _body: bytes, _network_us: int) -> None:
         session = self._sessions.get(message.session)

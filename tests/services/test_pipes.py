@@ -137,6 +137,7 @@ async def test_a_pipe_is_opened_anew_after_the_peer_came_back(autojump_clock: Mo
         await one.host.disconnect(other.peer, "a pause")
         while (await events.receive()).connected:
             pass
+        assert one.pipes.clock_of(other.peer).compared == 0, "another process may come back"
         with pytest.raises(PeerUnreachable):
             await one.pipes.send(other.peer, CLOSE)
         await one.host.connect(other.peer, other.host.addresses)
