@@ -33,7 +33,7 @@ def status_of(node: Node) -> Status:
     live = node.directory.live()
     served = node.releases.current
     ready = node.readiness.now
-    prediction = node.placement.prediction()
+    prediction = node.placement.prediction
     peers = [_peer(node, advert) for peer, advert in live.items() if peer != node.identity.peer_id]
     return Status(
         software=__version__,

@@ -29,6 +29,7 @@ from meshnode.policy.moves import (
     abandoned,
     decide,
     guards_of,
+    may_leave,
     slot_left_s,
     slot_of,
     still_right,
@@ -37,13 +38,13 @@ from meshnode.policy.moves import (
 )
 from meshnode.policy.patience import Patience
 from meshnode.policy.placement import Node, runs
-from meshnode.policy.prediction import Prediction, predict
+from meshnode.policy.prediction import Prediction, predict_mesh
 from meshnode.services.port import Directory, Holds, Load, ManySpans, Releases
 from protocols.advert.messages import DRAINING, IDLE, INTENT, LOADING, SERVING, Serving, Span
 from protocols.errors import ProtocolError
 from protocols.ids import PeerId, short
 from protocols.intent import machine as intent
-from protocols.intent.messages import HOLD_MS, Answer, Hold, NotHeld
+from protocols.intent.messages import Answer, Hold
 
 OTHER_RELEASE: Final = "the network serves another release now"
 
@@ -100,13 +101,9 @@ class PlacementService:
         self._left = False
         self._considered: object = None  # the view in which there was nothing to do
         self._assessed: object = None
-        self._prediction: Prediction | None = None
+        self.prediction: Prediction | None = None  # of the mesh with the spans served or announced now
 
     # What others see
-
-    def prediction(self) -> Prediction | None:
-        """How fast the mesh answers one stream with the spans served or announced now; None without a model."""
-        return self._prediction
 
     def answer_hold(self, peer: PeerId, hold: Hold) -> Answer:
         """Answer a peer that asks us to keep layers. Raises RemoteProtocolError for a hold without layers."""
@@ -194,7 +191,7 @@ class PlacementService:
         if self._releases.current is self._release:
             return
         self._release = self._releases.current
-        self._prediction = self._considered = self._assessed = None
+        self.prediction = self._considered = self._assessed = None
         self._events.append(intent.Cancelled(OTHER_RELEASE))
 
     def _take_events(self, now: float) -> None:
@@ -279,10 +276,9 @@ class PlacementService:
             draining=self._draining,
         )
         nodes = nodes_of(view, release.cid, release.variant_name, release.facts.layers)
-        rest = [node for node in nodes if node.peer != self._us]
-        if me.memory_bytes or me.span:
-            rest.append(me)
-        return tuple(sorted(rest, key=lambda node: node.peer))
+        others = (node for node in nodes if node.peer != self._us)
+        ours = (me,) if me.memory_bytes or me.span else ()
+        return tuple(sorted((*others, *ours), key=lambda node: node.peer))
 
     # Deciding
 
@@ -391,24 +387,7 @@ class PlacementService:
         if guards.missing:
             first, last = guards.missing[0]
             return f"nobody else keeps layers {first} to {last - 1}"
-        for guard in guards.holders:
-            first, last = guard.layers
-            hold = Hold(
-                manifest=release.cid,
-                variant=release.variant_name,
-                first=first,
-                last=last,
-                epoch=epoch,
-                hold_ms=HOLD_MS,
-                returns=guard.returns,
-            )
-            try:
-                answer = await self._holds.ask(PeerId(guard.peer), hold)
-            except (TransientError, Declined, ProtocolError) as error:
-                return f"{short(guard.peer)} could not be asked to keep layers {first} to {last - 1}: {error}"
-            if isinstance(answer, NotHeld):
-                return f"{short(guard.peer)} does not keep layers {first} to {last - 1}: {answer.reason}"
-        return None
+        return await self._holds.keep(release, guards.holders, epoch)
 
     def _may_leave(self) -> bool:
         """Whether a draining node can go: its sessions have ended, and others serve its layers or never can."""
@@ -418,13 +397,8 @@ class PlacementService:
         span = release.layers_of(serving.span) if release and serving else None
         if release is None or span is None:
             return True
-        others = [node for node in self._nodes(release) if node.peer != self._us and not node.draining]
-        if not others or wanted_plan(release.facts, others).holes:
-            return True  # whoever got a promise of us relied on a mesh that ends anyway
-        if self._keeper.promised(0, release.facts.layers, trio.current_time()):
-            return False
-        covered = {layer for node in others if node.span for layer in range(*node.span)}
-        return all(layer in covered for layer in range(*span))
+        promised = self._keeper.promised(0, release.facts.layers, trio.current_time()) is not None
+        return may_leave(release.facts, self._nodes(release), self._us, span, promised=promised)
 
     # Saying it
 
@@ -460,13 +434,7 @@ class PlacementService:
     def _assess(self, release: ServedRelease, nodes: tuple[Node, ...]) -> None:
         """Prediction and health: computed when the mesh changed."""
         facts, model = release.facts, release.title
-        measured = layer_us_of(self._directory.live())
-        self._prediction = predict(
-            facts,
-            {node.peer: node.place for node in nodes if node.place is not None},
-            {node.peer: measured.get(PeerId(node.peer), UNMEASURED_LAYER_US) for node in nodes},
-            {node.peer: node.memory_bytes for node in nodes},
-        )
+        self.prediction = predict_mesh(facts, nodes, layer_us_of(self._directory.live()))
         holes = wanted_plan(facts, nodes).holes if nodes else runs(range(facts.layers))
         if holes:
             missing = sum(facts.need(*hole) for hole in holes)

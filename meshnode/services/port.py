@@ -14,10 +14,10 @@ from meshnode.core.signal import Changes
 from meshnode.engine import open_span
 from meshnode.engine.port import Engine
 from meshnode.model.release import ServedRelease
+from meshnode.policy.moves import Guard
 from meshnode.store.port import OpenFile
 from protocols.advert.messages import Advert, Announcement, Holding, Span
 from protocols.ids import Cid, PeerId
-from protocols.intent.messages import Answer, Hold
 from protocols.manifest.messages import FileRef
 from protocols.pipe.messages import Message
 
@@ -200,10 +200,10 @@ class ManySpans(Spans, Protocol):
 class Holds(Protocol):
     """Other nodes' promises to keep layers (`holds.py`)."""
 
-    async def ask(self, peer: PeerId, hold: Hold) -> Answer:
-        """Ask one peer. Raises PeerUnreachable (no answer in 5 s), Declined, RemoteProtocolError.
+    async def keep(self, release: ServedRelease, guards: Sequence[Guard], epoch: int) -> str | None:
+        """Have every guard promise to keep its layers while we leave them. None, or why one does not.
 
-        If cancelled: the peer may have promised; its promise runs out by itself.
+        epoch: of our intent. If cancelled: some may have promised; promises run out by themselves.
         """
 
 

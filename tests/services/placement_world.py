@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import trio
 
@@ -21,6 +21,7 @@ from meshnode.core.signal import Changes
 from meshnode.engine.port import StageReport, StageSpec
 from meshnode.model.facts import ModelFacts, Range, facts_of
 from meshnode.model.release import ServedRelease
+from meshnode.services.holds import HoldQuestions
 from meshnode.services.inference.load import StageLoad
 from meshnode.services.placement import PlacementService, PlacementSettings
 from meshnode.services.port import Progress
@@ -365,7 +366,7 @@ class World:
         world = self
         member: Member
 
-        class Asker:
+        class Asker(HoldQuestions):
             async def ask(self, other: PeerId, hold: Hold) -> Answer:
                 return await world.ask(peer, other, hold)
 
@@ -387,7 +388,7 @@ class World:
             directory,
             FakeReleases(self, directory),
             spans,
-            Asker(),
+            Asker(cast(Any, None)),
             load,
             health,
             PlacementSettings(memory_bytes=memory, rng=rng, wall=self._wall, max_layers=max_layers),

@@ -35,7 +35,7 @@ async def test_one_node_that_can_serves_everything(autojump_clock: MockClock) ->
         assert advert.serving is not None
         assert advert.serving.state == SERVING
         assert advert.layer_decode_us > 0
-        prediction = member.service.prediction()
+        prediction = member.service.prediction
         assert prediction is not None
         assert prediction.stages == (("a", (0, 12)),)
 
@@ -213,7 +213,7 @@ async def test_a_node_without_memory_serves_nothing(autojump_clock: MockClock) -
         await trio.sleep(60)
         assert member.span is None
         assert member.engines == []
-        assert member.service.prediction() is not None
+        assert member.service.prediction is not None
 
 
 async def test_a_dead_node_is_replaced_by_a_spare_one(autojump_clock: MockClock) -> None:
