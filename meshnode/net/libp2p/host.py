@@ -15,7 +15,7 @@ import trio
 from meshnode.core.errors import PeerUnreachable
 from meshnode.core.log import get_logger
 from meshnode.net import heartbeat
-from meshnode.net.addresses import address_of, owned, reachable_hosts
+from meshnode.net.addresses import reachable_hosts
 from meshnode.net.heartbeat import Heartbeat
 from meshnode.net.inbox import Inbox
 from meshnode.net.lane.lane import DirectLanes, Ends
@@ -29,6 +29,7 @@ from meshnode.net.port import MAX_GOSSIP_BYTES, Handler, Lane, PeerEvent, Stream
 from meshnode.net.protocol_table import NOT_SERVED, STRANGER, ProtocolTable, refusal
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import PeerId
+from protocols.multiaddr import address_of, owned
 
 OPEN_SECONDS: Final = 10.0
 AGREE_SECONDS: Final = 10.0
