@@ -35,7 +35,9 @@ from meshnode.model.release import ServedRelease
 from meshnode.net.pipes import Pipes
 from meshnode.net.port import Host, PeerEvent
 from meshnode.policy.route import NoRoute, plan_route
-from meshnode.services.content.fetch import PATIENCE_SECONDS, ContentService
+from meshnode.services.content.access import Access
+from meshnode.services.content.service import ContentService
+from meshnode.services.content.sources import Sources
 from meshnode.services.dht import DhtClient, DhtSettings
 from meshnode.services.directory.directory import DirectoryService, DirectorySettings, next_incarnation
 from meshnode.services.discovery import DiscoveryService
@@ -58,13 +60,12 @@ from meshnode.store.port import OpenFile, Store
 from protocols.advert.messages import Advert, RoundTrip
 from protocols.bitswap import messages as bitswap
 from protocols.errors import RemoteProtocolError
-from protocols.ids import DAG_CBOR, Cid, PeerId, cid_codec, short
+from protocols.ids import Cid, PeerId, short
 from protocols.manifest.codec import open_manifest
 from protocols.manifest.messages import FileRef, Manifest
 from protocols.membership import messages as membership
 from protocols.pipe.messages import Close, Hop, Message, Open, Opened, Refused, Sampling, Step, Token
 
-DHT_PATIENCE_SECONDS: Final = 60.0  # a search among strangers goes on for so long
 UPKEEP_SECONDS: Final = 0.5  # how often the advert's load and round trips are looked at
 ROUND_TRIP_CHANGE: Final = 0.3  # a link is advertised again when it changed by this share
 PROBE_TOKENS: Final = (1, 1)  # any two token ids: what is proven is that the chain answers
@@ -181,19 +182,11 @@ class Node:
         self.content = ContentService(
             self.host,
             self.store,
-            self.directory.providers,
-            guests=self.external.configured,
-            share_with_guests=config.content.share != "members",
-            share_with_anyone=anyone,
-            is_member=lambda peer: peer in self.membership.members(),
-            patience=PATIENCE_SECONDS if self.dht is None else DHT_PATIENCE_SECONDS,
-            seek=None if self.dht is None else self.dht.find,
-            sought=None if self.dht is None else self.dht.so_far,
-            advice=self._advice,
-            workers=parts.workers,
-            outside=None if outside is None else outside.block,
-            tree_outside=None if outside is None else outside.tree,
-            outside_so_far=None if outside is None else outside.so_far,
+            self.directory,
+            Sources(self.host, self.directory, self.external, finder=self.dht, outside=outside),
+            Access(config.content.share, self.membership, self.external),
+            self.health,
+            parts.workers,
         )
         self.daemon = None if parts.daemon is None else self._look_after(parts.daemon)
         self.pipes = Pipes(self.host)
@@ -257,19 +250,8 @@ class Node:
             health=self.health,
         )
         self._remembered: tuple[str, str] | None = None
-        self._liars: set[PeerId] = set()
         self.stopping = trio.Event()
         self.ended = trio.Event()
-
-    def _advice(self, cid: Cid) -> str:
-        """What our owner may not know when nobody gives a manifest; it may be on IPFS."""
-        content = self.config.content
-        if cid_codec(cid) != DAG_CBOR or content.ipfs_peers or content.dht or content.ipfs_api or content.gateways:
-            return ""
-        return (
-            ", or name IPFS nodes that have it in content.ipfs_peers or peers of their DHT in content.dht: this node "
-            "asks nobody outside its network now"
-        )
 
     def _look_after(self, ipfs: IpfsApi) -> IpfsDaemonService:
         """The operator's own daemon."""
@@ -281,9 +263,7 @@ class Node:
             held=self.inventory,
             releases=_Releases(self) if self.config.content.ipfs_publish else None,
         )
-        return IpfsDaemonService(
-            ipfs, self.host, self.external, self.membership, self.content, publication, self.health
-        )
+        return IpfsDaemonService(ipfs, self.host, self.external, self.membership, publication, self.health)
 
     def _first_advert(self, machine: Machine, memory: int) -> Advert:
         return Advert(
@@ -376,28 +356,12 @@ class Node:
     async def _keep_advert(self) -> None:
         """Load and links, put into our advert when they change."""
         while True:
-            self._name_liars()
             self.placement.report_load(self.stage.sessions, self.stage.queue_us)
             before = self.directory.me().round_trips
             trips = self._round_trips(before)
             if trips != before:
                 self.directory.advertise(replace(self.directory.me(), round_trips=trips))
             await trio.sleep(UPKEEP_SECONDS)
-
-    def _name_liars(self) -> None:
-        """Those of whom nothing is fetched any more, by the name that they had then."""
-        for peer, deed in self.content.bad_providers().items():
-            if peer in self._liars:
-                continue
-            self._liars.add(peer)
-            advert = self.directory.live().get(peer)
-            guest = peer in self.external.configured
-            self.health.set(
-                "bad-provider",
-                peer=f"{advert.name} ({short(peer)})" if advert is not None and advert.name else short(peer),
-                deed=deed,
-                check="`ipfs repo verify`" if guest else "`meshnode model verify`",
-            )
 
     def _round_trips(self, before: tuple[RoundTrip, ...]) -> tuple[RoundTrip, ...]:
         old = {trip.peer: trip.us for trip in before}

@@ -29,6 +29,9 @@ class Adverts(Protocol):
     def live(self) -> Mapping[PeerId, Advert]:
         """The newest advert of every node that is there, our own included."""
 
+    def providers(self, cid: Cid) -> Sequence[PeerId]:
+        """Peers that say they have a file or block, never ourselves; the best first."""
+
 
 class Directory(Adverts, Protocol):
     """The same, what we say about ourselves, and what is announced (`directory/`)."""
@@ -47,9 +50,6 @@ class Directory(Adverts, Protocol):
 
     def announcements(self) -> Mapping[PeerId, Announcement]:
         """The newest announcement of every publisher, those taken back too, sorted by publisher."""
-
-    def providers(self, cid: Cid) -> Sequence[PeerId]:
-        """Peers that say they have a file or block, never ourselves; the best first."""
 
 
 class Releases(Protocol):
@@ -98,12 +98,16 @@ class Strangers(Protocol):
         """Let a connected peer stay that does not speak our hello at all. Whether it may."""
 
 
-class ExternalPeers(Protocol):
-    """Peers outside the network and why each is kept connected (`external_peers.py`)."""
+class Guests(Protocol):
+    """Peers outside the network that our owner has named (`external_peers.py`)."""
 
     @property
     def configured(self) -> tuple[PeerId, ...]:
         """Those that a setting names, connected or not."""
+
+
+class ExternalPeers(Guests, Protocol):
+    """Peers outside the network and why each is kept connected (`external_peers.py`)."""
 
     def configure(self, peer: PeerId, addresses: Sequence[str], setting: str) -> None:
         """Keep a peer connected because `setting` names it, or learn where it is found now."""

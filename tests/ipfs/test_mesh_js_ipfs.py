@@ -8,12 +8,12 @@ import pytest
 import trio
 from nacl.signing import SigningKey
 
+from meshnode.bench.known import Known, content_of
 from meshnode.core.health import Health
 from meshnode.ipfs.fallback import Fallback
 from meshnode.ipfs.rpc import IpfsApi
 from meshnode.model.facts import facts_of, tight_memory
 from meshnode.publisher.release import release
-from meshnode.services.content.fetch import ContentService
 from meshnode.store.blob_store import BlobStore
 from protocols.ids import Cid, peer_id_of
 from protocols.manifest.codec import open_manifest
@@ -52,13 +52,8 @@ async def test_a_published_model_goes_there_and_a_node_without_peers_gets_all_of
         await there.pin(cid)  # walks the whole of it
         async with network(tmp_path) as net:
             outside = Fallback([there])
-            mine = ContentService(
-                net.host(ME),  # type: ignore[arg-type]
-                BlobStore(tmp_path / "reader", QUOTA),
-                lambda _: (),
-                outside=outside.block,
-                tree_outside=outside.tree,
-            )
+            host, folder = net.host(ME), tmp_path / "reader"
+            mine = content_of(host, BlobStore(folder, QUOTA), Known(host), outside=outside)  # type: ignore[arg-type]
             await net.nursery.start(mine.run)
             fetched = open_manifest(await mine.block(cid))
             assert fetched == manifest
