@@ -152,7 +152,7 @@ def _content(node: Node, served: Served | None) -> ContentStatus:
 def _tiers(node: Node, served: Served) -> tuple[int, int, int]:
     """Bytes of the served model by how far away they are: mapped by our engine, on our disk, elsewhere."""
     variant = served.manifest.variants[served.variant]
-    every = {ref.cid: ref.size for ref in (variant.graph, *variant.groups(0, len(variant.layers)).values())}
+    every = {ref.cid: ref.size for ref in variant.files().values()}
     stage = node.placement.engine()
     mapped: Collection[str] = ()
     if stage is not None and (stage.span.manifest, stage.span.variant) == (served.cid, served.variant):
@@ -168,8 +168,7 @@ def _copies(node: Node, served: Served) -> CopiesStatus | None:
     if copies is None:
         return None
     variant = served.manifest.variants[served.variant]
-    groups = variant.groups(0, served.manifest.architecture.layers)
-    named = {**groups, "graph": variant.graph, **served.manifest.files}
+    named = {**variant.files(), **served.manifest.files}
     return CopiesStatus(
         wanted=copies.wanted,
         nodes=copies.nodes,

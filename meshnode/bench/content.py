@@ -126,7 +126,7 @@ class Transfers:
                 self._host.admit(provider.peer, True)
                 with trio.fail_after(CONNECT_SECONDS):
                     await self._host.connect(provider.peer, provider.addresses)
-            self._chosen = [provider.peer for provider in started]
+            self._chosen[:] = [provider.peer for provider in started]
             await trio.sleep(self._settle_s)
             row = await self._measure(case, started)
             for provider in started:

@@ -92,9 +92,8 @@ class InventoryService:
             manifest = None if block is None else self._open_manifest(block)
             if manifest is None or head.variant not in manifest.variants:
                 return frozenset()
-            variant = manifest.variants[head.variant]
-            refs = (variant.graph, *variant.groups(0, len(variant.layers)).values(), *manifest.files.values())
-            self._served = (head.manifest, head.variant, frozenset(cid_to_bytes(ref.cid) for ref in refs))
+            needed = frozenset(cid_to_bytes(ref.cid) for ref in manifest.files_of(head.variant))
+            self._served = (head.manifest, head.variant, needed)
         return self._served[2]
 
     def _files_of(self, cid: Cid) -> Mapping[Cid, bytes]:

@@ -363,10 +363,4 @@ def _goes(advert: Advert) -> bool:
 
 def _files_of(head: Head, manifest: Manifest) -> dict[bytes, FileRef]:
     """What serving and asking need: binary CID -> file. The manifest itself is with everybody."""
-    variant = manifest.variants[head.variant]
-    refs = (
-        variant.graph,
-        *variant.groups(0, len(variant.layers)).values(),
-        *manifest.files.values(),
-    )
-    return {cid_to_bytes(ref.cid): ref for ref in refs}
+    return {cid_to_bytes(ref.cid): ref for ref in manifest.files_of(head.variant)}

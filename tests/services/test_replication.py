@@ -18,9 +18,10 @@ from meshnode.services.inventory import InventoryService
 from meshnode.services.replication import LATE_SECONDS, SETTLE_SECONDS, ReplicationService
 from meshnode.store.blob_store import BlobStore
 from protocols.advert.messages import Head
-from protocols.ids import DAG_CBOR, Cid, PeerId, cid_to_bytes
-from protocols.manifest.messages import Architecture, FileRef, Manifest, Variant
+from protocols.ids import DAG_CBOR, Cid, cid_to_bytes
+from protocols.manifest.messages import FileRef, Manifest
 from tests.adverts import MANIFEST
+from tests.manifests import manifest_of
 from tests.services.directory_mesh import Mesh, Node, open_mesh
 
 LAYERS = 8
@@ -37,38 +38,6 @@ def files_in(folder: Path) -> dict[str, Path]:
     for name in names:
         (folder / name).write_bytes(noise.randbytes(LAYER_BYTES))
     return {name: folder / name for name in names}
-
-
-def manifest_of(refs: dict[str, FileRef]) -> Manifest:
-    variant = Variant(
-        name="int4",
-        kernel_class="test/1",
-        graph=refs["graph"],
-        embed=refs["embed"],
-        layers=tuple(refs[f"layer.{n}"] for n in range(LAYERS)),
-        head=refs["head"],
-        quality=None,
-    )
-    return Manifest(
-        name="tiny",
-        version="v1.0.0-0",
-        created_ms=1,
-        publisher=PeerId("publisher"),
-        architecture=Architecture(
-            family="llama",
-            layers=LAYERS,
-            hidden=64,
-            heads=4,
-            kv_heads=1,
-            head_dim=16,
-            vocab=1000,
-            context=2048,
-            bos_ids=(1,),
-            eos_ids=(2,),
-        ),
-        files={"tokenizer.json": refs["tokenizer.json"]},
-        variants={"int4": variant},
-    )
 
 
 @dataclass
@@ -103,8 +72,7 @@ class World:
     @property
     def refs(self) -> list[FileRef]:
         assert self.manifest is not None
-        variant = self.manifest.variants["int4"]
-        return [variant.graph, *variant.groups(0, LAYERS).values(), *self.manifest.files.values()]
+        return self.manifest.files_of("int4")
 
     async def join(
         self, number: int, *, quota: int = 1 << 30, replicas: int = 2, folder: int | None = None
@@ -144,7 +112,7 @@ class World:
         for name, path in self.sources.items():
             cid = member.store.add_file(path, pin=str(MANIFEST))
             refs[name] = FileRef(cid=cid, size=path.stat().st_size)
-        self.manifest = manifest_of(refs)
+        self.manifest = manifest_of(refs.__getitem__, layers=LAYERS)
         member.node.directory.announce(name="tiny", version="v1.0.0-0", manifest=MANIFEST, variant="int4")
 
     def _opened(self) -> Manifest:
