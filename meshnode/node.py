@@ -23,6 +23,7 @@ from meshnode.core.clock import Wall
 from meshnode.core.errors import ContentUnavailable, Declined
 from meshnode.core.health import Health
 from meshnode.core.service import Service, supervise
+from meshnode.core.signal import Changes
 from meshnode.core.workers import Workers
 from meshnode.engine.port import Engine, StageSpec
 from meshnode.ipfs.fallback import Fallback, Source
@@ -53,7 +54,8 @@ from meshnode.services.membership import Introduction, MembershipService
 from meshnode.services.placement import PlacementConfig, PlacementService
 from meshnode.services.port import Progress
 from meshnode.services.releases import ArrivalService
-from meshnode.services.replication import ReplicationService
+from meshnode.services.replication.copies import Duties, ReplicationService, ReplicationSettings
+from meshnode.services.replication.shelves import Shelves
 from meshnode.state import releases
 from meshnode.state.port import State
 from meshnode.store.port import OpenFile, Store
@@ -164,7 +166,7 @@ class Node:
         self.discovery = DiscoveryService(
             self.host, self.database, self.directory, config.network.bootstrap, self.health, rng, wall
         )
-        self.inventory = InventoryService(self.directory, self.store, open_manifest)
+        self.inventory = InventoryService(self.directory, self.store, self.health)
         self.dht = (
             DhtClient(
                 self.host,
@@ -231,16 +233,13 @@ class Node:
             chain=self._chain, changed=self.directory.changes.wait, probe=self._probe, health=self.health
         )
         self.replication = ReplicationService(
-            us=identity.peer_id,
-            directory=self.directory,
-            release=self.placement.release,
-            holdings=self.inventory.holdings,
-            store=self.store,
-            fetch=self._fetch,
-            replicas=config.content.replicas,
-            loading=lambda: self.placement.progress() is not None,
-            busy=lambda: self.stage.sessions > 0,
-            health=self.health,
+            self.directory,
+            Shelves(identity.peer_id, self.directory, self.inventory, self.store),
+            _Releases(self),
+            self.content,
+            Duties(_Opening(self), _Load(self)),
+            ReplicationSettings(replicas=config.content.replicas),
+            self.health,
         )
         self.arrival = ArrivalService(
             waiting=lambda: releases.waiting(self.database),
@@ -510,3 +509,30 @@ class _Releases:
         if served is None:
             return None
         return ServedRelease(served.cid, served.variant, served.manifest, facts_of(served.manifest, served.variant))
+
+
+class _Opening:
+    """Until placement's spans say so."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    @property
+    def loading(self) -> object | None:
+        return self._node.placement.progress()
+
+
+class _Load:
+    """Until the stage's load says so."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self.changes = Changes()
+
+    @property
+    def sessions(self) -> int:
+        return self._node.stage.sessions
+
+    @property
+    def queue_us(self) -> int:
+        return self._node.stage.queue_us

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from protocols.ids import PeerId
+from nacl.signing import SigningKey
+
+from protocols.ids import peer_id_of
+from protocols.manifest.codec import sign_manifest
 from protocols.manifest.messages import Architecture, FileRef, Manifest, Variant
 
+KEY = SigningKey(b"\x07" * 32)  # of the publisher
 SHAPE = Architecture(
     family="llama",
     layers=2,
@@ -47,8 +51,13 @@ def manifest_of(
         name=name,
         version="v1.0.0-0",
         created_ms=1,
-        publisher=PeerId("publisher"),
+        publisher=peer_id_of(bytes(KEY.verify_key)),
         architecture=replace(SHAPE, layers=layers),
         files={"tokenizer.json": file("tokenizer.json")},
         variants={precision: variant(precision) for precision in variants},
     )
+
+
+def block_of(manifest: Manifest) -> bytes:
+    """What is stored and fetched."""
+    return sign_manifest(KEY, manifest)

@@ -80,6 +80,30 @@ class Content(Protocol):
         """One small block (a manifest); it is kept in the store. Raises ContentUnavailable, DiskError."""
 
 
+class Opening(Protocol):
+    """Layers that this node is about to serve (`spans.py`)."""
+
+    @property
+    def loading(self) -> object | None:
+        """What is being fetched or opened."""
+
+
+class Load(Protocol):
+    """How busy our stage is (`inference/`)."""
+
+    @property
+    def changes(self) -> Changes:
+        """Whenever one of the two changes."""
+
+    @property
+    def sessions(self) -> int:
+        """That are open."""
+
+    @property
+    def queue_us(self) -> int:
+        """How long a step waits for the engine, a moving average; small moves are not told."""
+
+
 class Members(Protocol):
     """Who belongs to our network (`membership.py`)."""
 
@@ -132,7 +156,10 @@ class Inventory(Protocol):
         """Whenever `holdings` changes."""
 
     def holdings(self) -> tuple[Holding, ...]:
-        """What we hold of every release that is announced, and whose manifest is here."""
+        """What we hold of every release that is announced, and whose manifest is here; a second old at most."""
+
+    def look(self) -> None:
+        """Count what was stored a moment ago, too."""
 
 
 class RecordSigner(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import cast
 
 import trio
@@ -13,7 +12,7 @@ from meshnode.services.inventory import InventoryService
 from meshnode.store.port import Content, StoreUsage
 from protocols.ids import DAG_CBOR, RAW, Cid, cid_of, cid_to_bytes
 from protocols.manifest.messages import FileRef, Manifest
-from tests.manifests import manifest_of
+from tests.manifests import block_of, manifest_of
 from tests.services.directory_mesh import open_mesh
 
 LAYERS = 900
@@ -29,23 +28,23 @@ def release_of(name: str) -> Manifest:
 
 
 class FullStore:
-    """Has every file of these releases, and their names as manifests."""
+    """Has every file of these releases, and their manifests."""
 
     def __init__(self, *releases: Manifest) -> None:
-        self.manifests = {cid_of(DAG_CBOR, release.name.encode()): release for release in releases}
+        self.manifests = {cid_of(DAG_CBOR, block_of(release)): block_of(release) for release in releases}
         self.held = frozenset(self.manifests).union(*(release.all_files() for release in releases))
 
     def files(self) -> frozenset[Cid]:
         return self.held
 
     def block(self, cid: Cid) -> bytes | None:
-        return self.manifests[cid].name.encode() if cid in self.manifests else None
+        return self.manifests.get(cid)
+
+    def version(self) -> int:
+        return 1
 
     def usage(self) -> StoreUsage:
         return StoreUsage(used_bytes=0, quota_bytes=100, free_disk_bytes=100, room_bytes=100)
-
-    def opened(self) -> Callable[[bytes], Manifest]:
-        return lambda block: next(r for r in self.manifests.values() if r.name.encode() == block)
 
 
 async def test_of_too_many_files_those_of_the_served_variant_are_named(
@@ -59,12 +58,12 @@ async def test_of_too_many_files_those_of_the_served_variant_are_named(
         two = await mesh.start(2, roles=("serve", "publish"))
         await mesh.full(one, two)
         for node, release in ((two, old), (one, new)):
-            cid = cid_of(DAG_CBOR, release.name.encode())
+            cid = cid_of(DAG_CBOR, block_of(release))
             node.directory.announce(name=release.name, version="v1.0.0-0", manifest=cid, variant="int4")
             await one.until(
                 lambda directory, cid=cid: any(h.manifest == cid for h in directory.announcements().values()), 5
             )
-        inventory = InventoryService(one.directory, store, full.opened())
+        inventory = InventoryService(one.directory, store, one.health)
         nursery.start_soon(inventory.run)
 
         def named() -> set[bytes]:
