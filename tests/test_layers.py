@@ -67,7 +67,7 @@ BAD: dict[str, dict[str, str]] = {
     "meshnode/store": {**LOW, **others("store")},
     "meshnode/ipfs": {
         **LOW,
-        **others("ipfs", "store", "net"),
+        **others("ipfs", "store"),
         "meshnode.store.blob_store": "it uses the store's port",
     },
     "meshnode/engine": {**UP, **NO_TORCH, **others("engine"), "libp2p": "one adapter imports libp2p"},

@@ -63,7 +63,8 @@ def addresses(config: Config, folder: Path) -> list[str]:
     if node.is_running():
         return list(node.status().addresses)
     from meshnode.membership.enrolment import own_peer
-    from meshnode.net.addresses import address_of, owned, parse_address, reachable_hosts
+    from meshnode.net.addresses import reachable_hosts
+    from protocols.multiaddr import address_of, owned, parse_address
 
     peer = own_peer(folder)
     if config.network.announce:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +9,8 @@ from typing import Final, TypeVar
 from urllib.parse import urlsplit
 
 from meshnode.core.sizes import parse_size
+from protocols.errors import RemoteProtocolError
+from protocols.multiaddr import parse_address
 
 T = TypeVar("T")
 
@@ -134,11 +135,12 @@ def multiaddrs(last: str, example: str, *, lowest_port: int = 0) -> Callable[[ob
         for item in items:
             if not isinstance(item, str) or not pattern.fullmatch(item):
                 raise ValueError(_no_multiaddr(item, example))
-            _, kind, host, _, port, *_ = item.split("/")
-            if not lowest_port <= int(port) <= 65535:
+            try:
+                port = parse_address(item).port
+            except RemoteProtocolError as error:
+                raise ValueError(str(error)) from None
+            if port < lowest_port:
                 raise ValueError(f"{item!r} has the port {port}; {lowest_port} to 65535 are allowed")
-            if kind in ("ip4", "ip6") and not _is_ip(host, int(kind[2])):
-                raise ValueError(f"{item!r}: {host} is no IPv{kind[2]} address")
         return tuple(items)
 
     return read
@@ -156,13 +158,6 @@ def _no_multiaddr(item: object, example: str) -> str:
     if not _TRANSPORTS.isdisjoint(item.split("/")):
         return f"{words}; {_TAKEN}"
     return words
-
-
-def _is_ip(text: str, version: int) -> bool:
-    try:
-        return ipaddress.ip_address(text).version == version
-    except ValueError:
-        return False
 
 
 def rpc_address(value: object) -> str:

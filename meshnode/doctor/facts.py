@@ -32,13 +32,14 @@ from meshnode.doctor.device import (
 from meshnode.membership.enrolment import own_standing, restored_trust
 from meshnode.membership.identity import Identity
 from meshnode.membership.network import founder_path, has_network, load_network, network_path
-from meshnode.net.addresses import Address, address_of, parse_address, reachable_hosts
+from meshnode.net.addresses import reachable_hosts
 from meshnode.net.swarm_key import load_swarm_key
 from meshnode.state.database import Database
 from meshnode.store.disk import is_locked
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId
 from protocols.membership.trust import ordered_roles
+from protocols.multiaddr import Address, address_of, parse_address
 
 REACH_SECONDS: Final = 2.0
 MAX_REACHED: Final = 8  # peers tried without a running node

@@ -1,62 +1,11 @@
-"""Addresses as people write them: /ip4/192.0.2.1/tcp/4331/p2p/12D3KooW… (multiformats.io/multiaddr)."""
+"""Under which addresses this machine can be reached."""
 
 from __future__ import annotations
 
 import ipaddress
 import socket
-from dataclasses import dataclass, replace
-from typing import Final
 
 import psutil
-
-from protocols.errors import RemoteProtocolError
-
-_HOSTS: Final = ("ip4", "ip6", "dns", "dns4", "dns6")
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """A TCP endpoint, and whose it is."""
-
-    kind: str  # one of ip4, ip6, dns, dns4, dns6
-    host: str
-    port: int
-    peer: str = ""
-
-    def __str__(self) -> str:
-        owner = f"/p2p/{self.peer}" if self.peer else ""
-        return f"/{self.kind}/{self.host}/tcp/{self.port}{owner}"
-
-
-def parse_address(text: str) -> Address:
-    """Raises RemoteProtocolError for anything but a host, a TCP port and perhaps a peer id."""
-    parts = text.split("/")
-    known = len(parts) in (5, 7) and not parts[0] and parts[1] in _HOSTS and parts[3] == "tcp"
-    if not known or parts[5:6] not in ([], ["p2p"]) or not parts[4].isascii() or not parts[4].isdigit():
-        raise RemoteProtocolError(
-            f"{text[:120]!r} is no address that can be used; one like /ip4/192.0.2.1/tcp/4331/p2p/12D3KooW... can"
-        )
-    kind, host, port = parts[1], parts[2], int(parts[4])
-    if port > 65535:
-        raise RemoteProtocolError(f"{text[:120]!r} has the port {port}; 65535 is the highest")
-    if kind in ("ip4", "ip6"):
-        try:
-            version = ipaddress.ip_address(host).version
-        except ValueError as error:
-            raise RemoteProtocolError(f"{text[:120]!r}: {error}") from error
-        if f"ip{version}" != kind:
-            raise RemoteProtocolError(f"{text[:120]!r}: {host} is no {kind} address")
-    return Address(kind, host, port, parts[6] if len(parts) == 7 else "")
-
-
-def address_of(host: str, port: int, peer: str = "") -> Address:
-    """The address of an IP endpoint."""
-    return Address("ip6" if ":" in host else "ip4", host, port, peer)
-
-
-def owned(text: str, peer: str) -> str:
-    """An address without an owner, as the address of a peer. Raises RemoteProtocolError."""
-    return str(replace(parse_address(text), peer=peer))
 
 
 def reachable_hosts(host: str) -> list[str]:

@@ -1,9 +1,10 @@
 """Whether a connected peer still lives, and how far away it is.
 
-A killed process closes its sockets; one that is stopped, or a machine that lost its cable, closes nothing. So each
-side sends a number every second over a long-lived stream and the other one returns it. Any bytes from the peer
-count as life, so that a long transfer is no reason to doubt it; only our own measure of time that we were really
-awake counts as silence, so that an event loop that was held up for a while accuses nobody.
+A killed process closes its sockets; one that is stopped, or a machine that lost its cable, closes nothing. So
+whoever has heard nothing for a second sends a number over a long-lived stream, which the other one returns. Any bytes
+from the peer count as life, its numbers too, so that two idle peers take turns and a long transfer is no reason to
+doubt; only our own measure of time that we were really awake counts as silence, so that an event loop that was held
+up for a while accuses nobody.
 
 A guest does not know our protocol; it is asked by libp2p's ping, which returns bytes in the same way, and given
 more time: it may be a large daemon that is busy with others.
@@ -12,10 +13,11 @@ more time: it may be a large daemon that is busy with others.
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, Protocol
 
 import trio
 
@@ -23,64 +25,66 @@ from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.net.port import Stream
 
 PROTOCOL: Final = "/meshnode/heartbeat/1"
-PERIOD_SECONDS: Final = 1.0
-SILENCE_SECONDS: Final = 4.0
-TICK_SECONDS: Final = 0.25
-MAX_TICK_SECONDS: Final = 0.5  # a longer tick means that we were held up, not the peer
-KEPT_SECONDS: Final = 60.0
-BEAT_BYTES: Final = 8
+LATE_S: Final = 0.25  # a sleep that ends later than this means that we were held up, not the peer
+KEPT_S: Final = 60.0
+FEW_TRIPS: Final = 3  # below, every second is measured
 MAX_UNANSWERED: Final = 60
-PING_BYTES: Final = 32  # github.com/libp2p/specs/blob/master/ping/ping.md
-GUEST_PERIOD_SECONDS: Final = 5.0
-GUEST_SILENCE_SECONDS: Final = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rhythm:
+    """How often a peer is asked, and how long it may say nothing."""
+
+    beat_bytes: int  # sent, and coming back
+    period_s: float  # without a byte from the peer, until it is asked
+    measure_s: float  # the round trip is measured so often, however much the peer says
+    silence_s: float  # without a byte, until it is given up
+
+
+MEMBER: Final = Rhythm(beat_bytes=8, period_s=1.0, measure_s=5.0, silence_s=4.0)
+# 32 bytes: github.com/libp2p/specs/blob/master/ping/ping.md
+GUEST: Final = Rhythm(beat_bytes=32, period_s=5.0, measure_s=5.0, silence_s=15.0)
+
+
+class Watched(Protocol):
+    """The peer, as its host sees it."""
+
+    async def open_stream(self) -> Stream:
+        """A stream on which every byte comes back. Raises PeerUnreachable, Declined (it does not admit us yet)."""
+
+    def heard_at(self) -> float:
+        """When the last bytes of any kind came from it (`trio.current_time`)."""
+
+    def agreed(self) -> None:
+        """It has agreed to the heartbeat, which it does once it admits us."""
 
 
 async def answer(stream: Stream) -> None:
     """Return every byte; the serving side of the protocol."""
-    while data := await stream.receive_some(BEAT_BYTES):
+    while data := await stream.receive_some(MEMBER.beat_bytes):
         await stream.send_all(data)
 
 
 class Heartbeat:
-    """Watches one connected peer.
+    """Watches one connected peer."""
 
-    Args:
-      open_stream: opens a stream of `PROTOCOL` to the peer.
-      heard_at: when the last bytes of any kind came from the peer (`trio.current_time`).
-      on_answer: called when the peer has agreed to the heartbeat, which it does once it admits us.
-      beat_bytes: what is sent and comes back each time.
-      period, silence: seconds between beats, and without a byte until the peer is given up.
-    """
-
-    def __init__(
-        self,
-        open_stream: Callable[[], Awaitable[Stream]],
-        heard_at: Callable[[], float],
-        on_answer: Callable[[], None],
-        *,
-        beat_bytes: int = BEAT_BYTES,
-        period: float = PERIOD_SECONDS,
-        silence: float = SILENCE_SECONDS,
-    ) -> None:
-        self._open_stream = open_stream
-        self._heard_at = heard_at
-        self._on_answer = on_answer
-        self._beat_bytes = beat_bytes
-        self._period = period
-        self._silence = silence
+    def __init__(self, peer: Watched, rhythm: Rhythm = MEMBER) -> None:
+        self._peer = peer
+        self._rhythm = rhythm
         self._trips: deque[tuple[float, int]] = deque()  # (when, microseconds)
         self._sent: dict[int, float] = {}
+        self._sent_at = -math.inf
         self._waits = False  # something was sent that the peer has to answer
 
     @property
     def lost(self) -> str:
         """Why the peer is given up after the silence."""
-        return f"no heartbeat for {self._silence:.0f} s"
+        return f"no heartbeat for {self._rhythm.silence_s:.0f} s"
 
     @property
     def round_trip_us(self) -> int | None:
         """The median of the last minute, in microseconds."""
-        since = trio.current_time() - KEPT_SECONDS
+        since = trio.current_time() - KEPT_S
         trips = [trip for when, trip in self._trips if when >= since]
         return round(statistics.median(trips)) if trips else None
 
@@ -88,31 +92,34 @@ class Heartbeat:
         """Return when the peer has been silent for too long."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._beat_forever)
-            silence, heard = 0.0, self._heard_at()
-            before = trio.current_time()
-            while silence < self._silence:
-                await trio.sleep(TICK_SECONDS)
-                now = trio.current_time()
-                if self._heard_at() != heard or not self._waits:
-                    silence, heard = 0.0, self._heard_at()
+            silence, heard, before = 0.0, self._peer.heard_at(), trio.current_time()
+            while silence < self._rhythm.silence_s:
+                tick = min(self._rhythm.period_s, self._rhythm.silence_s - silence)
+                await trio.sleep(tick)
+                now, last = trio.current_time(), self._peer.heard_at()
+                awake = min(now - before, tick + LATE_S)
+                if not self._waits:
+                    silence = 0.0
+                elif last != heard:
+                    silence = min(now - last, awake)
                 else:
-                    silence += min(now - before, MAX_TICK_SECONDS)
-                before = now
+                    silence += awake
+                heard, before = last, now
             nursery.cancel_scope.cancel()
 
     async def _beat_forever(self) -> None:
         while True:
             self._waits = True
             try:
-                stream = await self._open_stream()
+                stream = await self._peer.open_stream()
             except Declined:
                 self._waits = False  # it lives, but does not admit us yet
             except PeerUnreachable:
                 pass  # the silence is being counted
             else:
-                self._on_answer()
+                self._peer.agreed()
                 await self._beat(stream)
-            await trio.sleep(self._period)
+            await trio.sleep(self._rhythm.period_s)
 
     async def _beat(self, stream: Stream) -> None:
         """Send numbers until the stream ends."""
@@ -121,25 +128,34 @@ class Heartbeat:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._read_answers, stream, nursery.cancel_scope)
                 for number in itertools.count(1):
-                    self._sent[number] = trio.current_time()
+                    self._sent_at = self._sent[number] = trio.current_time()
                     self._sent.pop(number - MAX_UNANSWERED, None)
                     try:
-                        await stream.send_all(number.to_bytes(self._beat_bytes, "big"))
+                        await stream.send_all(number.to_bytes(self._rhythm.beat_bytes, "big"))
                     except PeerUnreachable:
                         break
-                    await trio.sleep(self._period)
+                    await self._wait_due()
                 nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
                 await stream.reset()
+
+    async def _wait_due(self) -> None:
+        """Until the next number is to be sent."""
+        due = self._sent_at + self._rhythm.period_s
+        while trio.current_time() < due:
+            await trio.sleep_until(due)
+            if len(self._trips) >= FEW_TRIPS:
+                quiet = self._peer.heard_at() + self._rhythm.period_s
+                due = min(quiet, self._sent_at + self._rhythm.measure_s)
 
     async def _read_answers(self, stream: Stream, scope: trio.CancelScope) -> None:
         buffer = b""
         try:
             while data := await stream.receive_some(4096):
                 buffer += data
-                while len(buffer) >= self._beat_bytes:
-                    beat, buffer = buffer[: self._beat_bytes], buffer[self._beat_bytes :]
+                while len(buffer) >= self._rhythm.beat_bytes:
+                    beat, buffer = buffer[: self._rhythm.beat_bytes], buffer[self._rhythm.beat_bytes :]
                     self._note(int.from_bytes(beat, "big"))
         except PeerUnreachable:
             pass
@@ -150,5 +166,5 @@ class Heartbeat:
         now = trio.current_time()
         if sent is not None:
             self._trips.append((now, round((now - sent) * 1_000_000)))
-        while self._trips and self._trips[0][0] < now - KEPT_SECONDS:
+        while self._trips and self._trips[0][0] < now - KEPT_S:
             self._trips.popleft()

@@ -20,6 +20,7 @@ from meshnode.policy.mesh_view import layer_us_of
 from meshnode.policy.placement import runs
 from protocols.advert.messages import INTENT, LOADING, SERVING, Advert, Serving
 from protocols.ids import PeerId, short
+from protocols.multiaddr import is_loopback
 from protocols.pipe.messages import MAX_STAGES, Hop
 
 CANDIDATES: Final = 2  # peers looked at per boundary
@@ -68,8 +69,7 @@ def round_trip_us(view: Mapping[PeerId, Advert], one: PeerId, other: PeerId) -> 
 
 def _is_local(advert: Advert) -> bool:
     """Whether the peer can only be reached on the machine it runs on."""
-    local = ("/ip4/127.", "/ip6/::1/")
-    return bool(advert.addresses) and all(address.startswith(local) for address in advert.addresses)
+    return bool(advert.addresses) and all(map(is_loopback, advert.addresses))
 
 
 def _serves(serving: Serving | None, manifest: str, variant: str, layers: int) -> bool:

@@ -26,6 +26,7 @@ from meshnode.state.port import Records
 from meshnode.store.port import Content
 from protocols.backoff import Backoff
 from protocols.ids import Cid, PeerId, short
+from protocols.multiaddr import is_loopback
 
 MEET_S: Final = 30.0  # between questions who the daemon is and where
 RECHECK_S: Final = 600.0  # until the daemon is asked again whether it still keeps a file
@@ -293,7 +294,7 @@ class IpfsDaemonService:
     async def _introduce(self) -> None:
         """Have the daemon dial us; a connection that it was asked for is one that it keeps."""
         ours = self._host.addresses
-        near = [text for text in ours if text.startswith(("/ip4/127.", "/ip6/::1/")) is self._daemon.local]
+        near = [text for text in ours if is_loopback(text) is self._daemon.local]
         self._introduced = True
         for address in (near or list(ours))[:MAX_INTRODUCTIONS]:
             try:

@@ -440,8 +440,7 @@ class Wire:
 
 @pytest.mark.net
 async def test_a_guest_that_hangs_is_dropped_and_dialled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "GUEST_PERIOD_SECONDS", 0.1)
-    monkeypatch.setattr(heartbeat, "GUEST_SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr(heartbeat, "GUEST", heartbeat.Rhythm(32, period_s=0.1, measure_s=0.1, silence_s=1.0))
     us, guest = (libp2p_host.open_host(bytes((number,)) * 32) for number in (1, 2))
     guest.welcome(us.peer_id, (PROTOCOL,))
     async with trio.open_nursery() as nursery:

@@ -11,8 +11,8 @@ from meshnode.cli.invite import addresses
 from meshnode.config.load import load_config
 from meshnode.core.errors import ConfigError
 from meshnode.membership.enrolment import init_network, own_peer
-from meshnode.net.addresses import owned, parse_address
 from meshnode.net.libp2p.host import Libp2pHost, open_host
+from protocols.multiaddr import owned, parse_address
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 

@@ -9,10 +9,10 @@ import trio
 from libp2p.security.noise.exceptions import NoiseFailure
 
 from meshnode.core.errors import PeerUnreachable
-from meshnode.net.addresses import parse_address
 from meshnode.net.libp2p.guards import GuardedMuxer, GuardedSwarm
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId
+from protocols.multiaddr import parse_address
 
 CONNECT_SECONDS: Final = 10.0
 STAGGER_SECONDS: Final = 0.3  # an address that does not answer holds up the next one for so long

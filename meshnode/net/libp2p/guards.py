@@ -55,11 +55,11 @@ from multiaddr import Multiaddr
 
 from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.core.log import get_logger
-from meshnode.net.addresses import Address, address_of
 from meshnode.net.libp2p.yamux import YamuxSession, YamuxStream
 from meshnode.net.port import MAX_GOSSIP_BYTES
 from meshnode.net.swarm_key import Cover
 from protocols.ids import PeerId
+from protocols.multiaddr import Address, address_of
 
 __all__ = ["IDENTIFY", "MESHSUB", "PING", "GuardedMuxer", "Libp2pStack", "Source"]
 

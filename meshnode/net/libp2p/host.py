@@ -15,7 +15,7 @@ import trio
 from meshnode.core.errors import PeerUnreachable
 from meshnode.core.log import get_logger
 from meshnode.net import heartbeat
-from meshnode.net.addresses import address_of, owned, reachable_hosts
+from meshnode.net.addresses import reachable_hosts
 from meshnode.net.heartbeat import Heartbeat
 from meshnode.net.inbox import Inbox
 from meshnode.net.lane.lane import DirectLanes, Ends
@@ -29,6 +29,7 @@ from meshnode.net.port import MAX_GOSSIP_BYTES, Handler, Lane, PeerEvent, Stream
 from meshnode.net.protocol_table import NOT_SERVED, STRANGER, ProtocolTable, refusal
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import PeerId
+from protocols.multiaddr import address_of, owned
 
 OPEN_SECONDS: Final = 10.0
 AGREE_SECONDS: Final = 10.0
@@ -351,28 +352,22 @@ class Libp2pHost(ConnectionWatcher):
         if self._nursery is None or peer in self._heartbeats or peer not in self._book:
             return
         if peer in self._book.guests:
-            beat = Heartbeat(
-                lambda: self.open_agreed(peer, (PING,)),
-                lambda: self._heard_at(peer),
-                lambda: None,
-                beat_bytes=heartbeat.PING_BYTES,
-                period=heartbeat.GUEST_PERIOD_SECONDS,
-                silence=heartbeat.GUEST_SILENCE_SECONDS,
-            )
+            beat = Heartbeat(_Guest(self, peer), heartbeat.GUEST)
         elif peer in self._book.admitted:
-            beat = Heartbeat(
-                lambda: self.open_agreed(peer, (heartbeat.PROTOCOL,)),
-                lambda: self._heard_at(peer),
-                lambda: self._stack.pubsub.greet(peer),
-            )
-            self._stack.pubsub.greet(peer)
+            beat = Heartbeat(_Member(self, peer))
+            self.greet(peer)
         else:
             return
         scope = trio.CancelScope()
         self._heartbeats[peer] = (beat, scope)
         self._nursery.start_soon(self._watch, peer, beat, scope)
 
-    def _heard_at(self, peer: PeerId) -> float:
+    def greet(self, peer: PeerId) -> None:
+        """Gossip with a member that may admit us."""
+        self._stack.pubsub.greet(peer)
+
+    def heard_at(self, peer: PeerId) -> float:
+        """When the last bytes came from a peer (`trio.current_time`)."""
         return max((c.session.heard_at for c in self._connections.get(peer, ())), default=0.0)
 
     async def _watch(self, peer: PeerId, beat: Heartbeat, scope: trio.CancelScope) -> None:
@@ -409,6 +404,33 @@ class Libp2pHost(ConnectionWatcher):
 
     def guest_events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
         return self._book.guest_events()
+
+
+class _Member:
+    """A member under watch."""
+
+    def __init__(self, host: Libp2pHost, peer: PeerId) -> None:
+        self._host = host
+        self._peer = peer
+
+    async def open_stream(self) -> Stream:
+        return await self._host.open_agreed(self._peer, (heartbeat.PROTOCOL,))
+
+    def heard_at(self) -> float:
+        return self._host.heard_at(self._peer)
+
+    def agreed(self) -> None:
+        self._host.greet(self._peer)
+
+
+class _Guest(_Member):
+    """A guest under watch: libp2p's ping comes back, too, and nobody gossips with it."""
+
+    async def open_stream(self) -> Stream:
+        return await self._host.open_agreed(self._peer, (PING,))
+
+    def agreed(self) -> None:
+        """Nothing follows from it."""
 
 
 def open_host(seed: bytes, *, swarm_key: bytes = b"") -> Libp2pHost:

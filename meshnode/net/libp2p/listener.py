@@ -9,11 +9,11 @@ import trio
 
 from meshnode.core.errors import ConfigError, PeerUnreachable
 from meshnode.core.log import get_logger
-from meshnode.net.addresses import Address, parse_address
 from meshnode.net.lane.lane import DirectLanes
 from meshnode.net.libp2p.dialler import innermost
 from meshnode.net.pending import PendingConnections
 from protocols.errors import RemoteProtocolError
+from protocols.multiaddr import Address, parse_address
 
 HANDSHAKE_SECONDS: Final = 10.0
 ACCEPT_PAUSE_SECONDS: Final = 0.1
