@@ -153,7 +153,7 @@ def _content(node: Node, served: ServedRelease | None) -> ContentStatus:
 def _tiers(node: Node, served: ServedRelease) -> tuple[int, int, int]:
     """Bytes of the served model by how far away they are: mapped by our engine, on our disk, elsewhere."""
     variant = served.variant
-    every = {ref.cid: ref.size for ref in (variant.graph, *variant.groups(0, len(variant.layers)).values())}
+    every = {ref.cid: ref.size for ref in variant.files().values()}
     stage = node.spans.engine()
     mapped: Collection[str] = ()
     if stage is not None and served.layers_of(stage.span) is not None:
@@ -169,8 +169,7 @@ def _copies(node: Node, served: ServedRelease) -> CopiesStatus | None:
     if copies is None:
         return None
     variant = served.variant
-    groups = variant.groups(0, served.manifest.architecture.layers)
-    named = {**groups, "graph": variant.graph, **served.manifest.files}
+    named = {**variant.files(), **served.manifest.files}
     return CopiesStatus(
         wanted=copies.wanted,
         nodes=copies.nodes,

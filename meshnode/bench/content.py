@@ -25,11 +25,11 @@ from typing import Any, Final, NamedTuple
 import psutil
 import trio
 
+from meshnode.bench.known import Known, content_of
 from meshnode.bench.machine import line, machine
 from meshnode.bench.provider import QUOTA_BYTES, Provider, host_from, providers
 from meshnode.core.log import set_up
 from meshnode.net.port import Host
-from meshnode.services.content.fetch import ContentService
 from meshnode.store.blob_store import BlobStore
 from protocols.ids import Cid, PeerId
 from protocols.manifest.messages import FileRef
@@ -104,7 +104,7 @@ class Transfers:
         self._host: Host = host_from(host_name)
         self._store = BlobStore(target, QUOTA_BYTES)
         self._chosen: list[PeerId] = []
-        self._service = ContentService(self._host, self._store, lambda _: tuple(self._chosen))
+        self._service = content_of(self._host, self._store, Known(self._host, self._chosen))
 
     async def run(self, cases: Sequence[str], rounds: int) -> list[dict[str, Any]]:
         """Every case once a round, each round beginning with another one."""
@@ -126,7 +126,7 @@ class Transfers:
                 self._host.admit(provider.peer, True)
                 with trio.fail_after(CONNECT_SECONDS):
                     await self._host.connect(provider.peer, provider.addresses)
-            self._chosen = [provider.peer for provider in started]
+            self._chosen[:] = [provider.peer for provider in started]
             await trio.sleep(self._settle_s)
             row = await self._measure(case, started)
             for provider in started:

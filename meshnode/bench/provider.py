@@ -18,10 +18,10 @@ from typing import Any, Final, cast
 
 import trio
 
+from meshnode.bench.known import Known, content_of
 from meshnode.core.errors import ConfigError
 from meshnode.core.log import set_up
 from meshnode.net.port import Host, Lane, Stream
-from meshnode.services.content.fetch import ContentService
 from meshnode.store.blob_store import BlobStore
 from protocols.ids import PeerId
 
@@ -131,7 +131,7 @@ async def serve(name: str, folder: Path, fetcher: PeerId, kind: str) -> None:
     if kind == "slow":
         host = cast(Host, SlowHost(host))  # all but open_stream is that of the host
     store = (LyingStore if kind == "liar" else BlobStore)(folder, QUOTA_BYTES)
-    service = ContentService(host, store, lambda _: ())
+    service = content_of(host, store, Known(host))
     async with trio.open_nursery() as nursery:
         await nursery.start(host.run)
         host.admit(fetcher, True)

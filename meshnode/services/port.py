@@ -35,6 +35,9 @@ class Adverts(Protocol):
     def live(self) -> Mapping[PeerId, Advert]:
         """The newest advert of every node that is there, our own included."""
 
+    def providers(self, cid: Cid) -> Sequence[PeerId]:
+        """Peers that say they have a file or block, never ourselves; the best first."""
+
 
 class Directory(Adverts, Protocol):
     """The same, what we say about ourselves, and what is announced (`directory/`)."""
@@ -58,9 +61,6 @@ class Directory(Adverts, Protocol):
         self, *, name: str, version: str, manifest: Cid, variant: str, retired: bool = False
     ) -> Announcement:
         """Say that the network serves this release from now on, or no longer. Raises Declined `forbidden`."""
-
-    def providers(self, cid: Cid) -> Sequence[PeerId]:
-        """Peers that say they have a file or block, never ourselves; the best first."""
 
 
 class Releases(Protocol):
@@ -207,6 +207,14 @@ class Holds(Protocol):
         """
 
 
+class Opening(Protocol):
+    """Layers that this node is about to serve (`spans.py`)."""
+
+    @property
+    def loading(self) -> object | None:
+        """What is being fetched or opened."""
+
+
 class Load(Protocol):
     """How busy our stage is (`inference/`)."""
 
@@ -241,12 +249,16 @@ class Strangers(Protocol):
         """Let a connected peer stay that does not speak our hello at all. Whether it may."""
 
 
-class ExternalPeers(Protocol):
-    """Peers outside the network and why each is kept connected (`external_peers.py`)."""
+class Guests(Protocol):
+    """Peers outside the network that our owner has named (`external_peers.py`)."""
 
     @property
     def configured(self) -> tuple[PeerId, ...]:
         """Those that a setting names, connected or not."""
+
+
+class ExternalPeers(Guests, Protocol):
+    """Peers outside the network and why each is kept connected (`external_peers.py`)."""
 
     def configure(self, peer: PeerId, addresses: Sequence[str], setting: str) -> None:
         """Keep a peer connected because `setting` names it, or learn where it is found now."""
@@ -271,7 +283,10 @@ class Inventory(Protocol):
         """Whenever `holdings` changes."""
 
     def holdings(self) -> tuple[Holding, ...]:
-        """What we hold of every release that is announced, and whose manifest is here."""
+        """What we hold of every release that is announced, and whose manifest is here; a second old at most."""
+
+    def look(self) -> None:
+        """Count what was stored a moment ago, too."""
 
 
 class RecordSigner(Protocol):

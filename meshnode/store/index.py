@@ -101,6 +101,11 @@ class Index:
         found = self.rows(query, values)
         return found[0] if found else None
 
+    def version(self) -> int:
+        """Another number after every change that was committed, by us or by another process."""
+        (number,) = self.row("PRAGMA data_version") or (0,)  # what other connections than the reader have done
+        return int(number)
+
     def close(self) -> None:
         with self._lock, self._read_lock:
             self._writer.close()

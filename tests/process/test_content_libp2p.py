@@ -12,9 +12,10 @@ import pytest
 import trio
 
 from meshnode.bench.content import DEFAULT_HOST
+from meshnode.bench.known import Known, content_of
 from meshnode.bench.provider import Provider, host_from, providers
 from meshnode.core.errors import ContentUnavailable
-from meshnode.services.content.fetch import ContentService
+from meshnode.services.content.service import ContentService
 from meshnode.store.blob_store import BlobStore
 from protocols.ids import Cid, PeerId
 from protocols.unixfs.builder import file_cid
@@ -54,7 +55,7 @@ async def world(source: Path, target: Path, kinds: Sequence[str], patience: floa
     host = host_from(DEFAULT_HOST)
     store = BlobStore(target, 1 << 40)
     chosen: list[PeerId] = []
-    content = ContentService(host, store, lambda _: tuple(chosen), patience=patience)
+    content = content_of(host, store, Known(host, chosen), patience_s=patience)
     with trio.fail_after(90):
         async with trio.open_nursery() as nursery:
             await nursery.start(host.run)

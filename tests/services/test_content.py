@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
 
+from meshnode.bench.known import Known, content_of
 from meshnode.core.errors import ContentUnavailable, DiskError, ModelError, PeerUnreachable
 from meshnode.net.port import Handler, Lane, PeerEvent
-from meshnode.services.content.fetch import ContentService
+from meshnode.services.content.service import ContentService
 from meshnode.store.blob_store import BlobStore
 from protocols.bitswap.client import MAX_WINDOW_BYTES
 from protocols.bitswap.messages import PROTOCOL, Block, Entry, Message, frame_parts
 from protocols.errors import MeshError
-from protocols.ids import DAG_CBOR, Cid, PeerId
+from protocols.ids import DAG_CBOR, PeerId, cid_of
 from protocols.unixfs.builder import file_cid
 from tests.refs import ref
 
@@ -148,7 +149,7 @@ class Network:
         self,
         peer: PeerId,
         *files: bytes,
-        providers: Callable[[Cid], Sequence[PeerId]] = lambda _: (),
+        providers: Sequence[PeerId] = (),
         store: BlobStore | None = None,
         patience: float = 20,
     ) -> tuple[ContentService, BlobStore, PipeHost]:
@@ -159,7 +160,7 @@ class Network:
             source = self.folder / f"{peer}-{number}"
             source.write_bytes(data)
             store.add_file(source, pin="test")
-        service = ContentService(host, store, providers, patience=patience)  # type: ignore[arg-type]
+        service = content_of(host, store, Known(host, providers), patience_s=patience)  # type: ignore[arg-type]
         await self.nursery.start(service.run)
         return service, store, host
 
@@ -176,7 +177,7 @@ async def test_one_provider(tmp_path: Path) -> None:
     data = noise(9 * MIB + 5)
     async with network(tmp_path) as net:
         a, _, _ = await net.node(A, data)
-        me, store, host = await net.node(ME, providers=lambda _: (ME, A))
+        me, store, host = await net.node(ME, providers=(ME, A))
         seen: list[tuple[int, int]] = []
         opened = await me.open(ref(file_cid(data), len(data)), progress=lambda *done: seen.append(done))
         assert opened.path.read_bytes() == data
@@ -195,7 +196,7 @@ async def test_small_files(tmp_path: Path, size: int) -> None:
     data = noise(size)
     async with network(tmp_path) as net:
         await net.node(A, data)
-        me, _, _ = await net.node(ME, providers=lambda _: (A,))
+        me, _, _ = await net.node(ME, providers=(A,))
         assert (await me.open(ref(file_cid(data), size))).path.read_bytes() == data
 
 
@@ -203,7 +204,7 @@ async def test_many_files_over_one_stream(tmp_path: Path) -> None:
     files = [noise(MIB // 2 * n, n) for n in range(1, 9)]
     async with network(tmp_path) as net:
         await net.node(A, *files)
-        me, store, host = await net.node(ME, providers=lambda _: (A,))
+        me, store, host = await net.node(ME, providers=(A,))
         async with trio.open_nursery() as nursery:
             for data in files:
                 nursery.start_soon(me.fetch, ref(file_cid(data), len(data)))
@@ -217,7 +218,7 @@ async def test_three_providers_share_the_work(tmp_path: Path) -> None:
         for peer in (A, B, C):
             _, _, host = await net.node(peer, data)
             host.rate = 8 * MIB  # from one that is as fast as this machine, everything would come
-        me, _, _ = await net.node(ME, providers=lambda _: (A, B, C))
+        me, _, _ = await net.node(ME, providers=(A, B, C))
         assert (await me.open(ref(file_cid(data), len(data)))).path.read_bytes() == data
         assert all(me.fetched_from[peer] >= 2 * MIB for peer in (A, B, C))
         assert me.bytes_fetched < len(data) + 3 * MIB
@@ -238,7 +239,7 @@ async def test_a_liar_is_refused_and_named_and_the_file_comes_from_another(tmp_p
     async with network(tmp_path) as net:
         await net.node(A, data, store=LyingStore(tmp_path / "liar", QUOTA))
         await net.node(B, data)
-        me, _, _ = await net.node(ME, providers=lambda _: (A, B))
+        me, _, _ = await net.node(ME, providers=(A, B))
         assert (await me.open(ref(file_cid(data), len(data)))).path.read_bytes() == data
         assert list(me.bad_providers()) == [A]
         assert "hash to no block it was asked for" in me.bad_providers()[A]
@@ -248,7 +249,7 @@ async def test_only_a_liar_gives_an_error_that_names_it(tmp_path: Path) -> None:
     data = noise(2 * MIB)
     async with network(tmp_path) as net:
         await net.node(A, data, store=LyingStore(tmp_path / "liar", QUOTA))
-        me, _, _ = await net.node(ME, providers=lambda _: (A,), patience=0.5)
+        me, _, _ = await net.node(ME, providers=(A,), patience=0.5)
         with pytest.raises(ContentUnavailable, match="dropped, it sent") as caught:
             await me.fetch(ref(file_cid(data), len(data)))
         assert caught.value.cid == file_cid(data)
@@ -260,7 +261,7 @@ async def test_a_slow_provider_does_not_hold_the_others_up(tmp_path: Path) -> No
         _, _, slow = await net.node(A, data)
         slow.rate = 256 << 10  # four seconds for each block
         await net.node(B, data)
-        me, _, _ = await net.node(ME, providers=lambda _: (A, B))
+        me, _, _ = await net.node(ME, providers=(A, B))
         with trio.fail_after(15):  # a quarter of what the slow one alone needs for its first window and file
             assert (await me.open(ref(file_cid(data), len(data)))).path.read_bytes() == data
         assert me.fetched_from[B] > 18 * MIB
@@ -272,7 +273,7 @@ async def test_a_provider_that_dies_on_the_way(tmp_path: Path) -> None:
     async with network(tmp_path) as net:
         for peer in (A, B, C):
             await net.node(peer, data)
-        me, _, _ = await net.node(ME, providers=lambda _: (A, B, C))
+        me, _, _ = await net.node(ME, providers=(A, B, C))
 
         def watch(done: int, size: int) -> None:
             if done >= size * 0.4 and A in net.hosts:
@@ -287,7 +288,7 @@ async def test_a_broken_stream_is_opened_again(tmp_path: Path) -> None:
     data = noise(20 * MIB)
     async with network(tmp_path) as net:
         _, _, host = await net.node(A, data)
-        me, _, _ = await net.node(ME, providers=lambda _: (A,))
+        me, _, _ = await net.node(ME, providers=(A,))
         cut: list[int] = []
 
         def watch(done: int, size: int) -> None:
@@ -305,7 +306,7 @@ async def test_a_transfer_stopped_at_half_goes_on_from_there(tmp_path: Path) -> 
     data = noise(40 * MIB)
     async with network(tmp_path) as net:
         await net.node(A, data)
-        me, store, _ = await net.node(ME, providers=lambda _: (A,))
+        me, store, _ = await net.node(ME, providers=(A,))
         done_before = 0
         with trio.CancelScope() as scope:
 
@@ -318,7 +319,7 @@ async def test_a_transfer_stopped_at_half_goes_on_from_there(tmp_path: Path) -> 
             await me.fetch(ref(file_cid(data), len(data)), progress=watch)
         assert scope.cancelled_caught and store.path(file_cid(data)) is None
         net.kill(ME)
-        again, _, _ = await net.node(ME, providers=lambda _: (A,), store=store)
+        again, _, _ = await net.node(ME, providers=(A,), store=store)
         seen: list[int] = []
         opened = await again.open(ref(file_cid(data), len(data)), progress=lambda done, _: seen.append(done))
         assert opened.path.read_bytes() == data
@@ -330,7 +331,7 @@ async def test_a_truncated_part_is_fetched_again_where_it_is_missing(tmp_path: P
     data = noise(10 * MIB)
     async with network(tmp_path) as net:
         await net.node(A, data)
-        me, store, _ = await net.node(ME, providers=lambda _: (A,))
+        me, store, _ = await net.node(ME, providers=(A,))
         with trio.CancelScope() as scope:
             await me.fetch(ref(file_cid(data), len(data)), progress=lambda done, _: scope.cancel())
         (part,) = store.folder.glob("files/*.part")
@@ -343,7 +344,7 @@ async def test_full_quota_is_the_persons_to_solve(tmp_path: Path) -> None:
     data = noise(3 * MIB)
     async with network(tmp_path) as net:
         await net.node(A, data)
-        me, _, _ = await net.node(ME, providers=lambda _: (A,), store=BlobStore(tmp_path / "small", MIB))
+        me, _, _ = await net.node(ME, providers=(A,), store=BlobStore(tmp_path / "small", MIB))
         with pytest.raises(DiskError, match=r"content\.quota"):
             await me.fetch(ref(file_cid(data), len(data)))
         assert me.bytes_fetched == 0
@@ -353,7 +354,7 @@ async def test_a_wrong_size_is_the_publishers_mistake(tmp_path: Path) -> None:
     data = noise(3 * MIB)
     async with network(tmp_path) as net:
         await net.node(A, data)
-        me, _, _ = await net.node(ME, providers=lambda _: (A,))
+        me, _, _ = await net.node(ME, providers=(A,))
         with pytest.raises(ModelError, match="wrong size"):
             await me.fetch(ref(file_cid(data), len(data) - 1))
         assert me.bad_providers() == {}
@@ -363,7 +364,7 @@ async def test_nobody_has_it(tmp_path: Path) -> None:
     cid = file_cid(noise(2 * MIB))
     async with network(tmp_path) as net:
         await net.node(A)
-        me, _, _ = await net.node(ME, providers=lambda _: (A, B), patience=0.5)
+        me, _, _ = await net.node(ME, providers=(A, B), patience=0.5)
         with pytest.raises(ContentUnavailable) as caught:
             await me.fetch(ref(cid, 2 * MIB))
         text = str(caught.value)
@@ -371,13 +372,15 @@ async def test_nobody_has_it(tmp_path: Path) -> None:
         lonely, _, _ = await net.node(C, patience=0.2)
         with pytest.raises(ContentUnavailable, match="no peer is known to hold it"):
             await lonely.fetch(ref(cid, 2 * MIB))
+        with pytest.raises(ContentUnavailable, match="ask again, or name IPFS nodes that have it"):
+            await lonely.block(cid_of(DAG_CBOR, b"a manifest"))
 
 
 async def test_providers_may_turn_up_later(tmp_path: Path) -> None:
     data = noise(3 * MIB)
     known: list[PeerId] = []
     async with network(tmp_path) as net:
-        me, _, _ = await net.node(ME, providers=lambda _: tuple(known))
+        me, _, _ = await net.node(ME, providers=known)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(me.fetch, ref(file_cid(data), len(data)))
             await net.node(A, data)
@@ -389,8 +392,8 @@ async def test_a_block_passes_on_while_it_is_still_coming_in(tmp_path: Path) -> 
     data = noise(12 * MIB)
     async with network(tmp_path) as net:
         await net.node(A, data)
-        b, _, _ = await net.node(B, providers=lambda _: (A,))
-        me, _, _ = await net.node(ME, providers=lambda _: (B,))
+        b, _, _ = await net.node(B, providers=(A,))
+        me, _, _ = await net.node(ME, providers=(B,))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(me.fetch, ref(file_cid(data), len(data)))
             nursery.start_soon(b.fetch, ref(file_cid(data), len(data)))
@@ -402,7 +405,7 @@ async def test_single_blocks(tmp_path: Path) -> None:
     async with network(tmp_path) as net:
         _, theirs, _ = await net.node(A)
         cid = theirs.put_block(b"\xa1aa\x01", DAG_CBOR)
-        me, ours, _ = await net.node(ME, providers=lambda _: (A,), patience=1)
+        me, ours, _ = await net.node(ME, providers=(A,), patience=1)
         assert await me.block(cid) == b"\xa1aa\x01"
         assert ours.block(cid) == b"\xa1aa\x01"
         assert await me.block(cid) == b"\xa1aa\x01"
@@ -414,7 +417,7 @@ async def test_two_callers_share_one_transfer_and_one_may_leave(tmp_path: Path) 
     data = noise(16 * MIB)
     async with network(tmp_path) as net:
         await net.node(A, data)
-        me, _, _ = await net.node(ME, providers=lambda _: (A,))
+        me, _, _ = await net.node(ME, providers=(A,))
         started = trio.Event()
 
         async def impatient() -> None:
@@ -438,7 +441,7 @@ async def test_garbage_ends_the_stream_and_nothing_else(tmp_path: Path, garbage:
     data = noise(2 * MIB)
     async with network(tmp_path) as net:
         await net.node(A, data)
-        me, _, _ = await net.node(ME, providers=lambda _: (A,))
+        me, _, _ = await net.node(ME, providers=(A,))
         stream = await net.host(B).open_stream(ME, PROTOCOL, Lane.BULK)
         await stream.send_all(garbage)
         assert await stream.receive_some() == b""
