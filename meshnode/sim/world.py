@@ -67,6 +67,7 @@ class Device:
     state: MemoryState
     layers: int = 0  # serve.layers
     layer_s: float = 0.0  # of one step through one layer; 0: every step takes `World.engine_step_s`
+    broken: str = ""  # why its engines don't start
     engines: list[LocalEngine] = field(default_factory=list)  # of the present run
     node: Node | None = None
     store: BlobStore | None = None  # while the node runs
@@ -213,6 +214,8 @@ class World:
             step_s = device.layer_s * (spec.last - spec.first) or self.engine_step_s
             made = LocalEngine(spec, load_s=self.engine_load_s, step_s=step_s)
             device.engines.append(made)
+            if device.broken:
+                made.lose(device.broken)
             return made
 
         return Parts(

@@ -15,6 +15,7 @@ from meshnode.node import Node as Running
 from meshnode.policy.placement import Node, plan
 from meshnode.sim.model import ModelSpec
 from protocols.advert.messages import DRAINING, SERVING
+from protocols.intent.messages import HOLD_MS, Held, Hold
 from tests.sim.coverage import FACTS, SLACK, Coverage, covering, memory_for, span_of
 
 ALL = f"{FACTS.need(0, FACTS.layers) + SLACK}B"  # memory for the whole model
@@ -121,6 +122,57 @@ async def test_a_lost_engine_leaves_the_advert_and_comes_back(autojump_clock: Mo
         assert len(device.engines) == 2
         await trio.sleep(150)
         assert "engine-restarting" not in codes(device.running), "it has run for a while"
+
+
+async def test_an_engine_that_does_not_start_is_tried_again(autojump_clock: MockClock) -> None:
+    async with covering(1) as mesh:
+        (device,) = mesh.world.add(memory=ALL)
+        device.broken = "the engine process ended before it was ready"
+        await mesh.start(device.name)
+        await trio.sleep(10)
+        assert len(device.engines) >= 2
+        await mesh.world.until(lambda: "span-failed" in codes(device.running))
+        assert "the engine process ended before it was ready" in codes(device.running)["span-failed"]
+        device.broken = ""
+        await mesh.covered(60)
+        assert "span-failed" not in codes(device.running)
+
+
+async def test_what_a_span_needs_is_pinned_before_it_is_fetched(autojump_clock: MockClock) -> None:
+    """Or else the room for one of its files is made by evicting another one that is here."""
+    async with covering(1) as mesh:
+        (device,) = mesh.world.add(memory=ALL)
+        mesh.world.network.set_link(mesh.world["n1"].peer_id, device.peer_id, bandwidth=20_000)
+        await mesh.start(device.name)
+        await mesh.world.until(lambda: device.running.spans.loading is not None)
+        store, release = device.store, device.running.releases.current
+        assert store is not None and release is not None
+        needed = {file.cid for file in release.variant.files().values()}
+        assert not needed & store.files()
+        assert store.pins()["span-0"] == needed
+
+
+async def test_a_promise_does_not_hold_back_a_node_when_everybody_leaves(autojump_clock: MockClock) -> None:
+    async with covering(1) as mesh:
+        a, b = await mesh.join(2, memory=f"{tight_memory(FACTS, 2)}B")
+        await mesh.covered(10)
+        opened = a.running.spans.engine()
+        assert opened is not None
+        span = opened.span
+        hold = Hold(
+            manifest=span.manifest,
+            variant=span.variant,
+            first=span.first,
+            last=span.last,
+            epoch=1,
+            hold_ms=HOLD_MS,
+        )
+        assert isinstance(a.running.placement.answer_hold(b.peer_id, hold), Held)
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(mesh.world.leave, a.name)
+            nursery.start_soon(mesh.world.leave, b.name)
+        assert trio.current_time() - began < 2
 
 
 async def test_a_model_that_does_not_fit_is_said_with_figures(autojump_clock: MockClock) -> None:

@@ -11,8 +11,9 @@ from meshnode.policy.moves import Move, abandoned, decide, guards_of, outranked,
 from meshnode.policy.placement import Node, cover, plan, windows_of
 from meshnode.policy.prediction import predict
 from protocols.advert.messages import DRAINING, INTENT, LOADING, SERVING, Advert, Serving, Span
-from protocols.ids import PeerId
-from tests.services.placement_world import make_manifest
+from protocols.ids import RAW, PeerId, cid_of
+from protocols.manifest.messages import FileRef
+from tests.manifests import manifest_of
 
 MB = 1 << 20
 
@@ -31,8 +32,13 @@ def node(name: str, layers: int = 4, **fields: object) -> Node:
 
 
 def test_facts_count_shared_ends_once() -> None:
-    facts = facts_of(make_manifest(), "int4")
-    variant = make_manifest().variants["int4"]
+    ends = FileRef(cid=cid_of(RAW, b"ends"), size=15 * MB)
+
+    def file(name: str) -> FileRef:
+        return ends if name in ("embed", "head") else FileRef(cid=cid_of(RAW, name.encode()), size=10 * MB)
+
+    manifest = manifest_of(file, layers=12)
+    facts, variant = facts_of(manifest, "int4"), manifest.variants["int4"]
     for first, last in ((0, 12), (0, 5), (5, 12), (3, 4)):
         assert facts.weights(first, last) == variant.span_bytes(first, last)
     assert facts.need(3, 4) - facts.weights(3, 4) == 2048 * 2 * 1 * 16 * 4
