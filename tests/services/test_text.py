@@ -22,15 +22,11 @@ from meshnode.model.release import ServedRelease
 from meshnode.services.inference.readiness import Readiness
 from meshnode.services.inference.receipt import Piece, Receipt, Request
 from meshnode.services.inference.text import (
-    MAX_STOPS,
-    MAX_TEXT,
-    MAX_TURNS,
     PATIENCE_S,
     Question,
     Text,
     TextService,
     Waiting,
-    check,
 )
 from meshnode.sim.model import ModelSpec, make_model
 from meshnode.store.port import OpenFile
@@ -304,46 +300,3 @@ async def test_a_chain_that_does_not_answer_yet_is_given_a_while(
             desk.changes.notify()
         assert isinstance(await anext(pieces), Text)
     assert (trio.current_time() - began >= PATIENCE_S) == (not comes)
-
-
-USER = {"role": "user", "content": "hi"}
-
-
-@pytest.mark.parametrize(
-    ("question", "code", "words"),
-    [
-        ({}, "bad-request", "either chat turns, or text, or token ids"),
-        ({"text": "x", "tokens": (1,)}, "bad-request", "either chat turns, or text, or token ids"),
-        ({"text": "x", "max_tokens": 0}, "bad-request", "max_tokens is 0"),
-        ({"text": "x", "stop": ("",)}, "bad-request", "stop strings"),
-        ({"text": "x", "stop": ("y" * 257,)}, "bad-request", "stop strings"),
-        ({"text": "x", "stop": ("y",) * (MAX_STOPS + 1)}, "bad-request", "stop strings"),
-        ({"text": ""}, "bad-request", "the prompt is empty"),
-        ({"tokens": ()}, "bad-request", "the prompt is empty"),
-        ({"text": "x" * (MAX_TEXT + 1)}, "too-long", "1048577 characters"),
-        ({"turns": ()}, "bad-request", "1 to 1024 turns, not 0"),
-        ({"turns": (USER,) * (MAX_TURNS + 1)}, "bad-request", "1 to 1024 turns"),
-        ({"turns": ({"role": "king", "content": "hi"},)}, "bad-request", "a turn has a role"),
-        ({"turns": ({"role": ["user"], "content": "hi"},)}, "bad-request", "a turn has a role"),
-        ({"turns": ({"role": None, "content": "hi"},)}, "bad-request", "a turn has a role"),
-        ({"turns": ({"role": "user"},)}, "bad-request", "a turn has a role"),
-        ({"turns": ({"role": "user", "content": [{"text": "hi"}]},)}, "bad-request", "a turn has a role"),
-        ({"turns": ("user: hi",)}, "bad-request", "a turn has a role"),
-        ({"turns": ({"role": "user", "content": "x" * MAX_TEXT}, USER)}, "too-long", "the conversation"),
-        ({"text": "half \ud800 a pair"}, "bad-request", "no text"),
-        ({"turns": ({"role": "user", "content": "\udfff"},)}, "bad-request", "no text"),
-    ],
-)
-async def test_bad_questions_are_declined_with_a_sentence(
-    desk: Desk, question: dict[str, Any], code: str, words: str
-) -> None:
-    with pytest.raises(Declined) as caught:
-        await desk.ask(**question)
-    assert (caught.value.code, words in str(caught.value)) == (code, True), str(caught.value)
-    assert len(str(caught.value)) < 300
-    assert desk.asked == []
-
-
-def test_good_questions_pass() -> None:
-    for question in ({"text": "x" * MAX_TEXT}, {"tokens": (0,)}, {"turns": (USER,) * MAX_TURNS}):
-        check(Question(sampling=GREEDY, stop=("y" * 256,) * MAX_STOPS, **question))  # type: ignore[arg-type]

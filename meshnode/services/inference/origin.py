@@ -13,7 +13,7 @@ from typing import Final
 
 import trio
 
-from meshnode.core.errors import Declined, PeerUnreachable
+from meshnode.core.errors import BadRequest, Declined, PeerUnreachable
 from meshnode.core.log import get_logger
 from meshnode.model.release import ServedRelease
 from meshnode.policy.chunking import chunks
@@ -21,8 +21,7 @@ from meshnode.policy.route import NoRoute
 from meshnode.services.inference.receipt import Piece, Receipt, Request
 from meshnode.services.inference.router import Router
 from meshnode.services.port import Pipes, Releases
-from protocols.codec import encode
-from protocols.errors import LocalProtocolError, RemoteProtocolError
+from protocols.errors import RemoteProtocolError
 from protocols.ids import SESSION_BYTES, PeerId, short
 from protocols.pipe.machine import (
     LOST,
@@ -44,7 +43,6 @@ from protocols.pipe.messages import Close, Hop, Opened, Refused, Token
 
 EVENTS: Final = 256  # messages of one session that wait for us: stages answer once per step
 GOODBYE_S: Final = 2.0  # for telling the stages that a session is over
-MAX_TOKEN_ID: Final = 1 << 24  # as in a Token
 OPEN_ATTEMPTS: Final = 3  # routes that are tried when a stage refuses before the first token
 RETRY_CODES: Final = frozenset({"fenced", "busy", "not-ready", "engine-lost", "bad-input", "too-long", LOST})
 
@@ -132,7 +130,8 @@ class OriginService:
         release = self._releases.current
         if release is None:
             raise Declined("no-model", self._releases.why_none)
-        _check(request)
+        if not request.prompt:  # what was asked in words may have none
+            raise BadRequest("the prompt is empty")
         context = release.manifest.architecture.context
         room = context - len(request.prompt)
         if room < 1:
@@ -250,18 +249,3 @@ class OriginService:
         except (PeerUnreachable, Declined) as error:
             return str(error)
         return None
-
-
-def _check(request: Request) -> None:
-    """Raises Declined `bad-request` with a sentence about the first thing that is wrong."""
-    if not request.prompt:
-        raise Declined("bad-request", "the prompt is empty")
-    if request.max_tokens < 1:
-        raise Declined("bad-request", f"max_tokens is {request.max_tokens}; at least 1 is needed")
-    wrong = next((token for token in request.prompt if not 0 <= token <= MAX_TOKEN_ID), None)
-    if wrong is not None:
-        raise Declined("bad-request", f"{wrong} is no token id; they go from 0 to {MAX_TOKEN_ID}")
-    try:
-        encode(request.sampling)
-    except LocalProtocolError as error:
-        raise Declined("bad-request", f"the sampling can't be used: {error}") from error

@@ -25,15 +25,11 @@ if TYPE_CHECKING:
     from meshnode.text.tokenizer import Tokenizer
 
 PATIENCE_S: Final = 10.0  # a mesh that is just starting gets this long before a question is refused
-MAX_TEXT: Final = 1 << 20  # characters of a question: far above any context
-MAX_TURNS: Final = 1024
-MAX_STOPS: Final = 16
-ROLES: Final = frozenset({"system", "user", "assistant", "tool"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What is asked: exactly one of `turns`, `text` and `tokens`."""
+    """What is asked: exactly one of `turns`, `text` and `tokens`. `api/question.py` has checked it."""
 
     turns: tuple[Mapping[str, str], ...] | None = None  # chat: {"role", "content"}
     text: str | None = None  # continued as it stands
@@ -56,39 +52,6 @@ class Waiting:
     """The chain does not answer yet; it is given `PATIENCE_S`."""
 
     why: str
-
-
-def check(question: Question) -> None:
-    """Raises Declined `bad-request` with a sentence about the first thing that is wrong."""
-    given = [x for x in (question.turns, question.text, question.tokens) if x is not None]
-    if len(given) != 1:
-        raise Declined("bad-request", "a question has either chat turns, or text, or token ids")
-    if question.max_tokens < 1:
-        raise Declined("bad-request", f"max_tokens is {question.max_tokens}; at least 1 is needed")
-    if len(question.stop) > MAX_STOPS or any(not s or len(s) > 256 for s in question.stop):
-        raise Declined("bad-request", f"at most {MAX_STOPS} stop strings of 1 to 256 characters are possible")
-    if question.text is not None and not question.text:
-        raise Declined("bad-request", "the prompt is empty")
-    if question.tokens is not None and not question.tokens:
-        raise Declined("bad-request", "the prompt is empty")
-    if question.text is not None and len(question.text) > MAX_TEXT:
-        raise Declined("too-long", f"the prompt has {len(question.text)} characters; {MAX_TEXT} are possible")
-    if question.turns is not None:
-        if not question.turns or len(question.turns) > MAX_TURNS:
-            raise Declined("bad-request", f"a conversation has 1 to {MAX_TURNS} turns, not {len(question.turns)}")
-        for turn in question.turns:
-            role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
-            if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
-                raise Declined("bad-request", f"a turn has a role ({', '.join(sorted(ROLES))}) and a content in text")
-        if sum(len(turn["content"]) for turn in question.turns) > MAX_TEXT:
-            raise Declined("too-long", f"the conversation has more than {MAX_TEXT} characters")
-    for text in (question.text or "", *(turn["content"] for turn in question.turns or ())):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
-            raise Declined(
-                "bad-request", f"character {error.start} of a text is half a surrogate pair, which is no text"
-            ) from error
 
 
 def _prompt(tokenizer: Tokenizer, question: Question) -> tuple[int, ...]:
@@ -164,11 +127,10 @@ class TextService:
 
         A chain that does not answer yet is waited for a while first.
 
-        Raises what `Generator.generate` raises, ContentUnavailable, ModelError, and Declined `bad-request`.
+        Raises what `Generator.generate` raises, ContentUnavailable, ModelError, and Declined by the chat template.
 
         If cancelled or closed: the generation ends.
         """
-        check(question)
         if not self._readiness.now.ready:
             yield Waiting(self._readiness.now.sentence)
             with trio.move_on_after(PATIENCE_S):  # whatever is wrong then is said by the attempt itself
