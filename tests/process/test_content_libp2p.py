@@ -73,7 +73,7 @@ async def world(source: Path, target: Path, kinds: Sequence[str], patience: floa
 @pytest.mark.parametrize(
     "kinds", [("corrupt", "slow", "good"), ("good", "slow", "corrupt"), ("slow", "corrupt", "good")]
 )
-async def test_one_good_one_slow_one_liar(
+async def test_one_good_one_slow_one_corrupt(
     source: tuple[Path, bytes, Cid], tmp_path: Path, kinds: tuple[str, ...]
 ) -> None:
     folder, data, cid = source
@@ -88,7 +88,7 @@ async def test_one_good_one_slow_one_liar(
         assert here.content.fetched_from[here.peer("corrupt")] <= 8 * MIB
 
 
-async def test_a_liar_alone_is_named_and_nothing_of_it_is_kept(
+async def test_wrong_bytes_alone_are_named_and_nothing_of_them_is_kept(
     source: tuple[Path, bytes, Cid], tmp_path: Path
 ) -> None:
     folder, data, cid = source
