@@ -54,7 +54,7 @@ class Case(NamedTuple):
 CASES: Final = {
     "one": Case(("good",)),
     "three": Case(("good", "good", "good")),
-    "trouble": Case(("liar", "slow", "good")),
+    "trouble": Case(("corrupt", "slow", "good")),
     "killed": Case(("good", "good", "good"), kill_at=0.4),
 }
 
@@ -219,7 +219,7 @@ def misses(result: dict[str, Any]) -> list[str]:
     for name, case in result["cases"].items():
         if not case["right"]:
             out.append(f"{name}: a file came with wrong bytes")
-        if case["dropped"] != (["liar"] if "liar" in CASES[name].kinds else []):
+        if case["dropped"] != (["corrupt"] if "corrupt" in CASES[name].kinds else []):
             out.append(f"{name}: dropped were {case['dropped'] or 'none'}")
         for what in ("fetcher", "provider"):
             if case[f"{what}_growth_mb"] >= BAR_RSS_MB:
@@ -236,7 +236,7 @@ def misses(result: dict[str, Any]) -> list[str]:
 _MEANING: Final = {
     "one": "one provider",
     "three": "three providers",
-    "trouble": "one good, one slow (1 MB/s), one lying",
+    "trouble": "one good, one slow (1 MB/s), one that sends wrong bytes",
     "killed": "three, one killed at 40 %",
 }
 

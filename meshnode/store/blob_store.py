@@ -395,7 +395,7 @@ class BlobStore:
             try:
                 status = os.fstat(descriptor)
                 if complete and (status.st_size, status.st_mtime_ns) != (size, mtime_ns):
-                    # Somebody wrote into it. Serving changed bytes would make liars of us.
+                    # Somebody wrote into it. Whoever got changed bytes from us would drop us.
                     self._lost(name)
                     return None
                 data = os.pread(descriptor, length, offset)

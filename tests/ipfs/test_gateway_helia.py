@@ -77,7 +77,7 @@ async def reader(net: Network, gateway: Gateway, folder: str) -> ContentService:
     """A node that knows nobody but this gateway."""
     outside = Fallback([gateway])
     host, store = net.host(ME), BlobStore(net.folder / folder, QUOTA)
-    service = content_of(host, store, Known(host), outside=outside)  # type: ignore[arg-type]
+    service = content_of(host, store, Known(host), outside=outside)
     await net.nursery.start(service.run)
     return service
 

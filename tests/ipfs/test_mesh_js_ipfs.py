@@ -46,7 +46,7 @@ async def test_a_published_model_goes_there_and_a_node_without_peers_gets_all_of
         async with network(tmp_path) as net:
             outside = Fallback([there])
             host, folder = net.host(ME), tmp_path / "reader"
-            mine = content_of(host, BlobStore(folder, QUOTA), Known(host), outside=outside)  # type: ignore[arg-type]
+            mine = content_of(host, BlobStore(folder, QUOTA), Known(host), outside=outside)
             await net.nursery.start(mine.run)
             fetched = open_manifest(await mine.block(cid))
             assert fetched == manifest

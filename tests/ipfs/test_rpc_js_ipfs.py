@@ -140,7 +140,7 @@ async def test_a_node_without_peers_gets_a_file_from_it(tmp_path: Path) -> None:
         async with network(tmp_path) as net:
             store = BlobStore(tmp_path / "reader", QUOTA)
             host = net.host(ME)
-            me = content_of(host, store, Known(host), outside=Fallback([daemon_api]))  # type: ignore[arg-type]
+            me = content_of(host, store, Known(host), outside=Fallback([daemon_api]))
             await net.nursery.start(me.run)
             assert (await me.open(ref(cid, len(data)))).path.read_bytes() == data
 

@@ -190,8 +190,8 @@ async def reader(
     """A node without a file of its own."""
     store = BlobStore(net.folder / "reader", QUOTA)
     host = net.host(ME)
-    known = Known(host, providers)  # type: ignore[arg-type]
-    service = content_of(host, store, known, patience_s=patience, outside=outside)  # type: ignore[arg-type]
+    service = content_of(host, store, Known(host, providers), patience_s=patience, outside=outside)
+    await net.join(host)
     await net.nursery.start(service.run)
     return service
 
@@ -411,8 +411,8 @@ async def test_the_rest_comes_from_outside_when_the_peer_dies(tmp_path: Path) ->
         async with network(tmp_path) as net:
             gateway = Gateway(here.url, Health())
             await net.nursery.start(gateway.run)
-            _, _, host = await net.node(A, data)
-            host.rate = 40 * MIB
+            await net.node(A, data)
+            net.slow(A, 40 * MIB)
             me = await reader(net, Fallback([gateway]), (A,))
 
             def watch(done: int, size: int) -> None:
