@@ -117,7 +117,7 @@ def _progress(node: Node) -> ProgressStatus | None:
 
 
 def _engine(node: Node) -> EngineStatus | None:
-    stage = node.spans.engine()
+    stage = node.spans.serving
     if stage is None:
         return None
     return EngineStatus(
@@ -154,7 +154,7 @@ def _tiers(node: Node, served: ServedRelease) -> tuple[int, int, int]:
     """Bytes of the served model by how far away they are: mapped by our engine, on our disk, elsewhere."""
     variant = served.variant
     every = {ref.cid: ref.size for ref in variant.files().values()}
-    stage = node.spans.engine()
+    stage = node.spans.serving
     mapped: Collection[str] = ()
     if stage is not None and served.layers_of(stage.span) is not None:
         mapped = {ref.cid for ref in variant.groups(stage.span.first, stage.span.last).values()}

@@ -107,7 +107,7 @@ class PlacementService:
 
     def answer_hold(self, peer: PeerId, hold: Hold) -> Answer:
         """Answer a peer that asks us to keep layers. Raises RemoteProtocolError for a hold without layers."""
-        serving, want = self._spans.engine(), self._mover.want
+        serving, want = self._spans.serving, self._mover.want
         standing = intent.Standing(
             span=serving.span if serving else None, target=want.target if want else None, leaving=self._draining
         )
@@ -263,7 +263,7 @@ class PlacementService:
     def _nodes(self, release: ServedRelease) -> tuple[Node, ...]:
         """Everybody as placement sees them; ourselves as we are, not as our last advert says."""
         view = self._directory.live()
-        serving, want = self._spans.engine(), self._mover.want
+        serving, want = self._spans.serving, self._mover.want
         me = Node(
             peer=self._us,
             memory_bytes=self._settings.memory_bytes,
@@ -323,7 +323,7 @@ class PlacementService:
             wait = intent.settled_wait_s(peers)
         pause = intent.REPAIR_PAUSE_S if move.repair else intent.ABORT_PAUSE_S
         # A span of another release is in nobody's plan: it goes when the new one is there, or before if need be.
-        serving = self._spans.engine()
+        serving = self._spans.serving
         stale = serving.memory_bytes if serving is not None and move.source is None else 0
         too_much = stale > 0 and stale + release.facts.need(*move.target) > self._settings.memory_bytes
         return intent.Want(
@@ -352,7 +352,7 @@ class PlacementService:
 
     def _leaving(self, release: ServedRelease) -> tuple[Range, ...]:
         """Layers of the present release that the move under way gives up."""
-        want, serving = self._mover.want, self._spans.engine()
+        want, serving = self._mover.want, self._spans.serving
         source = release.layers_of(serving.span) if serving else None
         target = release.layers_of(want.target) if want else None
         if want is None or source is None or target is None:
@@ -374,7 +374,7 @@ class PlacementService:
             self._post(intent.Guarded() if reason is None else intent.Refused(reason))
 
     async def _promises(self, target: Span, exclusive: bool, epoch: int) -> str | None:
-        release, serving = self._release, self._spans.engine()
+        release, serving = self._release, self._spans.serving
         to = None if release is None else release.layers_of(target)
         if release is None or to is None:
             return OTHER_RELEASE
@@ -393,7 +393,7 @@ class PlacementService:
         """Whether a draining node can go: its sessions have ended, and others serve its layers or never can."""
         if self._load.sessions:
             return False
-        release, serving = self._release, self._spans.engine()
+        release, serving = self._release, self._spans.serving
         span = release.layers_of(serving.span) if release and serving else None
         if release is None or span is None:
             return True
@@ -406,7 +406,7 @@ class PlacementService:
         """Put what we do into our advert, if it changed."""
         if self._left:
             return
-        want, serving, gives = self._mover.want, self._spans.engine(), self._settings
+        want, serving, gives = self._mover.want, self._spans.serving, self._settings
         if serving is not None:
             state = DRAINING if self._draining else SERVING
         else:

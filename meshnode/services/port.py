@@ -134,7 +134,8 @@ class OpenSpan(Protocol):
 class Spans(Protocol):
     """The layers that this node serves."""
 
-    def engine(self) -> OpenSpan | None:
+    @property
+    def serving(self) -> OpenSpan | None:
         """What new sessions may use now."""
 
     def engine_lost(self, engine: Engine, reason: str) -> None:
@@ -157,7 +158,8 @@ class Loading:
 class ManySpans(Spans, Protocol):
     """Everything that is open here, for whoever decides what that is (`spans.py`)."""
 
-    def engine(self) -> open_span.OpenSpan | None:
+    @property
+    def serving(self) -> open_span.OpenSpan | None:
         """What new sessions may use now."""
 
     @property

@@ -69,7 +69,7 @@ class SpansSettings:
 
 
 class SpansService:
-    """Implements `OpenSpans` of services/port.py."""
+    """Implements `ManySpans` of services/port.py."""
 
     name = "spans"
 
@@ -104,7 +104,8 @@ class SpansService:
     def changes(self) -> Changes:
         return self._changes
 
-    def engine(self) -> OpenSpan | None:
+    @property
+    def serving(self) -> OpenSpan | None:
         return self._serving
 
     @property

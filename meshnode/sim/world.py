@@ -298,7 +298,7 @@ class World:
             if device.node is None:
                 lines.append(f"{device.name}: down")
                 continue
-            span = device.node.spans.engine()
+            span = device.node.spans.serving
             layers = "idle" if span is None else f"layers {span.span.first} to {span.span.last - 1}"
             lines.append(f"{device.name}: {layers}; {device.node.readiness.now.sentence}")
         return "\n".join(lines)

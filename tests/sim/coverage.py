@@ -27,7 +27,7 @@ def span_of(device: Device) -> Range | None:
     """The layers of the served model that a device serves."""
     if device.node is None:
         return None
-    opened, release = device.node.spans.engine(), device.node.releases.current
+    opened, release = device.node.spans.serving, device.node.releases.current
     return None if opened is None or release is None else release.layers_of(opened.span)
 
 

@@ -156,7 +156,7 @@ async def test_a_promise_does_not_hold_back_a_node_when_everybody_leaves(autojum
     async with covering(1) as mesh:
         a, b = await mesh.join(2, memory=f"{tight_memory(FACTS, 2)}B")
         await mesh.covered(10)
-        opened = a.running.spans.engine()
+        opened = a.running.spans.serving
         assert opened is not None
         span = opened.span
         hold = Hold(
@@ -229,7 +229,7 @@ async def test_a_new_release_replaces_the_old_one_whose_sessions_end_first(autoj
     async with covering(1, first=f"{2 * FACTS.need(0, FACTS.layers)}B") as mesh:
         await mesh.covered(10)
         device = mesh.world["n1"]
-        old = device.running.spans.engine()
+        old = device.running.spans.serving
         assert old is not None
         old.enter()
         await mesh.world.publish("n1", ModelSpec(name="other", layers=8, layer_bytes=20_000))
@@ -249,7 +249,7 @@ async def test_a_retired_release_is_no_longer_served(autojump_clock: MockClock) 
         node.directory.announce(
             name=head.name, version=head.version, manifest=release.cid, variant=head.variant, retired=True
         )
-        await mesh.world.until(lambda: node.spans.engine() is None and not node.spans.retiring, within_s=5)
+        await mesh.world.until(lambda: node.spans.serving is None and not node.spans.retiring, within_s=5)
         assert node.releases.current is None
         assert not mesh.world["n1"].engines[0].rss_bytes
 
@@ -266,7 +266,7 @@ async def test_with_memory_for_both_the_old_span_serves_until_the_new_one_is_up(
         assert sorted(span_of(device) or (0, 0) for device in fast) == [(0, 6), (0, 6), (6, 12), (6, 12)]
         left = [device for device in fast if span_of(device) == (0, 6)]
         await mesh.crash(*(device.name for device in fast if device not in left))
-        opened = {device.name: device.running.spans.engine() for device in left}
+        opened = {device.name: device.running.spans.serving for device in left}
         for span in opened.values():
             assert span is not None
             span.enter()
