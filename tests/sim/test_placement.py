@@ -290,7 +290,7 @@ async def test_engines_are_ended_with_the_node(autojump_clock: MockClock) -> Non
         assert not engine.rss_bytes
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 async def test_a_lossy_mesh_never_loses_a_layer_by_a_move(autojump_clock: MockClock, seed: int) -> None:
     """Random limits, loss, delays, crashes and leavers; the mesh heals whenever the survivors can hold the model."""
     rng = random.Random(seed)
@@ -303,7 +303,7 @@ async def test_a_lossy_mesh_never_loses_a_layer_by_a_move(autojump_clock: MockCl
             await trio.sleep(rng.choice((0.05, 0.5, 3.0)))
         await mesh.covered(30)
         for _ in range(3):
-            await trio.sleep(rng.choice((30, 60)))
+            await trio.sleep(rng.choice((20, 40)))
             name = rng.choice(sorted(mesh.spans()))
             if rng.random() < 0.5:
                 began = trio.current_time()
@@ -322,22 +322,22 @@ def survivors_fit(mesh: Coverage) -> bool:
     return not plan(FACTS, [Node(peer=name, memory_bytes=size) for name, size in given.items()]).holes
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 async def test_both_sides_of_a_partition_cover_themselves_and_find_together(
     autojump_clock: MockClock, seed: int
 ) -> None:
     async with covering(seed) as mesh:
         names = [device.name for device in await mesh.join(6, memory=memory_for(6))]
         await mesh.covered(10)
-        await trio.sleep(60)
+        await trio.sleep(30)
         sides = (names[:3], names[3:])
         mesh.world.split(["n1", *sides[0]], sides[1])
-        await trio.sleep(60)
+        await trio.sleep(40)
         for side in sides:
             covered = {layer for name in side if name in mesh.spans() for layer in range(*mesh.spans()[name])}
             assert covered == set(range(12)), "each side answers by itself"
         mesh.world.network.heal()
         moves = mesh.moves
-        await trio.sleep(120)
+        await trio.sleep(60)
         assert not mesh.holes()
         assert mesh.moves - moves <= 4, "meeting again is no reason to reshuffle"
