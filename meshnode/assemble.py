@@ -6,6 +6,7 @@ import fcntl
 import os
 import random
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -15,7 +16,6 @@ from meshnode.config.settings import Config
 from meshnode.core.clock import monotonic, wall_ms
 from meshnode.core.errors import ConfigError
 from meshnode.core.health import Health
-from meshnode.core.log import get_logger
 from meshnode.core.paths import PUBLISH_PREFIX
 from meshnode.core.workers import Threads
 from meshnode.engine.process import EngineProcess
@@ -27,12 +27,9 @@ from meshnode.net.libp2p.host import Libp2pHost
 from meshnode.net.swarm_key import load_swarm_key
 from meshnode.node import Machine, Parts
 from meshnode.state.database import Database
-from meshnode.store.blob_store import BlobStore
 from meshnode.store.cipher import Cipher
-from meshnode.store.disk import available_bytes, remove_abandoned
-from meshnode.store.encryption import is_sealed, set_sealed
-
-_log = get_logger("assemble")
+from meshnode.store.disk import remove_abandoned
+from meshnode.store.open import open_store
 
 
 def assemble(config: Config, identity: Identity, stack: ExitStack) -> Parts:
@@ -45,12 +42,9 @@ def assemble(config: Config, identity: Identity, stack: ExitStack) -> Parts:
     membership = load_network(paths.folder)
     database = stack.enter_context(Database(paths.state))
     remove_abandoned(paths.cache, PUBLISH_PREFIX)
-    cipher = Cipher(identity.seed, membership.network_id)
-    if is_sealed(paths.content) != config.content.encrypt:
-        _log.info("content.converting", encrypt=config.content.encrypt)
-    set_sealed(paths.content, cipher, config.content.encrypt)
-    store = BlobStore(paths.content, config.content.quota.of(available_bytes(paths.content)), cipher=cipher)
-    stack.callback(store.close)
+    cipher = partial(Cipher, identity.seed, membership.network_id)
+    content = config.content
+    store = stack.enter_context(open_store(paths.content, content.quota, cipher, encrypt=content.encrypt))
     health = Health(monotonic)
     daemon = IpfsApi(config.content.ipfs_api, health) if config.content.ipfs_api else None
     gateways = tuple(Gateway(url, health) for url in config.content.gateways)
@@ -82,7 +76,6 @@ def this_machine(name: str) -> Machine:
     return Machine(
         name=name,
         free_memory_bytes=psutil.virtual_memory().available,
-        cpus=os.cpu_count() or 1,
         tags=("cpu", *power),
     )
 

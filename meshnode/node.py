@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
 
 import structlog
 import trio
@@ -30,7 +29,9 @@ from meshnode.membership.port import Membership
 from meshnode.membership.registry import Registry
 from meshnode.net.pipes import Pipes
 from meshnode.net.port import Host
-from meshnode.services.content.fetch import PATIENCE_SECONDS, ContentService
+from meshnode.services.content.access import Access
+from meshnode.services.content.service import ContentService
+from meshnode.services.content.sources import Sources
 from meshnode.services.dht import DhtClient, DhtSettings
 from meshnode.services.directory.directory import DirectoryService, DirectorySettings, next_incarnation
 from meshnode.services.discovery import DiscoveryService
@@ -48,19 +49,14 @@ from meshnode.services.links import LinksService
 from meshnode.services.membership import Introduction, MembershipService
 from meshnode.services.placement import PlacementService, PlacementSettings
 from meshnode.services.releases import ReleasesService
-from meshnode.services.replication import ReplicationService
+from meshnode.services.replication.copies import Duties, ReplicationService, ReplicationSettings
+from meshnode.services.replication.shelves import Shelves
 from meshnode.services.spans import SpansService, SpansSettings
 from meshnode.state.port import State
 from meshnode.store.port import Store
-from protocols.advert.messages import Advert, Head
+from protocols.advert.messages import Advert
 from protocols.bitswap import messages as bitswap
-from protocols.ids import DAG_CBOR, Cid, PeerId, cid_codec, short
-from protocols.manifest.codec import open_manifest
-from protocols.manifest.messages import FileRef, Manifest
 from protocols.membership import messages as membership
-
-DHT_PATIENCE_SECONDS: Final = 60.0  # a search among strangers goes on for so long
-UPKEEP_SECONDS: Final = 0.5  # how often bad providers are looked for
 
 log = structlog.get_logger()
 
@@ -71,7 +67,6 @@ class Machine:
 
     name: str  # for people
     free_memory_bytes: int  # at the start
-    cpus: int
     tags: tuple[str, ...]  # "cpu", "gpu", "mains", "battery"
 
 
@@ -147,7 +142,7 @@ class Node:
         self.discovery = DiscoveryService(
             self.host, self.database, self.directory, config.network.bootstrap, self.health, rng, wall
         )
-        self.inventory = InventoryService(self.directory, self.store, open_manifest)
+        self.inventory = InventoryService(self.directory, self.store, self.health)
         self.dht = (
             DhtClient(
                 self.host,
@@ -165,19 +160,11 @@ class Node:
         self.content = ContentService(
             self.host,
             self.store,
-            self.directory.providers,
-            guests=self.external.configured,
-            share_with_guests=config.content.share != "members",
-            share_with_anyone=anyone,
-            is_member=lambda peer: peer in self.membership.members(),
-            patience=PATIENCE_SECONDS if self.dht is None else DHT_PATIENCE_SECONDS,
-            seek=None if self.dht is None else self.dht.find,
-            sought=None if self.dht is None else self.dht.so_far,
-            advice=self._advice,
-            workers=parts.workers,
-            outside=None if outside is None else outside.block,
-            tree_outside=None if outside is None else outside.tree,
-            outside_so_far=None if outside is None else outside.so_far,
+            self.directory,
+            Sources(self.host, self.directory, self.external, finder=self.dht, outside=outside),
+            Access(config.content.share, self.membership, self.external),
+            self.health,
+            parts.workers,
         )
         self.releases = ReleasesService(self.directory, self.content, self.store, self.database, self.health)
         self.daemon = None if parts.daemon is None else self._look_after(parts.daemon)
@@ -221,30 +208,16 @@ class Node:
         self.text = TextService(self.releases, self.content, self.origin, self.readiness, parts.workers)
         self.links = LinksService(self.host, self.directory)
         self.replication = ReplicationService(
-            us=identity.peer_id,
-            directory=self.directory,
-            release=self._replicated,
-            holdings=self.inventory.holdings,
-            store=self.store,
-            fetch=self._fetch,
-            replicas=config.content.replicas,
-            loading=lambda: self.spans.loading is not None,
-            busy=lambda: self.load.sessions > 0,
-            health=self.health,
+            self.directory,
+            Shelves(identity.peer_id, self.directory, self.inventory, self.store),
+            self.releases,
+            self.content,
+            Duties(self.spans, self.load),
+            ReplicationSettings(replicas=config.content.replicas),
+            self.health,
         )
-        self._liars: set[PeerId] = set()
         self.stopping = trio.Event()
         self.ended = trio.Event()
-
-    def _advice(self, cid: Cid) -> str:
-        """What our owner may not know when nobody gives a manifest; it may be on IPFS."""
-        content = self.config.content
-        if cid_codec(cid) != DAG_CBOR or content.ipfs_peers or content.dht or content.ipfs_api or content.gateways:
-            return ""
-        return (
-            ", or name IPFS nodes that have it in content.ipfs_peers or peers of their DHT in content.dht: this node "
-            "asks nobody outside its network now"
-        )
 
     def _look_after(self, ipfs: IpfsApi) -> IpfsDaemonService:
         """The operator's own daemon."""
@@ -256,21 +229,15 @@ class Node:
             held=self.inventory,
             releases=self.releases if self.config.content.ipfs_publish else None,
         )
-        return IpfsDaemonService(
-            ipfs, self.host, self.external, self.membership, self.content, publication, self.health
-        )
+        return IpfsDaemonService(ipfs, self.host, self.external, self.membership, publication, self.health)
 
     def _first_advert(self, machine: Machine, memory: int) -> Advert:
         return Advert(
             peer=self.identity.peer_id,
             incarnation=self.incarnation,
             sequence=0,
-            issued_ms=0,
             name=machine.name[:64],
-            software=__version__,
-            roles=(),
             addresses=(),
-            cpus=machine.cpus,
             memory_bytes=memory,
             disk_free_bytes=self.store.usage().room_bytes,
             max_layers=self.config.serve.layers,
@@ -300,7 +267,6 @@ class Node:
             ):
                 await ground.start(supervise, below)
             async with trio.open_nursery() as work:
-                work.start_soon(self._watch_providers)
                 for service in (
                     self.links,
                     self.stage,
@@ -324,34 +290,3 @@ class Node:
             ground.cancel_scope.cancel()
         log.info("node.stopped")
         self.ended.set()
-
-    async def _watch_providers(self) -> None:
-        while True:
-            self._name_liars()
-            await trio.sleep(UPKEEP_SECONDS)
-
-    def _name_liars(self) -> None:
-        """Those of whom nothing is fetched any more, by the name that they had then."""
-        for peer, deed in self.content.bad_providers().items():
-            if peer in self._liars:
-                continue
-            self._liars.add(peer)
-            advert = self.directory.live().get(peer)
-            guest = peer in self.external.configured
-            self.health.set(
-                "bad-provider",
-                peer=f"{advert.name} ({short(peer)})" if advert is not None and advert.name else short(peer),
-                deed=deed,
-                check="`ipfs repo verify`" if guest else "`meshnode model verify`",
-            )
-
-    # ------------------------------------------------------------ the model and the chain
-
-    def _replicated(self) -> tuple[Head, Manifest] | None:
-        head, release = self.directory.announcement(), self.releases.current
-        if head is None or release is None or (head.manifest, head.variant) != (release.cid, release.variant_name):
-            return None
-        return head, release.manifest
-
-    async def _fetch(self, cid: Cid, size: int) -> None:
-        await self.content.fetch(FileRef(cid=cid, size=size))

@@ -35,10 +35,7 @@ def advert_of(number: int, **fields: Any) -> Advert:
         peer=peer_of(number),
         incarnation=1,
         sequence=1,
-        issued_ms=1_700_000_000_000,
         name=f"node-{number}",
-        software="0.1.0",
-        roles=("serve",),
         addresses=(),
         serving=None,
     )

@@ -105,12 +105,10 @@ class Commands:
             raise ModelError(f"{cid} is not the manifest of a model: {error}") from error
         name = str(request.get("variant"))
         check_variant(manifest, name)
-        variant = manifest.variants[name]
-        groups = variant.groups(0, len(variant.layers))
-        refs = {ref.cid: ref for ref in (*manifest.files.values(), variant.graph, *groups.values())}
-        total, done = sum(ref.size for ref in refs.values()), 0
+        refs = manifest.files_of(name)
+        total, done = sum(ref.size for ref in refs), 0
         node.store.pin(cid, cid)
-        for ref in refs.values():
+        for ref in refs:
             yield {"fetched": done, "total": total}
             await node.content.fetch(ref)
             node.store.pin(ref.cid, cid)

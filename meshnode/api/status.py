@@ -33,7 +33,7 @@ def status_of(node: Node) -> Status:
     live = node.directory.live()
     served = node.releases.current
     ready = node.readiness.now
-    prediction = node.placement.prediction()
+    prediction = node.placement.prediction
     peers = [_peer(node, advert) for peer, advert in live.items() if peer != node.identity.peer_id]
     return Status(
         software=__version__,
@@ -117,7 +117,7 @@ def _progress(node: Node) -> ProgressStatus | None:
 
 
 def _engine(node: Node) -> EngineStatus | None:
-    stage = node.spans.engine()
+    stage = node.spans.serving
     if stage is None:
         return None
     return EngineStatus(
@@ -153,8 +153,8 @@ def _content(node: Node, served: ServedRelease | None) -> ContentStatus:
 def _tiers(node: Node, served: ServedRelease) -> tuple[int, int, int]:
     """Bytes of the served model by how far away they are: mapped by our engine, on our disk, elsewhere."""
     variant = served.variant
-    every = {ref.cid: ref.size for ref in (variant.graph, *variant.groups(0, len(variant.layers)).values())}
-    stage = node.spans.engine()
+    every = {ref.cid: ref.size for ref in variant.files().values()}
+    stage = node.spans.serving
     mapped: Collection[str] = ()
     if stage is not None and served.layers_of(stage.span) is not None:
         mapped = {ref.cid for ref in variant.groups(stage.span.first, stage.span.last).values()}
@@ -169,8 +169,7 @@ def _copies(node: Node, served: ServedRelease) -> CopiesStatus | None:
     if copies is None:
         return None
     variant = served.variant
-    groups = variant.groups(0, served.manifest.architecture.layers)
-    named = {**groups, "graph": variant.graph, **served.manifest.files}
+    named = {**variant.files(), **served.manifest.files}
     return CopiesStatus(
         wanted=copies.wanted,
         nodes=copies.nodes,

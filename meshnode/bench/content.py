@@ -25,11 +25,11 @@ from typing import Any, Final, NamedTuple
 import psutil
 import trio
 
+from meshnode.bench.known import Known, content_of
 from meshnode.bench.machine import line, machine
 from meshnode.bench.provider import QUOTA_BYTES, Provider, host_from, providers
 from meshnode.core.log import set_up
 from meshnode.net.port import Host
-from meshnode.services.content.fetch import ContentService
 from meshnode.store.blob_store import BlobStore
 from protocols.ids import Cid, PeerId
 from protocols.manifest.messages import FileRef
@@ -54,7 +54,7 @@ class Case(NamedTuple):
 CASES: Final = {
     "one": Case(("good",)),
     "three": Case(("good", "good", "good")),
-    "trouble": Case(("liar", "slow", "good")),
+    "trouble": Case(("corrupt", "slow", "good")),
     "killed": Case(("good", "good", "good"), kill_at=0.4),
 }
 
@@ -104,7 +104,7 @@ class Transfers:
         self._host: Host = host_from(host_name)
         self._store = BlobStore(target, QUOTA_BYTES)
         self._chosen: list[PeerId] = []
-        self._service = ContentService(self._host, self._store, lambda _: tuple(self._chosen))
+        self._service = content_of(self._host, self._store, Known(self._host, self._chosen))
 
     async def run(self, cases: Sequence[str], rounds: int) -> list[dict[str, Any]]:
         """Every case once a round, each round beginning with another one."""
@@ -126,7 +126,7 @@ class Transfers:
                 self._host.admit(provider.peer, True)
                 with trio.fail_after(CONNECT_SECONDS):
                     await self._host.connect(provider.peer, provider.addresses)
-            self._chosen = [provider.peer for provider in started]
+            self._chosen[:] = [provider.peer for provider in started]
             await trio.sleep(self._settle_s)
             row = await self._measure(case, started)
             for provider in started:
@@ -219,7 +219,7 @@ def misses(result: dict[str, Any]) -> list[str]:
     for name, case in result["cases"].items():
         if not case["right"]:
             out.append(f"{name}: a file came with wrong bytes")
-        if case["dropped"] != (["liar"] if "liar" in CASES[name].kinds else []):
+        if case["dropped"] != (["corrupt"] if "corrupt" in CASES[name].kinds else []):
             out.append(f"{name}: dropped were {case['dropped'] or 'none'}")
         for what in ("fetcher", "provider"):
             if case[f"{what}_growth_mb"] >= BAR_RSS_MB:
@@ -236,7 +236,7 @@ def misses(result: dict[str, Any]) -> list[str]:
 _MEANING: Final = {
     "one": "one provider",
     "three": "three providers",
-    "trouble": "one good, one slow (1 MB/s), one lying",
+    "trouble": "one good, one slow (1 MB/s), one that sends wrong bytes",
     "killed": "three, one killed at 40 %",
 }
 

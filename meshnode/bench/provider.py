@@ -1,4 +1,4 @@
-"""Processes that serve content to one peer: honest ones, a slow one, a liar. For benchmarks and tests of transfers.
+"""Processes that serve content to one peer: good, slow, or with wrong bytes. For benchmarks and tests of transfers.
 
 python -m meshnode.bench.provider FOLDER --to PEER --host MODULE:FUNCTION --kind good
 """
@@ -18,14 +18,14 @@ from typing import Any, Final, cast
 
 import trio
 
+from meshnode.bench.known import Known, content_of
 from meshnode.core.errors import ConfigError
 from meshnode.core.log import set_up
 from meshnode.net.port import Host, Lane, Stream
-from meshnode.services.content.fetch import ContentService
 from meshnode.store.blob_store import BlobStore
 from protocols.ids import PeerId
 
-KINDS: Final = ("good", "slow", "liar")
+KINDS: Final = ("good", "slow", "corrupt")
 SLOW_BYTES_PER_SECOND: Final = 1_000_000
 QUOTA_BYTES: Final = 1 << 40
 _PIECE_BYTES: Final = 1 << 14
@@ -44,7 +44,7 @@ def host_from(name: str) -> Host:
     return make(secrets.token_bytes(32))
 
 
-class LyingStore(BlobStore):
+class CorruptStore(BlobStore):
     """Gives every block with one bit flipped."""
 
     def read_blocks(self, cids: Sequence[bytes]) -> list[bytes | None]:
@@ -130,8 +130,8 @@ async def serve(name: str, folder: Path, fetcher: PeerId, kind: str) -> None:
     host = host_from(name)
     if kind == "slow":
         host = cast(Host, SlowHost(host))  # all but open_stream is that of the host
-    store = (LyingStore if kind == "liar" else BlobStore)(folder, QUOTA_BYTES)
-    service = ContentService(host, store, lambda _: ())
+    store = (CorruptStore if kind == "corrupt" else BlobStore)(folder, QUOTA_BYTES)
+    service = content_of(host, store, Known(host))
     async with trio.open_nursery() as nursery:
         await nursery.start(host.run)
         host.admit(fetcher, True)

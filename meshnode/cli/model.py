@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -151,22 +152,17 @@ def open_store(arguments: argparse.Namespace, *, adds: bool = False) -> Iterator
     adds: files will be added; where they are to be encrypted, that begins with the first, not with the next start.
     """
     from meshnode.core import log
-    from meshnode.store.blob_store import BlobStore
-    from meshnode.store.disk import available_bytes
-    from meshnode.store.encryption import is_sealed, set_sealed
+    from meshnode.store import open as opening
+    from meshnode.store.encryption import is_sealed
 
     log.set_up(level="error", format="console")  # what the store notices, the command says in its own words
     config = settings(arguments)
     config.paths.create()
-    folder = config.paths.content
-    if adds and config.content.encrypt and not is_sealed(folder) and not client_of(arguments).is_running():
-        set_sealed(folder, _cipher(config.paths.folder), True)
-    cipher = _cipher(config.paths.folder) if is_sealed(folder) else None
-    store = BlobStore(folder, config.content.quota.of(available_bytes(folder)), cipher=cipher)
-    try:
+    content, folder = config.content, config.paths.content
+    begins = adds and content.encrypt and not is_sealed(folder) and not client_of(arguments).is_running()
+    key = partial(_cipher, config.paths.folder)
+    with opening.open_store(folder, content.quota, key, encrypt=True if begins else None) as store:
         yield store
-    finally:
-        store.close()
 
 
 def _cipher(folder: Path) -> Cipher:
@@ -274,7 +270,7 @@ def file_names(manifest: Manifest) -> dict[Cid, str]:
     names: dict[Cid, str] = {ref.cid: name for name, ref in manifest.files.items()}
     for variant in manifest.variants.values():
         prefix = f"{variant.name} " if len(manifest.variants) > 1 else ""
-        for name, ref in {"graph": variant.graph, **variant.groups(0, len(variant.layers))}.items():
+        for name, ref in variant.files().items():
             names.setdefault(ref.cid, prefix + name)
     return names
 

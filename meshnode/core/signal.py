@@ -32,3 +32,23 @@ class Changes:
         while self._version == seen:
             await self._event.wait()
         return self._version
+
+
+class Watch:
+    """Several of them, for one task that looks anew whenever any has changed."""
+
+    def __init__(self, *changes: Changes) -> None:
+        self._changes = changes
+        self._seen = [one.version for one in changes]
+
+    async def next(self) -> None:
+        """Wait until any has changed since the last time, or since this was made. If cancelled: nothing happened."""
+        async with trio.open_nursery() as nursery:
+
+            async def wait(one: Changes, version: int) -> None:
+                await one.wait(version)
+                nursery.cancel_scope.cancel()
+
+            for one, version in zip(self._changes, self._seen, strict=True):
+                nursery.start_soon(wait, one, version)
+        self._seen = [one.version for one in self._changes]

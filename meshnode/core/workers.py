@@ -43,6 +43,25 @@ class Threads:
         return await trio.to_thread.run_sync(call, *args, limiter=limiter, abandon_on_cancel=abandon_on_cancel)
 
 
+class Limited:
+    """Others' threads, so many at a time at most."""
+
+    def __init__(self, workers: Workers, most: int) -> None:
+        self._workers = workers
+        self._limiter = trio.CapacityLimiter(most)
+
+    async def run(
+        self,
+        call: Callable[[Unpack[Args]], Result],
+        *args: *Args,
+        limiter: trio.CapacityLimiter | None = None,
+        abandon_on_cancel: bool = False,
+    ) -> Result:
+        return await self._workers.run(
+            call, *args, limiter=limiter or self._limiter, abandon_on_cancel=abandon_on_cancel
+        )
+
+
 class InLoop:
     """No thread: the call holds up everybody, and no time passes. For simulations."""
 

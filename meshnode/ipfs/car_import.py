@@ -122,11 +122,7 @@ class _Import:
         if manifest is None:
             raise ModelError(f"{self._source} can't be imported: it lacks the manifest {cid_from_bytes(self._root)}")
         here = {cid for cid in manifest.all_files() if self._store.path(cid) is not None}
-        common = {ref.cid for ref in manifest.files.values()}
-        needed = {
-            name: {ref.cid for ref in (variant.graph, *variant.groups(0, len(variant.layers)).values())} | common
-            for name, variant in manifest.variants.items()
-        }
+        needed = {name: {ref.cid for ref in manifest.files_of(name)} for name in manifest.variants}
         whole = [name for name in needed if needed[name] <= here]
         if not whole:
             if self._busy is not None:
@@ -177,10 +173,7 @@ class _Import:
         except RemoteProtocolError as error:
             raise ModelError(f"{self._source} is no exported model: {error}") from error
         self._block = block
-        refs = list(self._manifest.files.values())
-        for variant in self._manifest.variants.values():
-            refs += [variant.graph, variant.embed, *variant.layers, variant.head]
-        for ref in refs:
+        for ref in self._manifest.files_of(*self._manifest.variants):
             path = self._store.path(ref.cid)
             if path is None:
                 self._roots[cid_to_bytes(ref.cid)] = ref

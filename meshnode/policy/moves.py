@@ -185,6 +185,19 @@ def still_right(facts: ModelFacts, nodes: Sequence[Node], me: str, epoch: int, *
     return None
 
 
+def may_leave(facts: ModelFacts, nodes: Sequence[Node], me: str, span: Range, *, promised: bool) -> bool:
+    """Whether a draining node can go: others serve its layers, or never can.
+
+    Args:
+      promised: it has promised somebody to keep layers.
+    """
+    others = [node for node in nodes if node.peer != me and not node.draining]
+    if not others or wanted_plan(facts, others).holes:
+        return True  # whoever got a promise relied on a mesh that ends anyway
+    covered = {layer for node in others if node.span for layer in range(*node.span)}
+    return not promised and all(layer in covered for layer in range(*span))
+
+
 def abandoned(source: Range | None, target: Range, *, exclusive: bool) -> tuple[Range, ...]:
     """The layers of `source` that are without us after (or, if exclusive, during) the move."""
     if source is None:

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from meshnode.model.facts import ModelFacts, Range
+from meshnode.policy.chain import cheapest
+from meshnode.policy.mesh_view import UNMEASURED_LAYER_US
+from meshnode.policy.placement import Node
+from protocols.ids import PeerId
 
 HOP_US: Final = 800  # a hop costs at least this: serialising, the pipes to the engine, the wire on loopback
 _WORDS: Final = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -40,42 +44,41 @@ def _tokens(milli: int) -> str:
     return f"{milli / 1000:.1f}" if milli < 10_000 else str(round(milli / 1000))
 
 
+def predict_mesh(facts: ModelFacts, nodes: Sequence[Node], layer_us: Mapping[PeerId, int]) -> Prediction:
+    """The same for nodes as placement sees them, at the places where they are or will be."""
+    return predict(
+        facts,
+        {node.peer: node.place for node in nodes if node.place is not None},
+        {node.peer: layer_us.get(PeerId(node.peer), UNMEASURED_LAYER_US) for node in nodes},
+        {node.peer: node.memory_bytes for node in nodes},
+    )
+
+
 def predict(
     facts: ModelFacts,
     spans: Mapping[str, Range],
     layer_us: Mapping[str, int],
     memory_bytes: Mapping[str, int],
-    *,
-    hop_us: Mapping[tuple[str, str], int] | None = None,
 ) -> Prediction:
     """The fastest chain through the spans for one stream, and the fastest node alone.
 
     Args:
       layer_us: microseconds of a one-row step through an average layer, per peer.
       memory_bytes: per peer, to say whether the fastest node alone has room.
-      hop_us: one-way microseconds between two peers where known; `HOP_US` elsewhere.
     """
     whole = facts.span_work(0, facts.layers)
-    # The cost of the last hop back to the asking node is the same for every chain and counted once.
-    best: dict[int, dict[str, tuple[int, tuple[tuple[str, Range], ...]]]] = {0: {"": (HOP_US, ())}}
-    cuts = sorted({0, *(layer for span in spans.values() for layer in span)})  # changing over elsewhere gains nothing
-    for at in cuts[:-1]:
-        for before, (cost, chain) in sorted(best.get(at, {}).items()):
-            for peer, (first, last) in sorted(spans.items()):
-                if not first <= at < last or any(peer == earlier for earlier, _ in chain):
-                    continue
-                hop = 0 if not before else max(HOP_US, (hop_us or {}).get((before, peer), 0))
-                for end in (cut for cut in cuts if at < cut <= last):
-                    total = cost + hop + facts.span_work(at, end) * layer_us[peer] // 1000
-                    ends = best.setdefault(end, {})
-                    if peer not in ends or total < ends[peer][0]:
-                        ends[peer] = (total, (*chain, (peer, (at, end))))
-    done = min(best.get(facts.layers, {}).values(), default=None)
+    chain = cheapest(
+        dict(sorted(spans.items())),
+        facts.layers,
+        # The first hop counts like the others; the way back costs every chain the same and counts nothing.
+        hop_us=lambda _before, _peer: HOP_US,
+        run_us=lambda peer, layers: facts.span_work(*layers) * layer_us[peer] // 1000,
+    )
     fastest = _fastest(sorted(layer_us), layer_us, memory_bytes)
     alone_us = HOP_US + whole * layer_us[fastest] // 1000 if fastest else 0
     return Prediction(
-        mesh_milli=1_000_000_000 // max(1, done[0]) if done else 0,
-        stages=done[1] if done else (),
+        mesh_milli=1_000_000_000 // max(1, chain.cost) if chain else 0,
+        stages=tuple((stage.peer, stage.layers) for stage in chain.stages) if chain else (),
         alone_milli=1_000_000_000 // max(1, alone_us) if fastest else 0,
         alone_fits=bool(fastest) and memory_bytes.get(fastest, 0) >= facts.need(0, facts.layers),
     )

@@ -10,12 +10,13 @@ show yet is added to what it says.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final
 
 from meshnode.model.facts import Range
+from meshnode.policy.chain import START, cheapest
 from meshnode.policy.mesh_view import layer_us_of
 from meshnode.policy.placement import runs
 from protocols.advert.messages import INTENT, LOADING, SERVING, Advert, Serving, Span
@@ -141,43 +142,32 @@ def plan_route(
 def _cheapest(
     view: Mapping[PeerId, Advert], stages: list[_Candidate], layers: int, origin: PeerId, seed: int, row_bytes: int
 ) -> list[tuple[_Candidate, Range]] | None:
-    cuts = sorted({0, layers, *(s.first for s in stages), *(s.last for s in stages)})
-
     def link(one: PeerId, other: PeerId) -> int:
         if one == other:
             return 0
         trip = round_trip_us(view, one, other)
         return HOP_US + trip // 2 + (row_bytes * 1000 // BANDWIDTH_BYTES_MS if trip else 0)
 
-    # Boundaries are passed in order, so every label is final when its boundary is reached. A label is the
-    # cheapest way to a boundary whose last stage ran on that peer: cost, stages so far, and the chain.
-    Label = tuple[int, int, list[tuple[_Candidate, Range]]]
-    best: dict[int, dict[PeerId, Label]] = {0: {origin: (0, 0, [])}}
-    for at in cuts[:-1]:
-        if at not in best:
-            continue
-        able = [s for s in stages if s.first <= at < s.last]
-        drawn = _draw(able, seed, at)
-        if at == 0:
-            drawn += [s for s in able if s.peer == origin and s not in drawn]
-        for before, (cost, count, chain) in best[at].items():
-            for stage in drawn:
-                if any(stage.peer == earlier.peer for earlier, _ in chain):
-                    continue  # an engine runs one range of layers per session
-                start = cost + link(before, stage.peer) + stage.wait_us + (CUT_US if at != stage.first else 0)
-                for end in cuts:
-                    if not at < end <= stage.last:
-                        continue
-                    total = start + (end - at) * stage.layer_us + (CUT_US if end != stage.last else 0)
-                    if end == layers:
-                        total += link(stage.peer, origin)
-                    ends = best.setdefault(end, {})
-                    if stage.peer not in ends or (total, count + 1) < ends[stage.peer][:2]:
-                        ends[stage.peer] = (total, count + 1, [*chain, (stage, (at, end))])
-    done = best.get(layers)
-    if not done:
-        return None
-    return min(done.values(), key=lambda label: label[:2])[2]  # of equals the one that was drawn first
+    known = {stage.peer: stage for stage in stages}
+
+    def run(peer: str, part: Range) -> int:
+        stage, (first, last) = known[PeerId(peer)], part
+        cuts = (first != stage.first) + (last != stage.last)
+        return stage.wait_us + (last - first) * stage.layer_us + cuts * CUT_US
+
+    def drawn(at: int, able: Sequence[str]) -> list[str]:
+        out: list[str] = [stage.peer for stage in _draw([known[PeerId(peer)] for peer in able], seed, at)]
+        return [*out, origin] if at == 0 and origin in able and origin not in out else out
+
+    chain = cheapest(
+        {stage.peer: (stage.first, stage.last) for stage in stages},
+        layers,
+        hop_us=lambda before, peer: link(PeerId(before) if before != START else origin, PeerId(peer)),
+        run_us=run,
+        back_us=lambda peer: link(PeerId(peer), origin),
+        candidates=drawn,
+    )
+    return None if chain is None else [(known[PeerId(stage.peer)], stage.layers) for stage in chain.stages]
 
 
 def in_words(ranges: Collection[Range]) -> str:

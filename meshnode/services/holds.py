@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 import trio
 
-from meshnode.core.errors import PeerUnreachable
+from meshnode.core.errors import Declined, PeerUnreachable, TransientError
+from meshnode.model.release import ServedRelease
 from meshnode.net.port import Host, Stream
-from protocols.errors import RemoteProtocolError
+from meshnode.policy.moves import Guard
+from protocols.errors import ProtocolError, RemoteProtocolError
 from protocols.frame import FrameReader, pack
 from protocols.ids import PeerId, short
-from protocols.intent.messages import HOLDS, MAX_MESSAGE, PROTOCOL, Answer, Hold
+from protocols.intent.messages import HOLD_MS, HOLDS, MAX_MESSAGE, PROTOCOL, Answer, Hold, NotHeld
 
 ANSWER_S: Final = 5.0
 
@@ -29,8 +32,32 @@ class HoldQuestions:
     def __init__(self, host: Host) -> None:
         self._host = host
 
-    async def ask(self, peer: PeerId, hold: Hold) -> Answer:
+    async def keep(self, release: ServedRelease, guards: Sequence[Guard], epoch: int) -> str | None:
         """See port.py."""
+        for guard in guards:
+            first, last = guard.layers
+            hold = Hold(
+                manifest=release.cid,
+                variant=release.variant_name,
+                first=first,
+                last=last,
+                epoch=epoch,
+                hold_ms=HOLD_MS,
+                returns=guard.returns,
+            )
+            try:
+                answer = await self.ask(PeerId(guard.peer), hold)
+            except (TransientError, Declined, ProtocolError) as error:
+                return f"{short(guard.peer)} could not be asked to keep layers {first} to {last - 1}: {error}"
+            if isinstance(answer, NotHeld):
+                return f"{short(guard.peer)} does not keep layers {first} to {last - 1}: {answer.reason}"
+        return None
+
+    async def ask(self, peer: PeerId, hold: Hold) -> Answer:
+        """Ask one peer. Raises PeerUnreachable (no answer in 5 s), Declined, RemoteProtocolError.
+
+        If cancelled: the peer may have promised; its promise runs out by itself.
+        """
         with trio.move_on_after(ANSWER_S):
             stream = await self._host.open_stream(peer, PROTOCOL)
             try:

@@ -72,13 +72,6 @@ class Daemon(Protocol):
     async def unpin(self, cid: Cid) -> None: ...
 
 
-class Exchange(Protocol):
-    """The exchange of blocks between peers."""
-
-    def welcome(self, guest: PeerId) -> None:
-        """Ask this peer, too; nothing happens for one that is known."""
-
-
 class Publication:
     """What the daemon keeps of the model that the network serves."""
 
@@ -215,20 +208,14 @@ class IpfsDaemonService:
         host: Host,
         external: ExternalPeers,
         members: Members,
-        exchange: Exchange,
         publication: Publication,
         health: Health,
     ) -> None:
-        """
-        Args:
-          external: where the daemon is kept connected.
-          exchange: told who the daemon is, so that it is asked for blocks.
-        """
+        """`external`: where the daemon is kept connected, and so asked for blocks."""
         self._daemon = daemon
         self._host = host
         self._external = external
         self._members = members
-        self._exchange = exchange
         self._publication = publication
         self._health = health
         self._peer: PeerId | None = None
@@ -293,7 +280,6 @@ class IpfsDaemonService:
                 raise SourceFailed(reason)
             self._peer, self._met_at = peer, trio.current_time()
             self._external.configure(peer, addresses, SETTING)
-            self._exchange.welcome(peer)
         if not self._introduced or self._peer not in self._host.guests:
             await self._introduce()
         return self._peer

@@ -29,6 +29,7 @@ from meshnode.policy.moves import (
     abandoned,
     decide,
     guards_of,
+    may_leave,
     slot_left_s,
     slot_of,
     still_right,
@@ -37,13 +38,13 @@ from meshnode.policy.moves import (
 )
 from meshnode.policy.patience import Patience
 from meshnode.policy.placement import Node, runs
-from meshnode.policy.prediction import Prediction, predict
+from meshnode.policy.prediction import Prediction, predict_mesh
 from meshnode.services.port import Directory, Holds, Load, ManySpans, Releases
 from protocols.advert.messages import DRAINING, IDLE, INTENT, LOADING, SERVING, Serving, Span
 from protocols.errors import ProtocolError
 from protocols.ids import PeerId, short
 from protocols.intent import machine as intent
-from protocols.intent.messages import HOLD_MS, Answer, Hold, NotHeld
+from protocols.intent.messages import Answer, Hold
 
 OTHER_RELEASE: Final = "the network serves another release now"
 
@@ -100,17 +101,13 @@ class PlacementService:
         self._left = False
         self._considered: object = None  # the view in which there was nothing to do
         self._assessed: object = None
-        self._prediction: Prediction | None = None
+        self.prediction: Prediction | None = None  # of the mesh with the spans served or announced now
 
     # What others see
 
-    def prediction(self) -> Prediction | None:
-        """How fast the mesh answers one stream with the spans served or announced now; None without a model."""
-        return self._prediction
-
     def answer_hold(self, peer: PeerId, hold: Hold) -> Answer:
         """Answer a peer that asks us to keep layers. Raises RemoteProtocolError for a hold without layers."""
-        serving, want = self._spans.engine(), self._mover.want
+        serving, want = self._spans.serving, self._mover.want
         standing = intent.Standing(
             span=serving.span if serving else None, target=want.target if want else None, leaving=self._draining
         )
@@ -194,7 +191,7 @@ class PlacementService:
         if self._releases.current is self._release:
             return
         self._release = self._releases.current
-        self._prediction = self._considered = self._assessed = None
+        self.prediction = self._considered = self._assessed = None
         self._events.append(intent.Cancelled(OTHER_RELEASE))
 
     def _take_events(self, now: float) -> None:
@@ -266,7 +263,7 @@ class PlacementService:
     def _nodes(self, release: ServedRelease) -> tuple[Node, ...]:
         """Everybody as placement sees them; ourselves as we are, not as our last advert says."""
         view = self._directory.live()
-        serving, want = self._spans.engine(), self._mover.want
+        serving, want = self._spans.serving, self._mover.want
         me = Node(
             peer=self._us,
             memory_bytes=self._settings.memory_bytes,
@@ -279,10 +276,9 @@ class PlacementService:
             draining=self._draining,
         )
         nodes = nodes_of(view, release.cid, release.variant_name, release.facts.layers)
-        rest = [node for node in nodes if node.peer != self._us]
-        if me.memory_bytes or me.span:
-            rest.append(me)
-        return tuple(sorted(rest, key=lambda node: node.peer))
+        others = (node for node in nodes if node.peer != self._us)
+        ours = (me,) if me.memory_bytes or me.span else ()
+        return tuple(sorted((*others, *ours), key=lambda node: node.peer))
 
     # Deciding
 
@@ -327,7 +323,7 @@ class PlacementService:
             wait = intent.settled_wait_s(peers)
         pause = intent.REPAIR_PAUSE_S if move.repair else intent.ABORT_PAUSE_S
         # A span of another release is in nobody's plan: it goes when the new one is there, or before if need be.
-        serving = self._spans.engine()
+        serving = self._spans.serving
         stale = serving.memory_bytes if serving is not None and move.source is None else 0
         too_much = stale > 0 and stale + release.facts.need(*move.target) > self._settings.memory_bytes
         return intent.Want(
@@ -356,7 +352,7 @@ class PlacementService:
 
     def _leaving(self, release: ServedRelease) -> tuple[Range, ...]:
         """Layers of the present release that the move under way gives up."""
-        want, serving = self._mover.want, self._spans.engine()
+        want, serving = self._mover.want, self._spans.serving
         source = release.layers_of(serving.span) if serving else None
         target = release.layers_of(want.target) if want else None
         if want is None or source is None or target is None:
@@ -378,7 +374,7 @@ class PlacementService:
             self._post(intent.Guarded() if reason is None else intent.Refused(reason))
 
     async def _promises(self, target: Span, exclusive: bool, epoch: int) -> str | None:
-        release, serving = self._release, self._spans.engine()
+        release, serving = self._release, self._spans.serving
         to = None if release is None else release.layers_of(target)
         if release is None or to is None:
             return OTHER_RELEASE
@@ -391,40 +387,18 @@ class PlacementService:
         if guards.missing:
             first, last = guards.missing[0]
             return f"nobody else keeps layers {first} to {last - 1}"
-        for guard in guards.holders:
-            first, last = guard.layers
-            hold = Hold(
-                manifest=release.cid,
-                variant=release.variant_name,
-                first=first,
-                last=last,
-                epoch=epoch,
-                hold_ms=HOLD_MS,
-                returns=guard.returns,
-            )
-            try:
-                answer = await self._holds.ask(PeerId(guard.peer), hold)
-            except (TransientError, Declined, ProtocolError) as error:
-                return f"{short(guard.peer)} could not be asked to keep layers {first} to {last - 1}: {error}"
-            if isinstance(answer, NotHeld):
-                return f"{short(guard.peer)} does not keep layers {first} to {last - 1}: {answer.reason}"
-        return None
+        return await self._holds.keep(release, guards.holders, epoch)
 
     def _may_leave(self) -> bool:
         """Whether a draining node can go: its sessions have ended, and others serve its layers or never can."""
         if self._load.sessions:
             return False
-        release, serving = self._release, self._spans.engine()
+        release, serving = self._release, self._spans.serving
         span = release.layers_of(serving.span) if release and serving else None
         if release is None or span is None:
             return True
-        others = [node for node in self._nodes(release) if node.peer != self._us and not node.draining]
-        if not others or wanted_plan(release.facts, others).holes:
-            return True  # whoever got a promise of us relied on a mesh that ends anyway
-        if self._keeper.promised(0, release.facts.layers, trio.current_time()):
-            return False
-        covered = {layer for node in others if node.span for layer in range(*node.span)}
-        return all(layer in covered for layer in range(*span))
+        promised = self._keeper.promised(0, release.facts.layers, trio.current_time()) is not None
+        return may_leave(release.facts, self._nodes(release), self._us, span, promised=promised)
 
     # Saying it
 
@@ -432,7 +406,7 @@ class PlacementService:
         """Put what we do into our advert, if it changed."""
         if self._left:
             return
-        want, serving, gives = self._mover.want, self._spans.engine(), self._settings
+        want, serving, gives = self._mover.want, self._spans.serving, self._settings
         if serving is not None:
             state = DRAINING if self._draining else SERVING
         else:
@@ -441,8 +415,6 @@ class PlacementService:
         me = self._directory.me()
         says = replace(
             me,
-            memory_bytes=gives.memory_bytes,
-            max_layers=gives.max_layers,
             layer_decode_us=decode,
             layer_prefill_us=prefill,
             serving=Serving(
@@ -451,7 +423,6 @@ class PlacementService:
                 target=want.target if want else None,
                 epoch=self._mover.epoch,
                 decode_us=serving.report.decode_us if serving else 0,
-                prefill_us=serving.report.prefill_us if serving else 0,
                 sessions=self._load.sessions if serving else 0,
                 max_sessions=gives.max_sessions if serving else 0,
                 queue_us=self._load.queue_us if serving else 0,
@@ -463,13 +434,7 @@ class PlacementService:
     def _assess(self, release: ServedRelease, nodes: tuple[Node, ...]) -> None:
         """Prediction and health: computed when the mesh changed."""
         facts, model = release.facts, release.title
-        measured = layer_us_of(self._directory.live())
-        self._prediction = predict(
-            facts,
-            {node.peer: node.place for node in nodes if node.place is not None},
-            {node.peer: measured.get(PeerId(node.peer), UNMEASURED_LAYER_US) for node in nodes},
-            {node.peer: node.memory_bytes for node in nodes},
-        )
+        self.prediction = predict_mesh(facts, nodes, layer_us_of(self._directory.live()))
         holes = wanted_plan(facts, nodes).holes if nodes else runs(range(facts.layers))
         if holes:
             missing = sum(facts.need(*hole) for hole in holes)

@@ -14,10 +14,10 @@ from meshnode.core.signal import Changes
 from meshnode.engine import open_span
 from meshnode.engine.port import Engine
 from meshnode.model.release import ServedRelease
+from meshnode.policy.moves import Guard
 from meshnode.store.port import OpenFile
 from protocols.advert.messages import Advert, Announcement, Holding, Span
 from protocols.ids import Cid, PeerId
-from protocols.intent.messages import Answer, Hold
 from protocols.manifest.messages import FileRef
 from protocols.pipe.messages import Message
 
@@ -34,6 +34,9 @@ class Adverts(Protocol):
 
     def live(self) -> Mapping[PeerId, Advert]:
         """The newest advert of every node that is there, our own included."""
+
+    def providers(self, cid: Cid) -> Sequence[PeerId]:
+        """Peers that say they have a file or block, never ourselves; the best first."""
 
 
 class Directory(Adverts, Protocol):
@@ -58,9 +61,6 @@ class Directory(Adverts, Protocol):
         self, *, name: str, version: str, manifest: Cid, variant: str, retired: bool = False
     ) -> Announcement:
         """Say that the network serves this release from now on, or no longer. Raises Declined `forbidden`."""
-
-    def providers(self, cid: Cid) -> Sequence[PeerId]:
-        """Peers that say they have a file or block, never ourselves; the best first."""
 
 
 class Releases(Protocol):
@@ -134,7 +134,8 @@ class OpenSpan(Protocol):
 class Spans(Protocol):
     """The layers that this node serves."""
 
-    def engine(self) -> OpenSpan | None:
+    @property
+    def serving(self) -> OpenSpan | None:
         """What new sessions may use now."""
 
     def engine_lost(self, engine: Engine, reason: str) -> None:
@@ -157,7 +158,8 @@ class Loading:
 class ManySpans(Spans, Protocol):
     """Everything that is open here, for whoever decides what that is (`spans.py`)."""
 
-    def engine(self) -> open_span.OpenSpan | None:
+    @property
+    def serving(self) -> open_span.OpenSpan | None:
         """What new sessions may use now."""
 
     @property
@@ -200,11 +202,19 @@ class ManySpans(Spans, Protocol):
 class Holds(Protocol):
     """Other nodes' promises to keep layers (`holds.py`)."""
 
-    async def ask(self, peer: PeerId, hold: Hold) -> Answer:
-        """Ask one peer. Raises PeerUnreachable (no answer in 5 s), Declined, RemoteProtocolError.
+    async def keep(self, release: ServedRelease, guards: Sequence[Guard], epoch: int) -> str | None:
+        """Have every guard promise to keep its layers while we leave them. None, or why one does not.
 
-        If cancelled: the peer may have promised; its promise runs out by itself.
+        epoch: of our intent. If cancelled: some may have promised; promises run out by themselves.
         """
+
+
+class Opening(Protocol):
+    """Layers that this node is about to serve (`spans.py`)."""
+
+    @property
+    def loading(self) -> object | None:
+        """What is being fetched or opened."""
 
 
 class Load(Protocol):
@@ -241,12 +251,16 @@ class Strangers(Protocol):
         """Let a connected peer stay that does not speak our hello at all. Whether it may."""
 
 
-class ExternalPeers(Protocol):
-    """Peers outside the network and why each is kept connected (`external_peers.py`)."""
+class Guests(Protocol):
+    """Peers outside the network that our owner has named (`external_peers.py`)."""
 
     @property
     def configured(self) -> tuple[PeerId, ...]:
         """Those that a setting names, connected or not."""
+
+
+class ExternalPeers(Guests, Protocol):
+    """Peers outside the network and why each is kept connected (`external_peers.py`)."""
 
     def configure(self, peer: PeerId, addresses: Sequence[str], setting: str) -> None:
         """Keep a peer connected because `setting` names it, or learn where it is found now."""
@@ -271,7 +285,10 @@ class Inventory(Protocol):
         """Whenever `holdings` changes."""
 
     def holdings(self) -> tuple[Holding, ...]:
-        """What we hold of every release that is announced, and whose manifest is here."""
+        """What we hold of every release that is announced, and whose manifest is here; a second old at most."""
+
+    def look(self) -> None:
+        """Count what was stored a moment ago, too."""
 
 
 class RecordSigner(Protocol):

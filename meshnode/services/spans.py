@@ -69,7 +69,7 @@ class SpansSettings:
 
 
 class SpansService:
-    """Implements `OpenSpans` of services/port.py."""
+    """Implements `ManySpans` of services/port.py."""
 
     name = "spans"
 
@@ -104,7 +104,8 @@ class SpansService:
     def changes(self) -> Changes:
         return self._changes
 
-    def engine(self) -> OpenSpan | None:
+    @property
+    def serving(self) -> OpenSpan | None:
         return self._serving
 
     @property
@@ -126,8 +127,8 @@ class SpansService:
     # What is done with them
 
     async def open(self, release: ServedRelease, span: Span) -> OpenSpan:
-        groups = release.variant.groups(span.first, span.last)
-        files = {file.cid: file for file in (release.variant.graph, *groups.values())}
+        named = release.variant.files(span.first, span.last)
+        files = {file.cid: file for file in named.values()}
         try:
             await self._fetch(files, span, release.title)
             while self._retiring and self._serving is None:
@@ -143,8 +144,8 @@ class SpansService:
                 made = await self._start(
                     StageSpec(
                         kind=self._settings.kind,
-                        graph=paths[release.variant.graph.cid],
-                        groups={name: paths[file.cid] for name, file in groups.items()},
+                        graph=paths[named["graph"].cid],
+                        groups={name: paths[file.cid] for name, file in named.items() if name != "graph"},
                         first=span.first,
                         last=span.last,
                         architecture=release.manifest.architecture,

@@ -65,6 +65,9 @@ class Device:
     content: ContentSection
     folder: Path  # of its store
     state: MemoryState
+    layers: int = 0  # serve.layers
+    layer_s: float = 0.0  # of one step through one layer; 0: every step takes `World.engine_step_s`
+    broken: str = ""  # why its engines don't start
     engines: list[LocalEngine] = field(default_factory=list)  # of the present run
     node: Node | None = None
     store: BlobStore | None = None  # while the node runs
@@ -92,6 +95,7 @@ class World:
         self.wall = VirtualWall(BORN_MS)
         self.devices: dict[str, Device] = {}
         self.engine_step_s = 0.001
+        self.engine_load_s = 0.1
         self._nursery = nursery
         self._founder = SigningKey(self.rng.randbytes(32))
         self._description = Network(
@@ -120,8 +124,15 @@ class World:
         memory: str = "1MB",
         roles: tuple[str, ...] = ROLES,
         content: ContentSection = ContentSection(),
+        layers: int = 0,
+        layer_s: float = 0.0,
     ) -> list[Device]:
-        """New devices n1, n2, ...: members already, with the first ones as their bootstrap peers."""
+        """New devices n1, n2, ...: members already, with the first ones as their bootstrap peers.
+
+        Args:
+          layers: most layers to hold; 0: as many as the memory takes.
+          layer_s: seconds of one step through one layer; 0: every step takes as long.
+        """
         added = []
         for _ in range(count):
             name = f"n{len(self.devices) + 1}"
@@ -140,7 +151,9 @@ class World:
                 chain=(sign_certificate(self._founder, certificate),),
                 name=name,
             )
-            device = Device(name, identity, membership, memory, content, self._folder / name, MemoryState())
+            device = Device(
+                name, identity, membership, memory, content, self._folder / name, MemoryState(), layers, layer_s
+            )
             self.devices[name] = device
             added.append(device)
         return added
@@ -198,8 +211,11 @@ class World:
         device.engines.clear()
 
         def engine(spec: StageSpec) -> LocalEngine:
-            made = LocalEngine(spec, step_s=self.engine_step_s)
+            step_s = device.layer_s * (spec.last - spec.first) or self.engine_step_s
+            made = LocalEngine(spec, load_s=self.engine_load_s, step_s=step_s)
             device.engines.append(made)
+            if device.broken:
+                made.lose(device.broken)
             return made
 
         return Parts(
@@ -211,7 +227,7 @@ class World:
             engine=engine,
             sources=(),
             daemon=None,
-            machine=Machine(name=device.name, free_memory_bytes=1 << 30, cpus=1, tags=("cpu",)),
+            machine=Machine(name=device.name, free_memory_bytes=1 << 30, tags=("cpu",)),
             health=Health(monotonic),
             wall=self.wall,
             rng=random.Random(self.rng.getrandbits(64)),
@@ -225,7 +241,9 @@ class World:
             network=NetworkSection(
                 bootstrap=tuple(self.network.host(other.peer_id).addresses[0] for other in others)
             ),
-            serve=ServeSection(memory=Amount(size_bytes=parse_size(device.memory)), engine="null"),
+            serve=ServeSection(
+                memory=Amount(size_bytes=parse_size(device.memory)), layers=device.layers, engine="null"
+            ),
             content=device.content,
         )
 
@@ -280,7 +298,7 @@ class World:
             if device.node is None:
                 lines.append(f"{device.name}: down")
                 continue
-            span = device.node.spans.engine()
+            span = device.node.spans.serving
             layers = "idle" if span is None else f"layers {span.span.first} to {span.span.last - 1}"
             lines.append(f"{device.name}: {layers}; {device.node.readiness.now.sentence}")
         return "\n".join(lines)

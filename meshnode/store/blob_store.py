@@ -182,6 +182,10 @@ class BlobStore:
                 self._held = rows, frozenset(cid_from_bytes(cid) for (cid,) in rows)
             return self._held[1]
 
+    def version(self) -> int:
+        """Another number after every change, whichever process made it."""
+        return self.index.version()
+
     def usage(self) -> StoreUsage:
         """Bytes held (files being fetched count whole), the quota, and what is free on the disk."""
         with disk_errors(self.folder, "look at the free space of"):
@@ -391,7 +395,7 @@ class BlobStore:
             try:
                 status = os.fstat(descriptor)
                 if complete and (status.st_size, status.st_mtime_ns) != (size, mtime_ns):
-                    # Somebody wrote into it. Serving changed bytes would make liars of us.
+                    # Somebody wrote into it. Whoever got changed bytes from us would drop us.
                     self._lost(name)
                     return None
                 data = os.pread(descriptor, length, offset)

@@ -16,7 +16,7 @@ from typing import Any, Final
 from meshnode.core.errors import DiskError
 from meshnode.store.schema import MIGRATIONS
 
-BUSY_SECONDS: Final = 20  # another process may be in the middle of a batch
+BUSY_S: Final = 20  # another process may be in the middle of a batch
 
 
 class Index:
@@ -34,7 +34,7 @@ class Index:
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
-            self._path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=64
+            self._path, timeout=BUSY_S, isolation_level=None, check_same_thread=False, cached_statements=64
         )
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
@@ -100,6 +100,11 @@ class Index:
         """The first row of a SELECT, or None."""
         found = self.rows(query, values)
         return found[0] if found else None
+
+    def version(self) -> int:
+        """Another number after every change that was committed, by us or by another process."""
+        (number,) = self.row("PRAGMA data_version") or (0,)  # what other connections than the reader have done
+        return int(number)
 
     def close(self) -> None:
         with self._lock, self._read_lock:

@@ -80,6 +80,9 @@ class Content(Protocol):
     def files(self) -> frozenset[Cid]:
         """CIDs of the complete files and blocks held."""
 
+    def version(self) -> int:
+        """Another number after every change, whichever process made it. Costs next to nothing."""
+
     def usage(self) -> StoreUsage: ...
 
 

@@ -42,12 +42,10 @@ class Serving:
     span: Span | None = at(2)
     target: Span | None = at(3)
     epoch: int = at(4, default=0)  # counts the node's intents
-    target_since_ms: int = at(5, default=0)  # UTC milliseconds when the intent was announced
-    decode_us: int = at(6, default=0)  # measured: one-row step through the span
-    prefill_us: int = at(7, default=0)  # measured: per row of a 64-row step through the span
-    sessions: int = at(8, default=0)  # open sessions
-    max_sessions: int = at(9, default=0)
-    queue_us: int = at(10, default=0)  # moving average of the wait for the engine
+    decode_us: int = at(5, default=0)  # measured: one-row step through the span
+    sessions: int = at(6, default=0)  # open sessions
+    max_sessions: int = at(7, default=0)
+    queue_us: int = at(8, default=0)  # moving average of the wait for the engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,22 +69,18 @@ class Advert:
     peer: str = at(1, limit=64)
     incarnation: int = at(2)  # start of the node, UTC milliseconds
     sequence: int = at(3)
-    issued_ms: int = at(4)  # UTC milliseconds, for people and clock warnings; leases use the receiver's clock
-    name: str = at(5, limit=64)  # for people
-    software: str = at(6, limit=32)
-    roles: tuple[str, ...] = at(7, limit=8)  # of its certificate
-    addresses: tuple[str, ...] = at(8, limit=16)
-    leaving: bool = at(9, default=False)  # said goodbye: not to be planned with
-    cpus: int = at(10, default=0)
-    memory_bytes: int = at(11, default=0)  # it gives this much to serving (weights and KV); 0: serves nothing
-    disk_free_bytes: int = at(12, default=0)  # what it could add to its files, by its quota and its disk
-    max_layers: int = at(13, default=0)  # 0: only memory limits it
-    tags: tuple[str, ...] = at(14, limit=16, default=())  # "cpu", "gpu", "mains", "battery", ...
-    layer_decode_us: int = at(15, default=0)  # measured microseconds per layer, one row; 0: not measured yet
-    layer_prefill_us: int = at(16, default=0)  # per layer and row of a 64-row step
-    serving: Serving | None = at(17)
-    holdings: tuple[Holding, ...] = at(18, limit=16, default=())
-    round_trips: tuple[RoundTrip, ...] = at(19, limit=64, default=())
+    name: str = at(4, limit=64)  # for people
+    addresses: tuple[str, ...] = at(5, limit=16)
+    leaving: bool = at(6, default=False)  # said goodbye: not to be planned with
+    memory_bytes: int = at(7, default=0)  # it gives this much to serving (weights and KV); 0: serves nothing
+    disk_free_bytes: int = at(8, default=0)  # what it could add to its files, by its quota and its disk
+    max_layers: int = at(9, default=0)  # 0: only memory limits it
+    tags: tuple[str, ...] = at(10, limit=16, default=())  # "cpu", "gpu", "mains", "battery", ...
+    layer_decode_us: int = at(11, default=0)  # measured microseconds per layer, one row; 0: not measured yet
+    layer_prefill_us: int = at(12, default=0)  # per layer and row of a 64-row step
+    serving: Serving | None = at(13)
+    holdings: tuple[Holding, ...] = at(14, limit=16, default=())
+    round_trips: tuple[RoundTrip, ...] = at(15, limit=64, default=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,11 +42,11 @@ def check_advert(advert: Advert, signer: PeerId) -> None:
         raise RemoteProtocolError(f"{signer} signed an advert of {advert.peer}; a node speaks for itself alone")
     if not advert.incarnation:
         raise RemoteProtocolError(f"the advert of {signer} has no incarnation")
-    if not (advert.name.isprintable() and advert.software.isprintable()):
-        raise RemoteProtocolError(f"the advert of {signer} has a name or version that can't be printed")
-    for word in (*advert.roles, *advert.tags):
+    if not advert.name.isprintable():
+        raise RemoteProtocolError(f"the advert of {signer} has a name that can't be printed")
+    for word in advert.tags:
         if not _WORD.fullmatch(word):
-            raise RemoteProtocolError(f"the advert of {signer} has {word[:40]!r} among its roles or tags")
+            raise RemoteProtocolError(f"the advert of {signer} has {word[:40]!r} among its tags")
     for address in advert.addresses:
         check_address(address, signer)
     if advert.serving is not None:

@@ -85,7 +85,7 @@ _DOMAINS: Final = {ADVERT: _Domain(_read_advert, LEASE_S), HEAD: _Domain(_read_a
 
 def _said(body: Advert | Announcement) -> Advert | Announcement:
     """The content of a record without what every renewal changes."""
-    return replace(body, sequence=0, issued_ms=0) if isinstance(body, Advert) else replace(body, sequence=0)
+    return replace(body, sequence=0)
 
 
 class View:

@@ -24,14 +24,14 @@ from protocols.ids import PeerId
 START_WINDOW_BYTES: Final = 4 << 20
 MIN_WINDOW_BYTES: Final = 1 << 20
 MAX_WINDOW_BYTES: Final = 16 << 20  # what one peer may owe us: bounds memory, and what a killed fetch repeats
-WINDOW_SECONDS: Final = 0.5  # a window is what the peer sends in this time, so that it never runs dry
-RATE_SAMPLE_SECONDS: Final = 0.05  # shortest busy time over which a rate is measured
+WINDOW_S: Final = 0.5  # a window is what the peer sends in this time, so that it never runs dry
+RATE_SAMPLE_S: Final = 0.05  # shortest busy time over which a rate is measured
 RATE_MEMORY: Final = 0.6  # weight of the old rate
-STALL_SECONDS: Final = 5.0  # a peer that owes blocks and sends not one byte for this long has stalled
+STALL_S: Final = 5.0  # a peer that owes blocks and sends not one byte for this long has stalled
 MAX_STRIKES: Final = 3  # stalls in a row after which a peer is given up until it comes up again
-REST_SECONDS: Final = 2.0  # pause after the first stall; doubled with each
-RETRY_LACK_SECONDS: Final = 3.0  # a peer that did not have a block may have fetched it by then
-END_GAME_SECONDS: Final = 0.1  # how often the end game looks again, and the least that it must gain
+REST_S: Final = 2.0  # pause after the first stall; doubled with each
+RETRY_LACK_S: Final = 3.0  # a peer that did not have a block may have fetched it by then
+END_GAME_S: Final = 0.1  # how often the end game looks again, and the least that it must gain
 END_GAME_GAIN: Final = 2.0  # a second peer is asked when it would be this many times faster
 MAX_SURPLUS: Final = 64  # blocks that a peer may send although they were answered already
 MAX_LACKS: Final = 64  # a peer that lacks so many blocks rests before it is asked for others
@@ -145,7 +145,7 @@ class Got:
 
 @dataclass(frozen=True, slots=True)
 class Banned:
-    """The peer lied or broke the protocol; nothing is asked from it any more. The reason is a clause."""
+    """The peer sent wrong bytes or broke the protocol; nothing is asked from it any more. The reason is a clause."""
 
     peer: PeerId
     reason: str
@@ -397,10 +397,10 @@ class Client:
             if kind is PresenceType.HAVE:
                 self._certain(peer, cid)
             else:
-                state.lacks[cid] = now + RETRY_LACK_SECONDS
+                state.lacks[cid] = now + RETRY_LACK_S
                 state.lacked = True
                 if len(state.lacks) >= MAX_LACKS:
-                    state.rests_until = max(state.rests_until, now + RETRY_LACK_SECONDS)
+                    state.rests_until = max(state.rests_until, now + RETRY_LACK_S)
                 self._return(peer, state, cid)
 
     def _certain(self, peer: PeerId, cid: bytes) -> None:
@@ -423,11 +423,11 @@ class Client:
         state.sample_bytes += size
         state.sample_seconds += max(0.0, now - state.busy_since)
         state.busy_since = now
-        if state.sample_seconds >= RATE_SAMPLE_SECONDS:
+        if state.sample_seconds >= RATE_SAMPLE_S:
             rate = state.sample_bytes / state.sample_seconds
             state.rate = rate if not state.rate else RATE_MEMORY * state.rate + (1 - RATE_MEMORY) * rate
             state.sample_bytes, state.sample_seconds = 0, 0.0
-            state.window = int(min(MAX_WINDOW_BYTES, max(MIN_WINDOW_BYTES, state.rate * WINDOW_SECONDS)))
+            state.window = int(min(MAX_WINDOW_BYTES, max(MIN_WINDOW_BYTES, state.rate * WINDOW_S)))
 
     def _find_stalled(self, now: float, out: list[Effect], cancels: dict[PeerId, list[bytes]]) -> None:
         for peer, state in self._peers.items():
@@ -435,12 +435,12 @@ class Client:
                 del state.lacks[cid]
             if not state.up or not (state.owes or state.haves):
                 continue
-            if now - max(state.heard, state.busy_since) < STALL_SECONDS:
+            if now - max(state.heard, state.busy_since) < STALL_S:
                 continue
             state.strikes += 1
             cancels.setdefault(peer, []).extend((*state.owes, *state.haves))
             given_up = state.strikes >= MAX_STRIKES
-            state.rests_until = now + REST_SECONDS * 2 ** (state.strikes - 1)
+            state.rests_until = now + REST_S * 2 ** (state.strikes - 1)
             self._release(peer, forget=given_up)
             out.append(Stalled(peer, given_up))
 
@@ -569,7 +569,7 @@ class Client:
                 waited = now - max(asked, other.busy_since)
                 there = max(waited, ahead / other.rate) if other.rate else waited
                 here = (state.owed_bytes + want.size) / state.rate if state.rate else 0.0
-                if there > END_GAME_GAIN * here + END_GAME_SECONDS and (best is None or there > best[0]):
+                if there > END_GAME_GAIN * here + END_GAME_S and (best is None or there > best[0]):
                     best = (there, cid)
         return None if best is None else self._assign(peer, state, best[1], now)
 
@@ -577,11 +577,11 @@ class Client:
         times = []
         for state in self._peers.values():
             if state.up and (state.owes or state.haves):
-                times.append(max(state.heard, state.busy_since) + STALL_SECONDS)
+                times.append(max(state.heard, state.busy_since) + STALL_S)
             if state.up and self._wants:
                 times.extend(t for t in (state.rests_until, *state.lacks.values()) if t > now)
         if self._wants and sum(1 for state in self._peers.values() if state.up) > 1:
-            times.append(now + END_GAME_SECONDS)
+            times.append(now + END_GAME_S)
             if self._spread.deadline > now:
                 times.append(self._spread.deadline)
         self.deadline = max(now, min(times)) if times else None

@@ -12,13 +12,13 @@ import math
 from typing import Final
 
 MODEST_RATE: Final = 32 << 20  # bytes per second that every device takes in: below, more peers are asked untried
-SAMPLE_SECONDS: Final = 0.05  # shortest time over which a rate is judged
+SAMPLE_S: Final = 0.05  # shortest time over which a rate is judged
 SAMPLE_BYTES: Final = 8 << 20  # and the least that must have come in it
-PAUSE_SECONDS: Final = 0.5  # a peer that was fast may be slow for so long: it is mostly this device that paused
+PAUSE_S: Final = 0.5  # a peer that was fast may be slow for so long: it is mostly this device that paused
 RISING: Final = 1.1  # times the rate of the sample before: such a rate is still going up
 WORTH: Final = 1.25  # twice as many peers stay when they bring so many times as much
-FIRST_REST_SECONDS: Final = 2.0  # after a trial that failed; doubled with each
-LAST_REST_SECONDS: Final = 64.0
+FIRST_REST_S: Final = 2.0  # after a trial that failed; doubled with each
+LAST_REST_S: Final = 64.0
 
 
 class Spread:
@@ -32,17 +32,17 @@ class Spread:
         self._fast = False  # a sample of this width was fast
         self._last = 0.0  # bytes per second of the sample before; it is no beginning any more: infinite
         self._before = 0.0  # bytes per second with half as many peers, while more are tried
-        self._rest = FIRST_REST_SECONDS
+        self._rest = FIRST_REST_S
         self._rests_until = 0.0
 
     @property
     def deadline(self) -> float:
         """When `decide` may know more although nothing comes."""
-        return self._since + (PAUSE_SECONDS if self._fast else SAMPLE_SECONDS)
+        return self._since + (PAUSE_S if self._fast else SAMPLE_S)
 
     def changed(self) -> None:
         """A peer came or went: what was found out is worth less now."""
-        self._rest = FIRST_REST_SECONDS
+        self._rest = FIRST_REST_S
         self._rests_until = 0.0
 
     def arrived(self, size: int) -> None:
@@ -60,7 +60,7 @@ class Spread:
         if not owed:
             self._last, self._fast = 0.0, False
             self._begin(now, 1)
-        elif seconds < SAMPLE_SECONDS or (self.width >= peers and not self._before):
+        elif seconds < SAMPLE_S or (self.width >= peers and not self._before):
             return
         elif self._bytes < MODEST_RATE * seconds:
             if now >= self.deadline:
@@ -81,7 +81,7 @@ class Spread:
         elif self._before and rate < WORTH * self._before:
             self._before = 0.0
             self._rests_until = now + self._rest
-            self._rest = min(2 * self._rest, LAST_REST_SECONDS)
+            self._rest = min(2 * self._rest, LAST_REST_S)
             width //= 2
         elif now >= self._rests_until:
             if rate <= RISING * self._last:

@@ -1,6 +1,6 @@
 """Messages of /meshnode/intent/1: a peer is asked to keep layers while the asker leaves them. See SPEC.md.
 
-The intent itself travels in the adverts (`Serving.target`, `epoch`, `target_since_ms`).
+The intent itself travels in the adverts (`Serving.target`, `epoch`).
 """
 
 from __future__ import annotations

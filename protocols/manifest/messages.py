@@ -71,6 +71,10 @@ class Variant:
             out["head"] = self.head
         return out
 
+    def files(self, first: int = 0, last: int | None = None) -> dict[str, FileRef]:
+        """What a stage that serves [first, last) opens, the whole model by default: the groups, and the "graph"."""
+        return {"graph": self.graph, **self.groups(first, len(self.layers) if last is None else last)}
+
     def span_bytes(self, first: int, last: int) -> int:
         """Bytes of the distinct group files of [first, last)."""
         return sum({f.cid: f.size for f in self.groups(first, last).values()}.values())
@@ -90,9 +94,16 @@ class Manifest:
         """The name of the variant with the fewest bytes of weights."""
         return min(self.variants, key=lambda name: self.variants[name].span_bytes(0, self.architecture.layers))
 
+    def files_of(self, *variants: str) -> list[FileRef]:
+        """What serving and asking these variants need, the files that all share first; each once.
+
+        Raises KeyError for an unknown variant.
+        """
+        refs = list(self.files.values())
+        for name in variants:
+            refs += self.variants[name].files().values()
+        return list({ref.cid: ref for ref in refs}.values())
+
     def all_files(self) -> list[Cid]:
         """CIDs of every file of every variant, each once."""
-        refs = list(self.files.values())
-        for variant in self.variants.values():
-            refs += [variant.graph, variant.embed, *variant.layers, variant.head]
-        return list(dict.fromkeys(ref.cid for ref in refs))
+        return [ref.cid for ref in self.files_of(*self.variants)]

@@ -61,9 +61,7 @@ class Beside:
             publication = Publication(
                 self.api, node.store, records, self.health, held=self.model, releases=self.model
             )
-            service = IpfsDaemonService(
-                self.api, node.host, node.guests, Us(), node.content, publication, self.health
-            )
+            service = IpfsDaemonService(self.api, node.host, node.guests, Us(), publication, self.health)
             async with trio.open_nursery() as nursery:
                 await nursery.start(service.run)
                 yield service

@@ -34,7 +34,7 @@ async def test_the_operators_kubo_gets_and_gives_blocks(tmp_path: Path) -> None:
         with site(FakeDaemon(there.peer, there.addresses[0])) as rpc, Database(tmp_path / "state") as records:
             api = IpfsApi(rpc.multiaddr, health)
             publication = Publication(api, node.store, records, health, held=Model(), releases=None)
-            service = IpfsDaemonService(api, node.host, node.guests, Us(), node.content, publication, health)
+            service = IpfsDaemonService(api, node.host, node.guests, Us(), publication, health)
             async with trio.open_nursery() as nursery:
                 await nursery.start(service.run)
                 await node.met(there.peer)

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import trio
 
+from meshnode.bench.known import Known, content_of
 from meshnode.net.libp2p.host import Libp2pHost, open_host
-from meshnode.services.content.fetch import ContentService
+from meshnode.services.content.service import ContentService
 from meshnode.services.dht import DhtClient, DhtSettings
 from meshnode.services.external_peers import ExternalPeers, ExternalSettings
 from meshnode.store.blob_store import BlobStore
@@ -73,7 +74,7 @@ async def ours(folder: Path, seed: Kubo, provides: Path | None = None) -> AsyncI
         random.Random(1),
         shared=Shared(public),
     )
-    content = ContentService(host, store, lambda _: (), patience=30, seek=dht.find, share_with_anyone=bool(public))
+    content = content_of(host, store, Known(host), finder=dht, share="anyone" if public else "members")
     async with AsyncExitStack() as stack:
         stack.callback(store.close)
         nursery = await stack.enter_async_context(trio.open_nursery())

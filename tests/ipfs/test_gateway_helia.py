@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import trio
 
+from meshnode.bench.known import Known, content_of
 from meshnode.core.errors import ContentUnavailable
 from meshnode.core.health import Health
 from meshnode.ipfs.fallback import Fallback
 from meshnode.ipfs.gateway import Gateway
-from meshnode.services.content import fetch as content
-from meshnode.services.content import sources as search
-from meshnode.services.content.fetch import ContentService
+from meshnode.services.content import outside as search
+from meshnode.services.content import sources as content
+from meshnode.services.content.service import ContentService
 from meshnode.store.blob_store import BlobStore
 from protocols.ids import RAW, Cid, cid_of
 from protocols.unixfs.builder import file_cid
@@ -75,19 +76,14 @@ async def helia_gateway() -> AsyncIterator[HeliaGateway]:
 async def reader(net: Network, gateway: Gateway, folder: str) -> ContentService:
     """A node that knows nobody but this gateway."""
     outside = Fallback([gateway])
-    service = ContentService(
-        net.host(ME),  # type: ignore[arg-type]
-        BlobStore(net.folder / folder, QUOTA),
-        lambda _: (),
-        outside=outside.block,
-        tree_outside=outside.tree,
-    )
+    host, store = net.host(ME), BlobStore(net.folder / folder, QUOTA)
+    service = content_of(host, store, Known(host), outside=outside)
     await net.nursery.start(service.run)
     return service
 
 
 async def test_a_file_comes_as_one_car_or_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(content, "OUTSIDE_SECONDS", 0.0)
+    monkeypatch.setattr(content, "OUTSIDE_S", 0.0)
     data = noise(180 * MIB + 1)  # two levels of inner nodes
     health = Health()
     (tmp_path / "file").write_bytes(data)

@@ -8,16 +8,16 @@ import pytest
 import trio
 from nacl.signing import SigningKey
 
+from meshnode.bench.known import Known, content_of
 from meshnode.core.health import Health
 from meshnode.ipfs.fallback import Fallback
 from meshnode.ipfs.rpc import IpfsApi
 from meshnode.model.facts import facts_of, tight_memory
 from meshnode.publisher.release import release
-from meshnode.services.content.fetch import ContentService
 from meshnode.store.blob_store import BlobStore
 from protocols.ids import Cid, peer_id_of
 from protocols.manifest.codec import open_manifest
-from protocols.manifest.messages import FileRef, Manifest
+from protocols.manifest.messages import FileRef
 from tests.ipfs.test_rpc_js_ipfs import daemon
 from tests.ipfs.world import JS_IPFS, NODE
 from tests.process.mesh_rig import READY_SECONDS, mesh_of, meshnode, serving, small_model, tokens_of
@@ -25,13 +25,6 @@ from tests.services.test_content import ME, QUOTA, network
 
 NEEDS = (NODE, JS_IPFS)
 pytestmark = [pytest.mark.ipfs, pytest.mark.slow]
-
-
-def files_of(manifest: Manifest) -> list[FileRef]:
-    refs = list(manifest.files.values())
-    for variant in manifest.variants.values():
-        refs += [variant.graph, variant.embed, *variant.layers, variant.head]
-    return refs
 
 
 async def test_a_published_model_goes_there_and_a_node_without_peers_gets_all_of_it(tmp_path: Path) -> None:
@@ -43,7 +36,7 @@ async def test_a_published_model_goes_there_and_a_node_without_peers_gets_all_of
     health = Health()
     async with daemon(tmp_path / "daemon") as (address, _):
         there = IpfsApi(address, health)
-        for ref in files_of(manifest):
+        for ref in manifest.files_of(*manifest.variants):
             path = store.path(ref.cid)
             assert path is not None and await there.add(path) == ref.cid
         block = store.block(cid)
@@ -52,13 +45,8 @@ async def test_a_published_model_goes_there_and_a_node_without_peers_gets_all_of
         await there.pin(cid)  # walks the whole of it
         async with network(tmp_path) as net:
             outside = Fallback([there])
-            mine = ContentService(
-                net.host(ME),  # type: ignore[arg-type]
-                BlobStore(tmp_path / "reader", QUOTA),
-                lambda _: (),
-                outside=outside.block,
-                tree_outside=outside.tree,
-            )
+            host, folder = net.host(ME), tmp_path / "reader"
+            mine = content_of(host, BlobStore(folder, QUOTA), Known(host), outside=outside)
             await net.nursery.start(mine.run)
             fetched = open_manifest(await mine.block(cid))
             assert fetched == manifest
@@ -68,7 +56,7 @@ async def test_a_published_model_goes_there_and_a_node_without_peers_gets_all_of
                 assert here is not None and there.read_bytes() == here.read_bytes()
 
             async with trio.open_nursery() as nursery:
-                for ref in files_of(fetched):
+                for ref in fetched.files_of(*fetched.variants):
                     nursery.start_soon(compare, ref)
             assert mine.bytes_fetched == 0
     store.close()

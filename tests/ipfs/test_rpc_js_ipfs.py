@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 import trio
 
+from meshnode.bench.known import Known, content_of
 from meshnode.core.errors import ContentUnavailable
 from meshnode.core.health import Health
 from meshnode.ipfs.fallback import Fallback, SourceFailed, verified
 from meshnode.ipfs.rpc import DaemonRefused, IpfsApi
-from meshnode.services.content.fetch import ContentService
 from meshnode.store.blob_store import BlobStore
 from protocols.ids import RAW, cid_of
 from protocols.unixfs.builder import file_cid
@@ -139,12 +139,8 @@ async def test_a_node_without_peers_gets_a_file_from_it(tmp_path: Path) -> None:
         cid = await daemon_api.add(source)
         async with network(tmp_path) as net:
             store = BlobStore(tmp_path / "reader", QUOTA)
-            me = ContentService(
-                net.host(ME),  # type: ignore[arg-type]
-                store,
-                lambda _: (),
-                outside=Fallback([daemon_api]).block,
-            )
+            host = net.host(ME)
+            me = content_of(host, store, Known(host), outside=Fallback([daemon_api]))
             await net.nursery.start(me.run)
             assert (await me.open(ref(cid, len(data)))).path.read_bytes() == data
 

@@ -7,7 +7,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,9 @@ from typing import Any, Self
 
 import trio
 
+from meshnode.bench.known import Known, content_of
 from meshnode.net.libp2p.host import Libp2pHost, open_host
-from meshnode.services.content.fetch import ContentService
+from meshnode.services.content.service import ContentService
 from meshnode.services.external_peers import ExternalPeers, ExternalSettings
 from meshnode.store.blob_store import BlobStore
 from protocols.bitswap.messages import PROTOCOL
@@ -156,7 +157,7 @@ async def ours(
     guests: Iterable[Guest] = (),
     *,
     share: bool = False,
-    providers: Callable[[Cid], Sequence[PeerId]] = lambda _: (),
+    providers: Sequence[PeerId] = (),
     patience: float = 20.0,
     swarm_key: bytes = b"",
     meet: bool = True,
@@ -167,9 +168,8 @@ async def ours(
     addresses = tuple(address for guest in known for address in guest.addresses)
     service = ExternalPeers(host, ExternalSettings(addresses=addresses, protocols=(PROTOCOL,)), random.Random(1))
     store = BlobStore(folder, 1 << 40)
-    content = ContentService(
-        host, store, providers, patience=patience, guests=service.configured, share_with_guests=share
-    )
+    rule = "guests" if share else "members"
+    content = content_of(host, store, Known(host, providers), guests=service, share=rule, patience_s=patience)
     node = Ours(host, store, content, service)
     async with AsyncExitStack() as stack:
         stack.callback(store.close)

@@ -1,4 +1,4 @@
-"""Good, slow, lying and killed providers in processes of their own, over the real libp2p and direct lanes."""
+"""Good, slow, corrupt and killed providers in processes of their own, over the real libp2p and direct lanes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import pytest
 import trio
 
 from meshnode.bench.content import DEFAULT_HOST
+from meshnode.bench.known import Known, content_of
 from meshnode.bench.provider import Provider, host_from, providers
 from meshnode.core.errors import ContentUnavailable
-from meshnode.services.content.fetch import ContentService
+from meshnode.services.content.service import ContentService
 from meshnode.store.blob_store import BlobStore
 from protocols.ids import Cid, PeerId
 from protocols.unixfs.builder import file_cid
@@ -54,7 +55,7 @@ async def world(source: Path, target: Path, kinds: Sequence[str], patience: floa
     host = host_from(DEFAULT_HOST)
     store = BlobStore(target, 1 << 40)
     chosen: list[PeerId] = []
-    content = ContentService(host, store, lambda _: tuple(chosen), patience=patience)
+    content = content_of(host, store, Known(host, chosen), patience_s=patience)
     with trio.fail_after(90):
         async with trio.open_nursery() as nursery:
             await nursery.start(host.run)
@@ -69,8 +70,10 @@ async def world(source: Path, target: Path, kinds: Sequence[str], patience: floa
     store.close()
 
 
-@pytest.mark.parametrize("kinds", [("liar", "slow", "good"), ("good", "slow", "liar"), ("slow", "liar", "good")])
-async def test_one_good_one_slow_one_liar(
+@pytest.mark.parametrize(
+    "kinds", [("corrupt", "slow", "good"), ("good", "slow", "corrupt"), ("slow", "corrupt", "good")]
+)
+async def test_one_good_one_slow_one_corrupt(
     source: tuple[Path, bytes, Cid], tmp_path: Path, kinds: tuple[str, ...]
 ) -> None:
     folder, data, cid = source
@@ -78,22 +81,22 @@ async def test_one_good_one_slow_one_liar(
         opened = await here.content.open(ref(cid, SIZE))
         assert opened.path.read_bytes() == data
         bad = here.content.bad_providers()
-        if kinds[0] == "liar" or bad:  # one that was never asked can't have lied
-            assert list(bad) == [here.peer("liar")]
-            assert "hash to no block it was asked for" in bad[here.peer("liar")]
+        if kinds[0] == "corrupt" or bad:  # one that was never asked can't have sent wrong bytes
+            assert list(bad) == [here.peer("corrupt")]
+            assert "hash to no block it was asked for" in bad[here.peer("corrupt")]
         assert here.content.fetched_from[here.peer("good")] > 0.8 * SIZE
-        assert here.content.fetched_from[here.peer("liar")] <= 8 * MIB
+        assert here.content.fetched_from[here.peer("corrupt")] <= 8 * MIB
 
 
-async def test_a_liar_alone_is_named_and_nothing_of_it_is_kept(
+async def test_wrong_bytes_alone_are_named_and_nothing_of_them_is_kept(
     source: tuple[Path, bytes, Cid], tmp_path: Path
 ) -> None:
     folder, data, cid = source
-    async with world(folder, tmp_path / "target", ["liar"], patience=2) as here:
+    async with world(folder, tmp_path / "target", ["corrupt"], patience=2) as here:
         with pytest.raises(ContentUnavailable, match=r"dropped, it sent .* hash to no block it was asked for"):
             await here.content.fetch(ref(cid, SIZE))
     for path in (tmp_path / "target").rglob("*.part"):
-        assert not any(path.read_bytes()), "a byte of the liar is on the disk"
+        assert not any(path.read_bytes()), "a wrong byte is on the disk"
     async with world(folder, tmp_path / "target", ["good"]) as here:
         assert (await here.content.open(ref(cid, SIZE))).path.read_bytes() == data
 

@@ -1,8 +1,7 @@
-"""Copies of the model's files in a mesh of real processes: made, counted, and made again when a device dies."""
+"""The commands that keep and free files, and encrypted files, in a mesh of real processes."""
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 from meshnode.api.messages import Status
 from meshnode.cli.status import describe
 from meshnode.core.paths import Paths
-from tests.process.mesh_rig import LAYERS, NO_COPIES, READY_SECONDS, mesh_of, meshnode, small_model, tokens_of
+from tests.process.mesh_rig import NO_COPIES, READY_SECONDS, mesh_of, meshnode, small_model, tokens_of
 
 pytestmark = [pytest.mark.net, pytest.mark.process]
 
@@ -22,32 +21,6 @@ def enough(nodes: int) -> Callable[[Status], bool]:
         return copies is not None and copies.nodes == nodes and copies.fewest >= 2 and not copies.short
 
     return check
-
-
-def test_every_layer_has_two_copies_and_has_them_again_after_a_death(tmp_path: Path) -> None:
-    published = small_model(tmp_path / "model")
-    with mesh_of(tmp_path, 3, published=published, memory=("1GB",)) as mesh:
-        publisher, *others = mesh.members
-        right = tokens_of(publisher)
-        for member in mesh.members:
-            status = member.wait_for(enough(3), READY_SECONDS, "two copies of every file")
-        layers = {"embed", "head", "graph", *(f"layer.{n}" for n in range(LAYERS))}
-        assert set(status.copies.groups) >= layers | {"tokenizer.json"}
-        assert len(status.copies.groups) >= status.copies.files
-        assert "copies: 2 or more of every file" in describe(status)
-        held = [{path.name for path in (Paths(member.folder).content / "files").iterdir()} for member in others]
-        files = {path.name for path in (Paths(publisher.folder).content / "files").iterdir()}
-        assert held[0] | held[1] == files, "the publisher is not needed any more"
-
-        publisher.signal(signal.SIGKILL)
-        publisher.wait_stopped()
-        for member in others:
-            status = member.wait_for(enough(2), 2 * READY_SECONDS, "two copies of every file again")
-        for member in others:
-            member.wait_ready(READY_SECONDS)
-            assert tokens_of(member) == right
-            assert {path.name for path in (Paths(member.folder).content / "files").iterdir()} == files
-            assert member.status().content.cold_bytes == 0
 
 
 def test_a_model_is_pinned_unpinned_and_removed(tmp_path: Path) -> None:
@@ -104,17 +77,3 @@ def test_encrypted_files_serve_as_others_do(tmp_path: Path) -> None:
         mesh.wait_ready(READY_SECONDS)
         assert tokens_of(publisher) == right
         assert any(piece in path.read_bytes() for path in (Paths(other.folder).content / "files").iterdir())
-
-
-def test_a_publisher_that_leaves_at_once_leaves_the_model_behind(tmp_path: Path) -> None:
-    """Before any copy was due: what only it holds is handed over while it stops."""
-    published = small_model(tmp_path / "model")
-    with mesh_of(tmp_path, 2, published=published, memory=("1GB",), settings=NO_COPIES) as mesh:
-        publisher, other = mesh.members
-        right = tokens_of(other)
-        files = {path.name for path in (Paths(publisher.folder).content / "files").iterdir()}
-        publisher.stop()
-        publisher.wait_stopped()
-        assert {path.name for path in (Paths(other.folder).content / "files").iterdir()} == files
-        other.wait_ready(READY_SECONDS)
-        assert tokens_of(other) == right

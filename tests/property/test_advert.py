@@ -22,7 +22,7 @@ RECORDS = [
     for incarnation in (1, 2)
     for sequence in (1, 2, 3)
     for record in (
-        signed(number, advert_of(number, incarnation=incarnation, sequence=sequence, cpus=incarnation + sequence)),
+        signed(number, advert_of(number, incarnation=incarnation, sequence=sequence, max_layers=sequence)),
         signed(number, announcement_of(number, incarnation=incarnation, sequence=sequence, created_ms=sequence)),
     )
 ]

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
-from typing import Any
 
-import pytest
-import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trio.testing import MockClock
 
 from meshnode.model.facts import ModelFacts, Range
 from meshnode.policy.chunking import chunks
@@ -19,7 +15,8 @@ from meshnode.policy.moves import Move, decide
 from meshnode.policy.placement import Node, cover, plan, windows_of
 from protocols.advert.messages import SERVING, Advert, Serving, Span
 from protocols.ids import PeerId
-from tests.services.placement_world import MB, World
+
+MB = 1_000_000
 
 
 @st.composite
@@ -61,7 +58,7 @@ def test_the_same_plan_in_any_order(
     shuffled = list(nodes)
     rng.shuffle(shuffled)
     plan.__globals__["_plan"].cache_clear()
-    assert plan(facts, shuffled, ideal=ideal, reshuffle=reshuffle).digest() == first.digest()
+    assert plan(facts, shuffled, ideal=ideal, reshuffle=reshuffle).spans == first.spans
     assert {n.peer: decide(facts, shuffled, n.peer, 3) for n in nodes} == decisions
 
 
@@ -77,24 +74,21 @@ def test_a_thousand_orders_of_the_same_adverts() -> None:
                 peer=f"peer-{i}",
                 incarnation=1,
                 sequence=i,
-                issued_ms=1,
                 name="",
-                software="",
-                roles=(),
                 addresses=(),
                 memory_bytes=rng.randrange(40, 90) * MB,
                 layer_decode_us=rng.randrange(300, 3000),
                 serving=Serving(state=SERVING, span=span, target=None) if i % 2 else None,
             )
         )
-    digests = set()
+    plans = set()
     for turn in range(1000):
         rng.shuffle(adverts)
         nodes = nodes_of({PeerId(a.peer): a for a in adverts}, "m", "v", 24)
         if turn % 100 == 0:
             plan.__globals__["_plan"].cache_clear()
-        digests.add(plan(facts, nodes, ideal=True).digest())
-    assert len(digests) == 1
+        plans.add(tuple(sorted(plan(facts, nodes, ideal=True).spans.items())))
+    assert len(plans) == 1
 
 
 @settings(max_examples=60)
@@ -162,67 +156,6 @@ def test_no_move_for_speed_or_order_uncovers_a_layer(mesh: tuple[ModelFacts, lis
     assert not any(move.urgent for move in moves.values())
     after: list[Range] = [moves[n.peer].target if n.peer in moves else n.span for n in nodes if n.span]
     assert {layer for span in after for layer in range(*span)} == set(range(facts.layers))
-
-
-@pytest.mark.parametrize("seed", range(6))
-async def test_a_lossy_mesh_never_loses_a_layer_by_a_move(autojump_clock: MockClock, seed: int) -> None:
-    """Random limits, loss, delays, crashes and leavers; the mesh heals whenever the survivors can hold the model."""
-    rng = random.Random(seed)
-    async with trio.open_nursery() as nursery:
-        w = World(
-            nursery,
-            seed=seed,
-            loss=rng.choice((0.0, 0.1, 0.3)),
-            delay_s=(0.02, rng.choice((0.1, 1.0))),
-            load_s=rng.choice((1.0, 4.0)),
-            bytes_s=100 * MB,
-        )
-        for i in range(rng.randrange(5, 9)):
-            memory = w.need(0, rng.choice((3, 4, 6))) + rng.randrange(8 * MB)
-            await w.join(f"node-{i}", memory, layer_us=rng.randrange(300, 3000))
-            await trio.sleep(rng.choice((0.05, 0.5, 3.0)))
-        await w.covered(30)
-        for _ in range(3):
-            await trio.sleep(rng.choice((30, 60)))
-            peer = rng.choice(sorted(w.spans()))
-            if rng.random() < 0.5:
-                began = trio.current_time()
-                await w.members[peer].service.drain()
-                assert trio.current_time() - began <= 15.1
-            w.kill(peer)
-            if not _survivors_fit(w):
-                break
-            # detection 12 s, calm 2 s, and for each of a few moves in a row: wait, fetch and load
-            await w.covered(45)
-        assert w.voluntary_holes == []
-        nursery.cancel_scope.cancel()
-
-
-def _survivors_fit(w: World) -> bool:
-    memory = {peer: m.directory.advert.memory_bytes for peer, m in w.members.items()}
-    return not plan(w.facts, [Node(peer=peer, memory_bytes=size) for peer, size in memory.items()]).holes
-
-
-@pytest.mark.parametrize("seed", range(3))
-async def test_both_sides_of_a_partition_cover_themselves_and_find_together(
-    autojump_clock: MockClock, seed: int
-) -> None:
-    async with trio.open_nursery() as nursery:
-        w = World(nursery, seed=seed)
-        members: list[Any] = [await w.join(f"node-{i}", w.need(0, 6) + 5 * MB) for i in range(6)]
-        await w.covered(10)
-        await trio.sleep(60)
-        w.partition = frozenset(m.peer for m in members[:3])
-        await trio.sleep(60)
-        for side in (members[:3], members[3:]):
-            covered = {layer for m in side if m.span for layer in range(*m.span)}
-            assert covered == set(range(12)), "each side answers by itself"
-        w.partition = frozenset()
-        moves = w.moves
-        await trio.sleep(120)
-        assert not w.holes()
-        assert w.moves - moves <= 4, "meeting again is no reason to reshuffle"
-        nursery.cancel_scope.cancel()
 
 
 @settings(max_examples=200)

@@ -26,10 +26,7 @@ def views(draw: st.DrawFn) -> dict[PeerId, Advert]:
             peer=f"peer-{i}",
             incarnation=draw(st.integers(1, 3)),
             sequence=1,
-            issued_ms=1,
             name="",
-            software="",
-            roles=(),
             addresses=(),
             leaving=draw(st.sampled_from((False, False, True))),
             serving=Serving(

@@ -128,7 +128,7 @@ class Mesh:
             wall,
             DirectorySettings(
                 topic=TOPIC,
-                first=advert_of(key or number, incarnation=incarnation, roles=tuple(roles), **fields),
+                first=advert_of(key or number, incarnation=incarnation, **fields),
                 rng=random.Random(self.rng.random()),
             ),
         )

@@ -131,7 +131,8 @@ class Member:
         assert self.served is not None
         return self.served.engine
 
-    def engine(self) -> Served | None:
+    @property
+    def serving(self) -> Served | None:
         return self.served
 
     def engine_lost(self, engine: Engine, reason: str) -> None:

@@ -13,12 +13,12 @@ import trio.lowlevel
 import trio.testing
 from trio.testing import MockClock
 
+from meshnode.bench.known import Known, content_of
 from meshnode.core.errors import ConfigError, ContentUnavailable, Declined
 from meshnode.core.health import Health
 from meshnode.net.memory_host import MemoryHost, MemoryNetwork
 from meshnode.net.port import Stream
 from meshnode.services import external_peers
-from meshnode.services.content.fetch import ContentService
 from meshnode.services.dht import (
     ASK_S,
     MAX_PROVIDERS,
@@ -367,17 +367,18 @@ def test_a_seed_must_have_a_peer_id() -> None:
 class Sharing(Node):
     """A node of the DHT that has files."""
 
-    def __init__(self, host: MemoryHost, folder: Path, seeds: Sequence[str], *, anyone: bool = False) -> None:
+    def __init__(
+        self, host: MemoryHost, folder: Path, seeds: Sequence[str], *, anyone: bool = False, patience_s: float = 12
+    ) -> None:
         super().__init__(host, seeds, anyone=anyone)
         self.store = BlobStore(folder / host.peer_id, 1 << 40)
-        self.content = ContentService(
+        self.content = content_of(
             host,
             self.store,
-            lambda _: (),
-            patience=12,
-            seek=self.dht.find,
-            sought=self.dht.so_far,
-            share_with_anyone=anyone,
+            Known(host),
+            share="anyone" if anyone else "members",
+            patience_s=patience_s,
+            finder=self.dht,
         )
 
     @property
@@ -405,22 +406,21 @@ async def test_a_file_is_fetched_from_a_node_of_another_network(
         assert us.content.fetched_from[PROVIDER] >= len(data)
         assert provider.content.served_to[US] >= len(data)
         # What we hold is not for those whom we fetched from.
-        assert not us.content._may_have(PROVIDER) and provider.content._may_have(US)
+        assert not us.content.access.may_have(PROVIDER) and provider.content.access.may_have(US)
         # The visitor leaves, and nothing about it is kept.
         with trio.fail_after(15):
             while PROVIDER in us.host.guests or provider.content.served_to[US]:  # noqa: ASYNC110 - nor this
                 await trio.sleep(0.2)
         assert provider.content.bytes_served >= len(data)
-        assert US not in provider.content._client._peers
+        assert US not in provider.content._exchange.client._peers
         us.store.close()
         provider.store.close()
 
 
 async def test_what_nobody_provides_is_not_found(tmp_path: Path) -> None:
     async with world(2) as it:
-        us = await it.start(Sharing(it.host("us"), tmp_path, it.seeds))
+        us = await it.start(Sharing(it.host("us"), tmp_path, it.seeds, patience_s=4))
         assert isinstance(us, Sharing)
-        us.content._patience = 4
         with pytest.raises(ContentUnavailable, match="nobody gave"):
             await us.content.block(CID)
         us.store.close()
@@ -432,9 +432,8 @@ async def test_the_error_says_how_the_search_went(tmp_path: Path) -> None:
             ("asking", it.seeds, "no provider is named in the DHT of "),
             ("alone", it.host("nowhere").addresses, "no DHT peer of "),
         ):
-            us = await it.start(Sharing(it.host(name), tmp_path, seeds))
+            us = await it.start(Sharing(it.host(name), tmp_path, seeds, patience_s=5))
             assert isinstance(us, Sharing)
-            us.content._patience = 5
             with pytest.raises(ContentUnavailable, match=words):
                 await us.content.block(CID)
             await trio.testing.wait_all_tasks_blocked(0.01)
@@ -442,25 +441,38 @@ async def test_the_error_says_how_the_search_went(tmp_path: Path) -> None:
             us.store.close()
 
 
+class Seeking:
+    """A search that finds nobody."""
+
+    def __init__(self) -> None:
+        self.sought: list[Cid] = []
+        self.under_way = 0
+
+    async def find(self, cid: Cid, offer: Callable[[PeerId], Awaitable[None]]) -> None:
+        self.sought.append(cid)
+        self.under_way += 1
+        try:
+            await trio.sleep_forever()
+        finally:
+            self.under_way -= 1
+
+    def so_far(self, cid: Cid) -> str:
+        return f"{self.under_way} are looking"
+
+
 async def test_the_search_begins_when_members_give_nothing(tmp_path: Path) -> None:
     data = noise(1 << 20)
     async with content_world(tmp_path) as it:
-        sought: list[Cid] = []
-
-        async def seek(cid: Cid, offer: Callable[[PeerId], Awaitable[None]]) -> None:
-            sought.append(cid)
-            await trio.sleep_forever()
-
-        us = await it.start(US)
+        seeking = Seeking()
+        us = await it.start(US, finder=seeking)
         member = await it.start(PROVIDER, data=data)
-        us.content._seek = seek
-        us.providers = (PROVIDER,)
+        us.providers.append(PROVIDER)
         await us.host.connect(PROVIDER, member.host.addresses)
         for one, other in ((us, member), (member, us)):
             one.host.admit(other.host.peer_id, True)
         (cid,) = member.store.files()
         await us.content.fetch(ref(cid, len(data)))
-        assert sought == [] and us.content._seeking == {}
-        with pytest.raises(ContentUnavailable):
+        assert seeking.sought == []
+        with pytest.raises(ContentUnavailable, match="1 are looking"):
             await us.content.block(CID)
-        assert sought == [CID] and us.content._seeking == {}
+        assert seeking.sought == [CID] and seeking.under_way == 0

@@ -49,10 +49,10 @@ async def test_five_nodes_in_a_line_agree(autojump_clock: MockClock, rng: random
         nodes = await five(mesh)
         await mesh.line(*nodes)
         await all_see(nodes, within=5)
-        nodes[0].says(cpus=7)
+        nodes[0].says(max_layers=7)
         for node in nodes:
-            await node.until(lambda d: d.live()[nodes[0].peer].cpus == 7, within=1)
-        views = [{peer: replace(a, sequence=0, issued_ms=0) for peer, a in n.directory.live().items()} for n in nodes]
+            await node.until(lambda d: d.live()[nodes[0].peer].max_layers == 7, within=1)
+        views = [{peer: replace(a, sequence=0) for peer, a in n.directory.live().items()} for n in nodes]
         assert all(view == views[0] for view in views)
 
 
@@ -65,9 +65,9 @@ async def test_loss_of_a_fifth_changes_nobody_s_mind(autojump_clock: MockClock, 
         async with trio.open_nursery() as nursery:
             for node in nodes:
                 nursery.start_soon(never_changes_its_mind, node, nodes, 300)
-        nodes[0].says(cpus=7)
+        nodes[0].says(max_layers=7)
         for node in nodes:
-            await node.until(lambda d: d.live()[nodes[0].peer].cpus == 7, within=6)
+            await node.until(lambda d: d.live()[nodes[0].peer].max_layers == 7, within=6)
 
 
 async def test_a_partition_and_its_end(autojump_clock: MockClock, rng: random.Random) -> None:
@@ -79,12 +79,12 @@ async def test_a_partition_and_its_end(autojump_clock: MockClock, rng: random.Ra
         mesh.network.partition([n.peer for n in one], [n.peer for n in other])
         await all_see(one, within=3.5)
         await all_see(other, within=3.5)
-        one[0].says(cpus=7)
+        one[0].says(max_layers=7)
         await never_changes_its_mind(other[0], other, 60)
         mesh.network.heal()
         await mesh.line(one[0], other[0])
         await all_see(nodes, within=3)
-        assert other[1].directory.live()[one[0].peer].cpus == 7
+        assert other[1].directory.live()[one[0].peer].max_layers == 7
 
 
 async def test_a_late_joiner_knows_everybody_within_three_seconds(
@@ -139,13 +139,13 @@ async def test_news_of_a_lost_neighbour_is_asked_for(autojump_clock: MockClock, 
         mesh.network.set_gossip_loss(1.0)
         await one.host.disconnect(three.peer, "test")
         await two.host.disconnect(three.peer, "test")
-        three.says(cpus=7)
+        three.says(max_layers=7)
         with trio.move_on_after(3 * COALESCE_S):  # published, but nobody hears it
             await one.directory.changes.wait()
         await mesh.line(two, three)  # now they sync
-        await two.until(lambda d: d.live()[three.peer].cpus == 7, within=1.4)
-        assert one.directory.live()[three.peer].cpus == 0
-        await one.until(lambda d: d.live()[three.peer].cpus == 7, within=1.6)
+        await two.until(lambda d: d.live()[three.peer].max_layers == 7, within=1.4)
+        assert one.directory.live()[three.peer].max_layers == 0
+        await one.until(lambda d: d.live()[three.peer].max_layers == 7, within=1.6)
 
 
 async def test_what_gossip_lost_comes_by_the_next_sync(autojump_clock: MockClock, rng: random.Random) -> None:
@@ -173,14 +173,14 @@ async def test_a_restarted_node_takes_the_place_of_its_former_self(
     autojump_clock: MockClock, rng: random.Random
 ) -> None:
     async with open_mesh(rng) as mesh:
-        one, other = await mesh.start(1), await mesh.start(2, cpus=1)
+        one, other = await mesh.start(1), await mesh.start(2, max_layers=1)
         await mesh.line(one, other)
         await one.sees_exactly([one, other], within=3)
         before = one.directory.live()[other.peer]
         await other.stop()
-        again = await mesh.start(2, cpus=2)
+        again = await mesh.start(2, max_layers=2)
         await mesh.line(one, again)
-        await one.until(lambda d: d.live()[again.peer].cpus == 2, within=3)
+        await one.until(lambda d: d.live()[again.peer].max_layers == 2, within=3)
         after = one.directory.live()[again.peer]
         assert after.incarnation > before.incarnation
         hostile = await mesh.bare(9, one)
@@ -215,8 +215,8 @@ async def test_forged_damaged_and_strange_records_have_no_effect(
         await mesh.line(one, other)
         await one.sees_exactly([one, other], within=3)
         hostile = await mesh.bare(9, one)
-        before = replace(one.directory.live()[other.peer], sequence=0, issued_ms=0)
-        newer = advert_of(2, incarnation=before.incarnation + 1, cpus=99)
+        before = replace(one.directory.live()[other.peer], sequence=0)
+        newer = advert_of(2, incarnation=before.incarnation + 1, max_layers=99)
         for record in (
             b"",
             b"\xff" * 100,
@@ -232,7 +232,7 @@ async def test_forged_damaged_and_strange_records_have_no_effect(
         ):
             await hostile.publish(TOPIC, record)
         await never_changes_its_mind(one, [one, other], 5)
-        assert replace(one.directory.live()[other.peer], sequence=0, issued_ms=0) == before
+        assert replace(one.directory.live()[other.peer], sequence=0) == before
         assert one.directory.announcement() is None
         assert other.sees == one.sees
 
@@ -244,9 +244,9 @@ async def test_two_nodes_with_one_key_are_noticed(autojump_clock: MockClock, rng
         await one.sees_exactly([one, first], within=3)
         hostile = await mesh.bare(9, one)
         seen = one.directory.live()[first.peer]
-        future = replace(seen, sequence=seen.sequence + 1000, cpus=63)
+        future = replace(seen, sequence=seen.sequence + 1000, max_layers=63)
         await hostile.publish(TOPIC, signed(2, future))
-        await hostile.publish(TOPIC, signed(2, replace(future, cpus=64)))
+        await hostile.publish(TOPIC, signed(2, replace(future, max_layers=64)))
         await one.sees_exactly([one], within=1)
         assert [w.code for w in one.health.current()] == ["two-writers"]
         # The owner of the key hears of it too.
@@ -331,16 +331,16 @@ async def test_many_changes_are_published_as_few_adverts(autojump_clock: MockClo
         await trio.testing.wait_all_tasks_blocked()
         before = other.directory.live()[one.peer].sequence
         began = trio.current_time()
-        for cpus in range(1, 21):
-            one.says(cpus=cpus)
-        assert one.directory.me().cpus == one.directory.live()[one.peer].cpus == 20
-        await other.until(lambda d: d.live()[one.peer].cpus == 20, within=0.2)
+        for max_layers in range(1, 21):
+            one.says(max_layers=max_layers)
+        assert one.directory.me().max_layers == one.directory.live()[one.peer].max_layers == 20
+        await other.until(lambda d: d.live()[one.peer].max_layers == 20, within=0.2)
         assert other.directory.live()[one.peer].sequence <= before + 2
         version = one.directory.changes.version
-        one.says(cpus=20)
+        one.says(max_layers=20)
         assert one.directory.changes.version == version
         while trio.current_time() < began + 10:  # somebody who changes all the time
-            one.says(cpus=one.directory.me().cpus + 1)
+            one.says(max_layers=one.directory.me().max_layers + 1)
             with trio.move_on_after(0.1):
                 await trio.sleep_forever()
         assert other.directory.live()[one.peer].sequence - before < 30
@@ -355,7 +355,7 @@ async def test_a_change_reaches_a_waiting_service_once(autojump_clock: MockClock
         with trio.move_on_after(20):  # renewals alone wake nobody
             await one.directory.changes.wait(version)
         assert one.directory.changes.version == version
-        other.says(cpus=3)
+        other.says(max_layers=3)
         with trio.fail_after(1):
             assert await one.directory.changes.wait(version) == version + 1
             assert await one.directory.changes.wait(version) == version + 1  # nothing is missed
@@ -372,7 +372,7 @@ async def test_a_change_reaches_a_waiting_service_once(autojump_clock: MockClock
                 state="serving", span=Span(manifest=MANIFEST, variant="x", first=3, last=3), target=None
             )
         },
-        {"cpus": -1},
+        {"max_layers": -1},
         {"tags": ("cpu",) * 17},
         {"sequence": 5},
         {"peer": str(peer_of(2))},
@@ -386,7 +386,7 @@ async def test_a_value_that_others_would_refuse_is_refused_here(
         before = one.directory.me()
         with pytest.raises(LocalProtocolError):
             one.says(**fields)
-        assert replace(one.directory.me(), sequence=0, issued_ms=0) == replace(before, sequence=0, issued_ms=0)
+        assert replace(one.directory.me(), sequence=0) == replace(before, sequence=0)
 
 
 async def test_providers_are_connected_peers_first(autojump_clock: MockClock, rng: random.Random) -> None:
@@ -534,9 +534,9 @@ def test_an_incarnation_is_above_all_before_it() -> None:
 
 async def test_adverts_say_what_they_were_given(autojump_clock: MockClock, rng: random.Random) -> None:
     async with open_mesh(rng) as mesh:
-        one = await mesh.start(1, cpus=4, tags=("cpu",))
+        one = await mesh.start(1, max_layers=4, tags=("cpu",))
         me = one.directory.me()
         assert isinstance(me, Advert)
-        assert (me.peer, me.cpus, me.tags) == (one.peer, 4, ("cpu",))
+        assert (me.peer, me.max_layers, me.tags) == (one.peer, 4, ("cpu",))
         assert me.addresses == one.host.addresses
         assert one.directory.live() == {one.peer: one.directory.me()}

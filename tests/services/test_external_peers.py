@@ -14,13 +14,15 @@ import trio.lowlevel
 import trio.testing
 from trio.testing import MockClock
 
+from meshnode.bench.known import Known, content_of
 from meshnode.core.errors import ContentUnavailable, Declined, PeerUnreachable
 from meshnode.core.health import Health
 from meshnode.net import heartbeat
 from meshnode.net.libp2p import host as libp2p_host
 from meshnode.net.memory_host import MemoryHost, MemoryNetwork
 from meshnode.net.port import Stream
-from meshnode.services.content.fetch import ContentService
+from meshnode.services.content.service import ContentService
+from meshnode.services.content.sources import Finder
 from meshnode.services.external_peers import (
     FIRST_PAUSE_S,
     LAST_PAUSE_S,
@@ -65,7 +67,7 @@ class Peer:
         self.host: MemoryHost = network.host(peer)
         self.folder = folder / peer
         self.store = BlobStore(self.folder, 1 << 40)
-        self.providers: tuple[PeerId, ...] = ()
+        self.providers: list[PeerId] = []
         self.content: ContentService
 
     def add(self, data: bytes) -> Cid:
@@ -82,15 +84,21 @@ class World:
         self.peers: list[Peer] = []
 
     async def start(
-        self, peer: PeerId, *, guests: Sequence[PeerId] = (), share: bool = False, data: bytes = b""
+        self,
+        peer: PeerId,
+        *,
+        guests: Sequence[PeerId] = (),
+        share: bool = False,
+        data: bytes = b"",
+        finder: Finder | None = None,
     ) -> Peer:
         it = Peer(self.network, peer, self.folder)
         self.peers.append(it)
         for guest in guests:
             it.host.welcome(guest, (PROTOCOL,))
-        it.content = ContentService(
-            it.host, it.store, lambda _: it.providers, patience=5, guests=guests, share_with_guests=share
-        )
+        rule = "guests" if share else "members"
+        known = Known(it.host, it.providers, guests)
+        it.content = content_of(it.host, it.store, known, share=rule, patience_s=5, finder=finder)
         if data:
             it.add(data)
         await self.nursery.start(it.host.run)
@@ -130,7 +138,7 @@ async def test_members_are_asked_first(tmp_path: Path) -> None:
         us = await it.start(US, guests=[GUEST])
         guest = await it.start(GUEST, guests=[US], share=True, data=data)
         member = await it.start(MEMBER, data=data)
-        us.providers = (MEMBER,)
+        us.providers.append(MEMBER)
         for one, other in ((us, member), (member, us)):
             one.host.admit(other.host.peer_id, True)
         await meet(us, guest)
@@ -162,7 +170,7 @@ async def test_what_comes_later_is_not_shared_either(tmp_path: Path) -> None:
         us = await it.start(US, guests=[GUEST])
         source = await it.start(OTHER, data=data, guests=[US], share=True)
         guest = await it.start(GUEST, guests=[US])
-        us.providers = (OTHER,)
+        us.providers.append(OTHER)
         us.host.admit(OTHER, True)
         await meet(us, guest)
         await meet(us, source)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import cast
 
 import trio
@@ -11,8 +10,9 @@ from trio.testing import MockClock
 
 from meshnode.services.inventory import InventoryService
 from meshnode.store.port import Content, StoreUsage
-from protocols.ids import DAG_CBOR, RAW, Cid, PeerId, cid_of, cid_to_bytes
-from protocols.manifest.messages import Architecture, FileRef, Manifest, Variant
+from protocols.ids import DAG_CBOR, RAW, Cid, cid_of, cid_to_bytes
+from protocols.manifest.messages import FileRef, Manifest
+from tests.manifests import block_of, manifest_of
 from tests.services.directory_mesh import open_mesh
 
 LAYERS = 900
@@ -21,61 +21,30 @@ LAYERS = 900
 def release_of(name: str) -> Manifest:
     """Two variants, more files than an advert can name."""
 
-    def file(*words: object) -> FileRef:
-        return FileRef(cid=cid_of(RAW, repr((name, *words)).encode()), size=1)
+    def file(which: str) -> FileRef:
+        return FileRef(cid=cid_of(RAW, f"{name} {which}".encode()), size=1)
 
-    variants = {
-        precision: Variant(
-            name=precision,
-            kernel_class="test/1",
-            graph=file(precision, "graph"),
-            embed=file(precision, "embed"),
-            layers=tuple(file(precision, number) for number in range(LAYERS)),
-            head=file(precision, "head"),
-            quality=None,
-        )
-        for precision in ("int4", "int8")
-    }
-    return Manifest(
-        name=name,
-        version="v1.0.0-0",
-        created_ms=1,
-        publisher=PeerId("publisher"),
-        architecture=Architecture(
-            family="llama",
-            layers=LAYERS,
-            hidden=64,
-            heads=4,
-            kv_heads=1,
-            head_dim=16,
-            vocab=1000,
-            context=2048,
-            bos_ids=(1,),
-            eos_ids=(2,),
-        ),
-        files={"tokenizer.json": file("tokenizer")},
-        variants=variants,
-    )
+    return manifest_of(file, layers=LAYERS, name=name, variants=("int4", "int8"))
 
 
 class FullStore:
-    """Has every file of these releases, and their names as manifests."""
+    """Has every file of these releases, and their manifests."""
 
     def __init__(self, *releases: Manifest) -> None:
-        self.manifests = {cid_of(DAG_CBOR, release.name.encode()): release for release in releases}
+        self.manifests = {cid_of(DAG_CBOR, block_of(release)): block_of(release) for release in releases}
         self.held = frozenset(self.manifests).union(*(release.all_files() for release in releases))
 
     def files(self) -> frozenset[Cid]:
         return self.held
 
     def block(self, cid: Cid) -> bytes | None:
-        return self.manifests[cid].name.encode() if cid in self.manifests else None
+        return self.manifests.get(cid)
+
+    def version(self) -> int:
+        return 1
 
     def usage(self) -> StoreUsage:
         return StoreUsage(used_bytes=0, quota_bytes=100, free_disk_bytes=100, room_bytes=100)
-
-    def opened(self) -> Callable[[bytes], Manifest]:
-        return lambda block: next(r for r in self.manifests.values() if r.name.encode() == block)
 
 
 async def test_of_too_many_files_those_of_the_served_variant_are_named(
@@ -89,21 +58,19 @@ async def test_of_too_many_files_those_of_the_served_variant_are_named(
         two = await mesh.start(2, roles=("serve", "publish"))
         await mesh.full(one, two)
         for node, release in ((two, old), (one, new)):
-            cid = cid_of(DAG_CBOR, release.name.encode())
+            cid = cid_of(DAG_CBOR, block_of(release))
             node.directory.announce(name=release.name, version="v1.0.0-0", manifest=cid, variant="int4")
             await one.until(
                 lambda directory, cid=cid: any(h.manifest == cid for h in directory.announcements().values()), 5
             )
-        inventory = InventoryService(one.directory, store, full.opened())
+        inventory = InventoryService(one.directory, store, one.health)
         nursery.start_soon(inventory.run)
 
         def named() -> set[bytes]:
             return {cid for holding in two.directory.live()[one.peer].holdings for cid in holding.cids}
 
         await two.until(lambda _: named(), 5)
-        variant = new.variants["int4"]
-        needed = (variant.graph, *variant.groups(0, LAYERS).values(), *new.files.values())
-        assert {cid_to_bytes(ref.cid) for ref in needed} <= named()
+        assert {cid_to_bytes(ref.cid) for ref in new.files_of("int4")} <= named()
         assert len(named()) > 1100, "and of others as many as there is room for"
         said = {cid for holding in inventory.holdings() for cid in holding.cids}
         assert said == {cid_to_bytes(cid) for cid in full.held}, "here, all of them count"

@@ -164,13 +164,7 @@ class Model:
 
 
 class Us:
-    """Everybody that the daemon service meets besides the daemon."""
-
-    def __init__(self) -> None:
-        self.welcomed: list[PeerId] = []
-
-    def welcome(self, guest: PeerId) -> None:
-        self.welcomed.append(guest)
+    """The network."""
 
     def roles_of(self, peer: PeerId) -> frozenset[str]:
         return frozenset({"node"} if peer == MEMBER else ())
@@ -215,7 +209,7 @@ class World:
             held=self.model,
             releases=self.model if publish else None,
         )
-        return IpfsDaemonService(self.api, self.host, self.guests, self.us, self.us, publication, self.health)
+        return IpfsDaemonService(self.api, self.host, self.guests, self.us, publication, self.health)
 
     @asynccontextmanager
     async def running(self, *, publish: bool = True) -> AsyncIterator[IpfsDaemonService]:
@@ -262,7 +256,6 @@ async def test_the_daemon_is_a_guest_and_is_told_where_we_are(tmp_path: Path) ->
         async with it.running(publish=False):
             await until(lambda: it.fake.dialled)
             assert it.guests.configured == (DAEMON,)
-            assert set(it.us.welcomed) == {DAEMON}
             assert set(it.fake.dialled) == set(it.host.addresses)
             await until(lambda: it.guests.failures())  # nobody listens there in this test
         assert it.health.current() == []
@@ -274,7 +267,6 @@ async def test_a_daemon_with_another_identity_takes_the_place_of_the_first(tmp_p
         it.fake.peer = OTHER
         it.fake.address = "/ip4/127.0.0.1/tcp/4002"
         await until(lambda: it.guests.configured == (OTHER,))
-        assert it.us.welcomed[-1] == OTHER
 
 
 @pytest.mark.parametrize("peer", [MEMBER, US])

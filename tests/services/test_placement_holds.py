@@ -10,7 +10,7 @@ import trio
 from trio.testing import MockClock, memory_stream_pair
 
 from meshnode.core.errors import PeerUnreachable
-from meshnode.services.holds import HoldStreams
+from meshnode.services.holds import HoldAnswers, HoldQuestions
 from protocols.errors import RemoteProtocolError
 from protocols.frame import pack
 from protocols.ids import PeerId
@@ -68,21 +68,27 @@ class TwoHosts:
             await stream.aclose()
 
 
+class Keeper:
+    """Answers everybody the same."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        self.asked: list[tuple[PeerId, Hold]] = []
+
+    def answer_hold(self, peer: PeerId, hold: Hold) -> Answer:
+        self.asked.append((peer, hold))
+        return self.answer
+
+
 @pytest.mark.parametrize("answer", [Held(hold_ms=1000), NotHeld(code="moving", reason="elsewhere")])
 async def test_a_question_and_its_answer(answer: Answer) -> None:
-    asked: list[tuple[PeerId, Hold]] = []
-
-    def reply(peer: PeerId, hold: Hold) -> Answer:
-        asked.append((peer, hold))
-        return answer
-
+    keeper = Keeper(answer)
     with trio.fail_after(5):
         async with trio.open_nursery() as nursery:
             hosts: Any = TwoHosts(nursery)
-            holds = HoldStreams(hosts)
-            holds.serve(reply)
-            assert await holds.ask(PeerId("b"), QUESTION) == answer
-    assert asked == [(PeerId("asker"), QUESTION)]
+            HoldAnswers(hosts, keeper)
+            assert await HoldQuestions(hosts).ask(PeerId("b"), QUESTION) == answer
+    assert keeper.asked == [(PeerId("asker"), QUESTION)]
 
 
 async def test_a_silent_peer_is_given_up(autojump_clock: MockClock) -> None:
@@ -94,7 +100,7 @@ async def test_a_silent_peer_is_given_up(autojump_clock: MockClock) -> None:
 
         hosts.handle(PROTOCOL, silent)
         with pytest.raises(PeerUnreachable, match="within 5 s"):
-            await HoldStreams(hosts).ask(PeerId("b"), QUESTION)
+            await HoldQuestions(hosts).ask(PeerId("b"), QUESTION)
         nursery.cancel_scope.cancel()
 
 
@@ -102,7 +108,7 @@ async def test_a_silent_peer_is_given_up(autojump_clock: MockClock) -> None:
 async def test_a_bad_question_is_the_peers_fault(autojump_clock: MockClock, data: bytes) -> None:
     async with trio.open_nursery() as nursery:
         hosts: Any = TwoHosts(nursery)
-        HoldStreams(hosts).serve(lambda _peer, _hold: Held(hold_ms=1))
+        HoldAnswers(hosts, Keeper(Held(hold_ms=1)))
         stream = await hosts.open_stream(PeerId("b"), PROTOCOL)
         await stream.send_all(data)
         assert await stream.receive_some() == b""
@@ -119,4 +125,4 @@ async def test_a_bad_answer_promises_nothing(autojump_clock: MockClock, reply: b
 
         hosts.handle(PROTOCOL, liar)
         with pytest.raises((PeerUnreachable, RemoteProtocolError)):
-            await HoldStreams(hosts).ask(PeerId("b"), QUESTION)
+            await HoldQuestions(hosts).ask(PeerId("b"), QUESTION)

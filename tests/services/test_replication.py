@@ -14,19 +14,23 @@ from trio.testing import MockClock
 
 from meshnode.core.errors import ContentUnavailable, DiskError
 from meshnode.core.health import Health
+from meshnode.core.signal import Changes
+from meshnode.model.facts import facts_of
+from meshnode.model.release import ServedRelease
 from meshnode.services.inventory import InventoryService
-from meshnode.services.replication import LATE_SECONDS, SETTLE_SECONDS, ReplicationService
+from meshnode.services.replication.copies import LATE_S, SETTLE_S, Duties, ReplicationService, ReplicationSettings
+from meshnode.services.replication.shelves import Shelves
 from meshnode.store.blob_store import BlobStore
-from protocols.advert.messages import Head
-from protocols.ids import DAG_CBOR, Cid, PeerId, cid_to_bytes
-from protocols.manifest.messages import Architecture, FileRef, Manifest, Variant
-from tests.adverts import MANIFEST
+from protocols.ids import DAG_CBOR, Cid, cid_of, cid_to_bytes
+from protocols.manifest.messages import FileRef
+from protocols.unixfs.builder import file_cid
+from tests.manifests import block_of, manifest_of
 from tests.services.directory_mesh import Mesh, Node, open_mesh
 
 LAYERS = 8
 LAYER_BYTES = 100_000
 LEASE_SECONDS = 12.0
-SOON = SETTLE_SECONDS + 15.0
+SOON = SETTLE_S + 15.0
 
 
 def files_in(folder: Path) -> dict[str, Path]:
@@ -39,36 +43,45 @@ def files_in(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in names}
 
 
-def manifest_of(refs: dict[str, FileRef]) -> Manifest:
-    variant = Variant(
-        name="int4",
-        kernel_class="test/1",
-        graph=refs["graph"],
-        embed=refs["embed"],
-        layers=tuple(refs[f"layer.{n}"] for n in range(LAYERS)),
-        head=refs["head"],
-        quality=None,
-    )
-    return Manifest(
-        name="tiny",
-        version="v1.0.0-0",
-        created_ms=1,
-        publisher=PeerId("publisher"),
-        architecture=Architecture(
-            family="llama",
-            layers=LAYERS,
-            hidden=64,
-            heads=4,
-            kv_heads=1,
-            head_dim=16,
-            vocab=1000,
-            context=2048,
-            bos_ids=(1,),
-            eos_ids=(2,),
-        ),
-        files={"tokenizer.json": refs["tokenizer.json"]},
-        variants={"int4": variant},
-    )
+class Files:
+    """What the content service does, without blocks: files are copied from a living provider."""
+
+    def __init__(self, world: World, node: Node, store: BlobStore) -> None:
+        self.world = world
+        self.node = node
+        self.store = store
+        self.fetched: list[Cid] = []
+        self.broken = False
+        self.stuck = False
+        self.loading: str | None = None  # layers that go first
+
+    async def fetch(self, file: FileRef) -> None:
+        await trio.sleep(float("inf") if self.stuck else self.world.fetch_seconds)
+        providers = set(self.node.directory.providers(file.cid))
+        for other in self.world.members:
+            path = other.store.path(file.cid)
+            if other.node.peer in providers and path is not None and not self.broken:
+                self.store.add_file(path, pin="arriving")
+                self.store.unpin("arriving")
+                self.fetched.append(file.cid)
+                return
+        raise ContentUnavailable(f"nobody gives {file.cid}", cid=file.cid)
+
+
+class Released:
+    """What one node knows to be served: the manifest is with everybody."""
+
+    def __init__(self, world: World, node: Node) -> None:
+        self.world = world
+        self.directory = node.directory
+        self.changes = node.directory.changes
+
+    @property
+    def current(self) -> ServedRelease | None:
+        if self.directory.announcement() is None:
+            return None
+        manifest = self.world.manifest
+        return ServedRelease(self.world.cid, "int4", manifest, facts_of(manifest, "int4"))
 
 
 @dataclass
@@ -77,17 +90,27 @@ class Member:
     store: BlobStore
     replication: ReplicationService
     health: Health
-    fetched: list[Cid] = field(default_factory=list)
-    broken: bool = False
-    stuck: bool = False
-    loading: bool = False
+    files: Files
     stopped: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def fetched(self) -> list[Cid]:
+        return self.files.fetched
 
     def holds(self, cid: Cid) -> bool:
         return self.store.path(cid) is not None
 
     def pinned(self, name: str) -> frozenset[Cid]:
         return self.store.pins().get(name, frozenset())
+
+
+class StageLoad:
+    """Nobody waits for tokens of ours."""
+
+    sessions = queue_us = 0
+
+    def __init__(self) -> None:
+        self.changes = Changes()
 
 
 class World:
@@ -97,14 +120,17 @@ class World:
         self.folder = folder
         self.members: list[Member] = []
         self.sources = files_in(folder / "model")
-        self.manifest: Manifest | None = None
+        self.manifest = manifest_of(self._ref, layers=LAYERS)
+        self.cid = cid_of(DAG_CBOR, block_of(self.manifest))
         self.fetch_seconds = 0.05
+
+    def _ref(self, name: str) -> FileRef:
+        data = self.sources[name].read_bytes()
+        return FileRef(cid=file_cid(data), size=len(data))
 
     @property
     def refs(self) -> list[FileRef]:
-        assert self.manifest is not None
-        variant = self.manifest.variants["int4"]
-        return [variant.graph, *variant.groups(0, LAYERS).values(), *self.manifest.files.values()]
+        return self.manifest.files_of("int4")
 
     async def join(
         self, number: int, *, quota: int = 1 << 30, replicas: int = 2, folder: int | None = None
@@ -112,21 +138,19 @@ class World:
         store = BlobStore(self.folder / f"store-{number if folder is None else folder}", quota)
         node = await self.mesh.start(number, roles=("serve", "publish"), disk_free_bytes=store.usage().room_bytes)
         await self.mesh.full(*(member.node for member in self.members), node)
-        store.put_block(b"a manifest", DAG_CBOR)
-        inventory = InventoryService(node.directory, store, lambda _: self._opened())
+        store.put_block(block_of(self.manifest), DAG_CBOR)
+        inventory = InventoryService(node.directory, store, node.health)
+        files = Files(self, node, store)
         replication = ReplicationService(
-            us=node.peer,
-            directory=node.directory,
-            release=lambda: self._released(node),
-            holdings=inventory.holdings,
-            store=store,
-            fetch=lambda cid, size: self._fetch(member, cid, size),
-            replicas=replicas,
-            loading=lambda: member.loading,
-            busy=lambda: False,
-            health=node.health,
+            node.directory,
+            Shelves(node.peer, node.directory, inventory, store),
+            Released(self, node),
+            files,  # type: ignore[arg-type]
+            Duties(files, StageLoad()),
+            ReplicationSettings(replicas=replicas),
+            node.health,
         )
-        member = Member(node, store, replication, node.health)
+        member = Member(node, store, replication, node.health, files)
         self.members.append(member)
         self.nursery.start_soon(self._run, member, inventory)
         return member
@@ -140,33 +164,9 @@ class World:
         member.stopped.set()
 
     def publish(self, member: Member) -> None:
-        refs = {}
-        for name, path in self.sources.items():
-            cid = member.store.add_file(path, pin=str(MANIFEST))
-            refs[name] = FileRef(cid=cid, size=path.stat().st_size)
-        self.manifest = manifest_of(refs)
-        member.node.directory.announce(name="tiny", version="v1.0.0-0", manifest=MANIFEST, variant="int4")
-
-    def _opened(self) -> Manifest:
-        assert self.manifest is not None
-        return self.manifest
-
-    def _released(self, node: Node) -> tuple[Head, Manifest] | None:
-        head = node.directory.announcement()
-        return None if head is None or self.manifest is None else (head, self.manifest)
-
-    async def _fetch(self, member: Member, cid: Cid, size: int) -> None:
-        """What the content service does, without blocks: copy from a living provider."""
-        await trio.sleep(float("inf") if member.stuck else self.fetch_seconds)
-        providers = set(member.node.directory.providers(cid))
-        for other in self.members:
-            path = other.store.path(cid)
-            if other.node.peer in providers and path is not None and not member.broken:
-                member.store.add_file(path, pin="arriving")
-                member.store.unpin("arriving")
-                member.fetched.append(cid)
-                return
-        raise ContentUnavailable(f"nobody gives {cid}", cid=cid)
+        for path in self.sources.values():
+            member.store.add_file(path, pin=str(self.cid))
+        member.node.directory.announce(name="tiny", version="v1.0.0-0", manifest=self.cid, variant="int4")
 
     async def kill(self, member: Member) -> None:
         self.members.remove(member)
@@ -200,7 +200,7 @@ async def test_every_file_gets_its_second_copy_and_no_third(
         members = [await world.join(n) for n in (1, 2, 3, 4)]
         world.publish(members[0])
         await world.until(lambda: min(world.copies()) == 2, SOON)
-        await trio.sleep(3 * LATE_SECONDS)
+        await trio.sleep(3 * LATE_S)
         assert set(world.copies()) == {2}
         assert sum(len(member.fetched) for member in members) == len(world.refs)
         assert sum(bool(member.fetched) for member in members) == 3, "the others share the work"
@@ -240,13 +240,13 @@ async def test_the_copies_of_a_dead_node_are_made_again(
 async def test_what_serving_needs_goes_first(autojump_clock: MockClock, rng: random.Random, tmp_path: Path) -> None:
     async with open_world(rng, tmp_path) as world:
         one, two = [await world.join(n) for n in (1, 2)]
-        two.loading = True
+        two.files.loading = "layers"
         world.publish(one)
         await trio.sleep(60)
         assert two.fetched == []
         counted = one.replication.copies()
         assert counted is not None and counted.planned == len(counted.short) > 0
-        two.loading = False
+        two.files.loading = None
         await world.until(lambda: min(world.copies()) == 2, SOON)
 
 
@@ -255,11 +255,11 @@ async def test_the_next_in_rank_makes_the_copy_of_a_node_that_does_not(
 ) -> None:
     async with open_world(rng, tmp_path) as world:
         members = [await world.join(n) for n in (1, 2, 3)]
-        members[1].broken = True
+        members[1].files.broken = True
         world.publish(members[0])
         await trio.sleep(SOON)
         assert min(world.copies()) == 1, "some files were to go to the broken one"
-        await world.until(lambda: min(world.copies()) == 2, 2 * LATE_SECONDS)
+        await world.until(lambda: min(world.copies()) == 2, 2 * LATE_S)
         assert members[1].fetched == []
 
 
@@ -268,9 +268,9 @@ async def test_a_mesh_without_room_says_so_and_takes_the_next_node(
 ) -> None:
     async with open_world(rng, tmp_path) as world:
         one = await world.join(1)
-        await world.join(2, quota=3 * LAYER_BYTES + 1000)
+        await world.join(2, quota=3 * LAYER_BYTES + 10_000)
         world.publish(one)
-        await trio.sleep(SETTLE_SECONDS + 90)
+        await trio.sleep(SETTLE_S + 90)
         assert sorted(world.copies()) == [1] * 9 + [2] * 3
         warnings = [w.text for w in one.health.current() if w.code == "few-copies"]
         assert len(warnings) == 1
@@ -301,7 +301,7 @@ async def test_a_full_disk_never_takes_the_last_copy(
     """One of two holders needs room: what the other is sure to keep may go, nothing else."""
     async with open_world(rng, tmp_path) as world:
         one = await world.join(1)
-        two = await world.join(2, quota=(len(world.sources) + 1) * LAYER_BYTES + 1000)
+        two = await world.join(2, quota=(len(world.sources) + 1) * LAYER_BYTES + 10_000)
         world.publish(one)
         await world.until(lambda: min(world.copies()) == 2, SOON)
         await trio.sleep(2)  # the pins follow
@@ -362,7 +362,7 @@ async def test_what_becomes_the_last_copy_is_protected_while_another_one_is_fetc
         one, two = [await world.join(n) for n in (1, 2)]
         world.publish(one)
         await world.until(lambda: min(world.copies()) == 2, SOON)
-        two.stuck = True
+        two.files.stuck = True
         two.store.remove(world.refs[0].cid)
         await trio.sleep(SOON)  # by now it is being fetched again
         await world.kill(one)
@@ -397,7 +397,7 @@ async def test_the_manifest_stays_with_everybody(
         await world.until(lambda: min(world.copies()) == 2, SOON)
         await trio.sleep(2)
         for member in members:
-            assert MANIFEST in member.pinned("mesh-last")
+            assert world.cid in member.pinned("mesh-last")
 
 
 async def test_a_slow_node_that_gets_on_is_not_stood_in_for(
@@ -407,7 +407,7 @@ async def test_a_slow_node_that_gets_on_is_not_stood_in_for(
         members = [await world.join(n) for n in (1, 2, 3, 4, 5)]
         world.fetch_seconds = 25.0
         world.publish(members[0])
-        await world.until(lambda: min(world.copies()) == 2, SETTLE_SECONDS + len(world.refs) * 26.0)
+        await world.until(lambda: min(world.copies()) == 2, SETTLE_S + len(world.refs) * 26.0)
         await trio.sleep(60)
         assert sum(len(member.fetched) for member in members) == len(world.refs)
 
@@ -420,7 +420,7 @@ async def test_nodes_that_want_different_numbers_of_copies_come_to_rest(
     async with open_world(rng, tmp_path) as world:
         wanted = (1, 3, 2, 4)
         members = [
-            await world.join(number, replicas=replicas, quota=(1000 if number == 1 else room) * LAYER_BYTES + 1000)
+            await world.join(number, replicas=replicas, quota=(1000 if number == 1 else room) * LAYER_BYTES + 10_000)
             for number, replicas in enumerate(wanted, 1)
         ]
         world.publish(members[0])

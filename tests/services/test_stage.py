@@ -36,7 +36,7 @@ class Bench:
     served: Served
     sent: list[tuple[PeerId, Message, bytes]] = field(default_factory=list)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    serving: bool = True
+    open: bool = True
     deliver: Callable[[PeerId], Awaitable[None]] | None = None
     failures: list[str] = field(default_factory=list)
     load: StageLoad = field(default_factory=StageLoad)
@@ -57,8 +57,9 @@ class Bench:
             await self.deliver(peer)
         self.sent.append((peer, message, body))
 
-    def engine(self) -> Served | None:
-        return self.served if self.serving else None
+    @property
+    def serving(self) -> Served | None:
+        return self.served if self.open else None
 
     def engine_lost(self, _: object, reason: str) -> None:
         self.failures.append(reason)
@@ -253,7 +254,7 @@ async def test_what_we_do_not_serve_exactly_is_fenced(
 
 async def test_a_node_without_layers_says_so(autojump_clock: MockClock) -> None:
     async with bench() as b:
-        b.serving = False
+        b.open = False
         await b.take(ME, opening(), ids(*PROMPT))
         assert b.said == [("fenced", "us serves no layers at the moment")]
 
@@ -487,10 +488,10 @@ async def test_an_origin_that_takes_nothing_holds_nobody_up(autojump_clock: Mock
 
     async with bench() as b:
         b.deliver = deaf
-        b.serving = False
+        b.open = False
         for _ in range(2 * MAX_UNTOLD):
             b.receive(ME, opening(), ids(*PROMPT))
-        b.serving = True
+        b.open = True
         await b.take(BOB, opening(origin=BOB), ids(*PROMPT))
         await b.take(BOB, step(0, 5), ids(*PROMPT))
         assert b.tokens == [(5, alone(most=1)[0])]

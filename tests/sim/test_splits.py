@@ -31,16 +31,17 @@ async def test_a_node_ends_the_sessions_of_its_old_span_before_it_leaves(
     autojump_clock: MockClock,
 ) -> None:
     async with World.open(SEED) as world:
+        world.engine_step_s = 0.005
         world.add(4, memory="4MB")
         await world.start_all()
         await world.publish("n1")
         await world.until(world.all_ready)
-        expected = await world.ask("n1", max_tokens=2000)
+        expected = await world.ask("n1", max_tokens=500)
         async with trio.open_nursery() as nursery:
             answers: list[list[int]] = []
 
             async def ask(name: str) -> None:
-                answers.append(await world.ask(name, max_tokens=2000))
+                answers.append(await world.ask(name, max_tokens=500))
 
             for name in ("n1", "n2", "n3"):
                 nursery.start_soon(ask, name)
@@ -49,7 +50,7 @@ async def test_a_node_ends_the_sessions_of_its_old_span_before_it_leaves(
             await world.publish("n1", ModelSpec(name="other", layers=12))
             await world.until(
                 lambda: all(
-                    (span := device.running.spans.engine()) is not None
+                    (span := device.running.spans.serving) is not None
                     and device.running.releases.current is not None
                     and device.running.releases.current.layers_of(span.span) is not None
                     for device in world.devices.values()

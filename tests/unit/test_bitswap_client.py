@@ -127,9 +127,9 @@ def test_a_block_that_nobody_has_is_asked_again_later() -> None:
     client, _ = start(A, blocks=1)
     out = client.handle(Arrived(A, [], [(cid(0), PresenceType.DONT_HAVE)]), 0.1)
     assert asked(out, A) == []
-    assert client.deadline is not None and client.deadline <= 0.1 + c.RETRY_LACK_SECONDS
+    assert client.deadline is not None and client.deadline <= 0.1 + c.RETRY_LACK_S
     assert client.asked(1) == {A: "does not have it"}
-    assert asked(client.handle(Tick(), 0.1 + c.RETRY_LACK_SECONDS), A) == [0]
+    assert asked(client.handle(Tick(), 0.1 + c.RETRY_LACK_S), A) == [0]
 
 
 def test_blocks_of_a_lost_peer_go_to_the_next() -> None:
@@ -195,7 +195,7 @@ def test_end_game_asks_the_fast_peer_for_what_the_slow_one_owes() -> None:
             out = deliver(client, B, came[-1], now)
             assert cancelled(out, A) == ([came[-1]] if came[-1] in slow else [])
         else:
-            assert client.deadline is not None and now < c.STALL_SECONDS
+            assert client.deadline is not None and now < c.STALL_S
             now = max(now, client.deadline)
             out = client.handle(Tick(), now)
         fast += asked(out, B)
@@ -278,7 +278,7 @@ def test_a_block_found_elsewhere_is_delivered_and_taken_back_from_peers() -> Non
 def test_nothing_is_kept_about_a_peer_that_is_forgotten() -> None:
     client, out = start(A, B, blocks=4)
     assert {*asked(out, A), *asked(out, B)} == {0, 1, 2, 3}
-    client.handle(c.Misbehaved(A, "lied"), 1.0)
+    client.handle(c.Misbehaved(A, "broke the protocol"), 1.0)
     client.handle(c.Forget(A), 1.0)
     client.handle(c.Forget(B), 1.0)
     assert client.banned == {} and client._peers == {}

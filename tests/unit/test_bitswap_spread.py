@@ -11,7 +11,7 @@ import pytest
 
 from protocols.bitswap.client import MAX_FIRST, Arrived, Client, Event, Offer, PeerDown, PeerUp, Send, Tick, Want
 from protocols.bitswap.messages import PresenceType
-from protocols.bitswap.spread import FIRST_REST_SECONDS, LAST_REST_SECONDS, Spread
+from protocols.bitswap.spread import FIRST_REST_S, LAST_REST_S, Spread
 from protocols.ids import PeerId
 
 MIB = 1 << 20
@@ -196,7 +196,7 @@ def test_trials_become_rare_and_a_new_peer_makes_them_due_at_once() -> None:
             trials.append(now)
         width = spread.width
     gaps = [after - before for before, after in itertools.pairwise(trials)]
-    assert gaps[0] < 2 * FIRST_REST_SECONDS and gaps[-1] > 0.9 * LAST_REST_SECONDS
+    assert gaps[0] < 2 * FIRST_REST_S and gaps[-1] > 0.9 * LAST_REST_S
     assert len(trials) < 10 and width == 1
     spread.changed()
     for _ in range(10):

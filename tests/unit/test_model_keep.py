@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from nacl.signing import SigningKey
 
 from meshnode.cli.main import main
 from meshnode.cli.model_keep import remove_model
@@ -15,42 +14,24 @@ from meshnode.core.paths import Paths
 from meshnode.state import releases
 from meshnode.state.database import Database
 from meshnode.store.blob_store import BlobStore
-from protocols.ids import DAG_CBOR, Cid, peer_id_of
-from protocols.manifest.codec import sign_manifest
+from protocols.ids import DAG_CBOR, Cid
 from protocols.manifest.messages import FileRef, Manifest
-from tests.services.placement_world import make_manifest
+from tests.manifests import block_of, manifest_of
 
-KEY = SigningKey(b"k" * 32)
 QUOTA = 1 << 30
 
 
 def published(folder: Path, version: str, head: bytes) -> tuple[Cid, Manifest]:
     """A release whose files are those of every other one, but for the head."""
     store = BlobStore(Paths(folder).content, QUOTA)
-    made = make_manifest(4)
-    variant = made.variants["int4"]
 
-    def file(content: bytes) -> FileRef:
+    def file(name: str) -> FileRef:
         path = folder / "source"
-        path.write_bytes(content)
-        return FileRef(cid=store.add_file(path, pin="publishing"), size=len(content))
+        path.write_bytes(head if name == "head" else name.encode())
+        return FileRef(cid=store.add_file(path, pin="publishing"), size=path.stat().st_size)
 
-    manifest = replace(
-        made,
-        version=version,
-        publisher=peer_id_of(bytes(KEY.verify_key)),
-        created_ms=int(version[1]),
-        variants={
-            "int4": replace(
-                variant,
-                graph=file(b"graph"),
-                embed=file(b"embed"),
-                layers=tuple(file(b"layer %d" % number) for number in range(4)),
-                head=file(head),
-            )
-        },
-    )
-    cid = store.put_block(sign_manifest(KEY, manifest), DAG_CBOR)
+    manifest = replace(manifest_of(file, layers=4), version=version, created_ms=int(version[1]))
+    cid = store.put_block(block_of(manifest), DAG_CBOR)
     for one in (cid, *manifest.all_files()):
         store.pin(one, cid)
     store.unpin("publishing")
@@ -89,7 +70,7 @@ def test_verify_names_what_was_damaged_and_removes_it(tmp_path: Path, capsys: py
     _, manifest = published(tmp_path, "v1.0.0-0", b"head")
     words = ["model", "verify", "tiny", "--data", str(tmp_path)]
     assert main(words) == 0
-    assert "7 files are as they were published." in capsys.readouterr().out
+    assert "8 files are as they were published." in capsys.readouterr().out
     layer, graph = manifest.variants["int4"].layers[2].cid, manifest.variants["int4"].graph.cid
     folder = Paths(tmp_path).content / "files"
     (folder / layer).chmod(0o600)

@@ -7,12 +7,13 @@ import pytest
 from meshnode.bench.placement import case_of, measure, petals, planned
 from meshnode.model.facts import ModelFacts, facts_of, tight_memory
 from meshnode.policy.mesh_view import UNMEASURED_LAYER_US, coarse_us, nodes_of
-from meshnode.policy.moves import Move, Stay, abandoned, decide, guards_of, outranked, rank, still_right, unserved
+from meshnode.policy.moves import Move, abandoned, decide, guards_of, outranked, rank, still_right, unserved
 from meshnode.policy.placement import Node, cover, plan, windows_of
 from meshnode.policy.prediction import predict
 from protocols.advert.messages import DRAINING, INTENT, LOADING, SERVING, Advert, Serving, Span
-from protocols.ids import PeerId
-from tests.services.placement_world import make_manifest
+from protocols.ids import RAW, PeerId, cid_of
+from protocols.manifest.messages import FileRef
+from tests.manifests import manifest_of
 
 MB = 1 << 20
 
@@ -31,8 +32,13 @@ def node(name: str, layers: int = 4, **fields: object) -> Node:
 
 
 def test_facts_count_shared_ends_once() -> None:
-    facts = facts_of(make_manifest(), "int4")
-    variant = make_manifest().variants["int4"]
+    ends = FileRef(cid=cid_of(RAW, b"ends"), size=15 * MB)
+
+    def file(name: str) -> FileRef:
+        return ends if name in ("embed", "head") else FileRef(cid=cid_of(RAW, name.encode()), size=10 * MB)
+
+    manifest = manifest_of(file, layers=12)
+    facts, variant = facts_of(manifest, "int4"), manifest.variants["int4"]
     for first, last in ((0, 12), (0, 5), (5, 12), (3, 4)):
         assert facts.weights(first, last) == variant.span_bytes(first, last)
     assert facts.need(3, 4) - facts.weights(3, 4) == 2048 * 2 * 1 * 16 * 4
@@ -123,8 +129,8 @@ def test_decide_places_stays_and_repairs() -> None:
     assert isinstance(decide(FLAT, [node("a", 12)], "a", 0), Move)
     served = [node("a", span=(0, 4)), node("b", span=(4, 8)), node("c", span=(8, 12))]
     for name in "abc":
-        assert isinstance(decide(FLAT, served, name, 0), Stay)
-    assert decide(FLAT, served, "stranger", 0) == Stay("this node takes no layers")
+        assert decide(FLAT, served, name, 0) is None
+    assert decide(FLAT, served, "stranger", 0) is None
     broken = [node("a", span=(0, 4)), node("b", span=(4, 8)), node("c", span=(0, 4))]
     moves = [d for name in "abc" if isinstance(d := decide(FLAT, broken, name, 0), Move)]
     assert [(m.target, m.urgent, m.repair, m.exclusive) for m in moves] == [((8, 12), True, True, True)]
@@ -144,7 +150,7 @@ def test_at_most_two_move_for_speed() -> None:
 
 def test_small_gains_move_nobody() -> None:
     nodes = [node("a", 6, span=(0, 6)), node("b", 6, span=(6, 12)), node("c", 6, span=(0, 6), rate=100_000)]
-    assert all(isinstance(decide(FLAT, nodes, n.peer, 0), Stay) for n in nodes)
+    assert all(decide(FLAT, nodes, n.peer, 0) is None for n in nodes)
 
 
 def test_leaving_needs_somebody_who_stays() -> None:
@@ -220,10 +226,7 @@ def test_adverts_become_nodes() -> None:
                 "peer": name,
                 "incarnation": 1,
                 "sequence": 1,
-                "issued_ms": 1,
                 "name": name,
-                "software": "",
-                "roles": (),
                 "addresses": (),
                 "serving": serving,
                 "memory_bytes": memory,

@@ -33,10 +33,7 @@ def advert(
         peer=name,
         incarnation=7,
         sequence=1,
-        issued_ms=1,
         name=name,
-        software="",
-        roles=(),
         addresses=addresses,
         serving=Serving(
             state=state,

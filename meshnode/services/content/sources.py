@@ -1,146 +1,157 @@
-"""One fetch's search outside the mesh for what no peer gives: the whole file in one go first, then its blocks."""
+"""Whom a fetch asks, one after the other: members, guests, peers that a search finds, sources outside the mesh."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Final
+import math
+from collections.abc import Awaitable, Callable
+from typing import Final, Protocol
 
 import trio
 
 from meshnode.core.errors import ContentUnavailable
-from meshnode.ipfs.fallback import OnBlock
-from protocols.ids import DAG_PB, Cid, cid_from_bytes, cid_to_bytes
+from meshnode.net.port import Host
+from meshnode.services.content.outside import Outside, Search
+from meshnode.services.content.session import Session
+from meshnode.services.port import Adverts, Guests
+from protocols.ids import DAG_CBOR, Cid, PeerId, cid_codec
 
-BLOCKS_AT_ONCE: Final = 4
-TREE_BYTES: Final = 4 << 20  # a smaller file is not worth a request for all of it
-TREE_SHARE: Final = 0.75  # nor is one of which less than this is missing
-PAUSE_SECONDS: Final = 0.5  # at least, between attempts that found nothing
-
-FromOutside = Callable[[Cid], Awaitable[bytes]]  # one verified block; raises ContentUnavailable
-SoFar = Callable[[Cid], str]  # what was said to a question for a block that is under way; empty: there is none
-TreeFromOutside = Callable[[Cid, int, OnBlock], Awaitable[None]]  # (root, bytes of the file, taker); raises the same
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Session:
-    """What a search sees of the fetch that it serves."""
-
-    root: Cid
-    size: int  # bytes of the file; 0: a block of its own
-    fed: Callable[[], float]  # when a peer gave its last verified block, or when the fetch began; monotonic seconds
-    patience: Callable[[], float]  # seconds without a block from a peer until others are asked
-    unasked: Callable[[int], Sequence[bytes]]  # so many binary CIDs that are wanted and asked of no peer
-    found: Callable[[bytes, bytes], Awaitable[None]]  # takes a verified block by its binary CID
+PATIENCE_S: Final = 30.0  # without one verified block, until a fetch gives up
+SEARCH_PATIENCE_S: Final = 60.0  # the same where strangers are looked for, which takes its time
+OFFER_S: Final = 0.5  # how often a fetch looks for new providers
+OUTSIDE_S: Final = 3.0  # without a block from a peer, until sources outside the mesh are asked
+ACQUAINTED_S: Final = 10.0  # after the start, who has what is known; before, nobody known means nothing
+GUEST_S: Final = 1.5  # a fetch that got no block from members for so long asks guests
+SEEK_S: Final = 2.5  # a fetch that got no block from anybody for so long has further peers looked for
+MAX_REMEMBERED: Final = 4096  # peers that were found
 
 
-class Search:
-    """Asks sources outside as long as no peer gives a block."""
+class Finder(Protocol):
+    """Looks for peers outside the network (`dht.py`)."""
+
+    async def find(self, cid: Cid, offer: Callable[[PeerId], Awaitable[None]]) -> None:
+        """Call `offer` with peers that may have a block and are connected, until cancelled."""
+
+    def so_far(self, cid: Cid) -> str:
+        """How that goes, for the error when nobody gives it."""
+
+
+class Sources:
+    """Everybody who may have a block."""
 
     def __init__(
         self,
-        session: Session,
-        block: FromOutside,
-        tree: TreeFromOutside | None,
+        host: Host,
+        adverts: Adverts,
+        guests: Guests,
         *,
-        so_far: SoFar | None = None,
-        done: int = 0,
+        finder: Finder | None = None,
+        outside: Outside | None = None,
+        patience_s: float | None = None,
     ) -> None:
-        """`done`: bytes of the file that are here."""
-        self._session = session
-        self._block = block
-        self._tree = tree
-        self._so_far = so_far
-        self._under_way: list[Cid] = []
-        self._said = ""  # by the sources, to the last question that has ended
-        self._done = done
-        self._delivered = 0
-        self._settled = 0
-        self._changed = trio.Event()
-        self.scope = trio.CancelScope()  # cancel it when the fetch has ended
+        """
+        Args:
+          finder: asked when nobody known gives a block.
+          outside: asked for what no peer gives.
+          patience_s: without a verified block until a fetch gives up; None: as the finder needs it.
+        """
+        self._host = host
+        self._adverts = adverts
+        self._guests = guests
+        self._finder = finder
+        self._outside = outside
+        self.patience_s = patience_s or (PATIENCE_S if finder is None else SEARCH_PATIENCE_S)
+        self._found: dict[PeerId, None] = {}  # by the finder, oldest first
 
-    @property
-    def trouble(self) -> str:
-        """What the sources said last, or have said until now to the question that is under way."""
-        for cid in self._under_way:
-            if self._so_far is not None and (words := self._so_far(cid)):
-                return f"sources outside the mesh: {words}"
-        return self._said
+    def asking(self, session: Session) -> Asking:
+        """Everybody, asked for one fetch."""
+        search = None if self._outside is None else Search(session, self._outside, self)
+        return Asking(self, session, search)
+
+    def outside_after_s(self, session: Session) -> float:
+        """Seconds without a block until sources outside the mesh are asked; 0 where nobody else could have it."""
+        acquainted = session.exchange.online_s >= ACQUAINTED_S
+        if not acquainted or not set(self._guests.configured).isdisjoint(self._host.guests):
+            return OUTSIDE_S
+        return OUTSIDE_S if self._providers(session) else 0.0
+
+    def advice(self, cid: Cid) -> str:
+        """What our owner may not know when nobody gives a manifest: it may be on IPFS."""
+        asks = self._guests.configured or self._finder is not None or self._outside is not None
+        if cid_codec(cid) != DAG_CBOR or asks:
+            return ""
+        return (
+            ", or name IPFS nodes that have it in content.ipfs_peers or peers of their DHT in content.dht: this node "
+            "asks nobody outside its network now"
+        )
+
+    def so_far(self, cid: Cid) -> str:
+        """How the search for peers goes."""
+        return "" if self._finder is None else self._finder.so_far(cid)
+
+    async def offer_forever(self, session: Session) -> None:
+        """Tell the session who may have it, again and again."""
+        while True:
+            providers = self._providers(session)
+            await session.offer(providers)
+            if (not providers or session.quiet_s >= GUEST_S) and self._guests.configured:
+                await session.consult(sorted(self._guests.configured))
+            await trio.sleep(OFFER_S)
+
+    async def seek(self, session: Session) -> None:
+        """Once nobody has given a block for a while: have peers looked for, and ask them."""
+        if self._finder is None:
+            return
+        quiet = 0.0
+        while quiet < SEEK_S and self._found.keys().isdisjoint(self._host.guests):
+            await trio.sleep(SEEK_S - quiet)
+            quiet = session.quiet_s
+
+        async def offer(peer: PeerId) -> None:
+            self._found[peer] = None
+            if len(self._found) > MAX_REMEMBERED:
+                del self._found[next(iter(self._found))]
+            await session.consult((peer,))
+
+        await self._finder.find(session.root, offer)
+
+    def _providers(self, session: Session) -> tuple[PeerId, ...]:
+        us = self._host.peer_id
+        return session.usable(peer for peer in self._adverts.providers(session.root) if peer != us)
+
+
+class Asking:
+    """One fetch asks around, beside whoever takes in what comes."""
+
+    def __init__(self, sources: Sources, session: Session, search: Search | None) -> None:
+        self._sources = sources
+        self._session = session
+        self._search = search
 
     async def run(self) -> None:
-        """Search until `scope` is cancelled."""
-        with self.scope:
-            if self._tree is not None:
-                await self._take_tree(self._tree)
-            while True:
-                quiet, patience = self._quiet(), self._session.patience()
-                wanted = self._session.unasked(BLOCKS_AT_ONCE) if quiet >= patience else ()
-                found: list[Cid] = []
-                async with trio.open_nursery() as nursery:
-                    for name in wanted:
-                        nursery.start_soon(self._find, cid_from_bytes(name), found)
-                if not found:
-                    await trio.sleep(max(PAUSE_SECONDS, patience - quiet))
+        """Until cancelled. Start it in a nursery of its own session."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._sources.offer_forever, self._session)
+            nursery.start_soon(self._sources.seek, self._session)
+            if self._search is not None:
+                nursery.start_soon(self._search.run)
+            await trio.sleep(math.inf)
 
-    def deliver(self) -> None:
-        """A block is on its way to the disk."""
-        self._delivered += 1
+    @property
+    def hopeful(self) -> bool:
+        """Whether somebody owes us something and is busy with blocks for other fetches."""
+        exchange = self._session.exchange
+        recent = trio.current_time() - exchange.last_block_at < self._sources.patience_s
+        return recent and self._session.owed
 
-    def settle(self, blocks: int, done: int) -> None:
-        """So many were written, and it is known what they lead to; `done`: bytes of the file that are here."""
-        self._settled += blocks
-        self._done = done
-        self._changed.set()
-        self._changed = trio.Event()
-
-    def _quiet(self) -> float:
-        """Seconds since a peer gave a block."""
-        return trio.current_time() - self._session.fed()
-
-    async def _find(self, cid: Cid, found: list[Cid]) -> None:
-        self._under_way.append(cid)
-        try:
-            block = await self._block(cid)
-        except ContentUnavailable as error:
-            self._said = str(error)
-            return
-        finally:
-            self._under_way.remove(cid)
-        found.append(cid)
-        await self._take(cid_to_bytes(cid), block)
-
-    async def _take(self, cid: bytes, block: bytes) -> None:
-        # Other fetches may want it, too. This is short: who has ended takes nothing.
-        with trio.CancelScope(shield=True):
-            await self._session.found(cid, block)
-
-    async def _take_tree(self, tree: TreeFromOutside) -> None:
-        """Take the whole file, if most of it is missing, until a peer gives a block."""
-        while (wait := self._session.patience() - self._quiet()) > 0:  # noqa: ASYNC110 - a peer's block puts it off
-            await trio.sleep(wait)
-        size = self._session.size
-        if size < TREE_BYTES or size - self._done < TREE_SHARE * size:
-            return
-        fed = self._session.fed()
-
-        async def take(cid: bytes, block: bytes) -> None:
-            await self._take(cid, block)
-            if cid[1] == DAG_PB:
-                await self._all_settled()  # its children are not wanted before
-            if self._session.fed() != fed:
-                peers_give.cancel()
-
-        with trio.CancelScope() as peers_give:
-            self._under_way.append(self._session.root)
-            try:
-                await tree(self._session.root, size, take)
-            except ContentUnavailable as error:
-                self._said = str(error)
-            finally:
-                self._under_way.remove(self._session.root)
-
-    async def _all_settled(self) -> None:
-        """Wait for all that were delivered until now."""
-        target = self._delivered
-        while self._settled < target:
-            await self._changed.wait()
+    def unavailable(self) -> ContentUnavailable:
+        """The error that says who was asked and how that went."""
+        cid, words = self._session.root, self._session.words()
+        asked = "; asked were: " + ", ".join(words) if words else "; no peer is known to hold it"
+        searches = (self._search.trouble if self._search is not None else "", self._sources.so_far(cid))
+        how = "".join(f"; {words}" for words in searches if words)
+        return ContentUnavailable(
+            f"nobody gave {cid} for {self._sources.patience_s:.0f} s{asked}{how}. Start a node that holds it "
+            "(`meshnode status` shows who holds what) and ask again"
+            f"{self._sources.advice(cid)}; what has come so far is kept",
+            cid=cid,
+        )

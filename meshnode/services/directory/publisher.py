@@ -57,14 +57,14 @@ class Publisher:
         first: Advert,
         wall: Wall,
     ) -> None:
-        """`first`: our advert; `sequence` and `issued_ms` are set here, `addresses` when empty are the host's."""
+        """`first`: our advert; `sequence` is set here, `addresses` when empty are the host's."""
         self._host = host
         self._topic = topic
         self._signer = signer
         self._members = members
         self._book = book
         self._wall = wall
-        self.advert = replace(first, peer=host.peer_id, sequence=0, issued_ms=0)
+        self.advert = replace(first, peer=host.peer_id, sequence=0)
         self._follows_host = not first.addresses  # our addresses are those of the host, once it listens
         self._dirty = trio.Event()
         self._announcement = b""  # our announcement, gossiped with the next `_repeats` adverts
@@ -140,7 +140,7 @@ class Publisher:
 
     async def _publish(self) -> None:
         """Our next advert, and an announcement that was made lately."""
-        self.advert = replace(self.advert, sequence=self.advert.sequence + 1, issued_ms=self._wall())
+        self.advert = replace(self.advert, sequence=self.advert.sequence + 1)
         body, payload = _fitting(self.advert)
         record = self._signer.sign(ADVERT, payload)
         self._book.write(ADVERT, body, payload, record)
@@ -151,7 +151,7 @@ class Publisher:
 
 
 def _fixed(advert: Advert) -> tuple[object, ...]:
-    return advert.peer, advert.incarnation, advert.sequence, advert.issued_ms
+    return advert.peer, advert.incarnation, advert.sequence
 
 
 def _fitting(advert: Advert) -> tuple[Advert, bytes]:

@@ -92,7 +92,7 @@ class StageService:
         old = self._sessions.get(opening.session)
         if old is not None and (old.machine.opening.origin != peer or old.machine.opening.attempt >= opening.attempt):
             raise RemoteProtocolError(f"{peer} opened a session id a second time")
-        served = self._spans.engine()
+        served = self._spans.serving
         why = self._fence(machine, served)
         if served is None or why:
             self._tell_soon(peer, refusal(opening, "fenced", why, RETRY_MS))

@@ -7,46 +7,36 @@ in rank does it after a while.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from math import inf
-from typing import Final, Protocol
+from typing import Final
 
 import trio
 
 from meshnode.core.errors import ContentUnavailable, Declined, DiskError, FatalError, TransientError
 from meshnode.core.health import Health
 from meshnode.core.log import get_logger
+from meshnode.core.signal import Changes, Watch
 from meshnode.core.sizes import format_size
-from meshnode.policy.replication import Shelf, Standing, assignments, copies, standing
-from meshnode.services.port import Directory
-from meshnode.store.port import LAST_PIN, SPARE_PIN, Content
-from protocols.advert.messages import DRAINING, Advert, Head, Holding
+from meshnode.model.release import ServedRelease
+from meshnode.policy.replication import Shelf, assignments, copies
+from meshnode.services.port import Content, Directory, Load, Opening, Releases
+from meshnode.services.replication.shelves import HANDOVER, Shelves
 from protocols.errors import ProtocolError
-from protocols.ids import DAG_CBOR, Cid, PeerId, cid_from_bytes, cid_to_bytes, short
-from protocols.manifest.messages import FileRef, Manifest
+from protocols.ids import Cid, PeerId, cid_to_bytes, short
+from protocols.manifest.messages import FileRef
 
-LOOK_SECONDS: Final = 1.0  # between looks at the mesh
-SETTLE_SECONDS: Final = 10.0  # a file must lack copies this long: nodes that start together fetch their layers first
-LATE_SECONDS: Final = 30.0  # without a copy from those whose part it is; after each, one more node makes it
+GATHER_S: Final = 1.0  # what changes within this time is looked at once
+LOOK_S: Final = 1.0  # between looks while copies are to be made: time alone makes them due, and somebody late
+SETTLE_S: Final = 10.0  # a file must lack copies this long: nodes that start together fetch their layers first
+LATE_S: Final = 30.0  # without a copy from those whose part it is; after each, one more node makes it
 LATE_RATE: Final = 5_000_000  # bytes per second that a slow node fetches; a large file may take longer by that
-REST_SECONDS: Final = 30.0  # after a file could not be fetched
-HANDOVER: Final = "handing-over"  # tag of a node that leaves and holds what nobody else does
-HANDOVER_SECONDS: Final = 15.0  # most time that leaving waits for the copies
-LOW_DISK_BYTES: Final = 256 << 20  # less room on the disk is worth a word
-LAST_PAUSE_SECONDS: Final = 30.0  # most between two files while somebody waits for an answer of ours
-
-_MANIFEST: Final = bytes((1, DAG_CBOR))  # begins the CID of one
-
-_text_of = lru_cache(maxsize=8192)(cid_from_bytes)
+REST_S: Final = 30.0  # after a file could not be fetched
+HANDOVER_S: Final = 15.0  # most time that leaving waits for the copies
+LAST_PAUSE_S: Final = 30.0  # most between two files while somebody waits for an answer of ours
 
 _log = get_logger("replication")
-
-
-class Fetch(Protocol):
-    def __call__(self, cid: Cid, size: int) -> Awaitable[object]:
-        """Have the complete, verified file in the store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +58,22 @@ class Copies:
         return tuple(cid for cid, count in self.of_file.items() if count < self.wanted)
 
 
+@dataclass(frozen=True, slots=True)
+class Duties:
+    """What goes before copies."""
+
+    spans: Opening  # while this node fetches layers in order to serve them, it makes none
+    load: Load  # while somebody waits for tokens of ours, it fetches half of the time at most
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicationSettings:
+    """How many copies, and when."""
+
+    replicas: int  # of every file, that the mesh is to keep
+    settle_s: float = SETTLE_S
+
+
 class ReplicationService:
     """Makes our share of the missing copies, one file at a time."""
 
@@ -75,51 +81,33 @@ class ReplicationService:
 
     def __init__(
         self,
-        *,
-        us: PeerId,
         directory: Directory,
-        release: Callable[[], tuple[Head, Manifest] | None],
-        holdings: Callable[[], tuple[Holding, ...]],
-        store: Content,
-        fetch: Fetch,
-        replicas: int,
-        loading: Callable[[], bool],
-        busy: Callable[[], bool],
+        shelves: Shelves,
+        releases: Releases,
+        content: Content,
+        duties: Duties,
+        settings: ReplicationSettings,
         health: Health,
-        settle_s: float = SETTLE_SECONDS,
     ) -> None:
-        """
-        Args:
-          release: what the network serves, with its manifest.
-          holdings: what we hold now, before our advert says so.
-          replicas: copies of every file that the mesh is to keep.
-          loading: whether this node fetches layers in order to serve them, which goes first.
-          busy: whether somebody waits for tokens of ours; then we fetch half of the time at most.
-        """
-        self._us = us
+        self._us = shelves.us
         self._directory = directory
-        self._release = release
-        self._holdings = holdings
-        self._store = store
-        self._fetch = fetch
-        self._replicas = replicas
-        self._loading = loading
-        self._busy = busy
+        self._shelves = shelves
+        self._releases = releases
+        self._content = content
+        self._duties = duties
+        self._replicas = settings.replicas
+        self._settle_s = settings.settle_s
         self._health = health
-        self._settle_s = settle_s
         self._short_since: dict[bytes, float] = {}
         self._rests_until: dict[bytes, float] = {}
         self._trouble = ""
-        self._pinned: dict[Standing, frozenset[Cid]] = {}
-        self._judged: object = None
         self._copies: Copies | None = None
-        self._opened: tuple[Head, Manifest] | None = None
+        self._opened: ServedRelease | None = None
         self._files: dict[bytes, FileRef] = {}  # of the served model
         self._plan: dict[PeerId, list[bytes]] = {}
-        self._names: dict[PeerId, tuple[tuple[Holding, ...], frozenset[bytes]]] = {}  # of each advert, taken apart
         self._counted: tuple[object, dict[bytes, int]] = (None, {})
         self._grew: dict[PeerId, tuple[int, float]] = {}  # files of the model that a node holds, and since when
-        self._looked = trio.Event()
+        self._looked = Changes()
         self._leaving = False
 
     def copies(self) -> Copies | None:
@@ -128,26 +116,29 @@ class ReplicationService:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Look and fetch until cancelled."""
+        watch = Watch(self._directory.changes, self._shelves.inventory.changes, self._releases.changes)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._copy_forever)
             task_status.started()
             while True:
                 self._look()
-                await trio.sleep(LOOK_SECONDS)
+                with trio.move_on_after(LOOK_S if self._plan else inf):
+                    await watch.next()
+                    await trio.sleep(GATHER_S)
 
     async def _copy_forever(self) -> None:
         """Make our copies, one after the other. What is protected doesn't wait for that."""
         while True:
-            began = trio.current_time()
+            version, began = self._looked.version, trio.current_time()
             name = self._due()
             if name is None:
-                await self._looked.wait()
+                await self._looked.wait(version)
             elif await self._copy(self._files[name], name):
                 self._look()
-                if self._busy():
-                    await trio.sleep(min(LAST_PAUSE_SECONDS, trio.current_time() - began))
+                if self._duties.load.sessions:
+                    await trio.sleep(min(LAST_PAUSE_S, trio.current_time() - began))
 
-    async def drain(self, limit_s: float = HANDOVER_SECONDS) -> None:
+    async def drain(self, limit_s: float = HANDOVER_S) -> None:
         """Before leaving: wait until others hold what only we hold, if they have room, at most `limit_s` seconds.
 
         If cancelled: nobody counts our copies any more.
@@ -166,23 +157,21 @@ class ReplicationService:
 
     def _only_here(self) -> list[bytes]:
         """Files that leave the mesh with us although somebody else has room for them."""
-        release = self._release()
+        release = self._releases.current
         if release is None:
             return []
-        *others, ours = self._shelves()
+        *others, ours = self._shelves.all()
         held = {name for shelf in others for name in shelf.files}
         missing = {
-            name: file.size for name, file in _files_of(*release).items() if name in ours.files and name not in held
+            name: file.size for name, file in _files_of(release).items() if name in ours.files and name not in held
         }
         return [name for names in assignments(missing, others, 1).values() for name in names]
 
     def _look(self) -> None:
         """Count, protect, plan and report."""
-        self._looked.set()
-        self._looked = trio.Event()
         now = trio.current_time()
-        self._watch_quota()
-        release = self._release()
+        release = self._releases.current
+        self._looked.notify()
         if release is None:
             # What was protected stays so: after a start, nobody knows yet what the network serves.
             self._copies = None
@@ -190,10 +179,10 @@ class ReplicationService:
             self._short_since.clear()
             self._health.clear("few-copies")
             return
-        shelves = self._shelves()
-        self._protect(shelves)
+        shelves = self._shelves.all()
+        self._shelves.protect(shelves, self._replicas)
         if self._opened != release:
-            self._opened, self._files = release, _files_of(*release)
+            self._opened, self._files = release, _files_of(release)
         count = self._count(shelves)
         self._copies = Copies(
             min(self._replicas, len(shelves)), len(shelves), {file.cid: count[n] for n, file in self._files.items()}
@@ -205,20 +194,7 @@ class ReplicationService:
         self._copies = replace(self._copies, planned=len(planned.intersection(short)))
         if not short:
             self._trouble = ""
-        self._report(release[1])
-
-    def _watch_quota(self) -> None:
-        """It was lowered, or its share of the disk shrank, below what may not go."""
-        usage = self._store.usage()
-        if usage.used_bytes > usage.quota_bytes:
-            held, quota = format_size(usage.used_bytes), format_size(usage.quota_bytes)
-            self._health.set("quota-exceeded", held=held, quota=quota)
-        else:
-            self._health.clear("quota-exceeded")
-        if usage.free_disk_bytes < LOW_DISK_BYTES:
-            self._health.set("disk-low", free=format_size(usage.free_disk_bytes))
-        else:
-            self._health.clear("disk-low")
+        self._report(release)
 
     def _count(self, shelves: list[Shelf]) -> dict[bytes, int]:
         """Copies of each file of the model. Most looks find the same files in the same places."""
@@ -239,8 +215,8 @@ class ReplicationService:
         late: dict[bytes, int] = {}
         for name, since in self._short_since.items():
             waited = now - max(since + self._settle_s, moved.get(name, 0.0))
-            rounds = int(waited // (LATE_SECONDS + sizes[name] / LATE_RATE))
-            if rounds:
+            rounds = int(waited // (LATE_S + sizes[name] / LATE_RATE))
+            if rounds > 0:
                 late[name] = rounds
         return assignments(sizes, shelves, self._replicas, late) if late else plan
 
@@ -255,66 +231,19 @@ class ReplicationService:
 
     def _due(self) -> bytes | None:
         """The file that we are to fetch now."""
-        if self._loading() or self._leaving:
+        if self._duties.spans.loading is not None or self._leaving:
             return None
-        now = trio.current_time()
-        urgent = any(HANDOVER in advert.tags for advert in self._directory.live().values())
+        now, urgent = trio.current_time(), self._shelves.urgent()
         for name in self._plan.get(self._us, ()):
             settled = urgent or now - self._short_since[name] >= self._settle_s
             if settled and now >= self._rests_until.get(name, 0.0):
                 return name
         return None
 
-    def _shelves(self) -> list[Shelf]:
-        """Who holds what. Our own part as it is, not as our last advert says."""
-        live = self._directory.live()
-        self._names = {peer: names for peer, names in self._names.items() if peer in live}
-        shelves = [
-            Shelf(
-                peer,
-                self._names_of(peer, advert.holdings),
-                advert.disk_free_bytes,
-                steady="battery" not in advert.tags,
-            )
-            for peer, advert in live.items()
-            if peer != self._us and not _goes(advert)
-        ]
-        me = live.get(self._us)
-        battery = me is not None and "battery" in me.tags
-        ours = self._names_of(self._us, self._holdings())
-        return [*shelves, Shelf(self._us, ours, self._store.usage().room_bytes, steady=not battery)]
-
-    def _names_of(self, peer: PeerId, holdings: tuple[Holding, ...]) -> frozenset[bytes]:
-        """The same set as long as it says the same: an advert is renewed far more often than it changes."""
-        known = self._names.get(peer)
-        if known is None or known[0] != holdings:
-            known = (holdings, frozenset(name for holding in holdings for name in holding.cids))
-        else:
-            known = (holdings, known[1])
-        self._names[peer] = known
-        return known[1]
-
-    def _protect(self, shelves: list[Shelf]) -> None:
-        """Pin what must not be evicted here: it outlives a restart, when we know of nobody yet."""
-        holders = [(shelf.peer, shelf.files) for shelf in shelves]
-        if holders == self._judged:
-            return
-        self._judged = holders
-        pins: dict[Standing, set[Cid]] = {Standing.LAST: set(), Standing.SPARE: set(), Standing.FREE: set()}
-        for name in shelves[-1].files:
-            others = [peer for peer, files in holders if peer != self._us and name in files]
-            manifest = name.startswith(_MANIFEST)  # small, and without it a restart knows of no file
-            what = Standing.LAST if manifest else standing(name, self._us, others, self._replicas)
-            pins[what].add(_text_of(name))
-        for kind, pin in ((Standing.LAST, LAST_PIN), (Standing.SPARE, SPARE_PIN)):
-            if self._pinned.get(kind) != frozenset(pins[kind]):
-                self._store.pin_only(pin, pins[kind])
-                self._pinned[kind] = frozenset(pins[kind])
-
     async def _copy(self, file: FileRef, name: bytes) -> bool:
         """Fetch one file. What goes wrong is shown and tried again later."""
         try:
-            await self._fetch(file.cid, file.size)
+            await self._content.fetch(file)
         except (TransientError, Declined, FatalError, ProtocolError) as error:
             self._trouble = str(error)
             rest = [name]
@@ -322,18 +251,16 @@ class ReplicationService:
                 rest = list(self._short_since)  # nor will another file find room
             elif not isinstance(error, ContentUnavailable):
                 _log.warning("copy.failed", cid=file.cid, reason=str(error))
-            until = trio.current_time() + REST_SECONDS
+            until = trio.current_time() + REST_S
             self._rests_until |= dict.fromkeys(rest, until)
             return False
         self._trouble = ""
-        self._rests_until[name] = trio.current_time() + REST_SECONDS
-        self._store.pin(file.cid, LAST_PIN)  # until the next look knows better
-        self._pinned.pop(Standing.LAST, None)
-        self._judged = None
+        self._rests_until[name] = trio.current_time() + REST_S
+        self._shelves.protect_new(file.cid)
         _log.info("copy.made", cid=short(file.cid), size_bytes=file.size)
         return True
 
-    def _report(self, manifest: Manifest) -> None:
+    def _report(self, release: ServedRelease) -> None:
         """Say so when copies are missing that nobody is about to make."""
         assert self._copies is not None
         planned = {name for names in self._plan.values() for name in names}
@@ -347,7 +274,7 @@ class ReplicationService:
             self._health.set(
                 "few-copies",
                 count=len(self._copies.short),
-                model=manifest.name,
+                model=release.manifest.name,
                 fewest=self._copies.fewest,
                 wanted=self._copies.wanted,
                 reason=reason,
@@ -356,17 +283,6 @@ class ReplicationService:
             self._health.clear("few-copies")
 
 
-def _goes(advert: Advert) -> bool:
-    """Whether a node is about to leave and takes its copies with it."""
-    return HANDOVER in advert.tags or (advert.serving is not None and advert.serving.state == DRAINING)
-
-
-def _files_of(head: Head, manifest: Manifest) -> dict[bytes, FileRef]:
+def _files_of(release: ServedRelease) -> dict[bytes, FileRef]:
     """What serving and asking need: binary CID -> file. The manifest itself is with everybody."""
-    variant = manifest.variants[head.variant]
-    refs = (
-        variant.graph,
-        *variant.groups(0, len(variant.layers)).values(),
-        *manifest.files.values(),
-    )
-    return {cid_to_bytes(ref.cid): ref for ref in refs}
+    return {cid_to_bytes(file.cid): file for file in release.manifest.files_of(release.variant_name)}
