@@ -54,10 +54,10 @@ def test_a_node_of_another_network(founder: Member, tmp_path: Path) -> None:
         for member, peer in ((founder, stranger), (stranger, founder)):
             member.wait_for(partial(has_refusal, peer=peer.peer_id), READY_SECONDS, "a refusal")
             status = json.loads(meshnode("status", "--json", folder=member.folder).out)
-            found = [refusal for refusal in status.refusals if refusal.peer == peer.peer_id]
-            assert {refusal.code for refusal in found} == {"other-network"}
-            assert all("another network" in refusal.text for refusal in found)
-            assert all(row.peer != peer.peer_id for row in status.peers)
+            found = [refusal for refusal in status["refusals"] if refusal["peer"] == peer.peer_id]
+            assert {refusal["code"] for refusal in found} == {"other-network"}
+            assert all("another network" in refusal["text"] for refusal in found)
+            assert all(row["peer"] != peer.peer_id for row in status["peers"])
 
 
 def has_refusal(status: Status, **wanted: object) -> bool:
