@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decode.add_argument("--cache", type=Path, metavar="FOLDER", help="published models are kept here between runs")
     decode.add_argument("--json", type=Path, metavar="OUT")
     decode.set_defaults(bootstrap=False, engine="onnx")
-    content = actions.add_parser("content", help="megabytes per second from one peer, three, slow and lying ones")
+    content = actions.add_parser("content", help="megabytes per second from one peer, three, slow and corrupt ones")
     content.add_argument("--size-mb", type=int, default=500, metavar="N")
     content.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5; the medians are shown")
     content.add_argument("--cases", default="one,three,trouble,killed", metavar="CASE[,CASE...]")

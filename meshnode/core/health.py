@@ -172,7 +172,7 @@ _REGISTRY: Final = (
         "content.ipfs_api; the mesh goes on without it.",
     ),
     HealthCode(
-        "gateway-lied",
+        "bad-gateway",
         _M,
         "{gateway} sent something else than the block {cid}, so it is not asked again until the next start. It is "
         "damaged or no trustless gateway; take it out of content.gateways.",

@@ -134,4 +134,4 @@ class Gateway:
     def sent_bad_data(self, cid: Cid) -> None:
         """See the port."""
         self._answers()
-        self._health.set("gateway-lied", gateway=self.name, cid=short(cid))
+        self._health.set("bad-gateway", gateway=self.name, cid=short(cid))

@@ -106,7 +106,7 @@ class World:
         self.got: dict[bytes, PeerId] = {}
         self.wires: dict[PeerId, list[tuple[float, c.Arrived]]] = {}
         self.wishes: dict[PeerId, dict[bytes, float]] = {}
-        self.peers = {PeerId(f"p{i}"): self.rng.choice(["good", "half", "slow", "liar", "mute"]) for i in range(4)}
+        self.peers = {PeerId(f"p{i}"): self.rng.choice(["good", "half", "slow", "corrupt", "mute"]) for i in range(4)}
         self.peers[PeerId("sure")] = "good"
         self.up: set[PeerId] = set()
 
@@ -117,10 +117,10 @@ class World:
                     assert peer in self.up, "something was sent to a peer that is down"
                     self.answer(peer, message)
                 case c.Got(sessions, cid, _, peer):
-                    assert sessions == (1,) and cid not in self.got and self.peers[peer] != "liar"
+                    assert sessions == (1,) and cid not in self.got and self.peers[peer] != "corrupt"
                     self.got[cid] = peer
                 case c.Banned(peer, _):
-                    assert self.peers[peer] == "liar", "an honest peer was banned"
+                    assert self.peers[peer] == "corrupt", "a good peer was banned"
                     self.up.discard(peer)
                 case c.Stalled(peer, given_up):
                     assert self.peers[peer] in ("mute", "slow"), "a peer that sends was called silent"
@@ -137,7 +137,7 @@ class World:
             number = int.from_bytes(entry.cid[4:], "big")
             if entry.cancel:
                 self.wires[peer] = wire = [w for w in wire if all(cid != entry.cid for cid, _ in w[1].blocks)]
-            elif kind == "liar":
+            elif kind == "corrupt":
                 wire.append((at + 0.01, c.Arrived(peer, [(cid_of(1 << 40), bytes(SIZE))])))
             elif kind == "half" and number % 2:
                 wire.append((at + 0.01, c.Arrived(peer, [], [(entry.cid, PresenceType.DONT_HAVE)])))
@@ -153,7 +153,7 @@ class World:
                 self.up.discard(peer)
                 self.wires.pop(peer, None)
                 self.give(c.PeerDown(peer))
-            elif self.peers[peer] != "liar":
+            elif self.peers[peer] != "corrupt":
                 self.up.add(peer)
                 self.give(c.PeerUp(peer))
             return

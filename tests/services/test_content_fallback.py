@@ -251,7 +251,7 @@ async def test_a_small_file_and_the_rest_of_a_large_one_come_block_by_block(tmp_
 async def test_a_car_that_is_not_what_it_should_be_costs_nothing_but_time(
     tmp_path: Path, trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file comes whole from the blocks, of the same gateway unless it lied."""
+    """The file comes whole from the blocks, of the same gateway unless it sent wrong bytes."""
     monkeypatch.setattr(gateway_module, "BEGIN_S", 1.0)
     data = noise(9 * MIB + 5)
     world = World(tmp_path, data, noise(MIB, 7))
@@ -281,7 +281,7 @@ async def test_a_car_that_is_not_what_it_should_be_costs_nothing_but_time(
     assert me.fetched_from == {}
     forged = trouble == "a forged block"
     assert (bad.url in outside.names) is not forged
-    assert [shown.code for shown in health.current()] == ["gateway-lied"] * forged
+    assert [shown.code for shown in health.current()] == ["bad-gateway"] * forged
 
 
 async def test_a_peer_that_comes_ends_the_car(tmp_path: Path) -> None:
@@ -424,7 +424,7 @@ async def test_the_rest_comes_from_outside_when_the_peer_dies(tmp_path: Path) ->
     assert me.fetched_from[A] >= 8 * MIB
 
 
-async def test_a_lying_gateway_spoils_nothing_and_is_named(tmp_path: Path) -> None:
+async def test_a_corrupt_gateway_spoils_nothing_and_is_named(tmp_path: Path) -> None:
     data = noise(5 * MIB)
     world = World(tmp_path, data)
     health = Health()
@@ -436,7 +436,7 @@ async def test_a_lying_gateway_spoils_nothing_and_is_named(tmp_path: Path) -> No
             me = await reader(net, Fallback(gateways))
             assert (await me.open(ref(file_cid(data), len(data)))).path.read_bytes() == data
     assert len(hostile.paths) == 2  # for a CAR file, which is not bad data, and for a block
-    assert [shown.code for shown in health.current()] == ["gateway-lied"]
+    assert [shown.code for shown in health.current()] == ["bad-gateway"]
 
 
 @pytest.mark.parametrize(
@@ -463,7 +463,7 @@ async def test_when_nobody_has_it_the_error_says_what_the_sources_said(
 
 
 async def test_the_error_names_every_source_and_why_it_gave_nothing(tmp_path: Path) -> None:
-    """One lied, one fails, one never answers, and so the last one was not asked."""
+    """One sends nonsense, one fails, one never answers, and so the last one was not asked."""
     cid = file_cid(b"nobody has this")
     with (
         site(lambda request: request.reply(b"nonsense")) as hostile,
@@ -476,11 +476,11 @@ async def test_the_error_names_every_source_and_why_it_gave_nothing(tmp_path: Pa
             for gateway in gateways:
                 await net.nursery.start(gateway.run)
             me = await reader(net, Fallback(gateways), patience=2)
-            for lied in ("gave 8 bytes that are not the block", "so it is not asked again"):
+            for said in ("gave 8 bytes that are not the block", "so it is not asked again"):
                 with pytest.raises(ContentUnavailable) as caught:
                     await me.block(cid)
                 text = str(caught.value)
-                assert f"{hostile.url} gave" in text and lied in text
+                assert f"{hostile.url} gave" in text and said in text
                 assert f"{broken.url}" in text and "HTTP 500" in text
                 assert f"{silent.url} has not answered yet" in text
                 assert f"{empty.url} was not asked yet" in text

@@ -1,4 +1,4 @@
-"""Sources outside the mesh over real HTTP: good, slow, lying, flooding, broken and absent ones."""
+"""Sources outside the mesh over real HTTP: good, slow, corrupt, flooding, broken and absent ones."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ async def test_the_health_names_a_gateway_that_fails_until_it_answers(scene: str
                 assert health.current(1e12) == []
                 gateway._seconds = patience(reason)
             gateway.sent_bad_data(CID)
-            assert [shown.code for shown in health.current(1e12)] == ["gateway-lied"]
+            assert [shown.code for shown in health.current(1e12)] == ["bad-gateway"]
 
 
 async def refuse(cid: bytes, block: bytes) -> None:
@@ -205,7 +205,7 @@ async def test_a_source_with_bad_data_is_dropped_named_and_the_next_one_asked() 
         assert len(hostile.paths) == 1
     assert outside.names == (honest.url,)
     assert outside.bytes_from == {honest.url: 3 * len(BLOCK)}
-    assert [hostile.url in text for text in texts(health, "gateway-lied")] == [True]
+    assert [hostile.url in text for text in texts(health, "bad-gateway")] == [True]
 
 
 async def test_who_gave_the_last_block_is_asked_first_and_who_failed_rests() -> None:

@@ -21,7 +21,7 @@ from meshnode.services.inventory import InventoryService
 from meshnode.services.replication.copies import LATE_S, SETTLE_S, Duties, ReplicationService, ReplicationSettings
 from meshnode.services.replication.shelves import Shelves
 from meshnode.store.blob_store import BlobStore
-from protocols.ids import DAG_CBOR, Cid, cid_of, cid_to_bytes
+from protocols.ids import DAG_CBOR, Cid, cid_of
 from protocols.manifest.messages import FileRef
 from protocols.unixfs.builder import file_cid
 from tests.manifests import block_of, manifest_of
@@ -223,20 +223,6 @@ async def test_more_copies_where_the_setting_says_so_but_not_more_than_nodes(
         assert counted.wanted == 3
 
 
-async def test_the_copies_of_a_dead_node_are_made_again(
-    autojump_clock: MockClock, rng: random.Random, tmp_path: Path
-) -> None:
-    async with open_world(rng, tmp_path) as world:
-        members = [await world.join(n) for n in (1, 2, 3, 4)]
-        world.publish(members[0])
-        await world.until(lambda: min(world.copies()) == 2, SOON)
-        await world.kill(members[0])
-        assert min(world.copies()) == 1
-        await world.until(lambda: min(world.copies()) == 2, LEASE_SECONDS + SOON)
-        await world.kill(members[1])
-        await world.until(lambda: min(world.copies()) == 2, LEASE_SECONDS + SOON)
-
-
 async def test_what_serving_needs_goes_first(autojump_clock: MockClock, rng: random.Random, tmp_path: Path) -> None:
     async with open_world(rng, tmp_path) as world:
         one, two = [await world.join(n) for n in (1, 2)]
@@ -431,33 +417,6 @@ async def test_nodes_that_want_different_numbers_of_copies_come_to_rest(
         assert [member.fetched for member in members] == before
         assert all(len(made) == len(set(made)) for made in before), "nothing was fetched twice"
         assert min(world.copies()) >= 2 or room == 5
-
-
-async def test_every_copy_is_advertised(autojump_clock: MockClock, rng: random.Random, tmp_path: Path) -> None:
-    async with open_world(rng, tmp_path) as world:
-        one, two = [await world.join(n) for n in (1, 2)]
-        world.publish(one)
-        await world.until(lambda: min(world.copies()) == 2, SOON)
-        await one.node.until(
-            lambda directory: (
-                {name for holding in directory.live()[two.node.peer].holdings for name in holding.cids}
-                >= {cid_to_bytes(ref.cid) for ref in world.refs}
-            ),
-            5,
-        )
-
-
-async def test_a_leaving_node_hands_over_what_only_it_has(
-    autojump_clock: MockClock, rng: random.Random, tmp_path: Path
-) -> None:
-    async with open_world(rng, tmp_path) as world:
-        members = [await world.join(n, replicas=1) for n in (1, 2, 3)]
-        world.publish(members[0])
-        await trio.sleep(2)
-        assert set(world.copies()) == {1}
-        await members[0].replication.drain()
-        await world.kill(members[0])
-        assert set(world.copies()) == {1}, "all of it, and nothing twice"
 
 
 async def test_a_mesh_that_stops_as_a_whole_does_not_wait(
