@@ -17,7 +17,7 @@ from meshnode.core.clock import Wall
 from meshnode.core.errors import Declined, FatalError, TransientError
 from meshnode.core.health import Health
 from meshnode.core.log import get_logger
-from meshnode.core.signal import Changes
+from meshnode.core.signal import Changes, Watch
 from meshnode.core.sizes import format_size
 from meshnode.core.tasks import Tasks
 from meshnode.engine.open_span import OpenSpan
@@ -138,13 +138,8 @@ class PlacementService:
         """Negotiate until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._tasks.run)
-            for changes in (
-                self._directory.changes,
-                self._releases.changes,
-                self._spans.changes,
-                self._load.changes,
-            ):
-                nursery.start_soon(self._follow, changes, changes.version)
+            causes = (self._directory, self._releases, self._spans, self._load)
+            nursery.start_soon(self._follow, Watch(*(cause.changes for cause in causes)))
             self._publish()
             task_status.started()
             while True:
@@ -154,9 +149,9 @@ class PlacementService:
                     await self._woken.wait()
                 self._woken = trio.Event()
 
-    async def _follow(self, changes: Changes, version: int) -> None:
+    async def _follow(self, watch: Watch) -> None:
         while True:
-            version = await changes.wait(version)
+            await watch.next()
             self._woken.set()
 
     def _post(self, event: intent.Event) -> None:
