@@ -41,7 +41,7 @@ async def test_what_helia_adds_has_our_cid_and_comes_to_us(tmp_path: Path, size:
     async with helia() as there, ours(tmp_path / "node", [there]) as node:
         cid = await there.call("add", str(tmp_path / "payload"))
         assert cid == file_cid(data)
-        assert (await node.content.fetch(Cid(cid), size)).read_bytes() == data
+        assert (await node.content.open(ref(Cid(cid), size))).path.read_bytes() == data
 
 
 async def test_helia_dials_us_and_our_file_goes_on_to_a_kubo_from_there(tmp_path: Path) -> None:

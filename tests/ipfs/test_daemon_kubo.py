@@ -19,6 +19,7 @@ from meshnode.state.database import Database
 from protocols.ids import cid_of_old
 from tests.http_server import site
 from tests.ipfs.world import kubo, ours
+from tests.refs import ref
 from tests.services.test_content import MIB, noise
 from tests.services.test_ipfs_daemon import FakeDaemon, Model, Us
 
@@ -39,8 +40,8 @@ async def test_the_operators_kubo_gets_and_gives_blocks(tmp_path: Path) -> None:
                 await nursery.start(service.run)
                 await node.met(there.peer)
                 assert await there.get(node.add(tmp_path, ours_alone), tmp_path / "copy") == ours_alone
-                path = await node.content.fetch(cid_of_old(name), len(theirs_alone))
-                assert path.read_bytes() == theirs_alone
+                opened = await node.content.open(ref(cid_of_old(name), len(theirs_alone)))
+                assert opened.path.read_bytes() == theirs_alone
                 assert node.content.served_to[there.peer] >= len(ours_alone)
                 nursery.cancel_scope.cancel()
         assert health.current() == []

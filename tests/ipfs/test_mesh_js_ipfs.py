@@ -51,13 +51,13 @@ async def test_a_published_model_goes_there_and_a_node_without_peers_gets_all_of
             fetched = open_manifest(await mine.block(cid))
             assert fetched == manifest
 
-            async def compare(ref: FileRef) -> None:
-                there, here = await mine.fetch(ref(ref.cid, ref.size)), store.path(ref.cid)
-                assert here is not None and there.read_bytes() == here.read_bytes()
+            async def compare(file: FileRef) -> None:
+                there, here = await mine.open(file), store.path(file.cid)
+                assert here is not None and there.path.read_bytes() == here.read_bytes()
 
             async with trio.open_nursery() as nursery:
-                for ref in fetched.files_of(*fetched.variants):
-                    nursery.start_soon(compare, ref)
+                for file in fetched.files_of(*fetched.variants):
+                    nursery.start_soon(compare, file)
             assert mine.bytes_fetched == 0
     store.close()
     assert health.current() == []

@@ -10,6 +10,7 @@ What the release does as shipped, and which class here stands in for it:
 - hundreds of peers are dialled at whatever addresses others have told: `IdleConnector`;
 - gossip goes to every peer that connects, drops bursts, and delivers a message twice that came from two sides
   at once: `GuardedPubsub`;
+- every gossip message makes a notice to every neighbour, which idle nodes pay most for: `GuardedRouter`;
 - identify is asked of every peer and believed: never asked here; answered with what the asker may use, which
   Helia goes by.
 """
@@ -427,6 +428,14 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]  # the library has no types h
             self.deliver(publish_message.topicIDs[0], forwarder, publish_message.data)
 
 
+class GuardedRouter(GossipSub):  # type: ignore[misc]  # the library has no types here
+    """GossipSub without IDONTWANT: our messages are a few KB and there at once, so the notice, which goes to every
+    neighbour for each of them, costs more than the doubles that it saves."""
+
+    async def _emit_idontwant_for_message(self, msg_id: Any, topic_ids: Any) -> None:
+        """Nothing is sent."""
+
+
 class GuardedManager(TrioManager):  # type: ignore[misc]  # the library has no types here
     """Runs the tasks of a library service; what they raise is logged and goes no further."""
 
@@ -506,7 +515,7 @@ class Libp2pStack:
         self.swarm = GuardedSwarm(peer_id, peerstore, GuardedUpgrader(key_pair), watcher, swarm_key)
         self.host = GuardedHost(self.swarm, addresses, source, offers)
         degree, low, high = DEGREE
-        self.router = GossipSub(
+        self.router = GuardedRouter(
             [MESHSUB],
             degree,
             low,
