@@ -72,7 +72,7 @@ async def test_a_mesh_publishes_there_and_another_starts_from_the_manifest_and_t
             tmp_path / "first", 3, published=model, settings=(*settings, ("content.ipfs_publish", True))
         ) as first:
             answer = await trio.to_thread.run_sync(tokens_of, first.members[0])
-            manifest = Cid((await trio.to_thread.run_sync(first.members[0].status))["model"]["manifest"])
+            manifest = Cid((await trio.to_thread.run_sync(first.members[0].status)).model.manifest)
             with trio.fail_after(120):
                 while not await there.pinned(manifest, recursive=False):  # noqa: ASYNC110 - no event tells it
                     await trio.sleep(0.1)
