@@ -21,8 +21,8 @@ from meshnode.core.errors import Declined, NodeError, NotRunning
 from meshnode.core.paths import Paths, data_folder
 
 SECONDS: Final = 10.0  # for an answer that a node has at hand
-GRACE_SECONDS: Final = 10.0  # beside the time that a command itself takes
-FETCH_SECONDS: Final = 120.0  # a node says within this time that a fetch goes on, or why it does not
+GRACE_S: Final = 10.0  # beside the time that a command itself takes
+FETCH_S: Final = 120.0  # a node says within this time that a fetch goes on, or why it does not
 
 
 def connect(data: str | os.PathLike[str] | None = None, *, timeout: float | None = None) -> Client:
@@ -137,7 +137,7 @@ class Client:
 
     def wait_ready(self, seconds: float = 60.0) -> None:
         """Until a token has passed through the whole chain of layers. Raises Declined `not-ready` with the reason."""
-        answer = self._done("ready", seconds + GRACE_SECONDS, seconds=seconds)
+        answer = self._done("ready", seconds + GRACE_S, seconds=seconds)
         if not answer["ready"]:
             raise Declined("not-ready", f"the mesh is not ready after {seconds:g} s: {answer['readiness']}")
 
@@ -152,7 +152,7 @@ class Client:
 
     def fetch_manifest(self, manifest: str) -> None:
         """Have the manifest of a model, by its CID, in the node's store. Raises ContentUnavailable."""
-        self._done("fetch-manifest", FETCH_SECONDS, manifest=manifest)
+        self._done("fetch-manifest", FETCH_S, manifest=manifest)
 
     def pin(
         self, manifest: str, variant: str, progress: Callable[[int, int], None] = lambda done, total: None
@@ -161,7 +161,7 @@ class Client:
 
         progress: called with the bytes that are here, and with all.
         """
-        for answer in self.request("pin", FETCH_SECONDS, manifest=manifest, variant=variant):
+        for answer in self.request("pin", FETCH_S, manifest=manifest, variant=variant):
             if "done" in answer:
                 return int(answer["done"]["bytes"])
             progress(answer["fetched"], answer["total"])

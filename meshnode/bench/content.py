@@ -38,8 +38,8 @@ from protocols.unixfs.builder import Builder
 BAR_MB_S: Final = 100
 BAR_RSS_MB: Final = 64
 BAR_TROUBLE: Final = 1.3  # times as long as from the good provider alone
-SETTLE_SECONDS: Final = 2.0  # what a new process still does in the background would be counted, once per provider
-CONNECT_SECONDS: Final = 30
+SETTLE_S: Final = 2.0  # what a new process still does in the background would be counted, once per provider
+CONNECT_S: Final = 30
 DEFAULT_HOST: Final = "meshnode.net.libp2p.host:open_host"
 _MB: Final = 1_000_000
 
@@ -94,7 +94,7 @@ class Transfers:
         """
         Args:
           source: the content folder that providers serve; it holds the file `cid` of `size` bytes.
-          settle_s: seconds between connecting and the transfer; see `SETTLE_SECONDS`.
+          settle_s: seconds between connecting and the transfer; see `SETTLE_S`.
         """
         self._settle_s = settle_s
         self._host_name = host_name
@@ -124,7 +124,7 @@ class Transfers:
         with providers(self._host_name, self._source, self._host.peer_id, case.kinds) as started:
             for provider in started:
                 self._host.admit(provider.peer, True)
-                with trio.fail_after(CONNECT_SECONDS):
+                with trio.fail_after(CONNECT_S):
                     await self._host.connect(provider.peer, provider.addresses)
             self._chosen[:] = [provider.peer for provider in started]
             await trio.sleep(self._settle_s)
@@ -176,7 +176,7 @@ def measure(
     folder: Path,
     host: str = DEFAULT_HOST,
     cases: Sequence[str] = tuple(CASES),
-    settle_s: float = SETTLE_SECONDS,
+    settle_s: float = SETTLE_S,
 ) -> dict[str, Any]:
     """Run the whole benchmark below a temporary folder and return its figures (MB are 10^6 bytes).
 

@@ -24,7 +24,7 @@ from meshnode.engine.trial import try_engines
 from meshnode.store.blob_store import RESERVE_BYTES
 from protocols.errors import MeshError
 
-STATUS_SECONDS: Final = 5.0
+STATUS_S: Final = 5.0
 
 
 def examine(folder: Path, read_config: Callable[[], Config], passphrase: str | None) -> Iterator[Finding]:
@@ -67,7 +67,7 @@ def _ask(folder: Path, holder: int | None) -> tuple[Status | None, Finding]:
     """The status of the running node, and what that means: not OK if somebody listens but gives none."""
     began = perf_counter()
     try:
-        status = Client(folder).status(timeout=STATUS_SECONDS)
+        status = Client(folder).status(timeout=STATUS_S)
     except NotRunning:
         return None, node.check_control(str(folder), running=False)
     except (MeshError, OSError, ValueError, TypeError) as error:

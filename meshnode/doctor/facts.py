@@ -41,7 +41,7 @@ from protocols.ids import PeerId
 from protocols.membership.trust import ordered_roles
 from protocols.multiaddr import Address, address_of, parse_address
 
-REACH_SECONDS: Final = 2.0
+REACH_S: Final = 2.0
 MAX_REACHED: Final = 8  # peers tried without a running node
 _ENGINE: Final = "meshnode.engine.child"
 _LIMITS: Final = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -340,7 +340,7 @@ def reach(addresses: Sequence[str]) -> list[tuple[str, str]]:
 def _reach(text: str) -> tuple[str, str]:
     try:
         address = parse_address(text)
-        with socket.create_connection((address.host, address.port), REACH_SECONDS):
+        with socket.create_connection((address.host, address.port), REACH_S):
             return text.partition("/p2p/")[0], ""
     except RemoteProtocolError as error:
         return text, str(error)
@@ -350,5 +350,5 @@ def _reach(text: str) -> tuple[str, str]:
 
 def _reason(error: OSError) -> str:
     if isinstance(error, TimeoutError):
-        return f"no answer within {REACH_SECONDS:.0f} s"
+        return f"no answer within {REACH_S:.0f} s"
     return (error.strerror or str(error)).lower()

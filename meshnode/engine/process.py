@@ -53,8 +53,8 @@ from protocols.pipe.messages import Sampling
 _READ_BYTES: Final = 1 << 18
 _TAIL_BYTES: Final = 4096  # of stderr, shown with the reason
 _LOG_BYTES: Final = 1 << 18  # the file behind stderr is emptied above this
-_STOP_SECONDS: Final = 1.5
-_REAP_SECONDS: Final = 2.0
+_STOP_S: Final = 1.5
+_REAP_S: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +185,7 @@ class EngineProcess:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
         with trio.CancelScope(shield=True):
-            await self._reap(_STOP_SECONDS)
+            await self._reap(_STOP_S)
         await self._bury("")
 
     async def wait_lost(self) -> str:
@@ -224,7 +224,7 @@ class EngineProcess:
             if self._process.poll() is None:
                 self._end = self._end or why
                 self._process.kill()
-                await self._reap(_REAP_SECONDS)
+                await self._reap(_REAP_S)
         if self._socket.fileno() == -1:
             return  # another task was faster
         self._end = self._end or why or _ended(self._process.returncode)
@@ -288,7 +288,7 @@ class EngineProcess:
                     del self._closing[0]
                 result = await self._exchange(request, body)
             except (OSError, EOFError, trio.ClosedResourceError):
-                await self._reap(_REAP_SECONDS)
+                await self._reap(_REAP_S)
                 await self._bury("")
                 raise self._lost() from None
             except RemoteProtocolError as error:

@@ -19,11 +19,11 @@ from meshnode.api.messages import Status
 from meshnode.client import Client
 from meshnode.core.errors import Declined, FatalError
 
-START_SECONDS: Final = 30.0
-STOP_SECONDS: Final = 20.0  # a node hands its layers over before it goes
-ANSWER_SECONDS: Final = 600.0  # longest silence while an answer is computed
-STATUS_SECONDS: Final = 5.0  # a node that takes longer hangs
-_LOOK_SECONDS: Final = 0.02
+START_S: Final = 30.0
+STOP_S: Final = 20.0  # a node hands its layers over before it goes
+ANSWER_S: Final = 600.0  # longest silence while an answer is computed
+STATUS_S: Final = 5.0  # a node that takes longer hangs
+_LOOK_S: Final = 0.02
 
 
 class HarnessError(FatalError):
@@ -51,7 +51,7 @@ class Member:
     @property
     def client(self) -> Client:
         """The library's door to it."""
-        return Client(self.folder, timeout=ANSWER_SECONDS)
+        return Client(self.folder, timeout=ANSWER_S)
 
     @property
     def log(self) -> Path:
@@ -99,7 +99,7 @@ class Member:
         self.pid = child.pid
         self.started = psutil.Process(child.pid).create_time()
 
-    def wait_answers(self, seconds: float = START_SECONDS) -> None:
+    def wait_answers(self, seconds: float = START_S) -> None:
         """Until the node listens on its control socket. Raises HarnessError with its last words."""
         ends = time.monotonic() + seconds
         while not self.client.is_running():
@@ -107,7 +107,7 @@ class Member:
                 raise HarnessError(f"{self.name} stopped at once: {self.last_words()}")
             if time.monotonic() > ends:
                 raise HarnessError(f"{self.name} did not answer within {seconds:.0f} s: {self.last_words()}")
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_LOOK_S)
 
     def wait_ready(self, seconds: float) -> None:
         """Until a probe token of this node has passed through the chain. Raises HarnessError with the reason."""
@@ -118,7 +118,7 @@ class Member:
 
     def status(self) -> Status:
         """What `meshnode status` shows."""
-        return self.client.status(timeout=STATUS_SECONDS)
+        return self.client.status(timeout=STATUS_S)
 
     def wait_for(self, wanted: Callable[[Status], bool], seconds: float, what: str) -> Status:
         """Until the node's status is as `wanted`; gives that status.
@@ -129,7 +129,7 @@ class Member:
         while not wanted(status := self.status()):
             if time.monotonic() > ends:
                 raise HarnessError(f"{self.name}: {what} did not happen within {seconds:.0f} s: {self.last_words()}")
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_LOOK_S)
         return status
 
     def stop(self) -> None:
@@ -141,7 +141,7 @@ class Member:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
 
-    def wait_stopped(self, seconds: float = STOP_SECONDS) -> None:
+    def wait_stopped(self, seconds: float = STOP_S) -> None:
         """Until the process has ended; it is killed after `seconds`."""
         process = self.process()
         if process is not None:

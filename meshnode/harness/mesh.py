@@ -33,7 +33,7 @@ from protocols.manifest.messages import Manifest
 
 FILE: Final = "mesh.json"
 MAX_NODES: Final = 64
-JOIN_SECONDS: Final = 60.0
+JOIN_S: Final = 60.0
 TICKET_S: Final = 600.0
 QUOTA_BYTES: Final = 1 << 50  # the cache's files are linked into the store, they take no room of their own
 
@@ -301,11 +301,11 @@ class Mesh:
         failed = []
         for member, child in zip(members, running, strict=True):
             try:
-                _, errors = child.communicate(timeout=JOIN_SECONDS)
+                _, errors = child.communicate(timeout=JOIN_S)
             except subprocess.TimeoutExpired:
                 child.kill()
                 _, errors = child.communicate()
-                errors += f"no end within {JOIN_SECONDS:.0f} s"
+                errors += f"no end within {JOIN_S:.0f} s"
             if child.returncode != 0:
                 failed.append(f"{member.name} could not join: {errors.strip()}")
         if failed:

@@ -70,16 +70,16 @@ class IpfsApi:
         address: str,
         health: Health,
         *,
-        block_seconds: float = BLOCK_S,
-        call_seconds: float = CALL_S,
-        margin_seconds: float = MARGIN_S,
-        check_seconds: float = CHECK_S,
+        block_s: float = BLOCK_S,
+        call_s: float = CALL_S,
+        margin_s: float = MARGIN_S,
+        check_s: float = CHECK_S,
     ) -> None:
         """
         Args:
           address: multiaddr of the RPC, /ip4/127.0.0.1/tcp/5001.
-          block_seconds: how long the daemon may look for one block.
-          check_seconds: how often `run` looks whether the daemon is well.
+          block_s: how long the daemon may look for one block.
+          check_s: how often `run` looks whether the daemon is well.
 
         Raises ConfigError when ipfshttpclient is not installed.
         """
@@ -88,10 +88,10 @@ class IpfsApi:
         self.local = host == "localhost" or (kind in ("ip4", "ip6") and ipaddress.ip_address(host).is_loopback)
         self.name = f"the IPFS daemon at {address}"
         self._health = health
-        self._block_seconds = block_seconds
-        self._call_seconds = call_seconds
-        self._margin_seconds = margin_seconds
-        self._check_seconds = check_seconds
+        self._block_s = block_s
+        self._call_s = call_s
+        self._margin_s = margin_s
+        self._check_s = check_s
         self._client = _client(address)
         self._fit = False  # the daemon told a version that we can talk to
         self._bad_data = ""
@@ -101,7 +101,7 @@ class IpfsApi:
         task_status.started()
         while True:
             await self.check()
-            await trio.sleep(self._check_seconds)
+            await trio.sleep(self._check_s)
 
     async def check(self) -> bool:
         """Whether the daemon can be used; the health of the node says why not."""
@@ -146,12 +146,12 @@ class IpfsApi:
 
     async def block(self, cid: Cid) -> bytes:
         """What the daemon gives under this CID, not verified. Raises ContentUnavailable besides."""
-        seconds = self._block_seconds
+        seconds = self._block_s
         async with self._working():
             try:
                 return await self._call(
                     lambda client: bytes(client.block.get(cid, opts={"timeout": _duration(seconds)})),
-                    seconds=seconds + self._margin_seconds,
+                    seconds=seconds + self._margin_s,
                     limit_bytes=MAX_BLOCK_BYTES,
                 )
             except DaemonRefused as error:
@@ -161,7 +161,7 @@ class IpfsApi:
 
     async def tree(self, root: Cid, size: int, on_block: OnBlock) -> None:
         """Hand over the blocks of a file while the daemon exports it. See the port."""
-        seconds = self._block_seconds + self._margin_seconds
+        seconds = self._block_s + self._margin_s
         async with self._working():
             try:
                 async with self._client.stream(
@@ -196,7 +196,7 @@ class IpfsApi:
                 size = (await trio.Path(source).stat()).st_size
             except OSError as error:
                 raise ModelError(f"can't read {source}: {error.strerror or error}") from error
-            answer = await self._json(work, seconds=self._call_seconds + size / ADD_BYTES_PER_S)
+            answer = await self._json(work, seconds=self._call_s + size / ADD_BYTES_PER_S)
             theirs = self._cid(_text(answer, "Hash"))
             ours = builder.finish().root
             if theirs != ours:
@@ -267,7 +267,7 @@ class IpfsApi:
 
     async def connect(self, address: str) -> None:
         """Have the daemon dial a peer, /ip4/192.0.2.1/tcp/4331/p2p/12D3KooW…"""
-        options = {"timeout": _duration(self._call_seconds)}
+        options = {"timeout": _duration(self._call_s)}
         async with self._working():
             await self._json(lambda client: client.swarm.connect(address, opts=options))
 
@@ -306,7 +306,7 @@ class IpfsApi:
 
     async def _json(self, work: Callable[[Any], Any], *, seconds: float | None = None) -> dict[str, object]:
         """The one JSON object that a call gives."""
-        limit = (self._call_seconds if seconds is None else seconds) + self._margin_seconds
+        limit = (self._call_s if seconds is None else seconds) + self._margin_s
         answer = await self._call(lambda client: _unwrapped(work(client)), seconds=limit, limit_bytes=MAX_JSON_BYTES)
         if not isinstance(answer, dict):
             raise self._failed(

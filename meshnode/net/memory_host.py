@@ -21,15 +21,15 @@ from meshnode.core.log import get_logger
 from meshnode.core.signal import Changes
 from meshnode.net.inbox import Inbox
 from meshnode.net.peer_book import PeerBook
-from meshnode.net.port import MAX_GOSSIP_BYTES, STALL_SECONDS, Handler, Lane, PeerEvent, Stream, Validator
+from meshnode.net.port import MAX_GOSSIP_BYTES, STALL_S, Handler, Lane, PeerEvent, Stream, Validator
 from meshnode.net.protocol_table import NOT_SERVED, STRANGER, ProtocolTable, refusal
 from protocols.errors import LocalProtocolError
 from protocols.ids import PeerId
 
-DELAY_SECONDS: Final = 0.0002
+DELAY_S: Final = 0.0002
 WINDOW_BYTES: Final = 1 << 18  # what a reader may leave unread before its writer waits, as in Yamux
-CONNECT_SECONDS: Final = 10.0
-LAST_WORDS_SECONDS: Final = 0.05  # a peer that was told goodbye reads on for so long before it hears of the loss
+CONNECT_S: Final = 10.0
+LAST_WORDS_S: Final = 0.05  # a peer that was told goodbye reads on for so long before it hears of the loss
 SEEN_MESSAGES: Final = 4096
 
 _log = get_logger("net")
@@ -39,7 +39,7 @@ _log = get_logger("net")
 class Link:
     """The wire between two hosts, one way."""
 
-    delay: float = DELAY_SECONDS  # seconds
+    delay: float = DELAY_S  # seconds
     bandwidth: float = 0.0  # bytes per second; 0 is without limit
     free_at: float = 0.0  # when the last byte that was handed over will have left
 
@@ -90,10 +90,10 @@ class _Pipe:
                 left = left[room:]
                 self._changed.unpark_all()
                 continue
-            with trio.move_on_after(STALL_SECONDS) as scope:
+            with trio.move_on_after(STALL_S) as scope:
                 await self._changed.park()
             if scope.cancelled_caught:
-                self.reset(f"{peer} took no data for {STALL_SECONDS:.0f} s; the stream is broken")
+                self.reset(f"{peer} took no data for {STALL_S:.0f} s; the stream is broken")
 
     async def receive(self, peer: PeerId, max_bytes: int) -> bytes:
         await trio.lowlevel.checkpoint()
@@ -180,7 +180,7 @@ class MemoryNetwork:
       delay: seconds one way, where `set_link` says nothing else.
     """
 
-    def __init__(self, rng: random.Random | None = None, *, delay: float = DELAY_SECONDS) -> None:
+    def __init__(self, rng: random.Random | None = None, *, delay: float = DELAY_S) -> None:
         self.hosts: dict[PeerId, MemoryHost] = {}  # those that run
         self._rng = rng if rng is not None else random.Random(0)
         self._delay = delay
@@ -195,7 +195,7 @@ class MemoryNetwork:
         address = f"/ip4/10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}/tcp/4331/p2p/{peer}"
         return MemoryHost(self, peer, address)
 
-    def set_link(self, one: PeerId, other: PeerId, *, delay: float = DELAY_SECONDS, bandwidth: float = 0.0) -> None:
+    def set_link(self, one: PeerId, other: PeerId, *, delay: float = DELAY_S, bandwidth: float = 0.0) -> None:
         """Delay (seconds one way) and bandwidth (bytes per second, 0 = no limit) between two hosts, both ways."""
         for way in ((one, other), (other, one)):
             link = self.link(*way)
@@ -317,14 +317,14 @@ class MemoryHost:
             self.book.admitted.add(peer)
         else:
             self.book.admitted.discard(peer)
-            self._network._break(self, peer, "its membership was withdrawn", linger=LAST_WORDS_SECONDS)
+            self._network._break(self, peer, "its membership was withdrawn", linger=LAST_WORDS_S)
 
     def welcome(self, peer: PeerId, protocols: Sequence[str]) -> None:
         self.book.welcome(peer, protocols)
 
     async def dismiss(self, peer: PeerId, reason: str) -> None:
         if peer in self.book.guests:
-            self._network._break(self, peer, reason, linger=LAST_WORDS_SECONDS)
+            self._network._break(self, peer, reason, linger=LAST_WORDS_S)
             del self.book.guests[peer]
         await trio.lowlevel.checkpoint()
 
@@ -347,7 +347,7 @@ class MemoryHost:
         far = self._network.hosts[peer]
         if far._address not in addresses:
             raise PeerUnreachable(f"{peer} does not answer at {', '.join(addresses) or 'no address'}", peer=peer)
-        with trio.move_on_after(CONNECT_SECONDS):
+        with trio.move_on_after(CONNECT_S):
             await trio.sleep(2 * self._network.link(self._peer, peer).delay)
             if self._network.hosts.get(peer) is far and self._network.reaches(self._peer, peer):
                 self._join(far)
@@ -378,7 +378,7 @@ class MemoryHost:
 
     async def disconnect(self, peer: PeerId, reason: str) -> None:
         await trio.lowlevel.checkpoint()
-        self._network._break(self, peer, reason, linger=LAST_WORDS_SECONDS)
+        self._network._break(self, peer, reason, linger=LAST_WORDS_S)
 
     async def open_stream(self, peer: PeerId, protocol: str, lane: Lane = Lane.CONTROL) -> Stream:
         await trio.lowlevel.checkpoint()

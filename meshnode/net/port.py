@@ -15,7 +15,7 @@ import trio
 from meshnode.core.signal import Changes
 from protocols.ids import PeerId
 
-STALL_SECONDS: Final = 60.0  # a reader that takes nothing for so long breaks the stream
+STALL_S: Final = 60.0  # a reader that takes nothing for so long breaks the stream
 MAX_GOSSIP_BYTES: Final = 1 << 16
 
 
@@ -40,7 +40,7 @@ class Stream(Protocol):
     def peer(self) -> PeerId: ...
 
     async def send_all(self, data: bytes | memoryview) -> None:
-        """Send everything. A reader that takes nothing for `STALL_SECONDS` (60) breaks the stream, not sooner.
+        """Send everything. A reader that takes nothing for `STALL_S` (60) breaks the stream, not sooner.
 
         If cancelled: an unknown part was sent; the stream must be closed.
         """

@@ -15,7 +15,7 @@ from protocols.ids import PeerId
 
 NOT_SERVED: Final = "not-served"
 STRANGER: Final = "stranger"
-CLOSE_SECONDS: Final = 2.0
+CLOSE_S: Final = 2.0
 
 _log = get_logger("net")
 
@@ -68,7 +68,7 @@ class ProtocolTable:
                 _log.exception("handler.failed", protocol=protocol, peer=stream.peer)
             await _end(stream, clean=False)
         except BaseException:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_SECONDS):
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_S):
                 await stream.reset()
             raise
         else:
@@ -83,7 +83,7 @@ def _sentences(error: BaseException) -> str:
 
 
 async def _end(stream: Stream, *, clean: bool) -> None:
-    with trio.move_on_after(CLOSE_SECONDS):
+    with trio.move_on_after(CLOSE_S):
         if clean:
             await stream.aclose()
             return

@@ -176,7 +176,7 @@ class _Peer:
     window: int = START_WINDOW_BYTES
     rate: float = 0.0  # bytes per second while it owed something; 0 is unknown
     sample_bytes: int = 0
-    sample_seconds: float = 0.0
+    sample_s: float = 0.0
     busy_since: float = 0.0
     heard: float = 0.0
     strikes: int = 0
@@ -421,12 +421,12 @@ class Client:
 
     def _measure(self, state: _Peer, size: int, now: float) -> None:
         state.sample_bytes += size
-        state.sample_seconds += max(0.0, now - state.busy_since)
+        state.sample_s += max(0.0, now - state.busy_since)
         state.busy_since = now
-        if state.sample_seconds >= RATE_SAMPLE_S:
-            rate = state.sample_bytes / state.sample_seconds
+        if state.sample_s >= RATE_SAMPLE_S:
+            rate = state.sample_bytes / state.sample_s
             state.rate = rate if not state.rate else RATE_MEMORY * state.rate + (1 - RATE_MEMORY) * rate
-            state.sample_bytes, state.sample_seconds = 0, 0.0
+            state.sample_bytes, state.sample_s = 0, 0.0
             state.window = int(min(MAX_WINDOW_BYTES, max(MIN_WINDOW_BYTES, state.rate * WINDOW_S)))
 
     def _find_stalled(self, now: float, out: list[Effect], cancels: dict[PeerId, list[bytes]]) -> None:

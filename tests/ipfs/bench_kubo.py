@@ -34,7 +34,7 @@ MIB: Final = 1 << 20
 SIDES: Final = ("mesh", "get", "pin")
 KINDS: Final = ("mesh", "kubo")  # who made the file
 BAR: Final = 1.0  # our speed by that of Kubo's get, which ends with a file as ours does
-CONNECT_SECONDS: Final = 30
+CONNECT_S: Final = 30
 
 
 async def add(folder: Path, seeder: Kubo, kind: str, data: bytes) -> str:
@@ -70,7 +70,7 @@ async def by_kubo(folder: Path, seeder: Kubo, name: str, call: str) -> float:
     """Seconds that a new Kubo takes for this call."""
     arguments = (name,) if call == "pin" else (name, str(folder / "file"))
     async with kubo(folder) as leecher:
-        with trio.fail_after(CONNECT_SECONDS):
+        with trio.fail_after(CONNECT_S):
             assert await leecher.call("connect", seeder.addresses[0]) == 0
         start = trio.current_time()
         assert await leecher.call(call, *arguments) == 0

@@ -48,7 +48,7 @@ class Beside:
     def __init__(self, node: Ours, address: str, state: Path) -> None:
         self.node = node
         self.health = Health()
-        self.api = IpfsApi(address, self.health, call_seconds=20)
+        self.api = IpfsApi(address, self.health, call_s=20)
         self.state = state
         self.model = Model()
         self.sent: list[Cid] = []

@@ -28,7 +28,7 @@ from tests.dht_peer import Network, Shared
 from tests.ipfs.world import Kubo, kubo
 from tests.process.mesh_rig import (
     NO_COPIES,
-    READY_SECONDS,
+    READY_S,
     mesh_of,
     meshnode,
     serving,
@@ -39,7 +39,7 @@ from tests.refs import ref
 
 pytestmark = [pytest.mark.ipfs, pytest.mark.slow]
 
-FIND_SECONDS = 60
+FIND_S = 60
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Ours:
 
     async def provided(self, cid: Cid) -> None:
         """Wait until a DHT peer has our record."""
-        with trio.fail_after(FIND_SECONDS):
+        with trio.fail_after(FIND_S):
             while not self.dht.provided.get(cid):
                 await self.dht.changes.wait()
 
@@ -91,7 +91,7 @@ async def introduced(one: Kubo, other: Kubo, folder: Path) -> None:
     """Connect two Kubos and wait until the first one has the other in its DHT table: it tells us of it."""
     assert await one.call("connect", other.addresses[0]) == 0
     async with ours(folder, one) as node:
-        with trio.fail_after(FIND_SECONDS):
+        with trio.fail_after(FIND_S):
             while node.dht.known_peers < 2:  # noqa: ASYNC110 - Kubo tells nobody
                 await trio.sleep(0.1)
 
@@ -103,7 +103,7 @@ async def test_what_only_a_kubo_holds_is_found_and_fetched(tmp_path: Path) -> No
         (tmp_path / "file").write_bytes(data)
         cid = cid_of_old(await holder.call("add", str(tmp_path / "file")))
         async with ours(tmp_path / "ours", router) as node:
-            with trio.fail_after(FIND_SECONDS):
+            with trio.fail_after(FIND_S):
                 opened = await node.content.open(ref(cid, len(data)))
             assert await trio.Path(opened.path).read_bytes() == data
             assert node.content.fetched_from[holder.peer] >= len(data)
@@ -123,7 +123,7 @@ async def test_a_kubo_finds_and_fetches_what_only_we_hold(tmp_path: Path) -> Non
         async with kubo(tmp_path / "asker", routing="dht") as asker:
             assert await asker.call("connect", router.addresses[0]) == 0
             assert node.host.peer_id not in await asker.call("peers")
-            with trio.fail_after(FIND_SECONDS):
+            with trio.fail_after(FIND_S):
                 assert await asker.get(cid, tmp_path / "copy") == data
             assert node.host.peer_id in await asker.call("peers")
             assert node.content.served_to[asker.peer] >= len(data)
@@ -142,14 +142,14 @@ async def test_a_kubo_and_another_network_find_a_model_of_ours(tmp_path: Path) -
             status = await trio.to_thread.run_sync(
                 first.wait_for,
                 lambda status: status.content.dht.provided > len(set(files)),  # these and the manifest
-                FIND_SECONDS,
+                FIND_S,
                 "to name itself in the DHT for every file",
             )
             manifest = Cid(status.model.manifest)
             async with kubo(tmp_path / "asker", routing="dht") as asker:
                 assert await asker.call("connect", router.addresses[0]) == 0
                 for data in files:
-                    with trio.fail_after(FIND_SECONDS):
+                    with trio.fail_after(FIND_S):
                         assert await asker.get(file_cid(data), tmp_path / "copy") == data
             status = await trio.to_thread.run_sync(first.status)
             assert status.refusals == () and status.ready and status.peers == ()
@@ -160,7 +160,7 @@ async def test_a_kubo_and_another_network_find_a_model_of_ours(tmp_path: Path) -
                     lambda: meshnode("model", "add", f"ipfs://{manifest}", folder=second.members[0].folder)
                 )
                 assert ran.code == 0, ran.errors
-                await trio.to_thread.run_sync(second.wait_ready, READY_SECONDS)
+                await trio.to_thread.run_sync(second.wait_ready, READY_S)
                 assert await trio.to_thread.run_sync(tokens_of, second.members[0]) == answer
                 status = await trio.to_thread.run_sync(second.members[0].status)
                 assert status.model.manifest == manifest and status.refusals == ()

@@ -20,7 +20,7 @@ from protocols.manifest.codec import open_manifest
 from protocols.manifest.messages import FileRef
 from tests.ipfs.test_rpc_js_ipfs import daemon
 from tests.ipfs.world import JS_IPFS, NODE
-from tests.process.mesh_rig import READY_SECONDS, mesh_of, meshnode, serving, small_model, tokens_of
+from tests.process.mesh_rig import READY_S, mesh_of, meshnode, serving, small_model, tokens_of
 from tests.services.test_content import ME, QUOTA, network
 
 NEEDS = (NODE, JS_IPFS)
@@ -86,7 +86,7 @@ async def test_a_mesh_publishes_there_and_another_starts_from_the_manifest_and_t
                 lambda: meshnode("model", "add", manifest, folder=second.members[0].folder)
             )
             assert ran.code == 0, ran.errors
-            await trio.to_thread.run_sync(second.wait_ready, READY_SECONDS)
+            await trio.to_thread.run_sync(second.wait_ready, READY_S)
             for member in second.members:
                 assert await trio.to_thread.run_sync(tokens_of, member) == answer
             assert len(serving(await trio.to_thread.run_sync(second.members[0].status))) == 3

@@ -17,7 +17,7 @@ from protocols.ids import DAG_CBOR, Cid
 from protocols.manifest.codec import open_manifest
 from protocols.unixfs.builder import file_cid
 from tests.ipfs.world import HELIA, LIBRARY, NODE, Guest, helia, kubo
-from tests.process.mesh_rig import LAYERS, READY_SECONDS, mesh_of, meshnode, serving, small_model, tokens_of
+from tests.process.mesh_rig import LAYERS, READY_S, mesh_of, meshnode, serving, small_model, tokens_of
 
 NEEDS = (LIBRARY, NODE, HELIA)
 pytestmark = [pytest.mark.ipfs, pytest.mark.slow]
@@ -53,7 +53,7 @@ async def test_a_model_goes_to_kubo_and_a_mesh_starts_from_its_manifest_and_kubo
             for member in mesh.members:
                 leave_only(member, Cid(status.model.manifest))
             await trio.to_thread.run_sync(mesh.up)
-            await trio.to_thread.run_sync(mesh.wait_ready, READY_SECONDS)
+            await trio.to_thread.run_sync(mesh.wait_ready, READY_S)
             fetched = 0
             for member in mesh.members:
                 assert await trio.to_thread.run_sync(tokens_of, member) == answer
@@ -102,7 +102,7 @@ async def test_three_nodes_start_from_a_manifest_cid_and_an_ipfs_node(
             assert ran.code == 0, ran.errors
             if not running:
                 await trio.to_thread.run_sync(mesh.up)
-            await trio.to_thread.run_sync(mesh.wait_ready, READY_SECONDS)
+            await trio.to_thread.run_sync(mesh.wait_ready, READY_S)
             for member in mesh.members:
                 assert await trio.to_thread.run_sync(tokens_of, member) == answer
             status = await trio.to_thread.run_sync(mesh.members[0].status)

@@ -21,7 +21,7 @@ NEEDS = (LIBRARY,)
 pytestmark = [pytest.mark.ipfs, pytest.mark.slow]
 
 ASK = question("Why is the sky blue?", {"max_tokens": 24, "temperature": 0})
-READY_SECONDS = 120.0
+READY_S = 120.0
 REAL = ("serve.engine", "onnx")
 
 
@@ -44,7 +44,7 @@ async def test_the_real_model_answers_out_of_kubo(tmp_path: Path) -> None:
                 lambda: meshnode("model", "add", manifest, folder=mesh.members[0].folder)
             )
             assert ran.code == 0, ran.errors
-            await trio.to_thread.run_sync(mesh.wait_ready, READY_SECONDS)
+            await trio.to_thread.run_sync(mesh.wait_ready, READY_S)
             for member in mesh.members:
                 assert await trio.to_thread.run_sync(tokens_of, member, ASK) == right
             status = await trio.to_thread.run_sync(mesh.members[0].status)

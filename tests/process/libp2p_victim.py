@@ -35,7 +35,7 @@ RAISE: Final = "/victim/raise/1"
 NEVER: Final = "/victim/never/1"
 PAUSE: Final = "/victim/pause/1"
 TOPIC: Final = "/victim/topic"
-PAUSE_SECONDS: Final = 6.0
+PAUSE_S: Final = 6.0
 
 
 async def echo(stream: Stream) -> None:
@@ -60,7 +60,7 @@ async def never(stream: Stream) -> None:
 
 
 async def pause(stream: Stream) -> None:
-    await trio.sleep(PAUSE_SECONDS)
+    await trio.sleep(PAUSE_S)
     await count(stream)
 
 

@@ -29,7 +29,7 @@ WORDS = 256
 QUESTION = Question(token_ids=(5, 6, 7), max_tokens=12, temperature=0)
 ENDLESS = replace(QUESTION, max_tokens=2000)  # takes long enough to be interrupted
 NO_COPIES = (("content.replicas", 1),)  # where a test counts what serving alone fetches
-READY_SECONDS = 60.0  # generous: the machine may be busy with other things
+READY_S = 60.0  # generous: the machine may be busy with other things
 
 
 def small_model(folder: Path, *, layers: int = LAYERS, layer_bytes: int = 1 << 16, template: str = "") -> Path:
@@ -102,7 +102,7 @@ def mesh_of(
     try:
         mesh.up()
         if wait and published is not None:
-            mesh.wait_ready(READY_SECONDS)
+            mesh.wait_ready(READY_S)
         yield mesh
     finally:
         mesh.down()

@@ -32,14 +32,14 @@ async def running(swarm_key: bytes) -> AsyncIterator[Libp2pHost]:
 async def test_another_swarm_key_is_named_as_a_cause(
     monkeypatch: pytest.MonkeyPatch, ours: bytes, theirs: bytes
 ) -> None:
-    monkeypatch.setattr(dialler, "CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr(dialler, "CONNECT_S", 1.0)
     async with running(theirs) as there, running(ours) as here:
         with trio.fail_after(30), pytest.raises(PeerUnreachable, match=r"network\.swarm_key"):
             await here.connect(there.peer_id, there.addresses)
 
 
 async def test_a_port_that_takes_the_connection_and_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dialler, "CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr(dialler, "CONNECT_S", 1.0)
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with listener, running(b"") as here:
         where = f"/ip4/127.0.0.1/tcp/{listener.socket.getsockname()[1]}"

@@ -15,12 +15,12 @@ from meshnode.core.errors import ConfigError, PeerUnreachable
 from meshnode.net.libp2p.host import Libp2pHost, open_host
 from meshnode.net.port import Lane, Stream
 from protocols.ids import PeerId
-from tests.process.libp2p_victim import COUNT, ECHO, NEVER, PAUSE, PAUSE_SECONDS, Member, Victim, member, served
+from tests.process.libp2p_victim import COUNT, ECHO, NEVER, PAUSE, PAUSE_S, Member, Victim, member, served
 
 pytestmark = [pytest.mark.net, pytest.mark.process]
 
-NOTICED_SECONDS = 5.0
-SLACK_SECONDS = 3.0  # what a busy test machine may add
+NOTICED_S = 5.0
+SLACK_S = 3.0  # what a busy test machine may add
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ async def notices(victim: Victim, host: Member, strike: Callable[[], None]) -> s
             nursery.start_soon(breaks, await host.open_stream(victim.peer, NEVER, lane))
         await trio.testing.wait_all_tasks_blocked(0.05)
         strike()
-        with trio.fail_after(NOTICED_SECONDS + SLACK_SECONDS):
+        with trio.fail_after(NOTICED_S + SLACK_S):
             reason = await gone(host, victim.peer)
     assert victim.peer not in host.peers
     assert host.round_trip_us(victim.peer) is None
@@ -125,7 +125,7 @@ async def test_a_reader_that_pauses_keeps_its_stream(victim: Victim) -> None:
 
     async def send_slowly(host: Member, lane: Lane) -> None:
         stream = await host.open_stream(victim.peer, PAUSE, lane)
-        with trio.fail_after(PAUSE_SECONDS + 30):
+        with trio.fail_after(PAUSE_S + 30):
             await stream.send_all(bytes(size))
             await stream.send_eof()
             assert await stream.receive_some(100) == b"%d" % size

@@ -11,7 +11,7 @@ import pytest
 from meshnode.api.messages import Status
 from meshnode.core.paths import Paths
 from meshnode.harness.member import Member
-from tests.process.mesh_rig import LAYERS, NO_COPIES, READY_SECONDS, mesh_of, serving, small_model
+from tests.process.mesh_rig import LAYERS, NO_COPIES, READY_S, mesh_of, serving, small_model
 
 pytestmark = [pytest.mark.net, pytest.mark.process]
 
@@ -38,13 +38,13 @@ def test_a_transfer_goes_on_where_it_was_killed(tmp_path: Path) -> None:
         def half(status: Status) -> bool:
             return status.progress is not None and status.progress.bytes_done >= size // 2
 
-        fetcher.wait_for(half, READY_SECONDS, "half of the transfer")
+        fetcher.wait_for(half, READY_S, "half of the transfer")
         fetcher.signal(signal.SIGKILL)
         fetcher.wait_stopped()
         before = provider.status().content.served_bytes
         assert 0.4 * size < before < 0.9 * size
         mesh.up()
-        fetcher.wait_ready(READY_SECONDS)
+        fetcher.wait_ready(READY_S)
         again = fetcher.status().content.fetched_bytes
         print(f"\n{before / 1e6:.0f} MB before, {again / 1e6:.0f} MB after the kill, of {size / 1e6:.0f} MB")
         assert before + again <= 1.1 * size

@@ -10,7 +10,7 @@ import pytest
 from meshnode.api.messages import Status
 from meshnode.cli.status import describe
 from meshnode.core.paths import Paths
-from tests.process.mesh_rig import NO_COPIES, READY_SECONDS, mesh_of, meshnode, small_model, tokens_of
+from tests.process.mesh_rig import NO_COPIES, READY_S, mesh_of, meshnode, small_model, tokens_of
 
 pytestmark = [pytest.mark.net, pytest.mark.process]
 
@@ -59,7 +59,7 @@ def test_encrypted_files_serve_as_others_do(tmp_path: Path) -> None:
     with mesh_of(tmp_path, 2, published=published, settings=(("content.encrypt", True),)) as mesh:
         publisher, other = mesh.members
         for member in mesh.members:
-            member.wait_for(enough(2), READY_SECONDS, "two copies of every file")
+            member.wait_for(enough(2), READY_S, "two copies of every file")
         right = tokens_of(other)
         answer = meshnode("model", "verify", "small-noise", folder=other.folder)
         assert answer.code == 0, answer.errors
@@ -74,6 +74,6 @@ def test_encrypted_files_serve_as_others_do(tmp_path: Path) -> None:
             config = Paths(member.folder).config
             config.write_text(config.read_text().replace("encrypt = true", "encrypt = false"))
         mesh.up()
-        mesh.wait_ready(READY_SECONDS)
+        mesh.wait_ready(READY_S)
         assert tokens_of(publisher) == right
         assert any(piece in path.read_bytes() for path in (Paths(other.folder).content / "files").iterdir())

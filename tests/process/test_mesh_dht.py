@@ -20,11 +20,11 @@ from protocols.kad.messages import LAN_PROTOCOL
 from protocols.kad.messages import PROTOCOL as KAD
 from protocols.membership.messages import PROTOCOL as HELLO
 from tests.dht_peer import dht_in_a_thread
-from tests.process.mesh_rig import NO_COPIES, READY_SECONDS, mesh_of, meshnode, serving, small_model, tokens_of
+from tests.process.mesh_rig import NO_COPIES, READY_S, mesh_of, meshnode, serving, small_model, tokens_of
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
-PROVIDE_SECONDS = 30.0
+PROVIDE_S = 30.0
 MEMBERS_ONLY = (heartbeat.PROTOCOL, direct.PROTOCOL, pipes.PROTOCOL, "/meshnode/sync/1", "/meshnode/intent/1")
 
 
@@ -39,7 +39,7 @@ def test_a_network_fetches_the_public_model_of_another(tmp_path: Path) -> None:
             answer = tokens_of(giver)
             provided = giver.wait_for(
                 lambda status: status.content.dht.provided > len(files),  # these and the manifest
-                PROVIDE_SECONDS,
+                PROVIDE_S,
                 "to name itself in the DHT for every file",
             )
             with mesh_of(tmp_path / "asking", 1, settings=(dht, *NO_COPIES)) as asking:
@@ -47,7 +47,7 @@ def test_a_network_fetches_the_public_model_of_another(tmp_path: Path) -> None:
                 manifest = Cid(provided.model.manifest)
                 ran = meshnode("model", "add", f"ipfs://{manifest}", folder=asker.folder)
                 assert ran.code == 0, ran.errors
-                asking.wait_ready(READY_SECONDS)
+                asking.wait_ready(READY_S)
                 assert tokens_of(asker) == answer
                 assert len(serving(asker.status())) == 1
                 # Nobody is a member of another's network, or takes another for one.
@@ -69,7 +69,7 @@ async def test_strangers_get_blocks_and_nothing_else(tmp_path: Path) -> None:
             await stranger.connect(member.peer_id, [member.address])
             offered = await allowed(stranger, member.peer_id)
             await trio.to_thread.run_sync(
-                member.wait_for, lambda status: status.content.visitors == 1, READY_SECONDS, "to take it in"
+                member.wait_for, lambda status: status.content.visitors == 1, READY_S, "to take it in"
             )
             assert offered == await allowed(stranger, member.peer_id) == {HELLO, BITSWAP, PING, IDENTIFY}
             nursery.cancel_scope.cancel()

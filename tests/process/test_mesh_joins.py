@@ -12,7 +12,7 @@ import pytest
 from meshnode.harness.member import Member
 from meshnode.harness.mesh import Mesh
 from protocols.errors import MeshError
-from tests.process.mesh_rig import LAYERS, READY_SECONDS, mesh_of, serving, small_model, tokens_of
+from tests.process.mesh_rig import LAYERS, READY_S, mesh_of, serving, small_model, tokens_of
 
 pytestmark = [pytest.mark.net, pytest.mark.process]
 
@@ -73,9 +73,9 @@ def test_a_sixth_helps_and_a_leaving_one_hands_over(mesh: Mesh) -> None:
     usual = tokens_of(mesh.members[0])
     sixth = mesh.add(room_for(9), (("serve.engine", "null"),))
     began = time.monotonic()
-    status = sixth.wait_for(lambda s: s.me.state == "serving", READY_SECONDS, "serving layers")
+    status = sixth.wait_for(lambda s: s.me.state == "serving", READY_S, "serving layers")
     print(f"the sixth node serves {serving(status)[sixth.peer_id]} after {time.monotonic() - began:.1f} s")
-    sixth.wait_ready(READY_SECONDS)
+    sixth.wait_ready(READY_S)
     assert tokens_of(sixth) == usual
 
     asked = mesh.members[0]
@@ -95,7 +95,7 @@ def test_a_sixth_helps_and_a_leaving_one_hands_over(mesh: Mesh) -> None:
     took = time.monotonic() - began
     print(f"{leaving.name}, which alone held some of {spans[leaving.peer_id]}, left after {took:.1f} s")
     before = len(asker.answers)
-    asked.wait_for(lambda _: len(asker.answers) > before + 2, READY_SECONDS, "more answers")
+    asked.wait_for(lambda _: len(asker.answers) > before + 2, READY_S, "more answers")
     asker.stop()
     assert not asker.errors
     assert asker.answers == [usual] * len(asker.answers)

@@ -12,13 +12,13 @@ from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.harness.member import Member
 from meshnode.harness.mesh import Mesh
 from protocols.ids import PeerId, short
-from tests.process.mesh_rig import ENDLESS, LAYERS, READY_SECONDS, mesh_of, serving, small_model, tokens_of
+from tests.process.mesh_rig import ENDLESS, LAYERS, READY_S, mesh_of, serving, small_model, tokens_of
 
 pytestmark = [pytest.mark.net, pytest.mark.process]
 
 BEGUN = 20  # tokens of an answer that is interrupted
-KILLED_SECONDS = 10.0  # 5 are promised; the rest is for a busy machine
-PAUSED_SECONDS = 12.0
+KILLED_S = 10.0  # 5 are promised; the rest is for a busy machine
+PAUSED_S = 12.0
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
 
 @pytest.fixture
 def usual(mesh: Mesh) -> list[int]:
-    mesh.wait_ready(READY_SECONDS)
+    mesh.wait_ready(READY_S)
     return tokens_of(mesh.members[0])
 
 
@@ -50,10 +50,8 @@ def strike(asker: Member, victim: Member, number: signal.Signals) -> tuple[str, 
 def answers_again(mesh: Mesh, usual: list[int]) -> None:
     began = time.monotonic()
     for member in mesh.members:
-        member.wait_for(
-            lambda s: sorted(serving(s).values()) == [(0, 8), (8, 16), (16, LAYERS)], READY_SECONDS, "all"
-        )
-    mesh.wait_ready(READY_SECONDS)
+        member.wait_for(lambda s: sorted(serving(s).values()) == [(0, 8), (8, 16), (16, LAYERS)], READY_S, "all")
+    mesh.wait_ready(READY_S)
     assert [tokens_of(member) for member in mesh.members] == [usual] * len(mesh.members)
     print(f"answers again after {time.monotonic() - began:.1f} s")
 
@@ -69,7 +67,7 @@ def test_a_killed_node(mesh: Mesh, usual: list[int], name: str) -> None:
     error, seconds = strike(asker, victim, signal.SIGKILL)
     print(f"\nkilled: {seconds:.2f} s: {error}")
     assert names(error, victim, layers)
-    assert seconds < KILLED_SECONDS
+    assert seconds < KILLED_S
     victim.wait_stopped()
     mesh.up()
     answers_again(mesh, usual)
@@ -81,7 +79,7 @@ def test_a_node_that_hangs(mesh: Mesh, usual: list[int]) -> None:
     error, seconds = strike(asker, victim, signal.SIGSTOP)
     print(f"\npaused: {seconds:.2f} s: {error}")
     assert names(error, victim, layers)
-    assert seconds < PAUSED_SECONDS
+    assert seconds < PAUSED_S
     victim.signal(signal.SIGCONT)
     answers_again(mesh, usual)
 
@@ -104,7 +102,7 @@ def test_a_killed_engine(mesh: Mesh, usual: list[int], name: str) -> None:
     print(f"\nengine killed: {time.monotonic() - began:.2f} s: {caught.value}")
     assert names(str(caught.value), victim, layers)
     assert "engine" in str(caught.value)
-    victim.wait_for(lambda s: s.engine is not None and s.engine.pid != before, READY_SECONDS, "a new engine")
+    victim.wait_for(lambda s: s.engine is not None and s.engine.pid != before, READY_S, "a new engine")
     answers_again(mesh, usual)
 
 
@@ -116,7 +114,7 @@ def test_an_asker_that_goes_away(mesh: Mesh, usual: list[int]) -> None:
         next(answers)
     assert asker.status().sessions == 1
     answers.close()
-    asker.wait_for(lambda s: s.sessions == 0, READY_SECONDS, "the end of the session")
+    asker.wait_for(lambda s: s.sessions == 0, READY_S, "the end of the session")
     for member in mesh.members:
-        member.wait_for(lambda s: s.me.sessions == 0, READY_SECONDS, "the end of the session on every stage")
+        member.wait_for(lambda s: s.me.sessions == 0, READY_S, "the end of the session on every stage")
     assert tokens_of(asker) == usual

@@ -17,7 +17,7 @@ from meshnode.state.database import Database
 from meshnode.store.blob_store import BlobStore
 from protocols.errors import MeshError
 from protocols.ids import DAG_CBOR, Cid
-from tests.process.mesh_rig import CONTEXT, READY_SECONDS, mesh_of, meshnode, small_model, tokens_of
+from tests.process.mesh_rig import CONTEXT, READY_S, mesh_of, meshnode, small_model, tokens_of
 
 pytestmark = [pytest.mark.net, pytest.mark.process]
 
@@ -107,5 +107,5 @@ def test_a_manifest_with_a_bad_signature(mesh: Mesh, node: Member) -> None:
     with Database(Paths(node.folder).state) as database:
         releases.serve_later(database, cid, "int4")
     mesh.up()
-    status = node.wait_for(lambda s: s.model is not None, READY_SECONDS, "finding the model again")
+    status = node.wait_for(lambda s: s.model is not None, READY_S, "finding the model again")
     assert status.model.manifest == manifest, "the forged one is not served, and hinders nothing"

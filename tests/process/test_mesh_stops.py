@@ -16,7 +16,7 @@ from meshnode.cli.invite import make_ticket
 from meshnode.core.errors import NodeError
 from meshnode.harness.member import Member, clean_environment
 from meshnode.harness.mesh import Mesh
-from tests.process.mesh_rig import ENDLESS, READY_SECONDS, mesh_of, meshnode, small_model, tokens_of
+from tests.process.mesh_rig import ENDLESS, READY_S, mesh_of, meshnode, small_model, tokens_of
 
 pytestmark = [pytest.mark.net, pytest.mark.process]
 
@@ -35,7 +35,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
 def server(mesh: Mesh) -> Member:
     """The node that serves the model now; there is room for it on each."""
     mesh.up()
-    mesh.wait_ready(READY_SECONDS)
+    mesh.wait_ready(READY_S)
     return next(member for member in mesh.members if member.status().engine)
 
 
@@ -44,7 +44,7 @@ def test_meshnode_stop(server: Member) -> None:
     assert len(processes) == 2, "a node and its engine"
     assert meshnode("stop", folder=server.folder).code == 0
     for process in processes:
-        process.wait(READY_SECONDS)
+        process.wait(READY_S)
     assert "node.stopped" in server.last_words()
     assert "No node runs" in meshnode("stop", folder=server.folder).sentence()
 
@@ -56,7 +56,7 @@ def test_the_second_signal_stops_at_once(server: Member) -> None:
         next(answers)
     processes = server.processes()
     processes[0].send_signal(signal.SIGINT)
-    server.wait_for(lambda s: s.me.state == "draining", READY_SECONDS, "leaving")
+    server.wait_for(lambda s: s.me.state == "draining", READY_S, "leaving")
     next(answers)
     assert server.process() is not None, "an answer is under way"
     processes[0].send_signal(signal.SIGINT)
@@ -91,7 +91,7 @@ def test_a_port_in_use(mesh: Mesh) -> None:
 def test_a_disk_that_takes_no_layer(mesh: Mesh, tmp_path: Path) -> None:
     """Files that grow too big, as on a full disk: the node says so, serves nothing and goes on answering."""
     mesh.up()
-    mesh.wait_ready(READY_SECONDS)
+    mesh.wait_ready(READY_S)
     folder = tmp_path / "short"
     founder = mesh.members[0]
     ticket = make_ticket(founder.folder, uses=1, ttl_s=600, addresses=[founder.address])
@@ -109,7 +109,7 @@ def test_a_disk_that_takes_no_layer(mesh: Mesh, tmp_path: Path) -> None:
     short = Member("short", folder, "", "", pid=child.pid, started=psutil.Process(child.pid).create_time())
     try:
         short.wait_answers()
-        status = short.wait_for(lambda s: any(w.code == "span-failed" for w in s.health), READY_SECONDS, "a warning")
+        status = short.wait_for(lambda s: any(w.code == "span-failed" for w in s.health), READY_S, "a warning")
         text = next(w.text for w in status.health if w.code == "span-failed")
         assert "does not allow files of this size" in text
         assert str(folder) in text

@@ -15,7 +15,7 @@ from meshnode.api.messages import Status
 from meshnode.cli.invite import make_ticket
 from meshnode.harness.member import Member
 from meshnode.harness.mesh import Mesh, free_ports
-from tests.process.mesh_rig import READY_SECONDS, mesh_of, meshnode, small_model, tokens_of
+from tests.process.mesh_rig import READY_S, mesh_of, meshnode, small_model, tokens_of
 
 pytestmark = [pytest.mark.net, pytest.mark.process]
 
@@ -52,7 +52,7 @@ def test_a_node_of_another_network(founder: Member, tmp_path: Path) -> None:
         stranger = other.members[0]
 
         for member, peer in ((founder, stranger), (stranger, founder)):
-            member.wait_for(partial(has_refusal, peer=peer.peer_id), READY_SECONDS, "a refusal")
+            member.wait_for(partial(has_refusal, peer=peer.peer_id), READY_S, "a refusal")
             status = json.loads(meshnode("status", "--json", folder=member.folder).out)
             found = [refusal for refusal in status["refusals"] if refusal["peer"] == peer.peer_id]
             assert {refusal["code"] for refusal in found} == {"other-network"}
@@ -70,7 +70,7 @@ def test_an_expired_ticket(founder: Member, tmp_path: Path) -> None:
     sentence = meshnode("join", ticket, folder=tmp_path / "late").sentence()
     assert "expired" in sentence
     assert_not_let_in(tmp_path / "late")
-    founder.wait_for(partial(has_refusal, code="invite-expired"), READY_SECONDS, "a refusal")
+    founder.wait_for(partial(has_refusal, code="invite-expired"), READY_S, "a refusal")
 
 
 def test_a_ticket_for_one_device_used_by_two(founder: Member, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_ticket_for_one_device_used_by_two(founder: Member, tmp_path: Path) ->
     sentence = meshnode("join", ticket, folder=tmp_path / "second").sentence()
     assert "used" in sentence
     assert_not_let_in(tmp_path / "second")
-    founder.wait_for(partial(has_refusal, code="invite-used"), READY_SECONDS, "a refusal")
+    founder.wait_for(partial(has_refusal, code="invite-used"), READY_S, "a refusal")
 
 
 def test_tampered_tickets(founder: Member, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from meshnode.state.database import Database
 from meshnode.store.blob_store import BlobStore
 from protocols.ids import Cid, peer_id_of
 from protocols.manifest.messages import Manifest
-from tests.process.mesh_rig import READY_SECONDS, mesh_of, meshnode, small_model, tokens_of
+from tests.process.mesh_rig import READY_S, mesh_of, meshnode, small_model, tokens_of
 
 pytestmark = [pytest.mark.process]
 
@@ -131,6 +131,6 @@ def test_a_running_mesh_serves_what_was_carried_to_it(place: Place, tmp_path: Pa
         ran = meshnode("model", "import", place.car, folder=mesh.members[0].folder)
         assert ran.code == 0, ran.errors
         assert "The network now serves small-noise" in ran.out
-        mesh.wait_ready(READY_SECONDS)
+        mesh.wait_ready(READY_S)
         assert mesh.members[1].status().model.manifest == place.cid
         assert tokens_of(mesh.members[0]) == tokens_of(mesh.members[1])

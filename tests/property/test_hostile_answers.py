@@ -160,9 +160,7 @@ def bounded(limit: int) -> Iterator[None]:
 async def fetch(wire: Wire, seconds: float) -> None:
     """Ask for the block from the daemon and from the gateway; it must not come, and the reason must be a text."""
     health = Health()
-    api = IpfsApi(
-        f"/ip4/127.0.0.1/tcp/{wire.port}", health, block_seconds=seconds, call_seconds=seconds, margin_seconds=0
-    )
+    api = IpfsApi(f"/ip4/127.0.0.1/tcp/{wire.port}", health, block_s=seconds, call_s=seconds, margin_s=0)
     for source in (Gateway(f"http://127.0.0.1:{wire.port}", health, seconds=seconds), api):
         with trio.fail_after(30), pytest.raises(ContentUnavailable) as caught:
             await Fallback([source]).block(CID)
@@ -191,9 +189,7 @@ async def test_what_a_daemon_sends_in_place_of_a_block(
     monkeypatch.setattr(wire, "has_version", True)
     wire.pieces = ENDED[what] if what in ENDED else Again(ENDLESS[what])
     seconds = 5.0 if what in ENDED else SECONDS
-    api = IpfsApi(
-        f"/ip4/127.0.0.1/tcp/{wire.port}", Health(), block_seconds=seconds, call_seconds=seconds, margin_seconds=0
-    )
+    api = IpfsApi(f"/ip4/127.0.0.1/tcp/{wire.port}", Health(), block_s=seconds, call_s=seconds, margin_s=0)
 
     async def refuse(_cid: bytes, _block: bytes) -> None:
         raise AssertionError("there is no block to take")
@@ -287,7 +283,7 @@ async def test_json_that_no_daemon_should_send(wire: Wire, what: str, status: in
     wire.pieces = [b"HTTP/1.1 %d X\r\nContent-Type: application/json; charset=ebcdic\r\n" % status
                    + b"Content-Length: %d\r\n\r\n" % len(body) + body]  # fmt: skip
     health = Health()
-    api = IpfsApi(f"/ip4/127.0.0.1/tcp/{wire.port}", health, call_seconds=5)
+    api = IpfsApi(f"/ip4/127.0.0.1/tcp/{wire.port}", health, call_s=5)
     with bounded(8 * MIB), trio.fail_after(30), pytest.raises((ContentUnavailable, DaemonRefused)) as caught:
         await api.version()
     assert str(caught.value).isprintable() and len(str(caught.value)) < 1000

@@ -68,7 +68,7 @@ def test_a_daemon_may_say_anything(server: Site, tmp_path: Path, body: bytes, st
 
     async def ask() -> None:
         health = Health()
-        api = IpfsApi(server.multiaddr, health, block_seconds=5, call_seconds=5)
+        api = IpfsApi(server.multiaddr, health, block_s=5, call_s=5)
         for call in (
             api.identity,
             lambda: api.add(source),
@@ -100,7 +100,7 @@ def test_a_version_may_be_anything(server: Site, body: bytes) -> None:
 
     async def ask() -> None:
         health = Health()
-        api = IpfsApi(server.multiaddr, health, call_seconds=5)
+        api = IpfsApi(server.multiaddr, health, call_s=5)
         assert await api.check() is (not health.current())
 
     trio.run(ask)
@@ -126,7 +126,7 @@ def test_a_file_in_one_go_may_be_anything(server: Site, data: st.DataObject, kin
     async def ask() -> None:
         for source in (
             Gateway(server.url, Health(), seconds=5),
-            IpfsApi(server.multiaddr, Health(), block_seconds=5),
+            IpfsApi(server.multiaddr, Health(), block_s=5),
         ):
             taken = []
 

@@ -87,9 +87,7 @@ async def test_a_partition_and_its_end(autojump_clock: MockClock, rng: random.Ra
         assert other[1].directory.live()[one[0].peer].max_layers == 7
 
 
-async def test_a_late_joiner_knows_everybody_within_three_seconds(
-    autojump_clock: MockClock, rng: random.Random
-) -> None:
+async def test_a_late_joiner_knows_everybody_within_three_s(autojump_clock: MockClock, rng: random.Random) -> None:
     async with open_mesh(rng) as mesh:
         nodes = await five(mesh)
         await mesh.line(*nodes)
@@ -100,7 +98,7 @@ async def test_a_late_joiner_knows_everybody_within_three_seconds(
         await late.sees_exactly([*nodes, late], within=3)
 
 
-async def test_a_killed_neighbour_is_gone_after_three_seconds(autojump_clock: MockClock, rng: random.Random) -> None:
+async def test_a_killed_neighbour_is_gone_after_three_s(autojump_clock: MockClock, rng: random.Random) -> None:
     async with open_mesh(rng) as mesh:
         nodes = await five(mesh)
         await mesh.full(*nodes)

@@ -472,7 +472,7 @@ async def test_a_guest_that_hangs_is_dropped_and_dialled_again(monkeypatch: pyte
 
 @pytest.mark.net
 async def test_a_guest_is_not_sent_away_as_a_stranger_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libp2p_host, "STRANGER_SECONDS", 0.3)
+    monkeypatch.setattr(libp2p_host, "STRANGER_S", 0.3)
     us, guest, stranger = (libp2p_host.open_host(bytes((number,)) * 32) for number in (1, 2, 3))
     us.welcome(guest.peer_id, (PROTOCOL,))
     guest.welcome(us.peer_id, (PROTOCOL,))

@@ -294,10 +294,10 @@ async def api(address: str, health: Health, seconds: float = 5.0) -> AsyncIterat
     daemon_api = IpfsApi(
         address,
         health,
-        block_seconds=seconds,
-        call_seconds=seconds,
-        margin_seconds=0,
-        check_seconds=3600,
+        block_s=seconds,
+        call_s=seconds,
+        margin_s=0,
+        check_s=3600,
     )
     async with running(daemon_api):
         yield daemon_api

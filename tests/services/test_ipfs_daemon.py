@@ -188,7 +188,7 @@ class World:
         self.guests = ExternalPeers(
             host, ExternalSettings(protocols=(PROTOCOL,)), random.Random(1), health=self.health
         )
-        self.api = IpfsApi(here.multiaddr, self.health, call_seconds=0.5, margin_seconds=0, check_seconds=3600)
+        self.api = IpfsApi(here.multiaddr, self.health, call_s=0.5, margin_s=0, check_s=3600)
         self.folder = folder
 
     def hold(self, *files: bytes) -> None:

@@ -29,7 +29,7 @@ from tests.services.directory_mesh import Mesh, Node, open_mesh
 
 LAYERS = 8
 LAYER_BYTES = 100_000
-LEASE_SECONDS = 12.0
+LEASE_S = 12.0
 SOON = SETTLE_S + 15.0
 
 
@@ -56,7 +56,7 @@ class Files:
         self.loading: str | None = None  # layers that go first
 
     async def fetch(self, file: FileRef) -> None:
-        await trio.sleep(float("inf") if self.stuck else self.world.fetch_seconds)
+        await trio.sleep(float("inf") if self.stuck else self.world.fetch_s)
         providers = set(self.node.directory.providers(file.cid))
         for other in self.world.members:
             path = other.store.path(file.cid)
@@ -122,7 +122,7 @@ class World:
         self.sources = files_in(folder / "model")
         self.manifest = manifest_of(self._ref, layers=LAYERS)
         self.cid = cid_of(DAG_CBOR, block_of(self.manifest))
-        self.fetch_seconds = 0.05
+        self.fetch_s = 0.05
 
     def _ref(self, name: str) -> FileRef:
         data = self.sources[name].read_bytes()
@@ -352,7 +352,7 @@ async def test_what_becomes_the_last_copy_is_protected_while_another_one_is_fetc
         two.store.remove(world.refs[0].cid)
         await trio.sleep(SOON)  # by now it is being fetched again
         await world.kill(one)
-        await trio.sleep(LEASE_SECONDS + 2)
+        await trio.sleep(LEASE_S + 2)
         assert {ref.cid for ref in world.refs[1:]} <= two.pinned("mesh-last")
 
 
@@ -391,7 +391,7 @@ async def test_a_slow_node_that_gets_on_is_not_stood_in_for(
 ) -> None:
     async with open_world(rng, tmp_path) as world:
         members = [await world.join(n) for n in (1, 2, 3, 4, 5)]
-        world.fetch_seconds = 25.0
+        world.fetch_s = 25.0
         world.publish(members[0])
         await world.until(lambda: min(world.copies()) == 2, SETTLE_S + len(world.refs) * 26.0)
         await trio.sleep(60)

@@ -199,7 +199,7 @@ def test_a_record_from_somebody_who_has_had_it_for_a_while_lasts_as_much_shorter
     assert view.accept(signed(2, advert_of(2)), 100.0, age_s=LEASE_S)[0] is Outcome.IGNORED
 
 
-def test_a_disconnected_peer_has_three_seconds() -> None:
+def test_a_disconnected_peer_has_three_s() -> None:
     view = View(members)
     view.accept(signed(1, advert_of(1)), 0.0)
     view.suspect(peer_of(1), 1.0)

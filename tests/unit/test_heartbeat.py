@@ -80,7 +80,7 @@ async def test_a_peer_that_answers_is_never_lost_and_its_round_trip_is_known(
         assert beat.round_trip_us == pytest.approx(50_000)
 
 
-async def test_a_peer_that_falls_silent_is_lost_in_four_seconds(autojump_clock: MockClock) -> None:
+async def test_a_peer_that_falls_silent_is_lost_in_four_s(autojump_clock: MockClock) -> None:
     peer = Peer()
     async with watched(peer) as (_, lost):
         await trio.sleep(33.3)

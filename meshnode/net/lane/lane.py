@@ -37,9 +37,9 @@ from meshnode.net.protocol_table import NOT_SERVED, STRANGER, ProtocolTable, ref
 from protocols.ids import PeerId
 
 PROTOCOL: Final = "/meshnode/lane/1"
-DIAL_SECONDS: Final = 3.0
-TOKEN_SECONDS: Final = 10.0
-RETRY_SECONDS: Final = 60.0  # after a failed dial the peer is asked over libp2p for so long
+DIAL_S: Final = 3.0
+TOKEN_S: Final = 10.0
+RETRY_S: Final = 60.0  # after a failed dial the peer is asked over libp2p for so long
 MAX_TOKENS: Final = 1024
 MAX_LANES: Final = 64  # per peer
 MAX_PROTOCOL_BYTES: Final = 1024
@@ -116,7 +116,7 @@ class DirectLanes:
         while self._tokens and (len(self._tokens) >= MAX_TOKENS or next(iter(self._tokens.values()))[1] < now):
             self._tokens.popitem(last=False)
         token = secrets.token_bytes(TOKEN_BYTES)
-        self._tokens[token] = (stream.peer, now + TOKEN_SECONDS)
+        self._tokens[token] = (stream.peer, now + TOKEN_S)
         ends = self._connections.ends_of(stream.peer)
         port = 0 if ends is None else self._connections.port_of(ends.here[0]) if ends.dialled else ends.here[1]
         await stream.send_all(port.to_bytes(2, "big") + self._certificate_hash + token)
@@ -184,7 +184,7 @@ class DirectLanes:
 
         Raises Declined when the peer does not serve the protocol.
         """
-        if self._nursery is None or self._failed_at.get(peer, -RETRY_SECONDS) > trio.current_time() - RETRY_SECONDS:
+        if self._nursery is None or self._failed_at.get(peer, -RETRY_S) > trio.current_time() - RETRY_S:
             return None
         try:
             port, certificate_hash, token = await self._ask(peer)
@@ -195,7 +195,7 @@ class DirectLanes:
             stream: TlsStream | None = None
             opened = False
             try:
-                with trio.move_on_after(DIAL_SECONDS):
+                with trio.move_on_after(DIAL_S):
                     stream = await self._dial(*(ends.there if ends.dialled else (ends.there[0], port)))
                     await self._introduce(stream, peer, certificate_hash, token, protocol)
                     opened = True

@@ -18,15 +18,15 @@ from typing import Final
 import trio
 
 from meshnode.core.errors import PeerUnreachable
-from meshnode.net.port import STALL_SECONDS
+from meshnode.net.port import STALL_S
 from protocols.ids import PeerId
 
 SOCKET_BYTES: Final = 1 << 18
 WRITE_BYTES: Final = 1 << 18
 SMALL_BYTES: Final = 1 << 15
 RECORD_BYTES: Final = 1 << 14  # a TLS record holds no more
-GOODBYE_SECONDS: Final = 1.0
-LINGER_SECONDS: Final = 10.0
+GOODBYE_S: Final = 1.0
+LINGER_S: Final = 10.0
 
 Socket = trio.socket.SocketType
 
@@ -148,7 +148,7 @@ class TlsStream:
         if self._closed:
             await trio.lowlevel.checkpoint()
             return
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_SECONDS):
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_S):
             if not self.broken:
                 with suppress(PeerUnreachable, OSError):
                     await self._end_here()
@@ -161,7 +161,7 @@ class TlsStream:
 
     async def _drain(self) -> None:
         """Closing a socket with unread bytes in it would destroy what the peer has not read yet."""
-        with trio.move_on_after(LINGER_SECONDS), suppress(OSError, trio.ClosedResourceError):
+        with trio.move_on_after(LINGER_S), suppress(OSError, trio.ClosedResourceError):
             while await self._sock.recv(SOCKET_BYTES):
                 pass
         self._close_socket()
@@ -194,10 +194,10 @@ class TlsStream:
                 with suppress(BlockingIOError):
                     view = view[os.write(self._sock.fileno(), view) :]
             while len(view):
-                with trio.move_on_after(STALL_SECONDS) as scope:
+                with trio.move_on_after(STALL_S) as scope:
                     view = view[await self._sock.send(view) :]
                 if scope.cancelled_caught:
-                    raise self._lost(f"{self.peer} took no data for {STALL_SECONDS:.0f} s; the stream is broken")
+                    raise self._lost(f"{self.peer} took no data for {STALL_S:.0f} s; the stream is broken")
         except (OSError, trio.ClosedResourceError) as error:
             raise self._lost(_reason(self.peer, error)) from error
 

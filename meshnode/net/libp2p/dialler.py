@@ -14,8 +14,8 @@ from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId
 from protocols.multiaddr import parse_address
 
-CONNECT_SECONDS: Final = 10.0
-STAGGER_SECONDS: Final = 0.3  # an address that does not answer holds up the next one for so long
+CONNECT_S: Final = 10.0
+STAGGER_S: Final = 0.3  # an address that does not answer holds up the next one for so long
 NO_HANDSHAKE: Final = (
     "it takes the connection and gives no libp2p handshake; either no libp2p node is there, or it and this node do "
     "not have the same network.swarm_key"
@@ -50,7 +50,7 @@ class _Attempt:
             for text in addresses:
                 over = trio.Event()
                 nursery.start_soon(self._dial, text, over, nursery.cancel_scope)
-                with trio.move_on_after(STAGGER_SECONDS):
+                with trio.move_on_after(STAGGER_S):
                     await over.wait()
 
     async def _dial(self, text: str, over: trio.Event, others: trio.CancelScope) -> None:
@@ -90,7 +90,7 @@ class Dialler:
         attempt = _Attempt(self._swarm, peer, keyed=self._keyed)
         try:
             async with lock:
-                with trio.move_on_after(CONNECT_SECONDS):
+                with trio.move_on_after(CONNECT_S):
                     await self._connections.wait_ended(peer)
                     if self._connections.live(peer) is None:
                         await attempt.run(addresses)
@@ -99,7 +99,7 @@ class Dialler:
                 self._locks.pop(peer, None)
         if self._connections.live(peer) is None:
             failures = [*attempt.failures, *(f"{where}: {NO_HANDSHAKE}" for where in attempt.silent)]
-            why = "; ".join(failures) or f"no answer within {CONNECT_SECONDS:.0f} s at {', '.join(addresses)}"
+            why = "; ".join(failures) or f"no answer within {CONNECT_S:.0f} s at {', '.join(addresses)}"
             why += KEY_HINT if self._keyed else ""
             raise PeerUnreachable(
                 f"{peer} can't be reached: {why if addresses else 'no address is known'}", peer=peer

@@ -71,8 +71,8 @@ DEGREE: Final = (8, 6, 12)  # gossip partners per topic: wanted, at least, at mo
 GOSSIP_PER_SECOND: Final = 1000.0  # messages per peer and topic; the library's 10 drops bursts of its own node
 GOSSIP_QUEUE: Final = 256  # messages waiting for one peer
 RPC_BYTES: Final = 4 * MAX_GOSSIP_BYTES
-RESTART_SECONDS: Final = 1.0
-FLUSH_SECONDS: Final = 0.5
+RESTART_S: Final = 1.0
+FLUSH_S: Final = 0.5
 
 _log = get_logger("net")
 
@@ -455,7 +455,7 @@ class GuardedManager(TrioManager):  # type: ignore[misc]  # the library has no t
                 _log.warning("task.contained", task=name, reason=_reason(error))
             if not daemon:
                 return
-            await trio.sleep(RESTART_SECONDS)
+            await trio.sleep(RESTART_S)
 
 
 class GuardedUpgrader(TransportUpgrader):  # type: ignore[misc]  # the library has no types here
@@ -553,9 +553,9 @@ class Libp2pStack:
 
     async def flush_gossip(self) -> None:
         """Wait until what was published has been handed to the connections; half a second at most."""
-        with trio.move_on_after(FLUSH_SECONDS):
+        with trio.move_on_after(FLUSH_S):
             while any(len(queue) for queue in self.pubsub.peer_queues.values()):  # noqa: ASYNC110  # no event there
-                await trio.sleep(FLUSH_SECONDS / 50)
+                await trio.sleep(FLUSH_S / 50)
 
     @property
     def protocols(self) -> tuple[str, ...]:

@@ -32,11 +32,11 @@ from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import PeerId
 from protocols.multiaddr import address_of, owned
 
-OPEN_SECONDS: Final = 10.0
-AGREE_SECONDS: Final = 10.0
-FAREWELL_SECONDS: Final = 1.5
-LAST_WORDS_SECONDS: Final = 0.05  # readers finish what had arrived before they hear that the peer is gone
-STRANGER_SECONDS: Final = 60.0  # a peer that is not admitted by then is disconnected
+OPEN_S: Final = 10.0
+AGREE_S: Final = 10.0
+FAREWELL_S: Final = 1.5
+LAST_WORDS_S: Final = 0.05  # readers finish what had arrived before they hear that the peer is gone
+STRANGER_S: Final = 60.0  # a peer that is not admitted by then is disconnected
 MAX_STRANGERS: Final = 64
 STRANGER_STREAMS: Final = 16
 GUEST_STREAMS: Final = 64  # go-bitswap opens one for every answer
@@ -123,7 +123,7 @@ class Libp2pHost(ConnectionWatcher):
                 try:
                     await trio.sleep_forever()
                 finally:
-                    with trio.CancelScope(shield=True, deadline=trio.current_time() + FAREWELL_SECONDS):
+                    with trio.CancelScope(shield=True, deadline=trio.current_time() + FAREWELL_S):
                         await self._say_farewell()
                     scope.cancel()
         finally:
@@ -174,7 +174,7 @@ class Libp2pHost(ConnectionWatcher):
             self._forget(connection)
 
     async def _forget_later(self, connection: GuardedMuxer) -> None:
-        await trio.sleep(LAST_WORDS_SECONDS)
+        await trio.sleep(LAST_WORDS_S)
         self._forget(connection)
 
     def _forget(self, connection: GuardedMuxer) -> None:
@@ -205,11 +205,11 @@ class Libp2pHost(ConnectionWatcher):
         ]
         if len(strangers) > MAX_STRANGERS:
             await strangers[0].session.kill("newer peers that are no members either took its place")
-        with trio.move_on_after(STRANGER_SECONDS):
+        with trio.move_on_after(STRANGER_S):
             await connection.session.over.wait()
             return
         if connection.peer not in self._book.admitted and connection.peer not in self._book.guests:
-            await connection.session.close(f"it did not become a member within {STRANGER_SECONDS:.0f} s")
+            await connection.session.close(f"it did not become a member within {STRANGER_S:.0f} s")
 
     def live(self, peer: PeerId) -> GuardedMuxer | None:
         """The oldest connection to a peer that has not ended."""
@@ -218,7 +218,7 @@ class Libp2pHost(ConnectionWatcher):
     async def wait_ended(self, peer: PeerId) -> None:
         """Until a peer has a connection that is up, or none at all, not even one that is ending."""
         while self._connections.get(peer) and self.live(peer) is None:  # noqa: ASYNC110 - once, as a rule
-            await trio.sleep(LAST_WORDS_SECONDS)  # what `_forget_later` waits, too
+            await trio.sleep(LAST_WORDS_S)  # what `_forget_later` waits, too
 
     def ends_of(self, peer: PeerId) -> Ends | None:
         """Of the connection to a peer; None when there is none."""
@@ -291,7 +291,7 @@ class Libp2pHost(ConnectionWatcher):
         stream = connection.session.open()
         agreed = None
         try:
-            with trio.move_on_after(OPEN_SECONDS):
+            with trio.move_on_after(OPEN_S):
                 agreed = await propose(stream, (*protocols, ADMITTED))
         except RemoteProtocolError as error:
             raise PeerUnreachable(str(error), peer=peer) from error
@@ -299,7 +299,7 @@ class Libp2pHost(ConnectionWatcher):
             if agreed not in protocols:
                 stream.reset_nowait()
         if agreed is None:
-            raise PeerUnreachable(f"{peer} did not answer to {protocols[0]} within {OPEN_SECONDS:.0f} s", peer=peer)
+            raise PeerUnreachable(f"{peer} did not answer to {protocols[0]} within {OPEN_S:.0f} s", peer=peer)
         if agreed not in protocols:
             raise refusal(peer, protocols[0], NOT_SERVED if agreed == ADMITTED else STRANGER)
         return stream
@@ -308,7 +308,7 @@ class Libp2pHost(ConnectionWatcher):
         """A stream that a peer opened; the library waits for its end."""
         protocol = None
         try:
-            with trio.move_on_after(AGREE_SECONDS):
+            with trio.move_on_after(AGREE_S):
                 protocol = await agree(stream, lambda name: self._serves(name, stream.peer))
         except (PeerUnreachable, RemoteProtocolError) as error:
             _log.debug("stream.unagreed", peer=stream.peer, reason=str(error))

@@ -15,8 +15,8 @@ from meshnode.net.pending import PendingConnections
 from protocols.errors import RemoteProtocolError
 from protocols.multiaddr import Address, parse_address
 
-HANDSHAKE_SECONDS: Final = 10.0
-ACCEPT_PAUSE_SECONDS: Final = 0.1
+HANDSHAKE_S: Final = 10.0
+ACCEPT_PAUSE_S: Final = 0.1
 BACKLOG: Final = 1024
 FIRST_BYTES: Final = 512  # a ClientHello or the begin of a libp2p handshake; the rest stays in the socket
 HEADER_BYTES: Final = 6  # that a ClientHello is known by
@@ -88,13 +88,13 @@ class Listener:
                 sock, (host, *_) = await listener.socket.accept()
             except OSError as error:  # no file descriptors left, or the caller is gone already
                 _log.warning("connection.unaccepted", reason=str(error))
-                await trio.sleep(ACCEPT_PAUSE_SECONDS)
+                await trio.sleep(ACCEPT_PAUSE_S)
                 continue
             nursery.start_soon(self._take_caller, sock, host)
 
     async def _take_caller(self, sock: trio.socket.SocketType, host: str) -> None:
         lane = None
-        with self._pending.enter(host, HANDSHAKE_SECONDS) as scope:
+        with self._pending.enter(host, HANDSHAKE_S) as scope:
             try:
                 sock.setsockopt(trio.socket.IPPROTO_TCP, trio.socket.TCP_NODELAY, 1)
                 first, is_tls = b"", None

@@ -4,7 +4,7 @@ Written anew because the library's multiplexer lets a peer push past its window 
 whose reader pauses five seconds, and shows a reset or a lost connection as a clean end. What is promised here:
 
 - no peer makes us hold more than `MAX_STREAMS` windows; whoever sends past a window loses the connection;
-- a writer waits for its reader up to `STALL_SECONDS`;
+- a writer waits for its reader up to `STALL_S`;
 - a clean end is a FIN, everything else is PeerUnreachable; bytes that arrived before a loss are still read;
 - the reading task never writes, so two full sockets can't block each other for ever.
 """
@@ -20,7 +20,7 @@ import trio
 from trio.lowlevel import ParkingLot
 
 from meshnode.core.errors import PeerUnreachable
-from meshnode.net.port import STALL_SECONDS
+from meshnode.net.port import STALL_S
 from protocols.ids import PeerId
 
 WINDOW_BYTES: Final = 1 << 18  # what a new stream may send unasked (spec, "Flow Control")
@@ -29,8 +29,8 @@ BULK_BYTES: Final = 1 << 21  # bytes read before a stream gets it
 RECORD_BYTES: Final = 65519  # plaintext of one Noise message; a larger frame would cost two
 MAX_STREAMS: Final = 128  # opened by the peer, per connection
 MAX_CONTROL_FRAMES: Final = 4096  # answers waiting for a peer that does not read them
-LINGER_SECONDS: Final = 30.0  # a closed stream whose peer never closes is forgotten after that
-GOODBYE_SECONDS: Final = 1.0
+LINGER_S: Final = 30.0  # a closed stream whose peer never closes is forgotten after that
+GOODBYE_S: Final = 1.0
 
 _HEADER: Final = struct.Struct("!BBHII")  # version, type, flags, stream id, length
 _BODY_BYTES: Final = RECORD_BYTES - _HEADER.size
@@ -110,12 +110,12 @@ class YamuxStream:
         self._check_writable()
 
     async def _wait_for_credit(self) -> None:
-        with trio.move_on_after(STALL_SECONDS) as scope:
+        with trio.move_on_after(STALL_S) as scope:
             while not self._credit and not self.broken and not self.ended_here:
                 await self._writable.park()
         if scope.cancelled_caught:
             self.session.reset(self)
-            self.break_off(f"{self.peer} took no data for {STALL_SECONDS:.0f} s; the stream is broken")
+            self.break_off(f"{self.peer} took no data for {STALL_S:.0f} s; the stream is broken")
 
     def _check_writable(self) -> None:
         if self.broken:
@@ -269,7 +269,7 @@ class YamuxSession:
                 nursery.cancel_scope.cancel()
         finally:
             self.end("this host has stopped")
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_SECONDS):
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_S):
                 await self._wire.close()
             self._closed.set()
 
@@ -301,9 +301,9 @@ class YamuxSession:
         self.over.set()
 
     async def close(self, reason: str) -> None:
-        """End in good order: what was sent before arrives. Takes `GOODBYE_SECONDS` at most."""
+        """End in good order: what was sent before arrives. Takes `GOODBYE_S` at most."""
         self.end(reason)
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_SECONDS):
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_S):
             await self._say_goodbye(0)
             await self._closed.wait()
         await self.kill(reason)
@@ -311,7 +311,7 @@ class YamuxSession:
     async def kill(self, reason: str) -> None:
         """End at once; for a peer that does not answer."""
         self.end(reason)
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_SECONDS):
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_S):
             await self._wire.close()
 
     # Writing
@@ -338,7 +338,7 @@ class YamuxSession:
         if stream.ended_there or not stream.announced:
             self._remove(stream.number)
         elif stream.number in self._streams:
-            self._lingering[stream.number] = trio.current_time() + LINGER_SECONDS
+            self._lingering[stream.number] = trio.current_time() + LINGER_S
 
     def _queue(self, frame: bytes) -> None:
         if self.ended:
@@ -355,7 +355,7 @@ class YamuxSession:
             async with self._write_lock:
                 await self._write(b"")
 
-    async def _write(self, frame: bytes, seconds: float = STALL_SECONDS) -> None:
+    async def _write(self, frame: bytes, seconds: float = STALL_S) -> None:
         """Send what is queued and then `frame`. The caller holds the lock."""
         if self._control:
             frame = b"".join((*self._control, frame))
@@ -377,7 +377,7 @@ class YamuxSession:
                 return
             self._said_goodbye = True
             self._control.append(_HEADER.pack(0, FrameType.GO_AWAY, 0, 0, code))
-            await self._write(b"", GOODBYE_SECONDS)
+            await self._write(b"", GOODBYE_S)
             try:
                 await self._wire.close_write()
             except Exception as error:  # noqa: BLE001 - the border to the library: whatever it is, the wire is gone
@@ -385,7 +385,7 @@ class YamuxSession:
 
     async def _sweep(self) -> None:
         while True:
-            await trio.sleep(LINGER_SECONDS / 4)
+            await trio.sleep(LINGER_S / 4)
             for number, due in list(self._lingering.items()):
                 if due <= trio.current_time() and number in self._streams:
                     self.reset(self._streams[number])
@@ -403,7 +403,7 @@ class YamuxSession:
                     return
         except YamuxError as error:
             self.end(f"it broke the rules of the connection: {error}")
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_SECONDS):
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_S):
                 await self._say_goodbye(1)
         except Exception as error:  # noqa: BLE001 - the border to the library: whatever it is, the wire is gone
             self.end(f"the connection was lost ({_words(error)})")

@@ -232,7 +232,7 @@ class Exchange:
             outbox.trouble = ""
             try:
                 await self.handle(asking.PeerUp(peer))
-                await outbox.pump(stream, idle_seconds=IDLE_S)
+                await outbox.pump(stream, idle_s=IDLE_S)
             except PeerUnreachable as error:
                 outbox.trouble = str(error)
             finally:

@@ -63,7 +63,7 @@ class Outbox:
         await self._wake.wait()
         self._wake = trio.Event()
 
-    async def pump(self, stream: Stream, *, idle_seconds: float) -> None:
+    async def pump(self, stream: Stream, *, idle_s: float) -> None:
         """Write until `drop`, or until nothing was needed for a while.
 
         Raises PeerUnreachable. If cancelled: a message may be half written; close the stream.
@@ -81,7 +81,7 @@ class Outbox:
                         written = True
                     finally:
                         sent(written)
-                with trio.move_on_after(idle_seconds) as idle:
+                with trio.move_on_after(idle_s) as idle:
                     await self.wait()
                 if idle.cancelled_caught and not self.needed:
                     return
