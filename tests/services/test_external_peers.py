@@ -121,64 +121,66 @@ async def meet(one: Peer, other: Peer) -> None:
     await one.host.connect(other.host.peer_id, other.host.addresses)
 
 
-async def test_a_guest_gives_what_no_member_has(tmp_path: Path) -> None:
-    data = noise(SIZE)
-    async with world(tmp_path) as it:
-        us = await it.start(US, guests=[GUEST])
-        guest = await it.start(GUEST, guests=[US], share=True, data=data)
-        await meet(us, guest)
-        opened = await us.content.open(ref(file_cid(data), len(data)))
-        assert opened.path.read_bytes() == data
-        assert us.content.fetched_from[GUEST] > SIZE
+@pytest.fixture
+async def it(tmp_path: Path) -> AsyncIterator[World]:
+    async with world(tmp_path) as made:
+        yield made
 
 
-async def test_members_are_asked_first(tmp_path: Path) -> None:
+async def test_a_guest_gives_what_no_member_has(it: World) -> None:
     data = noise(SIZE)
-    async with world(tmp_path) as it:
-        us = await it.start(US, guests=[GUEST])
-        guest = await it.start(GUEST, guests=[US], share=True, data=data)
-        member = await it.start(MEMBER, data=data)
-        us.providers.append(MEMBER)
-        for one, other in ((us, member), (member, us)):
-            one.host.admit(other.host.peer_id, True)
-        await meet(us, guest)
-        await meet(us, member)
-        await us.content.fetch(ref(file_cid(data), len(data)))
-        assert us.content.fetched_from.keys() == {MEMBER}
+    us = await it.start(US, guests=[GUEST])
+    guest = await it.start(GUEST, guests=[US], share=True, data=data)
+    await meet(us, guest)
+    opened = await us.content.open(ref(file_cid(data), len(data)))
+    assert opened.path.read_bytes() == data
+    assert us.content.fetched_from[GUEST] > SIZE
+
+
+async def test_members_are_asked_first(it: World) -> None:
+    data = noise(SIZE)
+    us = await it.start(US, guests=[GUEST])
+    guest = await it.start(GUEST, guests=[US], share=True, data=data)
+    member = await it.start(MEMBER, data=data)
+    us.providers.append(MEMBER)
+    for one, other in ((us, member), (member, us)):
+        one.host.admit(other.host.peer_id, True)
+    await meet(us, guest)
+    await meet(us, member)
+    await us.content.fetch(ref(file_cid(data), len(data)))
+    assert us.content.fetched_from.keys() == {MEMBER}
 
 
 @pytest.mark.parametrize("share", [False, True])
-async def test_nothing_leaves_the_network_unless_the_owner_says_so(tmp_path: Path, share: bool) -> None:
+async def test_nothing_leaves_the_network_unless_the_owner_says_so(it: World, share: bool) -> None:
     data = noise(SIZE)
-    async with world(tmp_path) as it:
-        us = await it.start(US, guests=[GUEST], share=share, data=data)
-        guest = await it.start(GUEST, guests=[US])
-        await meet(us, guest)
-        if share:
+    us = await it.start(US, guests=[GUEST], share=share, data=data)
+    guest = await it.start(GUEST, guests=[US])
+    await meet(us, guest)
+    if share:
+        await guest.content.fetch(ref(file_cid(data), len(data)))
+        assert us.content.served_to[GUEST] > SIZE
+    else:
+        with pytest.raises(ContentUnavailable, match="does not have it"):
             await guest.content.fetch(ref(file_cid(data), len(data)))
-            assert us.content.served_to[GUEST] > SIZE
-        else:
-            with pytest.raises(ContentUnavailable, match="does not have it"):
-                await guest.content.fetch(ref(file_cid(data), len(data)))
-            assert us.content.bytes_served == 0
+        assert us.content.bytes_served == 0
 
 
-async def test_what_comes_later_is_not_shared_either(tmp_path: Path) -> None:
+async def test_what_comes_later_is_not_shared_either(it: World) -> None:
     """A wish that waits is answered when its block comes, but not a guest's."""
     data = noise(SIZE)
-    async with world(tmp_path) as it:
-        us = await it.start(US, guests=[GUEST])
-        source = await it.start(OTHER, data=data, guests=[US], share=True)
-        guest = await it.start(GUEST, guests=[US])
-        us.providers.append(OTHER)
-        us.host.admit(OTHER, True)
-        await meet(us, guest)
-        await meet(us, source)
-        root = file_cid(data)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_fails, guest, root, len(data))
-            await us.content.fetch(ref(root, len(data)))
-        assert us.content.bytes_served == 0
+    us = await it.start(US, guests=[GUEST])
+    source = await it.start(OTHER, data=data, guests=[US], share=True)
+    guest = await it.start(GUEST, guests=[US])
+    us.providers.append(OTHER)
+    us.host.admit(OTHER, True)
+    await meet(us, guest)
+    await meet(us, source)
+    root = file_cid(data)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_fails, guest, root, len(data))
+        await us.content.fetch(ref(root, len(data)))
+    assert us.content.bytes_served == 0
 
 
 async def _fails(peer: Peer, root: Cid, size: int) -> None:
@@ -186,90 +188,86 @@ async def _fails(peer: Peer, root: Cid, size: int) -> None:
         await peer.content.fetch(ref(root, size))
 
 
-async def test_a_guest_that_is_killed_and_another_that_goes_on(tmp_path: Path) -> None:
+async def test_a_guest_that_is_killed_and_another_that_goes_on(it: World) -> None:
     data = noise(12 << 20)
-    async with world(tmp_path) as it:
-        us = await it.start(US, guests=[GUEST, OTHER])
-        guests = [await it.start(peer, guests=[US], share=True, data=data) for peer in (GUEST, OTHER)]
-        for guest in guests:
-            it.network.set_link(US, guest.host.peer_id, bandwidth=20e6)
-            await meet(us, guest)
-
-        def watch(done: int, size: int) -> None:
-            if done > 0.4 * size:
-                it.network.kill(GUEST)
-
-        opened = await us.content.open(ref(file_cid(data), len(data)), progress=watch)
-        assert opened.path.read_bytes() == data
-        assert us.host.guests == (OTHER,)
-        assert us.content.bad_providers() == {}
-
-
-async def test_the_error_names_the_guests_that_were_asked(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
-        us = await it.start(US, guests=[GUEST, OTHER])
-        guest = await it.start(GUEST, guests=[US], share=True)
+    us = await it.start(US, guests=[GUEST, OTHER])
+    guests = [await it.start(peer, guests=[US], share=True, data=data) for peer in (GUEST, OTHER)]
+    for guest in guests:
+        it.network.set_link(US, guest.host.peer_id, bandwidth=20e6)
         await meet(us, guest)
-        with pytest.raises(ContentUnavailable) as caught:
-            await us.content.fetch(ref(cid_of(RAW, b"nowhere"), 7))
-        assert "does not have it" in str(caught.value) and "not reachable" in str(caught.value)
+
+    def watch(done: int, size: int) -> None:
+        if done > 0.4 * size:
+            it.network.kill(GUEST)
+
+    opened = await us.content.open(ref(file_cid(data), len(data)), progress=watch)
+    assert opened.path.read_bytes() == data
+    assert us.host.guests == (OTHER,)
+    assert us.content.bad_providers() == {}
 
 
-async def test_a_stream_for_every_answer_is_no_broken_transfer(tmp_path: Path) -> None:
+async def test_the_error_names_the_guests_that_were_asked(it: World) -> None:
+    us = await it.start(US, guests=[GUEST, OTHER])
+    guest = await it.start(GUEST, guests=[US], share=True)
+    await meet(us, guest)
+    with pytest.raises(ContentUnavailable) as caught:
+        await us.content.fetch(ref(cid_of(RAW, b"nowhere"), 7))
+    assert "does not have it" in str(caught.value) and "not reachable" in str(caught.value)
+
+
+async def test_a_stream_for_every_answer_is_no_broken_transfer(it: World, tmp_path: Path) -> None:
     """go-bitswap opens a stream for each answer and closes it; nothing is asked twice for that."""
     data = noise(SIZE)
-    async with world(tmp_path) as it:
-        us = await it.start(US, guests=[GUEST])
-        source = Peer(it.network, GUEST, tmp_path)
-        it.peers.append(source)
-        root = source.add(data)
-        asked: list[bytes] = []
+    us = await it.start(US, guests=[GUEST])
+    source = Peer(it.network, GUEST, tmp_path)
+    it.peers.append(source)
+    root = source.add(data)
+    asked: list[bytes] = []
 
-        async def answer(stream: Stream) -> None:
-            reader = MessageReader()
-            while piece := await stream.receive_some():
-                for raw in reader.feed(piece):
-                    for entry in decode(raw).entries:
-                        if entry.cancel:
-                            continue
-                        block = source.store.block(cid_from_bytes(entry.cid))
-                        assert block is not None
-                        if entry.want_type is WantType.HAVE:
-                            back = Message(presences=(Presence(cid=entry.cid, type=PresenceType.HAVE),))
-                        else:
-                            asked.append(entry.cid)
-                            back = Message(blocks=(Block(prefix=entry.cid[:4], data=block),))
-                        out = await source.host.open_stream(US, PROTOCOL)
-                        for part in frame_parts(back):
-                            await out.send_all(bytes(part))
-                        await out.aclose()
+    async def answer(stream: Stream) -> None:
+        reader = MessageReader()
+        while piece := await stream.receive_some():
+            for raw in reader.feed(piece):
+                for entry in decode(raw).entries:
+                    if entry.cancel:
+                        continue
+                    block = source.store.block(cid_from_bytes(entry.cid))
+                    assert block is not None
+                    if entry.want_type is WantType.HAVE:
+                        back = Message(presences=(Presence(cid=entry.cid, type=PresenceType.HAVE),))
+                    else:
+                        asked.append(entry.cid)
+                        back = Message(blocks=(Block(prefix=entry.cid[:4], data=block),))
+                    out = await source.host.open_stream(US, PROTOCOL)
+                    for part in frame_parts(back):
+                        await out.send_all(bytes(part))
+                    await out.aclose()
 
-        source.host.handle(PROTOCOL, answer)
-        source.host.welcome(US, (PROTOCOL,))
-        await it.nursery.start(source.host.run)
-        await us.host.connect(GUEST, source.host.addresses)
-        opened = await us.content.open(ref(root, len(data)))
-        assert opened.path.read_bytes() == data
-        assert len(asked) == len(set(asked)) == 5  # the root and four leaves
+    source.host.handle(PROTOCOL, answer)
+    source.host.welcome(US, (PROTOCOL,))
+    await it.nursery.start(source.host.run)
+    await us.host.connect(GUEST, source.host.addresses)
+    opened = await us.content.open(ref(root, len(data)))
+    assert opened.path.read_bytes() == data
+    assert len(asked) == len(set(asked)) == 5  # the root and four leaves
 
 
-async def test_a_guest_may_not_ask_for_anything_else(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
-        us = Peer(it.network, US, tmp_path)
-        it.peers.append(us)
+async def test_a_guest_may_not_ask_for_anything_else(it: World, tmp_path: Path) -> None:
+    us = Peer(it.network, US, tmp_path)
+    it.peers.append(us)
 
-        async def never(stream: Stream) -> None:
-            raise AssertionError("served to a guest")
+    async def never(stream: Stream) -> None:
+        raise AssertionError("served to a guest")
 
-        us.host.handle("/meshnode/hello/1", never, open_to_strangers=True)
-        us.host.handle("/meshnode/sync/1", never)
-        us.host.welcome(GUEST, (PROTOCOL,))
-        await it.nursery.start(us.host.run)
-        guest = await it.start(GUEST)
-        await meet(guest, us)
-        for protocol in ("/meshnode/hello/1", "/meshnode/sync/1", PROTOCOL):
-            with pytest.raises(Declined):
-                await guest.host.open_stream(US, protocol)
+    us.host.handle("/meshnode/hello/1", never, open_to_strangers=True)
+    us.host.handle("/meshnode/sync/1", never)
+    us.host.welcome(GUEST, (PROTOCOL,))
+    await it.nursery.start(us.host.run)
+    guest = await it.start(GUEST)
+    await meet(guest, us)
+    for protocol in ("/meshnode/hello/1", "/meshnode/sync/1", PROTOCOL):
+        with pytest.raises(Declined):
+            await guest.host.open_stream(US, protocol)
 
 
 def settings_of(*peers: MemoryHost) -> ExternalSettings:
