@@ -111,20 +111,6 @@ def test_one_variant_and_what_is_missing_then(place: Place, tmp_path: Path) -> N
     assert "--force" in ran.sentence()
 
 
-def test_a_damaged_and_a_cut_file_leave_nothing_behind(place: Place, tmp_path: Path) -> None:
-    whole = place.car.read_bytes()
-    damaged = bytearray(whole)
-    damaged[len(whole) // 2] ^= 1
-    for name, data in {"damaged": bytes(damaged), "ends within": whole[:-100]}.items():
-        (tmp_path / "x.car").write_bytes(data)
-        ran = meshnode("model", "import", tmp_path / "x.car", folder=tmp_path / "data")
-        assert ran.code == 4 and name in ran.sentence()
-        assert "No models" in meshnode("model", "list", folder=tmp_path / "data").out
-    assert meshnode("model", "import", place.car, folder=tmp_path / "data").code == 0
-    there = contents(place.folder, place.manifest, place.cid)
-    assert contents(tmp_path / "data", place.manifest, place.cid) == there
-
-
 @pytest.mark.net
 def test_a_running_mesh_serves_what_was_carried_to_it(place: Place, tmp_path: Path) -> None:
     with mesh_of(tmp_path, 2, memory=("1GB",)) as mesh:

@@ -175,10 +175,13 @@ async def test_who_sends_wrong_bytes_is_named_and_the_file_comes_from_another(ne
 async def test_where_only_wrong_bytes_come_the_error_names_who_sent_them(net: Network, tmp_path: Path) -> None:
     data = noise(2 * MIB)
     await net.node(A, data, store=CorruptStore(tmp_path / "corrupt", QUOTA))
-    me, _, _ = await net.node(ME, providers=(A,), patience=0.5)
+    me, store, _ = await net.node(ME, providers=(A,), patience=0.5)
     with pytest.raises(ContentUnavailable, match="dropped, it sent") as caught:
         await me.fetch(ref(file_cid(data), len(data)))
     assert caught.value.cid == file_cid(data)
+    assert not any(any(part.read_bytes()) for part in store.folder.glob("files/*.part")), (
+        "a wrong byte is on the disk"
+    )
 
 
 async def test_a_slow_provider_does_not_hold_the_others_up(net: Network) -> None:
