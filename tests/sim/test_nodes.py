@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
+import trio
 from trio.testing import MockClock
 
-from meshnode.core.errors import BadRequest, Declined, ModelError
+from meshnode.core.errors import BadRequest, Declined, ModelError, PeerUnreachable
 from meshnode.embed import LocalNode
 from meshnode.sim.model import ModelSpec
 from meshnode.sim.world import World
@@ -39,14 +41,25 @@ async def test_status_tells_who_serves_what(world: World, autojump_clock: MockCl
     assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
 
 
-async def test_every_node_gives_the_same_answer(world: World, autojump_clock: MockClock) -> None:
-    answer = await mesh(world)
-    for name in world.devices:
-        async with library(world, name).stream([5, 6, 7], max_tokens=12, temperature=0) as pieces:
-            assert [piece.token async for piece in pieces if piece.token >= 0] == answer
-        assert pieces.answer is not None
-        assert list(pieces.answer.token_ids) == answer
-        assert len(pieces.answer.receipt.route) == 3
+async def test_every_node_gives_the_answer_of_a_lone_one(world: World, autojump_clock: MockClock) -> None:
+    """Greedy and drawn, and when all ask at once."""
+    drawn: dict[str, Any] = {"max_tokens": 40, "temperature": 0.8, "top_p": 0.9, "seed": 99}
+    async with World.open(0) as other:
+        right = await mesh(other, nodes=1, memory="8MB")
+        right_drawn = list((await library(other, "n1").generate([5, 6, 7], **drawn)).token_ids)
+    assert await mesh(world) == right
+    answers: list[list[int]] = []
+
+    async def ask(name: str) -> None:
+        answer = await library(world, name).generate([5, 6, 7], **drawn)
+        assert list(answer.token_ids) == right_drawn
+        assert len(answer.receipt.route) == 3
+        answers.append(await world.ask(name))
+
+    async with trio.open_nursery() as nursery:
+        for name in world.devices:
+            nursery.start_soon(ask, name)
+    assert answers == [right] * 3
 
 
 async def test_a_stream_that_is_closed_frees_every_stage(world: World, autojump_clock: MockClock) -> None:
@@ -118,11 +131,48 @@ async def test_a_node_that_died_comes_back_with_its_files_and_serves_again(
     assert await world.ask("n3") == answer
 
 
-async def test_an_engine_that_dies_is_started_again(world: World, autojump_clock: MockClock) -> None:
-    answer = await mesh(world)
-    world["n2"].engines[-1].lose("it was killed by SIGKILL")
-    await world.until(lambda: len(world["n2"].engines) == 2 and world.all_ready())
-    assert await world.ask("n3") == answer
+@pytest.mark.parametrize("victim", ["n1", "n2"])
+async def test_an_engine_that_dies_ends_the_answer_and_is_started_again(
+    world: World, autojump_clock: MockClock, victim: str
+) -> None:
+    """The one of the node that was asked, and another one."""
+    right = await mesh(world)
+    pieces = library(world, "n1").stream([5, 6, 7], max_tokens=2000, temperature=0)
+    for _ in range(3):
+        await anext(pieces)
+    world[victim].engines[-1].lose("it was killed by SIGKILL")
+    with pytest.raises((Declined, PeerUnreachable), match=f"engine of .*{world[victim].peer_id[-4:]}.* failed"):
+        async for _ in pieces:
+            pass
+    await world.until(lambda: len(world[victim].engines) == 2 and world.all_ready())
+    assert await world.ask("n3") == right
+
+
+async def test_a_further_node_helps_and_one_that_leaves_hands_over_while_questions_run(
+    world: World, autojump_clock: MockClock
+) -> None:
+    spec = ModelSpec()
+    for layers in (3, 4, 5, 6, 7):  # room for 25 of its 24 layers: every node is needed
+        world.add(memory=f"{layers * spec.layer_bytes * 2 + 60_000}B")
+    await world.start_all()
+    await world.publish("n1")
+    await world.until(lambda: world.all_ready())
+    right = await world.ask("n1")
+    (sixth,) = world.add(memory=f"{9 * spec.layer_bytes * 2 + 60_000}B")
+    await world.start(sixth.name)
+    await world.until(lambda: sixth.running.spans.serving is not None and world.all_ready())
+    left = trio.Event()
+
+    async def ask() -> None:
+        while not left.is_set():
+            assert await world.ask("n1") == right
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask)
+        await world.leave("n5")
+        left.set()
+    await world.until(world.all_ready)
+    assert await world.ask(sixth.name) == right
 
 
 async def test_the_newest_model_is_served(world: World, autojump_clock: MockClock) -> None:
