@@ -16,7 +16,7 @@ from meshnode.services.inference.receipt import Piece, Receipt, Request
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId
 from protocols.pipe.machine import STEP_S
-from protocols.pipe.messages import Close, HopTime, Open, Opened, Refused, Sampling, Token
+from protocols.pipe.messages import Close, HopTime, Opened, Refused, Sampling, Token
 from tests.services.pipe_mesh import GREEDY, LAYERS, PROMPT, RELEASE, SHAPE, Member, Mesh, alone, open_mesh
 
 Lie = Callable[[bytes], Opened | Refused | Token]
@@ -33,6 +33,12 @@ async def mesh() -> AsyncIterator[Mesh]:
         yield made
 
 
+@pytest.fixture
+async def asker(mesh: Mesh) -> Member:
+    """Serves nothing; the first three members serve three layers each."""
+    return await mesh.chain(3, 6)
+
+
 @pytest.mark.parametrize("cuts", [(), (3, 4), (1, 2, 5, 8)])
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
 async def test_a_chain_gives_the_tokens_of_one_process(
@@ -41,6 +47,7 @@ async def test_a_chain_gives_the_tokens_of_one_process(
     asker = await mesh.chain(*cuts)
     receipt = await asker.ask(most=20, sampling=sampling)
     assert receipt.tokens == alone(most=20, sampling=sampling)
+    assert receipt.reason == ("length" if len(receipt.tokens) == 20 else "eos")
     assert [(hop.first, hop.last) for hop in receipt.route] == list(zip((0, *cuts), (*cuts, LAYERS), strict=True))
     await mesh.freed()
 
@@ -61,17 +68,9 @@ async def test_the_cuts_of_a_prompt_change_nothing(mesh: Mesh, autojump_clock: M
     assert (0, 3) in mesh.members[1].local.steps
 
 
-async def test_draws_repeat_with_their_seed(mesh: Mesh, autojump_clock: MockClock) -> None:
-    asker = await mesh.chain(3, 6)
-    same = [(await asker.ask(most=24, sampling=DRAWN)).tokens for _ in range(2)]
-    other = (await asker.ask(most=24, sampling=replace(DRAWN, seed=12))).tokens
-    assert same[0] == same[1] != other
-
-
-async def test_several_sessions_at_once_do_not_mix(mesh: Mesh, autojump_clock: MockClock) -> None:
+async def test_several_sessions_at_once_do_not_mix(mesh: Mesh, asker: Member, autojump_clock: MockClock) -> None:
     prompts = [(5, 6, 7 + i) for i in range(6)]
     got: dict[int, list[int]] = {}
-    asker = await mesh.chain(3, 6)
     second = await mesh.start()
 
     async def one(number: int) -> None:
@@ -84,8 +83,7 @@ async def test_several_sessions_at_once_do_not_mix(mesh: Mesh, autojump_clock: M
     await mesh.freed()
 
 
-async def test_the_receipt_tells_where_the_time_went(mesh: Mesh, autojump_clock: MockClock) -> None:
-    asker = await mesh.chain(3, 6)
+async def test_the_receipt_tells_where_the_time_went(asker: Member, autojump_clock: MockClock) -> None:
     receipt = await asker.ask(most=4)
     assert receipt.prompt == PROMPT
     assert len(receipt.arrivals) == len(receipt.tokens) == len(receipt.hop_times) == len(receipt.return_us) == 4
@@ -98,17 +96,8 @@ async def test_the_receipt_tells_where_the_time_went(mesh: Mesh, autojump_clock:
 # ---------------------------------------------------------------- ends
 
 
-async def test_the_answer_ends_at_its_length(mesh: Mesh, autojump_clock: MockClock) -> None:
-    asker = await mesh.chain(4)
-    for most in (1, 2, 7):
-        receipt = await asker.ask(most=most)
-        assert (len(receipt.tokens), receipt.reason) == (most, "length")
-    await mesh.freed()
-
-
-async def test_the_answer_ends_at_an_end_token(mesh: Mesh, autojump_clock: MockClock) -> None:
+async def test_the_answer_ends_at_an_end_token(mesh: Mesh, asker: Member, autojump_clock: MockClock) -> None:
     right = alone(most=12)
-    asker = await mesh.chain(4)
     manifest = replace(RELEASE.manifest, architecture=replace(SHAPE, eos_ids=(right[4],)))
     mesh.current = replace(RELEASE, manifest=manifest)
     receipt = await asker.ask()
@@ -117,16 +106,16 @@ async def test_the_answer_ends_at_an_end_token(mesh: Mesh, autojump_clock: MockC
     await mesh.freed()
 
 
-async def test_a_long_answer_ends_at_the_context(mesh: Mesh, autojump_clock: MockClock) -> None:
+async def test_a_long_answer_ends_at_the_context(asker: Member, autojump_clock: MockClock) -> None:
     prompt = tuple(3 + i % 200 for i in range(SHAPE.context - 3))
-    asker = await mesh.chain(4)
     receipt = await asker.ask(prompt, most=1000)
     assert (len(receipt.tokens), receipt.reason) == (3, "length")
 
 
 @pytest.mark.parametrize("after", [0, 1, 5])
-async def test_cancelling_frees_the_session_on_every_stage(mesh: Mesh, after: int, autojump_clock: MockClock) -> None:
-    asker = await mesh.chain(3, 6)
+async def test_cancelling_frees_the_session_on_every_stage(
+    mesh: Mesh, asker: Member, after: int, autojump_clock: MockClock
+) -> None:
     with trio.CancelScope() as scope:
 
         def each(count: int) -> None:
@@ -146,17 +135,15 @@ async def test_cancelling_frees_the_session_on_every_stage(mesh: Mesh, after: in
 
 
 async def test_no_stage_holds_a_session_while_the_reader_looks_at_the_receipt(
-    mesh: Mesh, autojump_clock: MockClock
+    mesh: Mesh, asker: Member, autojump_clock: MockClock
 ) -> None:
-    asker = await mesh.chain(3, 6)
     async with aclosing(asker.origin.generate(Request(PROMPT, 2, GREEDY))) as pieces:
         async for piece in pieces:
             if isinstance(piece, Receipt):
                 await mesh.freed()
 
 
-async def test_a_slow_reader_loses_nothing(mesh: Mesh, autojump_clock: MockClock) -> None:
-    asker = await mesh.chain(3, 6)
+async def test_a_slow_reader_loses_nothing(asker: Member, autojump_clock: MockClock) -> None:
     got: list[int] = []
     async with aclosing(asker.origin.generate(Request(PROMPT, 6, GREEDY))) as pieces:
         async for piece in pieces:
@@ -191,9 +178,8 @@ async def fails(member: Member, prompt: tuple[int, ...] = PROMPT, most: int = 50
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 async def test_a_stage_that_dies_on_the_way_is_named_with_its_layers(
-    mesh: Mesh, number: int, autojump_clock: MockClock
+    mesh: Mesh, asker: Member, number: int, autojump_clock: MockClock
 ) -> None:
-    asker = await mesh.chain(3, 6)
     victim = mesh.members[number - 1]
     died = [0.0]
 
@@ -213,9 +199,8 @@ async def test_a_stage_that_dies_on_the_way_is_named_with_its_layers(
 
 
 async def test_a_link_between_stages_that_breaks_blames_the_one_that_was_not_reached(
-    mesh: Mesh, autojump_clock: MockClock
+    mesh: Mesh, asker: Member, autojump_clock: MockClock
 ) -> None:
-    asker = await mesh.chain(3, 6)
     one, other = mesh.members[1:3]
 
     def each(count: int) -> None:
@@ -284,8 +269,9 @@ async def test_without_another_way_the_first_no_is_passed_on(mesh: Mesh, autojum
     assert "sessions of this engine are taken" in str(error)
 
 
-async def test_a_dead_stage_without_a_replica_is_named_at_once(mesh: Mesh, autojump_clock: MockClock) -> None:
-    asker = await mesh.chain(3, 6)
+async def test_a_dead_stage_without_a_replica_is_named_at_once(
+    mesh: Mesh, asker: Member, autojump_clock: MockClock
+) -> None:
     mesh.members[1].kill()
     began = trio.current_time()
     error = await fails(asker)
@@ -296,30 +282,9 @@ async def test_a_dead_stage_without_a_replica_is_named_at_once(mesh: Mesh, autoj
     await mesh.freed()
 
 
-async def test_a_stage_that_does_not_open_is_given_up(mesh: Mesh, autojump_clock: MockClock) -> None:
-    asker = await mesh.chain(3, 6)
-    dumb = mesh.members[1]
-    dumb.pipes.handle(Open, lambda *_: None)
-    error = await fails(asker)
-    assert error.peer == dumb.peer
-    assert "did not open the session within 15 s" in str(error)
-    await mesh.freed()
-
-
-async def test_an_engine_that_dies_later_ends_the_answer(mesh: Mesh, autojump_clock: MockClock) -> None:
-    asker = await mesh.chain(3, 6)
-    victim = mesh.members[1]
-    victim.local.dies_after = 4
-    error = await fails(asker)
-    assert isinstance(error, Declined)
-    assert (error.code, error.peer) == ("engine-lost", victim.peer)
-    assert "SIGKILL" in str(error)
-    assert victim.engine_failures == ["it was killed by SIGKILL"]
-    await mesh.freed()
-
-
-async def test_an_engine_that_hangs_ends_the_answer_with_a_sentence(mesh: Mesh, autojump_clock: MockClock) -> None:
-    asker = await mesh.chain(3, 6)
+async def test_an_engine_that_hangs_ends_the_answer_with_a_sentence(
+    mesh: Mesh, asker: Member, autojump_clock: MockClock
+) -> None:
 
     def each(count: int) -> None:
         if count == 3:
@@ -334,9 +299,10 @@ async def test_an_engine_that_hangs_ends_the_answer_with_a_sentence(mesh: Mesh, 
 
 
 @pytest.mark.parametrize("bandwidth", [0.0, 2_000.0])
-async def test_a_slow_link_is_slow_and_right(mesh: Mesh, bandwidth: float, autojump_clock: MockClock) -> None:
+async def test_a_slow_link_is_slow_and_right(
+    mesh: Mesh, asker: Member, bandwidth: float, autojump_clock: MockClock
+) -> None:
     prompt = tuple(3 + i % 200 for i in range(200))
-    asker = await mesh.chain(3, 6)
     for one in mesh.members:
         for other in mesh.members:
             if one is not other:
@@ -359,9 +325,8 @@ async def test_a_slow_link_is_slow_and_right(mesh: Mesh, bandwidth: float, autoj
     ],
 )
 async def test_bad_requests_are_declined_with_a_sentence(
-    mesh: Mesh, request_: Request, code: str, words: str, autojump_clock: MockClock
+    mesh: Mesh, asker: Member, request_: Request, code: str, words: str, autojump_clock: MockClock
 ) -> None:
-    asker = await mesh.chain(3, 6)
     with pytest.raises(Declined) as caught:
         async with aclosing(asker.origin.generate(request_)) as pieces:
             async for _ in pieces:
@@ -460,8 +425,7 @@ async def test_answers_after_the_end_are_ignored(mesh: Mesh, autojump_clock: Moc
     assert asker.origin.in_flight() == {}
 
 
-async def test_a_reader_that_falls_asleep_is_told_so(mesh: Mesh, autojump_clock: MockClock) -> None:
-    asker = await mesh.chain(4)
+async def test_a_reader_that_falls_asleep_is_told_so(mesh: Mesh, asker: Member, autojump_clock: MockClock) -> None:
     got: list[int] = []
     with pytest.raises(Declined, match=r"no step came to .* for 605 s") as caught:
         async with aclosing(asker.origin.generate(Request(PROMPT, 15, GREEDY))) as pieces:
