@@ -276,84 +276,82 @@ def settings_of(*peers: MemoryHost) -> ExternalSettings:
     )
 
 
-async def test_guests_are_dialled_again_ever_more_rarely(autojump_clock: MockClock) -> None:
+async def test_guests_are_dialled_again_ever_more_rarely(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     network = MemoryNetwork()
     us, guest = network.host(US), network.host(GUEST)
     service = ExternalPeers(us, settings_of(guest), random.Random(1))
     assert service.configured == (GUEST,)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(us.run)
-        await nursery.start(service.run)
-        await trio.sleep(300)
-        assert "does not answer" in service.failures()[GUEST]
-        await nursery.start(guest.run)
-        with trio.fail_after(1.5 * LAST_PAUSE_S + 1):
-            await connection(us, connected=True)
-        assert us.peers == () and us.guests == (GUEST,)
-        assert service.failures() == {}
-        await trio.sleep(60)
-        network.kill(GUEST)
-        await connection(us, connected=False)
-        await trio.lowlevel.checkpoint()
-        guest = network.host(GUEST)
-        await nursery.start(guest.run)
-        with trio.fail_after(4 * FIRST_PAUSE_S):
-            await connection(us, connected=True)
-        nursery.cancel_scope.cancel()
+    await nursery.start(us.run)
+    await nursery.start(service.run)
+    await trio.sleep(300)
+    assert "does not answer" in service.failures()[GUEST]
+    await nursery.start(guest.run)
+    with trio.fail_after(1.5 * LAST_PAUSE_S + 1):
+        await connection(us, connected=True)
+    assert us.peers == () and us.guests == (GUEST,)
+    assert service.failures() == {}
+    await trio.sleep(60)
+    network.kill(GUEST)
+    await connection(us, connected=False)
+    await trio.lowlevel.checkpoint()
+    guest = network.host(GUEST)
+    await nursery.start(guest.run)
+    with trio.fail_after(4 * FIRST_PAUSE_S):
+        await connection(us, connected=True)
 
 
-async def test_a_guest_out_of_reach_stands_in_the_health_until_it_comes(autojump_clock: MockClock) -> None:
+async def test_a_guest_out_of_reach_stands_in_the_health_until_it_comes(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
     network = MemoryNetwork()
     us, guest = network.host(US), network.host(GUEST)
     health = Health(trio.current_time)
     service = ExternalPeers(us, settings_of(guest), random.Random(1), health=health, wall=lambda: 1_795_000_000_000)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(us.run)
-        await nursery.start(service.run)
-        await trio.sleep(15)
-        assert health.current() == []  # it may just be starting
-        await trio.sleep(60)
-        [shown] = health.current()
-        assert shown.code == "guest-unreachable"
-        for part in (guest.addresses[0].partition("/p2p/")[0], "since 2026-11-18 11:06 UTC", "content.ipfs_peers"):
-            assert part in shown.text
-        await nursery.start(guest.run)
-        await connection(us, connected=True)
-        assert health.current() == []
-        network.kill(GUEST)
-        await trio.sleep(30)
-        [shown] = health.current()
-        assert 20 < shown.since_s < 31
-        nursery.cancel_scope.cancel()
+    await nursery.start(us.run)
+    await nursery.start(service.run)
+    await trio.sleep(15)
+    assert health.current() == []  # it may just be starting
+    await trio.sleep(60)
+    [shown] = health.current()
+    assert shown.code == "guest-unreachable"
+    for part in (guest.addresses[0].partition("/p2p/")[0], "since 2026-11-18 11:06 UTC", "content.ipfs_peers"):
+        assert part in shown.text
+    await nursery.start(guest.run)
+    await connection(us, connected=True)
+    assert health.current() == []
+    network.kill(GUEST)
+    await trio.sleep(30)
+    [shown] = health.current()
+    assert 20 < shown.since_s < 31
 
 
-async def test_guests_are_added_moved_and_removed_while_it_runs(autojump_clock: MockClock) -> None:
+async def test_guests_are_added_moved_and_removed_while_it_runs(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
     network = MemoryNetwork()
     us, guest, other = network.host(US), network.host(GUEST), network.host(OTHER)
     health = Health(trio.current_time)
     service = ExternalPeers(us, settings_of(), random.Random(1), health=health)
-    async with trio.open_nursery() as nursery:
-        for host in (us, guest):
-            await nursery.start(host.run)
-        await nursery.start(service.run)
-        service.configure(GUEST, other.addresses, "content.ipfs_api")
-        await trio.sleep(40)
-        [shown] = health.current()
-        assert "content.ipfs_api" in shown.text
-        service.configure(GUEST, guest.addresses, "content.ipfs_api")
-        with trio.fail_after(1.5 * LAST_PAUSE_S + 1):
-            await connection(us, connected=True)
-        assert service.configured == (GUEST,)
-        assert health.current() == []
-        service.release(GUEST, "content.ipfs_peers", "that setting does not name it")
-        assert service.configured == (GUEST,)
-        service.release(GUEST, "content.ipfs_api", "it has another name now")
-        await connection(us, connected=False)
-        assert (us.guests, service.configured) == ((), ())
-        service.release(GUEST, "content.ipfs_api", "twice")
-        await trio.sleep(100)
-        assert (us.guests, us.peers, service.failures(), health.current()) == ((), (), {}, [])
-        nursery.cancel_scope.cancel()
+    for host in (us, guest):
+        await nursery.start(host.run)
+    await nursery.start(service.run)
+    service.configure(GUEST, other.addresses, "content.ipfs_api")
+    await trio.sleep(40)
+    [shown] = health.current()
+    assert "content.ipfs_api" in shown.text
+    service.configure(GUEST, guest.addresses, "content.ipfs_api")
+    with trio.fail_after(1.5 * LAST_PAUSE_S + 1):
+        await connection(us, connected=True)
+    assert service.configured == (GUEST,)
+    assert health.current() == []
+    service.release(GUEST, "content.ipfs_peers", "that setting does not name it")
+    assert service.configured == (GUEST,)
+    service.release(GUEST, "content.ipfs_api", "it has another name now")
+    await connection(us, connected=False)
+    assert (us.guests, service.configured) == ((), ())
+    service.release(GUEST, "content.ipfs_api", "twice")
+    await trio.sleep(100)
+    assert (us.guests, us.peers, service.failures(), health.current()) == ((), (), {}, [])
 
 
 async def connection(host: MemoryHost, *, connected: bool) -> None:
@@ -437,57 +435,57 @@ class Wire:
 
 
 @pytest.mark.net
-async def test_a_guest_that_hangs_is_dropped_and_dialled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_guest_that_hangs_is_dropped_and_dialled_again(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(heartbeat, "GUEST", heartbeat.Rhythm(32, period_s=0.1, measure_s=0.1, silence_s=1.0))
     us, guest = (libp2p_host.open_host(bytes((number,)) * 32) for number in (1, 2))
     guest.welcome(us.peer_id, (PROTOCOL,))
-    async with trio.open_nursery() as nursery:
-        for host in (us, guest):
-            await nursery.start(host.run)
-        wire = Wire(int(guest.addresses[0].split("/")[4]))
-        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        nursery.start_soon(trio.serve_listeners, wire.serve, [listener])
-        port = listener.socket.getsockname()[1]
-        service = ExternalPeers(
-            us,
-            ExternalSettings(addresses=(f"/ip4/127.0.0.1/tcp/{port}/p2p/{guest.peer_id}",), protocols=(PROTOCOL,)),
-            random.Random(1),
-        )
-        await nursery.start(service.run)
-        events = us.guest_events()
-        with trio.fail_after(60):
-            assert (await events.receive()).connected
-            with trio.move_on_after(1.5) as quiet:  # it says nothing but what it is asked for
-                await events.receive()
-            assert quiet.cancelled_caught
-            wire.cut()
-            event = await events.receive()
-            assert (event.connected, event.reason) == (False, "no heartbeat for 1 s")
-            wire.open.set()
-            assert (await events.receive()).connected
-        nursery.cancel_scope.cancel()
+    for host in (us, guest):
+        await nursery.start(host.run)
+    wire = Wire(int(guest.addresses[0].split("/")[4]))
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    nursery.start_soon(trio.serve_listeners, wire.serve, [listener])
+    port = listener.socket.getsockname()[1]
+    service = ExternalPeers(
+        us,
+        ExternalSettings(addresses=(f"/ip4/127.0.0.1/tcp/{port}/p2p/{guest.peer_id}",), protocols=(PROTOCOL,)),
+        random.Random(1),
+    )
+    await nursery.start(service.run)
+    events = us.guest_events()
+    with trio.fail_after(60):
+        assert (await events.receive()).connected
+        with trio.move_on_after(1.5) as quiet:  # it says nothing but what it is asked for
+            await events.receive()
+        assert quiet.cancelled_caught
+        wire.cut()
+        event = await events.receive()
+        assert (event.connected, event.reason) == (False, "no heartbeat for 1 s")
+        wire.open.set()
+        assert (await events.receive()).connected
 
 
 @pytest.mark.net
-async def test_a_guest_is_not_sent_away_as_a_stranger_is(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_guest_is_not_sent_away_as_a_stranger_is(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(libp2p_host, "STRANGER_S", 0.3)
     us, guest, stranger = (libp2p_host.open_host(bytes((number,)) * 32) for number in (1, 2, 3))
     us.welcome(guest.peer_id, (PROTOCOL,))
     guest.welcome(us.peer_id, (PROTOCOL,))
-    async with trio.open_nursery() as nursery:
-        for host in (us, guest, stranger):
-            await nursery.start(host.run)
-        events = us.events()
-        for host in (guest, stranger):
-            await host.connect(us.peer_id, us.addresses)
-        with trio.fail_after(20):
-            up, down = [await events.receive() for _ in range(2)]
-        assert [(event.peer, event.connected) for event in (up, down)] == [
-            (stranger.peer_id, True),
-            (stranger.peer_id, False),
-        ]
-        assert us.guests == (guest.peer_id,)
-        nursery.cancel_scope.cancel()
+    for host in (us, guest, stranger):
+        await nursery.start(host.run)
+    events = us.events()
+    for host in (guest, stranger):
+        await host.connect(us.peer_id, us.addresses)
+    with trio.fail_after(20):
+        up, down = [await events.receive() for _ in range(2)]
+    assert [(event.peer, event.connected) for event in (up, down)] == [
+        (stranger.peer_id, True),
+        (stranger.peer_id, False),
+    ]
+    assert us.guests == (guest.peer_id,)
 
 
 # Peers that are used, and peers that come

@@ -91,17 +91,15 @@ async def test_a_question_and_its_answer(answer: Answer) -> None:
     assert keeper.asked == [(PeerId("asker"), QUESTION)]
 
 
-async def test_a_silent_peer_is_given_up(autojump_clock: MockClock) -> None:
-    async with trio.open_nursery() as nursery:
-        hosts: Any = TwoHosts(nursery)
+async def test_a_silent_peer_is_given_up(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    hosts: Any = TwoHosts(nursery)
 
-        async def silent(stream: Any) -> None:
-            await trio.sleep_forever()
+    async def silent(stream: Any) -> None:
+        await trio.sleep_forever()
 
-        hosts.handle(PROTOCOL, silent)
-        with pytest.raises(PeerUnreachable, match="within 5 s"):
-            await HoldQuestions(hosts).ask(PeerId("b"), QUESTION)
-        nursery.cancel_scope.cancel()
+    hosts.handle(PROTOCOL, silent)
+    with pytest.raises(PeerUnreachable, match="within 5 s"):
+        await HoldQuestions(hosts).ask(PeerId("b"), QUESTION)
 
 
 @pytest.mark.parametrize("data", [pack(HOLDS.encode(Held(hold_ms=1))), pack(b"\xff"), b"\xff" * 100])
