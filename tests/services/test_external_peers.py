@@ -188,24 +188,6 @@ async def _fails(peer: Peer, root: Cid, size: int) -> None:
         await peer.content.fetch(ref(root, size))
 
 
-async def test_a_guest_that_is_killed_and_another_that_goes_on(it: World) -> None:
-    data = noise(12 << 20)
-    us = await it.start(US, guests=[GUEST, OTHER])
-    guests = [await it.start(peer, guests=[US], share=True, data=data) for peer in (GUEST, OTHER)]
-    for guest in guests:
-        it.network.set_link(US, guest.host.peer_id, bandwidth=20e6)
-        await meet(us, guest)
-
-    def watch(done: int, size: int) -> None:
-        if done > 0.4 * size:
-            it.network.kill(GUEST)
-
-    opened = await us.content.open(ref(file_cid(data), len(data)), progress=watch)
-    assert opened.path.read_bytes() == data
-    assert us.host.guests == (OTHER,)
-    assert us.content.bad_providers() == {}
-
-
 async def test_the_error_names_the_guests_that_were_asked(it: World) -> None:
     us = await it.start(US, guests=[GUEST, OTHER])
     guest = await it.start(GUEST, guests=[US], share=True)
@@ -372,38 +354,37 @@ def test_wishes_of_guests_can_be_refused_in_words() -> None:
     assert not server.added([cid_to_bytes(cid_of(RAW, b"x"))])
 
 
-async def test_wishes_by_cid_version_0_are_understood(tmp_path: Path) -> None:
+async def test_wishes_by_cid_version_0_are_understood(it: World) -> None:
     """Kubo asks by the names that stand in the tree; the answer comes under the name that was asked."""
     data = noise(SIZE)
     builder = Builder(chunk=1 << 18, wrapped=True, old=True)
     builder.update(data)
     root, block = builder.finish().inner[-1]
     answers: list[Message] = []
-    async with world(tmp_path) as it:
-        us = await it.start(US, guests=[GUEST], share=True)
-        us.store.put_block(block, DAG_PB)
-        guest = Peer(it.network, GUEST, tmp_path)
-        it.peers.append(guest)
-        got = trio.Event()
+    us = await it.start(US, guests=[GUEST], share=True)
+    us.store.put_block(block, DAG_PB)
+    guest = Peer(it.network, GUEST, it.folder)
+    it.peers.append(guest)
+    got = trio.Event()
 
-        async def hear(stream: Stream) -> None:
-            reader = MessageReader()
-            while piece := await stream.receive_some():
-                for raw in reader.feed(piece):
-                    answers.append(decode(raw))
-                    got.set()
+    async def hear(stream: Stream) -> None:
+        reader = MessageReader()
+        while piece := await stream.receive_some():
+            for raw in reader.feed(piece):
+                answers.append(decode(raw))
+                got.set()
 
-        guest.host.handle(PROTOCOL, hear)
-        guest.host.welcome(US, (PROTOCOL,))
-        await it.nursery.start(guest.host.run)
-        await meet(guest, us)
-        stream = await guest.host.open_stream(US, PROTOCOL)
-        missing = b"\x12\x20" + bytes(32)
-        wishes = (Entry(cid=root[2:]), Entry(cid=missing, send_dont_have=True))
-        for part in frame_parts(Message(entries=wishes)):
-            await stream.send_all(bytes(part))
-        await got.wait()
-        await stream.aclose()
+    guest.host.handle(PROTOCOL, hear)
+    guest.host.welcome(US, (PROTOCOL,))
+    await it.nursery.start(guest.host.run)
+    await meet(guest, us)
+    stream = await guest.host.open_stream(US, PROTOCOL)
+    missing = b"\x12\x20" + bytes(32)
+    wishes = (Entry(cid=root[2:]), Entry(cid=missing, send_dont_have=True))
+    for part in frame_parts(Message(entries=wishes)):
+        await stream.send_all(bytes(part))
+    await got.wait()
+    await stream.aclose()
     (answer,) = answers
     assert [(b.prefix, bytes(b.data), b.cid()) for b in answer.blocks] == [(b"\x00\x70\x12\x20", block, root)]
     assert answer.presences == (Presence(cid=missing, type=PresenceType.DONT_HAVE),)
@@ -491,14 +472,9 @@ async def test_a_guest_is_not_sent_away_as_a_stranger_is(
 # Peers that are used, and peers that come
 
 
-class Node:
-    def __init__(self, host: MemoryHost, anyone: bool) -> None:
-        self.host = host
-        settings = ExternalSettings(protocols=(PROTOCOL,), offers=(PROTOCOL,) if anyone else ())
-        self.external = ExternalPeers(host, settings, random.Random(1))
+class Town:
+    """Nodes that use peers, and peers."""
 
-
-class Meeting:
     def __init__(self, nursery: trio.Nursery) -> None:
         self.network = MemoryNetwork()
         self._nursery = nursery
@@ -508,110 +484,105 @@ class Meeting:
         await self._nursery.start(host.run)
         return host
 
-    async def start(self, name: str, *, anyone: bool = False) -> Node:
-        node = Node(await self.host(name), anyone)
-        await self._nursery.start(node.external.run)
-        return node
+    async def us(self, *, anyone: bool = False) -> tuple[MemoryHost, ExternalPeers]:
+        host = await self.host("us")
+        settings = ExternalSettings(protocols=(PROTOCOL,), offers=(PROTOCOL,) if anyone else ())
+        external = ExternalPeers(host, settings, random.Random(1))
+        await self._nursery.start(external.run)
+        return host, external
 
 
-@asynccontextmanager
-async def meeting() -> AsyncIterator[Meeting]:
-    async with trio.open_nursery() as nursery:
-        yield Meeting(nursery)
-        nursery.cancel_scope.cancel()
+@pytest.fixture
+async def town(nursery: trio.Nursery) -> Town:
+    return Town(nursery)
 
 
 async def silent(stream: Stream) -> None:
     await trio.sleep_forever()
 
 
-async def test_a_peer_is_a_guest_as_long_as_anybody_wants_it(autojump_clock: MockClock) -> None:
-    async with meeting() as it:
-        us = await it.start("us")
-        server = await it.host("server")
-        us.host.handle("/a", silent)
-        us.host.handle("/b", silent)
-        async with us.external.use(server.peer_id, server.addresses, ["/a"]):
-            async with us.external.use(server.peer_id, server.addresses, ["/b"]):
-                await (await server.open_stream(US, "/a")).aclose()
-                await (await server.open_stream(US, "/b")).aclose()
+async def test_a_peer_is_a_guest_as_long_as_anybody_wants_it(town: Town, autojump_clock: MockClock) -> None:
+    us, external = await town.us()
+    server = await town.host("server")
+    us.handle("/a", silent)
+    us.handle("/b", silent)
+    async with external.use(server.peer_id, server.addresses, ["/a"]):
+        async with external.use(server.peer_id, server.addresses, ["/b"]):
             await (await server.open_stream(US, "/a")).aclose()
-            with pytest.raises(Declined):
-                await server.open_stream(US, "/b")
-        lingering = us.host.guests
-        assert lingering == (server.peer_id,), "it stays for the next question"
+            await (await server.open_stream(US, "/b")).aclose()
+        await (await server.open_stream(US, "/a")).aclose()
         with pytest.raises(Declined):
-            await server.open_stream(US, "/a")
-        await trio.sleep(2 * LINGER_S)
-        left = us.host.guests
-        assert left == ()
-        gone = peer_of_key("nobody")
-        with pytest.raises(PeerUnreachable):
-            async with us.external.use(gone, ["/ip4/10.9.9.9/tcp/1"]):
-                pytest.fail("there is nobody")
+            await server.open_stream(US, "/b")
+    lingering = us.guests
+    assert lingering == (server.peer_id,), "it stays for the next question"
+    with pytest.raises(Declined):
+        await server.open_stream(US, "/a")
+    await trio.sleep(2 * LINGER_S)
+    left = us.guests
+    assert left == ()
+    gone = peer_of_key("nobody")
+    with pytest.raises(PeerUnreachable):
+        async with external.use(gone, ["/ip4/10.9.9.9/tcp/1"]):
+            pytest.fail("there is nobody")
+    await trio.testing.wait_all_tasks_blocked()
+    assert us.book.guests == {} and external._reasons == {}
+
+
+async def test_a_peer_that_is_wanted_again_while_it_leaves_stays(town: Town, autojump_clock: MockClock) -> None:
+    us, external = await town.us()
+    server = await town.host("server")
+    async with external.use(server.peer_id, server.addresses):
+        pass
+    await trio.sleep(LINGER_S)  # it leaves at this very moment
+    async with external.use(server.peer_id, server.addresses, ["/a"]):
         await trio.testing.wait_all_tasks_blocked()
-        assert us.host.book.guests == {} and us.external._reasons == {}
+        assert us.guests == (server.peer_id,)
 
 
-async def test_a_peer_that_is_wanted_again_while_it_leaves_stays(autojump_clock: MockClock) -> None:
-    async with meeting() as it:
-        us = await it.start("us")
-        server = await it.host("server")
-        async with us.external.use(server.peer_id, server.addresses):
-            pass
-        await trio.sleep(LINGER_S)  # it leaves at this very moment
-        async with us.external.use(server.peer_id, server.addresses, ["/a"]):
-            await trio.testing.wait_all_tasks_blocked()
-            assert us.host.guests == (server.peer_id,)
-
-
-async def test_a_configured_peer_outlives_its_use_and_its_visit(autojump_clock: MockClock) -> None:
-    async with meeting() as it:
-        us = await it.start("us")
-        server = await it.host("server")
-        async with us.external.use(server.peer_id, server.addresses):
-            us.external.configure(server.peer_id, server.addresses, "content.ipfs_api")
+async def test_a_configured_peer_outlives_its_use_and_its_visit(town: Town, autojump_clock: MockClock) -> None:
+    us, external = await town.us()
+    server = await town.host("server")
+    async with external.use(server.peer_id, server.addresses):
+        external.configure(server.peer_id, server.addresses, "content.ipfs_api")
+    await trio.sleep(2 * LINGER_S)
+    assert us.guests == (server.peer_id,)
+    assert us.book.guests[server.peer_id] == {PROTOCOL}
+    async with external.use(server.peer_id, server.addresses, ["/a"]):
+        external.release(server.peer_id, "content.ipfs_api", "it moved")
         await trio.sleep(2 * LINGER_S)
-        assert us.host.guests == (server.peer_id,)
-        assert us.host.book.guests[server.peer_id] == {PROTOCOL}
-        async with us.external.use(server.peer_id, server.addresses, ["/a"]):
-            us.external.release(server.peer_id, "content.ipfs_api", "it moved")
-            await trio.sleep(2 * LINGER_S)
-            assert us.host.guests == (server.peer_id,)
-            assert us.host.book.guests[server.peer_id] == {"/a"}
-        await trio.sleep(2 * LINGER_S)
-        assert us.host.guests == ()
+        assert us.guests == (server.peer_id,)
+        assert us.book.guests[server.peer_id] == {"/a"}
+    await trio.sleep(2 * LINGER_S)
+    assert us.guests == ()
 
 
-async def test_visitors_are_few_and_are_forgotten(autojump_clock: MockClock) -> None:
-    async with meeting() as it:
-        us = await it.start("us", anyone=True)
-        us.host.handle(PROTOCOL, silent, open_to_strangers=True)
-        us.host.handle("/members/only", silent)
-        strangers = [await it.host(f"stranger {number}") for number in range(MAX_CAME + 2)]
-        for host in strangers:
-            await host.connect(US, us.host.addresses)
-            assert us.external.take_in(host.peer_id)
-            await trio.testing.wait_all_tasks_blocked()
-        assert us.host.peers == () and len(us.host.guests) == MAX_CAME
-        assert us.external.came == tuple(host.peer_id for host in strangers[2:])
-        late = strangers[-1]
-        await (await late.open_stream(US, PROTOCOL)).aclose()
-        with pytest.raises(Declined):
-            await late.open_stream(US, "/members/only")
-        it.network.kill(late.peer_id)
-        await trio.sleep(1)
-        assert late.peer_id not in us.external.came and late.peer_id not in us.host.book.guests
-        assert not us.external.take_in(late.peer_id), "it is not connected"
+async def test_visitors_are_few_and_are_forgotten(town: Town, autojump_clock: MockClock) -> None:
+    us, external = await town.us(anyone=True)
+    us.handle(PROTOCOL, silent, open_to_strangers=True)
+    us.handle("/members/only", silent)
+    strangers = [await town.host(f"stranger {number}") for number in range(MAX_CAME + 2)]
+    for host in strangers:
+        await host.connect(US, us.addresses)
+        assert external.take_in(host.peer_id)
+        await trio.testing.wait_all_tasks_blocked()
+    assert us.peers == () and len(us.guests) == MAX_CAME
+    assert external.came == tuple(host.peer_id for host in strangers[2:])
+    late = strangers[-1]
+    await (await late.open_stream(US, PROTOCOL)).aclose()
+    with pytest.raises(Declined):
+        await late.open_stream(US, "/members/only")
+    town.network.kill(late.peer_id)
+    await trio.sleep(1)
+    assert late.peer_id not in external.came and late.peer_id not in us.book.guests
+    assert not external.take_in(late.peer_id), "it is not connected"
 
 
-async def test_strangers_are_not_taken_in_unless_something_is_for_them(autojump_clock: MockClock) -> None:
-    async with meeting() as it:
-        us = await it.start("us")
-        stranger = await it.host("stranger")
-        await stranger.connect(US, us.host.addresses)
-        assert not us.external.take_in(stranger.peer_id)
-        assert us.host.peers == (stranger.peer_id,)
+async def test_strangers_are_not_taken_in_unless_something_is_for_them(town: Town, autojump_clock: MockClock) -> None:
+    us, external = await town.us()
+    stranger = await town.host("stranger")
+    await stranger.connect(US, us.addresses)
+    assert not external.take_in(stranger.peer_id)
+    assert us.peers == (stranger.peer_id,)
 
 
 async def test_a_peer_without_our_protocol_is_taken_in_and_another_network_is_not(
