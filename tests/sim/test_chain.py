@@ -22,4 +22,5 @@ async def test_a_lost_node_ends_readiness_at_once_and_its_return_brings_it_back(
     await world.until(lambda: "held by nobody" in world["n3"].running.readiness.now.sentence)
     await world.start("n2")
     await world.until(world.all_ready)
+    assert world["n2"].running.content.bytes_fetched == 0, "what it had fetched was on its disk"
     assert await world.ask("n1") == answer

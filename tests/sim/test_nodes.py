@@ -46,6 +46,8 @@ async def test_every_node_gives_the_answer_of_a_lone_one(world: World, autojump_
     drawn: dict[str, Any] = {"max_tokens": 40, "temperature": 0.8, "top_p": 0.9, "seed": 99}
     async with World.open(0) as other:
         right = await mesh(other, nodes=1, memory="8MB")
+        me = (await library(other, "n1").status()).me
+        assert (me.first, me.last) == (0, 24)
         right_drawn = list((await library(other, "n1").generate([5, 6, 7], **drawn)).token_ids)
     assert await mesh(world) == right
     answers: list[list[int]] = []
@@ -84,51 +86,29 @@ async def test_a_question_is_checked_before_it_is_asked(world: World, autojump_c
         library(world, "n1").stream("w1", temperature=99)
 
 
-async def test_waiting_for_a_mesh_that_is_not_ready_says_why(world: World, autojump_clock: MockClock) -> None:
-    world.add()
+async def test_without_a_model_everything_is_refused_with_what_to_do(world: World, autojump_clock: MockClock) -> None:
+    world.add(2)
     await world.start_all()
+    node = library(world, "n1")
     with pytest.raises(Declined, match="not ready after 5 s: the network serves no model yet"):
-        await library(world, "n1").wait_ready(5)
+        await node.wait_ready(5)
+    with pytest.raises(Declined, match="meshnode model add"):
+        await world.ask("n1")
+    with pytest.raises(ModelError, match="has no model 'nothing'; it has: none"):
+        await node.serve("nothing")
 
 
 async def test_a_model_is_served_by_its_name(world: World, autojump_clock: MockClock) -> None:
     first = await mesh(world, memory="4MB")
     await world.publish("n1", ModelSpec(name="other", layers=12))
     await world.until(lambda: world.all_ready() and world["n3"].running.releases.current.manifest.name == "other")
+    assert await world.ask("n1") != first
     node = library(world, "n3")
     with pytest.raises(ModelError, match="has no variant int8; it has int4"):
         await node.serve("noise", variant="int8")
     await node.serve("noise")
     await world.until(lambda: world.all_ready() and world["n1"].running.releases.current.manifest.name == "noise")
     assert await world.ask("n2") == first
-
-
-async def test_a_lone_node_answers_alone_and_says_so(world: World, autojump_clock: MockClock) -> None:
-    answer = await mesh(world, nodes=1, memory="8MB")
-    assert len(answer) == 12
-    me = (await library(world, "n1").status()).me
-    assert (me.first, me.last) == (0, 24)
-
-
-async def test_without_a_model_a_question_is_refused_with_what_to_do(world: World, autojump_clock: MockClock) -> None:
-    world.add(2)
-    await world.start_all()
-    with pytest.raises(Declined, match="meshnode model add"):
-        await world.ask("n1")
-
-
-async def test_a_node_that_died_comes_back_with_its_files_and_serves_again(
-    world: World, autojump_clock: MockClock
-) -> None:
-    answer = await mesh(world)
-    fetched = world["n3"].running.content.bytes_fetched
-    assert fetched > 0
-    await world.crash("n3")
-    await world.until(lambda: not world.all_ready())
-    await world.start("n3")
-    await world.until(lambda: world.connected() and world.all_ready())
-    assert world["n3"].running.content.bytes_fetched == 0, "what it had fetched was on its disk"
-    assert await world.ask("n3") == answer
 
 
 @pytest.mark.parametrize("victim", ["n1", "n2"])
@@ -173,17 +153,3 @@ async def test_a_further_node_helps_and_one_that_leaves_hands_over_while_questio
         left.set()
     await world.until(world.all_ready)
     assert await world.ask(sixth.name) == right
-
-
-async def test_the_newest_model_is_served(world: World, autojump_clock: MockClock) -> None:
-    first = await mesh(world, memory="4MB")
-    await world.publish("n2", ModelSpec(name="other", layers=12))
-    await world.until(lambda: world.all_ready() and world["n3"].running.releases.current.manifest.name == "other")
-    assert await world.ask("n1") != first
-
-
-async def test_serving_what_is_not_here_is_refused(world: World, autojump_clock: MockClock) -> None:
-    world.add()
-    await world.start_all()
-    with pytest.raises(ModelError, match="has no model 'nothing'; it has: none"):
-        await library(world, "n1").serve("nothing")
