@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from meshnode.core.errors import BadRequest, Declined, ModelError, PeerUnreachab
 from meshnode.embed import LocalNode
 from meshnode.sim.model import ModelSpec
 from meshnode.sim.world import World
+from tests.sim.coverage import span_of
 
 
 def library(world: World, name: str) -> LocalNode:
@@ -137,19 +139,23 @@ async def test_a_further_node_helps_and_one_that_leaves_hands_over_while_questio
     await world.start_all()
     await world.publish("n1")
     await world.until(lambda: world.all_ready())
-    right = await world.ask("n1")
+    right = await world.ask("n1", max_tokens=200)
     (sixth,) = world.add(memory=f"{9 * spec.layer_bytes * 2 + 60_000}B")
     await world.start(sixth.name)
-    await world.until(lambda: sixth.running.spans.serving is not None and world.all_ready())
+    await world.until(lambda: span_of(sixth) is not None and world.all_ready())
+    counts = Counter(layer for device in world.up for layer in range(*(span_of(device) or (0, 0))))
+    alone = [d for d in world.up[1:] if any(counts[layer] == 1 for layer in range(*(span_of(d) or (0, 0))))]
+    leaver = alone[-1]
     left = trio.Event()
 
     async def ask() -> None:
         while not left.is_set():
-            assert await world.ask("n1") == right
+            assert await world.ask("n1", max_tokens=200) == right
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(ask)
-        await world.leave("n5")
+        await world.until(lambda: leaver.running.load.sessions > 0)
+        await world.leave(leaver.name)
         left.set()
     await world.until(world.all_ready)
-    assert await world.ask(sixth.name) == right
+    assert await world.ask("n1", max_tokens=200) == right
