@@ -61,7 +61,7 @@ def names(error: str, victim: Member, layers: tuple[int, int]) -> bool:
 
 
 def test_a_killed_node(mesh: Mesh, usual: list[int]) -> None:
-    asker, _, victim = mesh.members
+    asker, victim = mesh.members[0], mesh.member("node3")
     layers = serving(asker.status())[victim.peer_id]
     error, seconds = strike(asker, victim, signal.SIGKILL)
     print(f"\nkilled: {seconds:.2f} s: {error}")

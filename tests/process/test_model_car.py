@@ -77,6 +77,7 @@ def test_files_are_encrypted_before_the_first_start(place: Place, tmp_path: Path
 
 
 def test_from_one_device_to_another(place: Place, tmp_path: Path) -> None:
+    assert "No models" in meshnode("model", "list", folder=tmp_path).out
     ran = meshnode("model", "import", place.car, folder=tmp_path)
     assert ran.code == 0, ran.errors
     assert "is here and verified" in ran.out and "as soon as this node starts" in ran.out

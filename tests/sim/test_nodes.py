@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from meshnode.core.errors import BadRequest, Declined, ModelError, PeerUnreachable
+from meshnode.core.errors import BadRequest, Declined, EngineLost, ModelError, PeerUnreachable
 from meshnode.embed import LocalNode
 from meshnode.sim.model import ModelSpec
 from meshnode.sim.world import World
@@ -117,12 +117,20 @@ async def test_a_model_is_served_by_its_name(world: World, autojump_clock: MockC
 async def test_an_engine_that_dies_ends_the_answer_and_is_started_again(
     world: World, autojump_clock: MockClock, victim: str
 ) -> None:
-    """The one of the node that was asked, and another one."""
+    """The one of the node that was asked, which sees it end, and another one, in the middle of a step."""
+
+    async def dies(*_: object, **__: object) -> NoReturn:
+        raise EngineLost("it was killed by SIGKILL")
+
     right = await mesh(world)
     pieces = library(world, "n1").stream([5, 6, 7], max_tokens=2000, temperature=0)
     for _ in range(3):
         await anext(pieces)
-    world[victim].engines[-1].lose("it was killed by SIGKILL")
+    engine = world[victim].engines[-1]
+    if victim == "n1":
+        engine.lose("it was killed by SIGKILL")
+    else:
+        engine.step = dies  # type: ignore[method-assign]
     with pytest.raises((Declined, PeerUnreachable), match=f"engine of .*{world[victim].peer_id[-4:]}.* failed"):
         async for _ in pieces:
             pass

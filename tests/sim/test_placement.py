@@ -236,6 +236,21 @@ async def test_a_new_release_replaces_the_old_one_whose_sessions_end_first(autoj
         await mesh.world.until(lambda: [engine.rss_bytes > 0 for engine in device.engines] == [False, True])
 
 
+async def test_without_memory_for_both_the_sessions_of_the_old_span_end_first(autojump_clock: MockClock) -> None:
+    async with covering(1, first=ALL) as mesh:
+        await mesh.covered(10)
+        device = mesh.world["n1"]
+        old = device.running.spans.serving
+        assert old is not None
+        old.enter()
+        await mesh.world.publish("n1", ModelSpec(name="other", layers=8, layer_bytes=20_000))
+        await mesh.world.until(lambda: device.running.spans.serving is None, within_s=20)
+        await trio.sleep(5)
+        assert span_of(device) is None and len(device.engines) == 1
+        old.leave()
+        await mesh.world.until(lambda: span_of(device) == (0, 8), within_s=5)
+
+
 async def test_a_retired_release_is_no_longer_served(autojump_clock: MockClock) -> None:
     async with covering(1, first=ALL) as mesh:
         await mesh.covered(10)
