@@ -28,7 +28,7 @@ PURE = {
 }
 TOP = {
     f"meshnode.{name}": "imports point down"
-    for name in ("node", "assemble", "api", "cli", "harness", "bench", "doctor", "client", "sim")
+    for name in ("node", "parts", "assemble", "api", "cli", "harness", "bench", "doctor", "client", "sim")
 }
 ADAPTERS = {
     f"meshnode.{name}": "services see ports, assemble.py sees adapters"
