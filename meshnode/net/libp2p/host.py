@@ -15,6 +15,7 @@ import trio
 from meshnode.core.errors import PeerUnreachable
 from meshnode.core.log import get_logger
 from meshnode.core.signal import Changes
+from meshnode.core.tasks import Tasks
 from meshnode.net import heartbeat
 from meshnode.net.addresses import reachable_hosts
 from meshnode.net.heartbeat import Heartbeat
@@ -73,7 +74,7 @@ class Libp2pHost(ConnectionWatcher):
         self._connections: dict[PeerId, list[GuardedMuxer]] = {}
         self._heartbeats: dict[PeerId, tuple[Heartbeat, trio.CancelScope]] = {}
         self._addresses: tuple[str, ...] = ()
-        self._nursery: trio.Nursery | None = None
+        self._tasks = Tasks()
         self._stack = Libp2pStack(
             seed,
             self,
@@ -127,14 +128,13 @@ class Libp2pHost(ConnectionWatcher):
                         await self._say_farewell()
                     scope.cancel()
         finally:
-            self._nursery = None
             with trio.CancelScope(shield=True):
                 await self._listener.aclose()
 
     async def _run_shielded(self, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
         with scope:
             async with self._stack.running(), trio.open_nursery() as nursery:
-                self._nursery = nursery
+                await nursery.start(self._tasks.run)
                 await nursery.start(self._lanes.run)
                 for topic, (validator, _) in self._topics.items():
                     await self._stack.subscribe(topic, _contained(topic, validator))
@@ -162,16 +162,14 @@ class Libp2pHost(ConnectionWatcher):
             connection.session.max_streams = GUEST_STREAMS if peer in self._book.guests else STRANGER_STREAMS
         self._connections.setdefault(peer, []).append(connection)
         self._book.up(peer)
-        if self._nursery is not None and peer not in self._book.guests:
-            self._nursery.start_soon(self._limit_stranger, connection)
+        if peer not in self._book.guests:
+            self._tasks.start_soon(self._limit_stranger, connection)
         self._start_heartbeat(peer)
 
     def connection_over(self, connection: GuardedMuxer) -> None:
         """A connection has ended. Its peer is gone when it was the last one, after a moment for last words."""
-        if self._nursery is not None and connection in self._connections.get(connection.peer, ()):
-            self._nursery.start_soon(self._forget_later, connection)
-        else:
-            self._forget(connection)
+        if connection in self._connections.get(connection.peer, ()):
+            self._tasks.start_soon(self._forget_later, connection)
 
     async def _forget_later(self, connection: GuardedMuxer) -> None:
         await trio.sleep(LAST_WORDS_S)
@@ -235,8 +233,7 @@ class Libp2pHost(ConnectionWatcher):
     def admit(self, peer: PeerId, admitted: bool) -> None:
         if not admitted:
             self._book.admitted.discard(peer)
-            if self._nursery is not None:
-                self._nursery.start_soon(self.disconnect, peer, "its membership was withdrawn")
+            self._tasks.start_soon(self.disconnect, peer, "its membership was withdrawn")
             return
         self._book.admitted.add(peer)
         for connection in self._connections.get(peer, ()):
@@ -320,9 +317,9 @@ class Libp2pHost(ConnectionWatcher):
             if protocol not in (IDENTIFY, PING):
                 self._stack.pubsub.greet(stream.peer)  # it gossips with us, so it admits us
             await self._stack.handle(protocol, net_stream, stream)
-        elif self._nursery is not None:
+        else:
             over = trio.Event()
-            self._nursery.start_soon(self._run_handler, protocol, stream, over)
+            self._tasks.start_soon(self._run_handler, protocol, stream, over)
             await over.wait()
 
     def _serves(self, protocol: str, peer: PeerId) -> bool:
@@ -350,7 +347,7 @@ class Libp2pHost(ConnectionWatcher):
     # Heartbeat
 
     def _start_heartbeat(self, peer: PeerId) -> None:
-        if self._nursery is None or peer in self._heartbeats or peer not in self._book:
+        if peer in self._heartbeats or peer not in self._book:
             return
         if peer in self._book.guests:
             beat = Heartbeat(_Guest(self, peer), heartbeat.GUEST)
@@ -361,7 +358,7 @@ class Libp2pHost(ConnectionWatcher):
             return
         scope = trio.CancelScope()
         self._heartbeats[peer] = (beat, scope)
-        self._nursery.start_soon(self._watch, peer, beat, scope)
+        self._tasks.start_soon(self._watch, peer, beat, scope)
 
     def greet(self, peer: PeerId) -> None:
         """Gossip with a member that may admit us."""
