@@ -19,10 +19,10 @@ from meshnode.core.errors import PeerUnreachable
 from meshnode.core.log import get_logger
 from meshnode.core.signal import Changes
 from meshnode.core.tasks import Tasks
-from meshnode.net.inbox import Inbox
 from meshnode.net.peer_book import PeerBook
-from meshnode.net.port import MAX_GOSSIP_BYTES, STALL_S, Handler, Lane, PeerEvent, Stream, Validator
+from meshnode.net.port import MAX_GOSSIP_BYTES, STALL_S, Handler, Lane, PeerEvent, Stream, Take
 from meshnode.net.protocol_table import NOT_SERVED, STRANGER, ProtocolTable, refusal
+from meshnode.net.topics import contained
 from protocols.errors import LocalProtocolError
 from protocols.ids import PeerId
 
@@ -260,7 +260,7 @@ class MemoryHost:
         self._peer = peer
         self._address = address
         self._table = ProtocolTable()
-        self._topics: dict[str, tuple[Validator, Inbox[tuple[PeerId, bytes]]]] = {}
+        self._topics: dict[str, Take] = {}
         self._seen: OrderedDict[tuple[PeerId, int], None] = OrderedDict()
         self._numbers = itertools.count(1)
         self._tasks = Tasks()
@@ -403,12 +403,10 @@ class MemoryHost:
         self._pass_on(name, topic, data, source=self._peer)
         await trio.lowlevel.checkpoint()
 
-    def subscribe(self, topic: str, validator: Validator) -> trio.MemoryReceiveChannel[tuple[PeerId, bytes]]:
+    def subscribe(self, topic: str, take: Take) -> None:
         if topic in self._topics:
             raise LocalProtocolError(f"the topic {topic} has a subscriber already")
-        inbox = Inbox[tuple[PeerId, bytes]]()
-        self._topics[topic] = (validator, inbox)
-        return inbox.receive
+        self._topics[topic] = take
 
     def _pass_on(self, name: tuple[PeerId, int], topic: str, data: bytes, *, source: PeerId) -> None:
         for peer, connection in sorted(self.connections.items()):
@@ -426,14 +424,7 @@ class MemoryHost:
         if self.connections.get(forwarder) is not connection or name in self._seen:
             return
         self._remember(name)
-        validator, inbox = self._topics[topic]
-        try:
-            valid = validator(forwarder, data)
-        except Exception:  # noqa: BLE001 - the border: a bug in a validator costs its message, not the process
-            _log.exception("validator.failed", topic=topic, peer=forwarder)
-            return
-        if valid:
-            inbox.put((forwarder, data))
+        if contained(topic, self._topics[topic])(forwarder, data):
             self._pass_on(name, topic, data, source=forwarder)
 
     def _remember(self, name: tuple[PeerId, int]) -> None:

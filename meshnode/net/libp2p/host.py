@@ -19,7 +19,6 @@ from meshnode.core.tasks import Tasks
 from meshnode.net import heartbeat
 from meshnode.net.addresses import reachable_hosts
 from meshnode.net.heartbeat import Heartbeat
-from meshnode.net.inbox import Inbox
 from meshnode.net.lane.lane import DirectLanes, Ends
 from meshnode.net.libp2p.dialler import Dialler
 from meshnode.net.libp2p.guards import IDENTIFY, PING, ConnectionWatcher, GuardedMuxer, Libp2pStack
@@ -27,8 +26,9 @@ from meshnode.net.libp2p.listener import Listener
 from meshnode.net.libp2p.multistream import ADMITTED, agree, propose
 from meshnode.net.libp2p.yamux import MAX_STREAMS, YamuxStream
 from meshnode.net.peer_book import PeerBook
-from meshnode.net.port import MAX_GOSSIP_BYTES, Handler, Lane, PeerEvent, Stream, Validator
+from meshnode.net.port import MAX_GOSSIP_BYTES, Handler, Lane, PeerEvent, Stream, Take
 from meshnode.net.protocol_table import NOT_SERVED, STRANGER, ProtocolTable, refusal
+from meshnode.net.topics import contained
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import PeerId
 from protocols.multiaddr import address_of, owned
@@ -70,7 +70,7 @@ class Libp2pHost(ConnectionWatcher):
         self._table = ProtocolTable()
         self._table.add(heartbeat.PROTOCOL, heartbeat.answer)
         self._book = PeerBook()
-        self._topics: dict[str, tuple[Validator, Inbox[tuple[PeerId, bytes]]]] = {}
+        self._topics: dict[str, Take] = {}
         self._connections: dict[PeerId, list[GuardedMuxer]] = {}
         self._heartbeats: dict[PeerId, tuple[Heartbeat, trio.CancelScope]] = {}
         self._addresses: tuple[str, ...] = ()
@@ -88,7 +88,6 @@ class Libp2pHost(ConnectionWatcher):
         self._listener = Listener(listen, self._take_libp2p, self._lanes)
         self._dialler = Dialler(self._stack.swarm, self, keyed=bool(swarm_key))
         self._stack.host.serve = self._serve
-        self._stack.pubsub.deliver = self._deliver
 
     @property
     def peer_id(self) -> PeerId:
@@ -136,8 +135,8 @@ class Libp2pHost(ConnectionWatcher):
             async with self._stack.running(), trio.open_nursery() as nursery:
                 await nursery.start(self._tasks.run)
                 await nursery.start(self._lanes.run)
-                for topic, (validator, _) in self._topics.items():
-                    await self._stack.subscribe(topic, _contained(topic, validator))
+                for topic, take in self._topics.items():
+                    await self._stack.subscribe(topic, take)
                 nursery.start_soon(self._listener.run)
                 task_status.started()
                 await trio.sleep_forever()
@@ -390,16 +389,10 @@ class Libp2pHost(ConnectionWatcher):
             raise LocalProtocolError(f"a gossip message of {len(data)} bytes; {MAX_GOSSIP_BYTES} is the limit")
         await self._stack.pubsub.publish(topic, data)
 
-    def subscribe(self, topic: str, validator: Validator) -> trio.MemoryReceiveChannel[tuple[PeerId, bytes]]:
+    def subscribe(self, topic: str, take: Take) -> None:
         if topic in self._topics:
             raise LocalProtocolError(f"the topic {topic} has a subscriber already")
-        inbox = Inbox[tuple[PeerId, bytes]]()
-        self._topics[topic] = (validator, inbox)
-        return inbox.receive
-
-    def _deliver(self, topic: str, forwarder: PeerId, data: bytes) -> None:
-        if topic in self._topics:
-            self._topics[topic][1].put((forwarder, data))
+        self._topics[topic] = contained(topic, take)
 
     def events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
         return self._book.events()
@@ -441,17 +434,6 @@ class _Guest(_Member):
 def open_host(seed: bytes, *, swarm_key: bytes = b"") -> Libp2pHost:
     """A host on a free port of the loopback interface."""
     return Libp2pHost(seed, ["/ip4/127.0.0.1/tcp/0"], swarm_key=swarm_key)
-
-
-def _contained(topic: str, validator: Validator) -> Validator:
-    def check(forwarder: PeerId, data: bytes) -> bool:
-        try:
-            return validator(forwarder, data)
-        except Exception:  # noqa: BLE001 - the border: a bug in a validator costs its message, not the process
-            _log.exception("validator.failed", topic=topic, peer=forwarder)
-            return False
-
-    return check
 
 
 async def _close_all(connections: Sequence[GuardedMuxer], reason: str) -> None:
