@@ -28,8 +28,8 @@ from meshnode.net.swarm_key import load_swarm_key
 from meshnode.parts import Machine, Parts
 from meshnode.state.database import Database
 from meshnode.store.cipher import Cipher
-from meshnode.store.disk import remove_abandoned
 from meshnode.store.open import open_store
+from meshnode.store.os_files import remove_abandoned
 
 
 def assemble(config: Config, identity: Identity, stack: ExitStack) -> Parts:

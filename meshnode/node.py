@@ -3,7 +3,7 @@
 Nesting is the shutdown order: what is opened last is cancelled first.
 
     ground    network host, content, membership, discovery, guests, directory, pipes
-    work      links, stage, releases, spans, placement, readiness, inventory, replication, control socket
+    work      round trips, stage, releases, spans, placement, readiness, inventory, replication, control socket
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import trio
 from meshnode import __version__
 from meshnode.config.settings import Config
 from meshnode.core.log import get_logger
-from meshnode.core.service import Service, supervise
+from meshnode.core.supervise import Service, supervise
 from meshnode.ipfs.fallback import Fallback
 from meshnode.membership.registry import Registry
 from meshnode.net.pipes import Pipes
@@ -26,7 +26,7 @@ from meshnode.services.directory.directory import DirectoryService, DirectorySet
 from meshnode.services.discovery import DiscoveryService
 from meshnode.services.external_peers import ExternalPeers, ExternalSettings
 from meshnode.services.holds import HoldAnswers, HoldQuestions
-from meshnode.services.inference.load import StageLoad
+from meshnode.services.inference.advertised_load import AdvertisedLoad
 from meshnode.services.inference.origin import OriginService
 from meshnode.services.inference.readiness import ReadinessService
 from meshnode.services.inference.router import Router
@@ -34,12 +34,12 @@ from meshnode.services.inference.stage import StageService
 from meshnode.services.inference.text import TextService
 from meshnode.services.inventory import InventoryService
 from meshnode.services.ipfs_daemon import IpfsDaemonService, Publication
-from meshnode.services.links import LinksService
 from meshnode.services.membership import Introduction, MembershipService
 from meshnode.services.placement import PlacementService, PlacementSettings
 from meshnode.services.releases import ReleasesService
 from meshnode.services.replication.copies import Duties, ReplicationService, ReplicationSettings
 from meshnode.services.replication.shelves import Shelves
+from meshnode.services.round_trips import RoundTripsService
 from meshnode.services.spans import SpansService, SpansSettings
 from protocols.bitswap import messages as bitswap
 from protocols.membership import messages as membership
@@ -150,7 +150,7 @@ class Node:
                 kv_bytes=config.serve.kv_memory.of(memory),
             ),
         )
-        self.load = StageLoad()
+        self.load = AdvertisedLoad()
         self.placement = PlacementService(
             self.directory,
             self.releases,
@@ -172,7 +172,7 @@ class Node:
         self.origin = OriginService(identity.peer_id, self.pipes, router, self.releases, rng)
         self.readiness = ReadinessService(router, self.origin, self.host, self.pipes, self.health)
         self.text = TextService(self.releases, self.content, self.origin, self.readiness, parts.workers)
-        self.links = LinksService(self.host, self.directory)
+        self.round_trips = RoundTripsService(self.host, self.directory)
         self.replication = ReplicationService(
             self.directory,
             Shelves(identity.peer_id, self.directory, self.inventory, self.store),
@@ -208,7 +208,7 @@ class Node:
                 await ground.start(supervise, below)
             async with trio.open_nursery() as work:
                 for service in (
-                    self.links,
+                    self.round_trips,
                     self.stage,
                     self.releases,
                     self.spans,

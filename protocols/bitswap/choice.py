@@ -2,7 +2,7 @@
 
 A block is asked from one peer at a time; only when nothing is left to ask, a block that a slow peer owes is asked a
 second time from a peer that would bring it at least twice as soon (end game). How many peers are used at once:
-`spread.py`.
+`width.py`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Final
 
-from protocols.bitswap.spread import Spread
+from protocols.bitswap.width import Spread
 from protocols.ids import PeerId
 
 START_WINDOW_BYTES: Final = 4 << 20

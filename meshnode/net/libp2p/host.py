@@ -18,13 +18,14 @@ from meshnode.core.signal import Changes
 from meshnode.core.tasks import Tasks
 from meshnode.net import heartbeat
 from meshnode.net.addresses import reachable_hosts
+from meshnode.net.connection_limits import GUEST_STREAMS, MAX_STRANGERS, MEMBER_STREAMS, STRANGER_S, STRANGER_STREAMS
 from meshnode.net.heartbeat import Heartbeat
 from meshnode.net.lane.lane import DirectLanes, Ends
 from meshnode.net.libp2p.dialler import Dialler
-from meshnode.net.libp2p.guards import IDENTIFY, PING, ConnectionWatcher, GuardedMuxer, Libp2pStack
 from meshnode.net.libp2p.listener import Listener
 from meshnode.net.libp2p.multistream import ADMITTED, agree, propose
-from meshnode.net.libp2p.yamux import MAX_STREAMS, YamuxStream
+from meshnode.net.libp2p.replacements import IDENTIFY, PING, ConnectionWatcher, GuardedMuxer, Libp2pStack
+from meshnode.net.libp2p.yamux import YamuxStream
 from meshnode.net.peer_book import PeerBook
 from meshnode.net.port import MAX_GOSSIP_BYTES, Handler, Lane, PeerEvent, Stream, Take
 from meshnode.net.protocol_table import NOT_SERVED, STRANGER, ProtocolTable, refusal
@@ -37,10 +38,6 @@ OPEN_S: Final = 10.0
 AGREE_S: Final = 10.0
 FAREWELL_S: Final = 1.5
 LAST_WORDS_S: Final = 0.05  # readers finish what had arrived before they hear that the peer is gone
-STRANGER_S: Final = 60.0  # a peer that is not admitted by then is disconnected
-MAX_STRANGERS: Final = 64
-STRANGER_STREAMS: Final = 16
-GUEST_STREAMS: Final = 64  # go-bitswap opens one for every answer
 
 _log = get_logger("net")
 
@@ -236,7 +233,7 @@ class Libp2pHost(ConnectionWatcher):
             return
         self._book.admitted.add(peer)
         for connection in self._connections.get(peer, ()):
-            connection.session.max_streams = MAX_STREAMS
+            connection.session.max_streams = MEMBER_STREAMS
         self._start_heartbeat(peer)
 
     def welcome(self, peer: PeerId, protocols: Sequence[str]) -> None:

@@ -56,6 +56,7 @@ from multiaddr import Multiaddr
 
 from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.core.log import get_logger
+from meshnode.net.connection_limits import MAX_CONNECTIONS, PER_PEER
 from meshnode.net.libp2p.yamux import YamuxSession, YamuxStream
 from meshnode.net.port import MAX_GOSSIP_BYTES, Take
 from meshnode.net.swarm_key import Cover
@@ -65,7 +66,6 @@ from protocols.multiaddr import Address, address_of
 __all__ = ["IDENTIFY", "MESHSUB", "PING", "GuardedMuxer", "Libp2pStack", "Source"]
 
 MESHSUB: Final = "/meshsub/1.2.0"
-MAX_CONNECTIONS: Final = 1024
 READ_BYTES: Final = 1 << 17
 DEGREE: Final = (8, 6, 12)  # gossip partners per topic: wanted, at least, at most
 GOSSIP_PER_SECOND: Final = 1000.0  # messages per peer and topic; the library's 10 drops bursts of its own node
@@ -287,7 +287,7 @@ class GuardedSwarm(Swarm):  # type: ignore[misc]  # the library has no types her
             high_watermark=MAX_CONNECTIONS,
             low_watermark=0,
             min_connections=0,  # nobody is dialled but by us
-            max_connections_per_peer=8,
+            max_connections_per_peer=PER_PEER,
         )
         super().__init__(peer_id, peerstore, upgrader, transports=[], connection_config=config)
         self.auto_connector = IdleConnector(self)
