@@ -197,7 +197,9 @@ def test_a_peer_that_goes_away_is_named_with_its_layers() -> None:
     o = running()
     assert o.handle(PeerGone("dora", "bye"), 2.0) == (), "it takes no part"
     failed = o.handle(PeerGone("bob", "the connection was lost"), 2.0)[-1]
-    assert failed == Failed(LOST, "the node bob, which runs layer 4, went away: the connection was lost", "bob")
+    assert failed == Failed(
+        LOST, "the node bob, which runs layer 4, went away: the connection was lost; ask again", "bob"
+    )
 
 
 def test_stages_that_do_not_open_are_named() -> None:
