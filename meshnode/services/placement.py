@@ -84,7 +84,7 @@ class PlacementService:
         self._patience = Patience()
         self._tasks = Tasks()
         self._events: deque[intent.Event] = deque()
-        self._woken = trio.Event()
+        self._posted = Changes()  # events that came from outside a turn
         self._turned = Changes()
         self._release: ServedRelease | None = None
         self._ready: OpenSpan | None = None  # open, but the switch still waits for promises
@@ -132,24 +132,18 @@ class PlacementService:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._tasks.run)
             causes = (self._directory, self._releases, self._spans, self._load)
-            nursery.start_soon(self._follow, Watch(*(cause.changes for cause in causes)))
+            watch = Watch(self._posted, *(cause.changes for cause in causes))
             self._publish()
             task_status.started()
             while True:
                 wake_at = self._turn()
                 self._turned.notify()
                 with trio.move_on_at(wake_at):
-                    await self._woken.wait()
-                self._woken = trio.Event()
-
-    async def _follow(self, watch: Watch) -> None:
-        while True:
-            await watch.next()
-            self._woken.set()
+                    await watch.next()
 
     def _post(self, event: intent.Event) -> None:
         self._events.append(event)
-        self._woken.set()
+        self._posted.notify()
 
     def _turn(self) -> float:
         """Take in what happened and act. Returns when to look again."""
