@@ -365,7 +365,7 @@ async def test_a_slow_link_is_slow_and_right(bandwidth: float, autojump_clock: M
     ("request_", "code", "words"),
     [
         (Request((), 5, GREEDY), "bad-request", "the prompt is empty"),
-        (Request((5, SHAPE.vocab), 5, GREEDY), "bad-request", "vocabulary of 211"),
+        (Request((5, SHAPE.vocab), 5, GREEDY), "bad-request", "the token id 211; those of"),
         (Request((5,) * SHAPE.context, 5, GREEDY), "too-long", "the prompt has 256 tokens; the model holds 256"),
     ],
 )

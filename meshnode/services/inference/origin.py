@@ -131,7 +131,11 @@ class OriginService:
             raise Declined("no-model", self._releases.why_none)
         if not request.prompt:  # what was asked in words may have none
             raise BadRequest("the prompt is empty")
-        context = release.manifest.architecture.context
+        context, vocab = release.manifest.architecture.context, release.manifest.architecture.vocab
+        if (token := max(request.prompt)) >= vocab:
+            raise BadRequest(
+                f"the prompt has the token id {token}; those of {release.manifest.name} end at {vocab - 1}"
+            )
         room = context - len(request.prompt)
         if room < 1:
             raise Declined(
