@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocols.bitswap import client as c
+from protocols.bitswap.ledger import MAX_WINDOW_BYTES
 from protocols.bitswap.messages import (
     Block,
     Entry,
@@ -128,7 +129,7 @@ class World:
                         self.up.discard(peer)
                         self.wires.pop(peer, None)
         for peer in self.peers:
-            assert self.client.owed(peer) <= c.MAX_WINDOW_BYTES + SIZE
+            assert self.client.owed(peer) <= MAX_WINDOW_BYTES + SIZE
 
     def answer(self, peer: PeerId, message: Message) -> None:
         kind, wire = self.peers[peer], self.wires.setdefault(peer, [])

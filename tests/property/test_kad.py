@@ -25,7 +25,7 @@ from protocols.kad.lookup import (
     Tick,
 )
 from protocols.kad.messages import (
-    MAX_ANSWER_BYTES,
+    MAX_MESSAGE_BYTES,
     Kind,
     Message,
     MessageReader,
@@ -108,7 +108,7 @@ def test_random_streams_hold_little(data: bytes) -> None:
     reader = MessageReader()
     try:
         for raw in reader.feed(data):
-            assert len(raw) <= MAX_ANSWER_BYTES
+            assert len(raw) <= MAX_MESSAGE_BYTES
     except RemoteProtocolError:
         return
     assert len(reader._buffer) <= len(data)

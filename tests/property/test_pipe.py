@@ -13,24 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocols.errors import RemoteProtocolError
-from protocols.pipe.machine import (
-    Begin,
-    Emit,
-    Expired,
-    Failed,
-    Finished,
-    Origin,
-    OriginEffect,
-    OriginEvent,
-    OriginState,
-    PeerGone,
-    Ran,
-    Received,
-    Send,
-    StageSession,
-    StageState,
-    Stop,
-)
 from protocols.pipe.messages import (
     PIPE,
     Close,
@@ -44,6 +26,22 @@ from protocols.pipe.messages import (
     Step,
     Token,
 )
+from protocols.pipe.origin import (
+    Begin,
+    Emit,
+    Expired,
+    Failed,
+    Finished,
+    Origin,
+    OriginEffect,
+    OriginEvent,
+    OriginState,
+    PeerGone,
+    Received,
+    Send,
+    Stop,
+)
+from protocols.pipe.stage import Ran, StageSession, StageState
 from tests.wire import damaged, messages, survives
 
 S = bytes(16)

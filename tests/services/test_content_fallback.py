@@ -21,7 +21,7 @@ from meshnode.ipfs.fallback import Fallback
 from meshnode.ipfs.gateway import Gateway
 from meshnode.ipfs.rpc import IpfsApi
 from meshnode.services.content import outside as search
-from meshnode.services.content import sources as content
+from meshnode.services.content import patience as search_patience
 from meshnode.services.content.service import ContentService
 from meshnode.services.port import Progress
 from meshnode.store.blob_store import BlobStore
@@ -38,8 +38,8 @@ CAR = "application/vnd.ipld.car; version=1; order=dfs; dups=n"
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(content, "OUTSIDE_S", 0.2)
-    monkeypatch.setattr(content, "OFFER_S", 0.05)
+    monkeypatch.setattr(search_patience, "OUTSIDE_S", 0.2)
+    monkeypatch.setattr(search_patience, "OFFER_S", 0.05)
     monkeypatch.setattr(search, "PAUSE_S", 0.05)
 
 
@@ -364,12 +364,12 @@ async def test_where_nobody_else_could_have_it_the_outside_is_asked_at_once(
     """Yet not by a node that has just started and knows nobody, nor while a member is said to have it."""
     data = noise(9 * MIB), noise(MIB, 1)
     world = World(net.folder, *data)
-    monkeypatch.setattr(content, "OUTSIDE_S", 1e6)
+    monkeypatch.setattr(search_patience, "OUTSIDE_S", 1e6)
     async with reading(net, world.gateway) as it:
         with trio.move_on_after(0.5) as limit:
             await it.gets(data[1])
         assert limit.cancelled_caught and not it.sites[0].paths
-        monkeypatch.setattr(content, "ACQUAINTED_S", 0.0)
+        monkeypatch.setattr(search_patience, "ACQUAINTED_S", 0.0)
         for part in data:
             await it.gets(part)
 

@@ -15,8 +15,8 @@ from meshnode.services.inference.origin import EVENTS
 from meshnode.services.inference.receipt import Piece, Receipt, Request
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId
-from protocols.pipe.machine import STEP_S
 from protocols.pipe.messages import Close, HopTime, Opened, Refused, Sampling, Token
+from protocols.pipe.origin import STEP_S
 from tests.services.pipe_mesh import GREEDY, LAYERS, PROMPT, RELEASE, SHAPE, Member, Mesh, alone, open_mesh
 
 Lie = Callable[[bytes], Opened | Refused | Token]
@@ -320,7 +320,7 @@ async def test_a_slow_link_is_slow_and_right(
     ("request_", "code", "words"),
     [
         (Request((), 5, GREEDY), "bad-request", "the prompt is empty"),
-        (Request((5, SHAPE.vocab), 5, GREEDY), "bad-request", "vocabulary of 211"),
+        (Request((5, SHAPE.vocab), 5, GREEDY), "bad-request", "the token id 211; those of"),
         (Request((5,) * SHAPE.context, 5, GREEDY), "too-long", "the prompt has 256 tokens; the model holds 256"),
     ],
 )

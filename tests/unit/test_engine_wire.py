@@ -11,8 +11,8 @@ from protocols.codec import dumps
 from protocols.enginewire.machine import ANSWERED_BY, ENGINE, NODE, EngineSide, NodeSide, State
 from protocols.enginewire.messages import (
     ANSWERS,
-    MAX_HEADER,
     MAX_LAYERS,
+    MAX_MESSAGE_BYTES,
     REQUESTS,
     Answer,
     Close,
@@ -122,7 +122,7 @@ def test_damaged_answers(message: Answer) -> None:
 
 def test_the_largest_load_fits() -> None:
     groups = tuple(GroupFile(name=f"layer.{i}", path="/" + "x" * 200) for i in range(MAX_LAYERS + 2))
-    assert len(REQUESTS.encode(dataclasses.replace(LOAD, groups=groups))) <= MAX_HEADER
+    assert len(REQUESTS.encode(dataclasses.replace(LOAD, groups=groups))) <= MAX_MESSAGE_BYTES
 
 
 # ---------------------------------------------------------------- machines

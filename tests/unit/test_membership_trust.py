@@ -9,7 +9,7 @@ import pytest
 from protocols.codec import encode
 from protocols.envelope import sign_record
 from protocols.membership import ROLES, Standing, Trust, Untrusted
-from protocols.membership.messages import MAX_CERTIFICATE, MAX_CLOCK_MS, Certificate
+from protocols.membership.messages import MAX_CERTIFICATE_BYTES, MAX_CLOCK_MS, Certificate
 from tests.unit.membership_actors import NOW_MS, World, key_of, peer_of_key
 
 W = World()
@@ -83,7 +83,7 @@ def test_a_certificate_from_the_future() -> None:
 
 
 def test_a_padded_certificate_is_refused_before_it_is_parsed() -> None:
-    assert refused(W.trust(), (bytes(MAX_CERTIFICATE + 1),)).code == "stranger"
+    assert refused(W.trust(), (bytes(MAX_CERTIFICATE_BYTES + 1),)).code == "stranger"
 
 
 def test_a_withdrawal_puts_a_member_out_and_a_new_certificate_lets_it_in_again() -> None:

@@ -10,36 +10,12 @@ import pytest
 
 from protocols.codec import dumps
 from protocols.errors import LocalProtocolError, RemoteProtocolError
-from protocols.pipe import machine as pipe
-from protocols.pipe.machine import (
-    LOST,
-    OPEN_S,
-    ORIGIN_TRANSITIONS,
-    PREFILL_ROW_S,
-    STAGE_TRANSITIONS,
-    STEP_S,
-    TIMEOUT,
-    Begin,
-    Emit,
-    Expired,
-    Failed,
-    Finished,
-    Origin,
-    OriginState,
-    OriginTurn,
-    PeerGone,
-    Ran,
-    Received,
-    Send,
-    StageSession,
-    StageState,
-    Stop,
-    refusal,
-)
 from protocols.pipe.messages import (
-    MAX_HEADER,
+    LOST,
+    MAX_MESSAGE_BYTES,
     MAX_STAGES,
     PIPE,
+    PREFILL_ROW_S,
     Close,
     Hop,
     HopTime,
@@ -53,6 +29,25 @@ from protocols.pipe.messages import (
     Step,
     Token,
 )
+from protocols.pipe.origin import (
+    OPEN_S,
+    ORIGIN_TRANSITIONS,
+    STEP_S,
+    TIMEOUT,
+    Begin,
+    Emit,
+    Expired,
+    Failed,
+    Finished,
+    Origin,
+    OriginState,
+    OriginTurn,
+    PeerGone,
+    Received,
+    Send,
+    Stop,
+)
+from protocols.pipe.stage import IDLE_S, STAGE_TRANSITIONS, Ran, StageSession, StageState, refusal
 from tests.vectors import PROTOCOLS, Case, hold
 from tests.wire import damaged, survives
 
@@ -202,7 +197,9 @@ def test_a_peer_that_goes_away_is_named_with_its_layers() -> None:
     o = running()
     assert o.handle(PeerGone("dora", "bye"), 2.0) == (), "it takes no part"
     failed = o.handle(PeerGone("bob", "the connection was lost"), 2.0)[-1]
-    assert failed == Failed(LOST, "the node bob, which runs layer 4, went away: the connection was lost", "bob")
+    assert failed == Failed(
+        LOST, "the node bob, which runs layer 4, went away: the connection was lost; ask again", "bob"
+    )
 
 
 def test_stages_that_do_not_open_are_named() -> None:
@@ -459,8 +456,8 @@ def test_the_longest_route_fits() -> None:
     times = tuple(HopTime(network_us=(1 << 63) - 1, queue_us=1 << 62, compute_us=1 << 62) for _ in hops)
     last = MAX_STAGES - 1
     big = opening(last, route=hops, origin="o" * 64, manifest="m" * 64, variant="v" * 32, sampling=SAMPLING)
-    assert len(PIPE.encode(big)) <= MAX_HEADER
-    assert len(PIPE.encode(replace(step(0, 1), times=times))) <= MAX_HEADER
+    assert len(PIPE.encode(big)) <= MAX_MESSAGE_BYTES
+    assert len(PIPE.encode(replace(step(0, 1), times=times))) <= MAX_MESSAGE_BYTES
 
 
 def test_the_specification_shows_the_transitions() -> None:
@@ -477,5 +474,6 @@ def test_the_specification_shows_the_transitions() -> None:
 
 def test_the_specification_shows_the_constants() -> None:
     text = (PROTOCOLS / "pipe" / "SPEC.md").read_text()
-    for name in ("OPEN_S", "STEP_S", "IDLE_S", "PREFILL_ROW_S"):
-        assert f"| `{name}` | {getattr(pipe, name):g} |" in text
+    limits = {"OPEN_S": OPEN_S, "STEP_S": STEP_S, "IDLE_S": IDLE_S, "PREFILL_ROW_S": PREFILL_ROW_S}
+    for name, seconds in limits.items():
+        assert f"| `{name}` | {seconds:g} |" in text
