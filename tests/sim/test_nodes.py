@@ -138,28 +138,30 @@ async def test_an_engine_that_dies_ends_the_answer_and_is_started_again(
     assert await world.ask("n3") == right
 
 
-async def test_questions_go_on_while_a_node_leaves_between_two_of_them(
-    world: World, autojump_clock: MockClock
-) -> None:
+async def test_questions_go_on_while_a_node_leaves_between_two_of_them(autojump_clock: MockClock) -> None:
     """One that begins in the very moment finds its stage gone and no other one known yet: it waits for the news."""
-    spec = ModelSpec()
-    for layers in (3, 4, 5, 6, 7, 9):
-        world.add(memory=f"{layers * spec.layer_bytes * 2 + 60_000}B")
-    await world.start_all()
-    await world.publish("n1")
-    await world.until(lambda: world.all_ready())
-    right = await world.ask("n1")
-    left = trio.Event()
+    async with World.open(1) as world:  # the seed of a mesh in which it happens
+        spec = ModelSpec()
+        for layers in (3, 4, 5, 6, 7):
+            world.add(memory=f"{layers * spec.layer_bytes * 2 + 60_000}B")
+        await world.start_all()
+        await world.publish("n1")
+        await world.until(lambda: world.all_ready())
+        right = await world.ask("n1")
+        (sixth,) = world.add(memory=f"{9 * spec.layer_bytes * 2 + 60_000}B")
+        await world.start(sixth.name)
+        await world.until(lambda: span_of(sixth) is not None and world.all_ready())
+        left = trio.Event()
 
-    async def ask() -> None:
-        while not left.is_set():
-            assert await world.ask("n1") == right
+        async def ask() -> None:
+            while not left.is_set():
+                assert await world.ask("n1") == right
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(ask)
-        await world.leave("n5")
-        left.set()
-    await world.until(world.all_ready)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await world.leave("n5")
+            left.set()
+        await world.until(world.all_ready)
 
 
 async def test_a_further_node_helps_and_one_that_leaves_hands_over_while_questions_run(
