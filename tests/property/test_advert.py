@@ -13,7 +13,7 @@ from protocols.advert.view import View
 from protocols.codec import decode, encode
 from protocols.errors import RemoteProtocolError
 from tests.adverts import advert_of, announcement_of, peer_of, signed
-from tests.wire import messages, survives
+from tests.wire import messages
 
 # A signer writes one content per version, so the content follows from the version.
 RECORDS = [
@@ -63,10 +63,3 @@ def test_any_head_is_carried_and_checked_without_another_error(head: Announcemen
         check_announcement(head, peer_of(1))
     except RemoteProtocolError as error:
         assert len(str(error)) < 1000
-
-
-@settings(max_examples=300)
-@given(st.binary(max_size=100))
-def test_random_bytes_are_no_advert(data: bytes) -> None:
-    survives(data, lambda raw: decode(Advert, raw), encode)
-    survives(data, lambda raw: decode(Announcement, raw), encode)

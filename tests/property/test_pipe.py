@@ -32,7 +32,6 @@ from protocols.pipe.machine import (
     Stop,
 )
 from protocols.pipe.messages import (
-    PIPE,
     Close,
     Hop,
     HopTime,
@@ -44,7 +43,7 @@ from protocols.pipe.messages import (
     Step,
     Token,
 )
-from tests.wire import damaged, messages, survives
+from tests.wire import messages
 
 S = bytes(16)
 EOS = 3
@@ -294,29 +293,6 @@ def test_no_open_breaks_a_stage(opening: Open, us: str) -> None:
         return
     assert stage.hop.peer == us
     assert stage.is_last == (opening.sampling is not None)
-
-
-MESSAGES = st.one_of([messages(cls) for cls in PIPE])
-
-
-@settings(max_examples=100)
-@given(MESSAGES)
-def test_round_trip(message: Message) -> None:
-    assert PIPE.decode(PIPE.encode(message)) == message
-
-
-@settings(max_examples=20)
-@given(MESSAGES)
-def test_damaged_messages(message: Message) -> None:
-    for bad in damaged(PIPE.encode(message)):
-        if survives(bad, PIPE.decode, PIPE.encode):
-            assert PIPE.decode(bad) != message
-
-
-@settings(max_examples=200)
-@given(st.binary(max_size=200))
-def test_random_bytes(data: bytes) -> None:
-    survives(data, PIPE.decode, PIPE.encode)
 
 
 @settings(max_examples=100)

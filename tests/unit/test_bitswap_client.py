@@ -21,13 +21,10 @@ from protocols.bitswap.client import (
 )
 from protocols.bitswap.messages import Entry, PresenceType, WantType
 from protocols.ids import PeerId
+from tests.trees import numbered_cid as cid
 
 A, B, D = PeerId("A"), PeerId("B"), PeerId("D")
 MIB = 1 << 20
-
-
-def cid(number: int) -> bytes:
-    return bytes((1, 0x55, 0x12, 32)) + number.to_bytes(32, "big")
 
 
 def wishes(effects: Iterable[object], peer: PeerId) -> list[Entry]:

@@ -22,7 +22,6 @@ from protocols.bitswap.messages import (
     decode,
     encode,
     encode_parts,
-    frame_parts,
 )
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from tests.vectors import Case, hold
@@ -186,19 +185,6 @@ def test_limits_of_what_comes() -> None:
     large = b"\x0a\x04" + RAW_PREFIX + b"\x12\x81\x80\x80\x01" + bytes(MAX_BLOCK_BYTES + 1)
     with pytest.raises(RemoteProtocolError, match="block"):
         decode(b"\x1a" + b"\x8c\x80\x80\x01" + large)
-
-
-def test_framing_in_any_pieces() -> None:
-    messages = [*ACCEPTED.values(), Message(blocks=(Block(prefix=RAW_PREFIX, data=bytes(70_000)),))]
-    wire = b"".join(part for message in messages for part in frame_parts(message))
-    for step in (1, 7, 1000, len(wire)):
-        reader = MessageReader()
-        got = [read(bytes(raw)) for at in range(0, len(wire), step) for raw in reader.feed(wire[at : at + step])]
-        assert got == [message for message in messages if message != Message()]
-        assert not reader.pending
-    reader = MessageReader()
-    list(reader.feed(wire[:-1]))
-    assert reader.pending
 
 
 @pytest.mark.parametrize("head", [b"\x81\x80\x80\x02", b"\xff\xff\xff\xff\x01", b"\x80" * 10])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -20,30 +20,10 @@ from meshnode.store.blob_store import BlobStore
 from meshnode.store.partial import PartialFile
 from protocols.errors import RemoteProtocolError
 from protocols.ids import DAG_CBOR, Cid, cid_matches, cid_to_bytes
-from protocols.unixfs.builder import Builder, Tree, file_cid
-from protocols.unixfs.leaf import wrap
+from protocols.unixfs.builder import file_cid
+from tests.trees import blocks_of, noise, tree_of
 
 MIB = 1 << 20
-
-
-def noise(size: int, seed: int = 0) -> bytes:
-    """Bytes in which no two chunks are equal."""
-    return hashlib.shake_128(seed.to_bytes(4, "big")).digest(size)
-
-
-def tree_of(data: bytes, chunk: int = MIB) -> Tree:
-    builder = Builder(chunk=chunk)
-    builder.update(data)
-    return builder.finish()
-
-
-def blocks_of(data: bytes, chunk: int = MIB) -> dict[bytes, bytes]:
-    tree = tree_of(data, chunk)
-    out = dict(tree.inner)
-    for index, cid in enumerate(tree.leaves):
-        offset, length = tree.layout.leaf_range(index)
-        out[cid] = data[offset : offset + length]
-    return out
 
 
 class Clock:
@@ -68,14 +48,15 @@ def source(tmp_path: Path, data: bytes, name: str = "source") -> Path:
     return path
 
 
-def fetch(store: BlobStore, data: bytes, *, blocks: int | None = None, chunk: int = MIB) -> PartialFile | Path:
+def fetch(store: BlobStore, data: bytes, *, blocks: int | None = None, **shape: Any) -> PartialFile | Path:
     """Write blocks into a partial file, at most `blocks` of them; the path when it is complete."""
-    have = blocks_of(data, chunk)
-    partial = store.open_partial(tree_of(data, chunk).root, len(data))
+    have = blocks_of(data, **shape)
+    partial = store.open_partial(tree_of(data, **shape).root, len(data))
     if isinstance(partial, Path):
         return partial
     while not partial.complete and (blocks is None or blocks > 0):
         cid = next(iter(partial.wanted()))
+        assert partial.wanted()[cid] >= len(have[cid])
         partial.write([(cid, have[cid])])
         blocks = None if blocks is None else blocks - 1
     return partial.finish() if partial.complete else partial
@@ -314,16 +295,6 @@ def test_where_room_can_not_be_made_nothing_is_evicted(tmp_path: Path) -> None:
     store.close()
 
 
-def test_a_file_too_large_for_the_quota_evicts_nothing(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path / "content", 3 * MIB)
-    cid = store.add_file(source(tmp_path, noise(MIB)), pin="a")
-    store.unpin("a")
-    with pytest.raises(DiskError):
-        store.open_partial(file_cid(noise(8 * MIB)), 8 * MIB)
-    assert store.path(cid) is not None
-    store.close()
-
-
 def test_a_full_disk_is_a_sentence(store: BlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blob_store, "RESERVE_BYTES", shutil.disk_usage(tmp_path).free + (1 << 40))
     with pytest.raises(DiskError, match=r"the disk of .* has .* left"):
@@ -396,17 +367,31 @@ def test_leftovers_are_tidied_up_and_a_lost_index_is_rebuilt(store: BlobStore, t
     BlobStore(folder, 100 * MIB).close()
 
 
-def test_files_that_other_tools_cut_smaller_are_fetched_served_and_read_in_anew(store: BlobStore) -> None:
-    data = noise(MIB + 5)
-    path = fetch(store, data, chunk=1 << 18)
-    assert isinstance(path, Path) and path.read_bytes() == data
-    for name, block in blocks_of(data, 1 << 18).items():
-        assert store.read_blocks([name]) == [block]
-    store.close()
-    for file in store.folder.glob("index.sqlite*"):
+@pytest.mark.parametrize("size", [0, 300, MIB + 5, 3 * MIB + 5])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["raw", "the default of Kubo"])
+def test_files_that_other_tools_cut_smaller_are_resumed_served_and_read_in_anew(
+    tmp_path: Path, size: int, wrapped: bool
+) -> None:
+    data, shape = noise(size), {"chunk": 1 << 18, "wrapped": wrapped, "old": wrapped}
+    for blocks in (3, None):  # the second time it goes on where the first one stopped
+        opened = BlobStore(tmp_path / "content", 100 * MIB)
+        partial = fetch(opened, data, blocks=blocks, **shape)
+        if isinstance(partial, PartialFile):
+            assert partial.done_bytes == 2 << 18
+            partial.close()
+        if blocks:
+            opened.close()
+    for name, block in blocks_of(data, **shape).items():
+        assert opened.block_size(name) == len(block)
+        assert opened.read_blocks([name]) == [block]
+    opened.close()
+    for file in opened.folder.glob("index.sqlite*"):
         file.unlink()
-    again = BlobStore(store.folder, 100 * MIB)
-    assert again.files() == {tree_of(data, 1 << 18).root}
+    again = BlobStore(tmp_path / "content", 100 * MIB)
+    root = tree_of(data, **shape).root
+    assert again.files() == {root}
+    path = again.path(root)
+    assert path is not None and path.read_bytes() == data
     again.close()
 
 
@@ -448,44 +433,6 @@ def test_an_interrupted_transaction_leaves_nothing_behind(store: BlobStore, tmp_
     assert store.path(cid) is not None
     block = store.block(cid)
     assert block is not None and cid_matches(cid, block)
-
-
-@pytest.mark.parametrize("size", [0, 300, 3 * MIB + 5])
-def test_a_file_in_kubos_default_shape_is_resumed_and_served_under_its_names(tmp_path: Path, size: int) -> None:
-    data = noise(size)
-    builder = Builder(chunk=1 << 18, wrapped=True, old=True)
-    builder.update(data)
-    tree = builder.finish()
-    have = dict(tree.inner)
-    for index, cid in enumerate(tree.leaves):
-        offset, length = tree.layout.leaf_range(index)
-        have[cid] = wrap(data[offset : offset + length])
-    for step in range(2):  # the second time it goes on where the first one stopped
-        opened = BlobStore(tmp_path / "content", 100 * MIB)
-        partial = opened.open_partial(tree.root, size)
-        assert isinstance(partial, PartialFile)
-        if step and size > MIB:
-            assert partial.done_bytes >= 4 << 18
-        while not partial.complete and (step or partial.done_bytes < 4 << 18):
-            cid = next(iter(partial.wanted()))
-            assert partial.wanted()[cid] >= len(have[cid])
-            partial.write([(cid, have[cid])])
-        if partial.complete:
-            assert partial.finish().read_bytes() == data
-            break
-        partial.close()
-        opened.close()
-    for cid, block in have.items():
-        assert opened.block_size(cid) == len(block)
-        assert opened.read_blocks([cid]) == [block]
-    opened.close()
-    (tmp_path / "content" / "index.sqlite").unlink()
-    for path in (tmp_path / "content").glob("index.sqlite-*"):
-        path.unlink()
-    again = BlobStore(tmp_path / "content", 100 * MIB)  # the index is gone: the file is read in anew
-    path = again.path(tree.root)
-    assert path is not None and path.read_bytes() == data
-    again.close()
 
 
 def test_a_file_that_somebody_wrote_into_is_told_when_it_is_dropped(store: BlobStore, tmp_path: Path) -> None:

@@ -30,7 +30,6 @@ from protocols.enginewire.messages import (
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.pipe.messages import Sampling
 from tests.vectors import PROTOCOLS, Case, hold
-from tests.wire import damaged, survives
 
 S = bytes(range(16))
 LOAD = Load(
@@ -102,22 +101,6 @@ def test_vectors() -> None:
         "trailing byte": REQUESTS.encode(CLOSE) + b"\0",
     }
     hold("enginewire", cases + [Case(name, data) for name, data in bad.items()], decode)
-
-
-@pytest.mark.parametrize("message", REQUEST_SAMPLES.values(), ids=REQUEST_SAMPLES)
-def test_damaged_requests(message: Request) -> None:
-    good = REQUESTS.encode(message)
-    for data in damaged(good):
-        if survives(data, REQUESTS.decode, REQUESTS.encode):
-            assert data != good
-
-
-@pytest.mark.parametrize("message", ANSWER_SAMPLES.values(), ids=ANSWER_SAMPLES)
-def test_damaged_answers(message: Answer) -> None:
-    good = ANSWERS.encode(message)
-    for data in damaged(good):
-        if survives(data, ANSWERS.decode, ANSWERS.encode):
-            assert data != good
 
 
 def test_the_largest_load_fits() -> None:

@@ -38,6 +38,8 @@ class Peer:
 
     def agreed(self) -> None: ...
 
+    def moved(self) -> None: ...
+
     async def send_all(self, data: bytes | memoryview) -> None:
         self.beats.append(trio.current_time())
         if self.lives:

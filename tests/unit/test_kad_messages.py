@@ -23,7 +23,6 @@ from protocols.kad.messages import (
     block_key,
     decode,
     encode,
-    frame,
     place,
 )
 from protocols.kad.network import AMINO, LAN, LAN_HERE, DhtNetwork, network_of
@@ -212,19 +211,6 @@ def test_our_own_limits() -> None:
     ):
         with pytest.raises(LocalProtocolError):
             encode(message)
-
-
-def test_framing_in_any_pieces() -> None:
-    messages = [*ACCEPTED.values(), Message(kind=Kind.FIND_NODE, closer=(Peer(ONE, FORMS),) * 20)]
-    wire = b"".join(frame(message) for message in messages)
-    for step in (1, 7, len(wire)):
-        reader = MessageReader()
-        got = [raw for at in range(0, len(wire), step) for raw in reader.feed(wire[at : at + step])]
-        assert got == [encode(message) for message in messages]
-        assert not reader.pending
-    reader = MessageReader()
-    list(reader.feed(wire[:-1]))
-    assert reader.pending
 
 
 @pytest.mark.parametrize("length", [b"\x81\x80\x10", b"\xff\xff\xff\xff\x7f", b"\x80\x80\x80\x80"])

@@ -23,7 +23,6 @@ from protocols.sync.messages import (
 )
 from tests.adverts import peer_of
 from tests.vectors import PROTOCOLS, Case, hold
-from tests.wire import damaged, survives
 
 Snapshot = dict[Key, tuple[Version, bytes]]
 
@@ -225,12 +224,6 @@ def test_vectors() -> None:
         ],
         SYNC.decode,
     )
-
-
-def test_damaged_messages_are_refused_or_canonical() -> None:
-    for message in (Digest(held=(Held(name=name(1), incarnation=1, sequence=7),)), Wanted(names=(name(1),))):
-        for data in damaged(SYNC.encode(message)):
-            survives(data, SYNC.decode, SYNC.encode)
 
 
 def test_the_machine_is_generic() -> None:
