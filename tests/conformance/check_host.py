@@ -148,7 +148,7 @@ async def lost(host: Host, peer: PeerId) -> str:
     raise AssertionError("the events ended")
 
 
-async def streams_both_ways(make: Make) -> None:
+async def check_streams_both_ways(make: Make) -> None:
     async with pair(make) as (one, other):
         for lane in Lane:
             await works(one, other, lane)
@@ -164,7 +164,7 @@ async def streams_both_ways(make: Make) -> None:
             await stream.aclose()
 
 
-async def half_close(make: Make) -> None:
+async def check_half_close(make: Make) -> None:
     async with pair(make) as (one, other):
         for lane in Lane:
             stream = await one.open_stream(other.peer_id, COUNT, lane)
@@ -180,7 +180,7 @@ async def half_close(make: Make) -> None:
                 await stream.receive_some()
 
 
-async def an_end_at_once(make: Make) -> None:
+async def check_an_end_at_once(make: Make) -> None:
     """Ended before a byte was sent; and a handler that speaks first."""
     async with pair(make) as (one, other):
         for lane in Lane:
@@ -193,7 +193,7 @@ async def an_end_at_once(make: Make) -> None:
             await stream.aclose()
 
 
-async def a_handler_that_raises(make: Make) -> None:
+async def check_a_handler_that_raises(make: Make) -> None:
     async with pair(make) as (one, other):
         for lane in Lane:
             stream = await one.open_stream(other.peer_id, RAISE, lane)
@@ -204,7 +204,7 @@ async def a_handler_that_raises(make: Make) -> None:
             await works(one, other, lane)
 
 
-async def a_reset_is_no_clean_end(make: Make) -> None:
+async def check_a_reset_is_no_clean_end(make: Make) -> None:
     for lane in Lane:
         waiting = Waiting()
         async with pair(make, waiting=waiting) as (one, other):
@@ -221,7 +221,7 @@ async def a_reset_is_no_clean_end(make: Make) -> None:
             await works(one, other, lane)
 
 
-async def a_closed_stream_ends_cleanly(make: Make) -> None:
+async def check_a_closed_stream_ends_cleanly(make: Make) -> None:
     for lane in Lane:
         waiting = Waiting()
         async with pair(make, waiting=waiting) as (one, other):
@@ -233,7 +233,7 @@ async def a_closed_stream_ends_cleanly(make: Make) -> None:
             assert waiting.ends == ["clean"]
 
 
-async def what_is_not_served_is_declined(make: Make) -> None:
+async def check_what_is_not_served_is_declined(make: Make) -> None:
     async with pair(make) as (one, other):
         for lane in Lane:
             with pytest.raises(Declined, match="does not serve /check/unknown/1") as caught:
@@ -242,7 +242,7 @@ async def what_is_not_served_is_declined(make: Make) -> None:
         await works(one, other)
 
 
-async def strangers_are_declined(make: Make) -> None:
+async def check_strangers_are_declined(make: Make) -> None:
     async with pair(make, admitted=False) as (one, other):
         for lane in Lane:
             for protocol in (ECHO, "/check/unknown/1"):
@@ -261,7 +261,7 @@ async def strangers_are_declined(make: Make) -> None:
             await works(other, one, lane)
 
 
-async def guests_may_do_what_they_were_granted_and_nothing_else(make: Make) -> None:
+async def check_guests_may_do_what_they_were_granted_and_nothing_else(make: Make) -> None:
     one, other = make(), make()
     for host in (one, other):
         for protocol, handler in SERVED.items():
@@ -294,7 +294,7 @@ async def guests_may_do_what_they_were_granted_and_nothing_else(make: Make) -> N
             inbox.receive_nowait()
 
 
-async def guests_come_and_go_while_it_runs(make: Make) -> None:
+async def check_guests_come_and_go_while_it_runs(make: Make) -> None:
     one, other = make(), make()
     one.handle(ECHO, echo)
     other.handle(ECHO, echo)
@@ -321,7 +321,7 @@ async def guests_come_and_go_while_it_runs(make: Make) -> None:
         assert (other.peers, other.guests) == ((one.peer_id,), ())
 
 
-async def withdrawn_members_are_disconnected(make: Make) -> None:
+async def check_withdrawn_members_are_disconnected(make: Make) -> None:
     waiting = Waiting()
     async with pair(make, waiting=waiting) as (one, other):
         streams = [await one.open_stream(other.peer_id, WAIT, lane) for lane in Lane]
@@ -341,7 +341,7 @@ async def withdrawn_members_are_disconnected(make: Make) -> None:
             await one.open_stream(other.peer_id, ECHO)
 
 
-async def gossip(make: Make) -> None:
+async def check_gossip(make: Make) -> None:
     """From one over a second to a third; not to ourselves, not to strangers, not what a validator rejects."""
     one, two, three, stranger = [make() for _ in range(4)]
     seen: list[tuple[PeerId, bytes]] = []
@@ -406,7 +406,7 @@ async def next_other(inbox: trio.MemoryReceiveChannel[tuple[PeerId, bytes]]) -> 
     raise AssertionError("the channel ended")
 
 
-async def a_slow_reader_of_gossip_misses_the_oldest(make: Make) -> None:
+async def check_a_slow_reader_of_gossip_misses_the_oldest(make: Make) -> None:
     one, other = make(), make()
     inbox = other.subscribe(TOPIC, lambda p, d: True)
     async with running(one, other):
@@ -426,7 +426,7 @@ async def a_slow_reader_of_gossip_misses_the_oldest(make: Make) -> None:
         assert inbox.statistics().current_buffer_used <= 256
 
 
-async def events(make: Make) -> None:
+async def check_events(make: Make) -> None:
     one, other, third = make(), make(), make()
     early = one.events()
     async with running(one, other, third):
@@ -455,7 +455,7 @@ async def events(make: Make) -> None:
         assert (await early.receive()).connected
 
 
-async def large_transfers(make: Make) -> None:
+async def check_large_transfers(make: Make) -> None:
     async with pair(make) as (one, other):
         data = os.urandom(TWENTY_MB)
         digest = len(data).to_bytes(8, "big") + hashlib.sha256(data).digest()
@@ -477,7 +477,7 @@ async def large_transfers(make: Make) -> None:
         await stream.aclose()
 
 
-async def connecting_fails_in_words(make: Make) -> None:
+async def check_connecting_fails_in_words(make: Make) -> None:
     async with pair(make) as (one, other):
         with pytest.raises(PeerUnreachable, match="this very node"):
             await one.connect(one.peer_id, one.addresses)
@@ -491,14 +491,14 @@ async def connecting_fails_in_words(make: Make) -> None:
         await works(one, other)
 
 
-async def dead_addresses_are_passed_over(make: Make) -> None:
+async def check_dead_addresses_are_passed_over(make: Make) -> None:
     one, other = make(), make()
     async with running(one, other):
         await one.connect(other.peer_id, ("/ip4/127.0.0.1/tcp/1", *other.addresses))
         assert one.peers == (other.peer_id,)
 
 
-async def both_dial_at_the_same_time(make: Make) -> None:
+async def check_both_dial_at_the_same_time(make: Make) -> None:
     one, other = make(), make()
     for host in (one, other):
         host.handle(ECHO, echo)
@@ -519,7 +519,7 @@ async def both_dial_at_the_same_time(make: Make) -> None:
         assert one.peers == other.peers == ()
 
 
-async def a_cancelled_read_takes_nothing(make: Make) -> None:
+async def check_a_cancelled_read_takes_nothing(make: Make) -> None:
     async with pair(make) as (one, other):
         for lane in Lane:
             stream = await one.open_stream(other.peer_id, ECHO, lane)
@@ -533,7 +533,7 @@ async def a_cancelled_read_takes_nothing(make: Make) -> None:
             await stream.aclose()
 
 
-async def disconnecting_breaks_every_lane(make: Make) -> None:
+async def check_disconnecting_breaks_every_lane(make: Make) -> None:
     waiting = Waiting()
     async with pair(make, waiting=waiting) as (one, other):
         streams = [await one.open_stream(other.peer_id, WAIT, lane) for lane in Lane]
@@ -556,7 +556,7 @@ async def disconnecting_breaks_every_lane(make: Make) -> None:
             await stream.aclose()
 
 
-async def last_words_are_heard(make: Make) -> None:
+async def check_last_words_are_heard(make: Make) -> None:
     """What was sent before a disconnection is read, and read before the peer is said to be gone."""
     one, other = make(), make()
     heard: list[bytes] = []
@@ -580,7 +580,7 @@ async def last_words_are_heard(make: Make) -> None:
             assert heard == [b"you are not welcome"]
 
 
-async def a_stopped_host_is_missed(make: Make) -> None:
+async def check_a_stopped_host_is_missed(make: Make) -> None:
     one, other = make(), make()
     async with running(one):
         async with running(other):
@@ -591,7 +591,7 @@ async def a_stopped_host_is_missed(make: Make) -> None:
             await one.connect(other.peer_id, other.addresses)
 
 
-async def many_streams_at_once(make: Make) -> None:
+async def check_many_streams_at_once(make: Make) -> None:
     async with pair(make) as (one, other):
         for lane in Lane:
             async with trio.open_nursery() as nursery:
@@ -600,7 +600,7 @@ async def many_streams_at_once(make: Make) -> None:
                     nursery.start_soon(works, other, one, lane)
 
 
-async def round_trips_are_known(make: Make) -> None:
+async def check_round_trips_are_known(make: Make) -> None:
     async with pair(make) as (one, other):
         with trio.fail_after(8):
             version = 0
@@ -615,29 +615,6 @@ async def round_trips_are_known(make: Make) -> None:
                 version = await one.links.wait(version)
 
 
-CHECKS: Final[tuple[Check, ...]] = (
-    streams_both_ways,
-    half_close,
-    an_end_at_once,
-    a_handler_that_raises,
-    a_reset_is_no_clean_end,
-    a_closed_stream_ends_cleanly,
-    what_is_not_served_is_declined,
-    strangers_are_declined,
-    guests_may_do_what_they_were_granted_and_nothing_else,
-    guests_come_and_go_while_it_runs,
-    withdrawn_members_are_disconnected,
-    gossip,
-    a_slow_reader_of_gossip_misses_the_oldest,
-    events,
-    large_transfers,
-    connecting_fails_in_words,
-    dead_addresses_are_passed_over,
-    both_dial_at_the_same_time,
-    a_cancelled_read_takes_nothing,
-    disconnecting_breaks_every_lane,
-    last_words_are_heard,
-    a_stopped_host_is_missed,
-    many_streams_at_once,
-    round_trips_are_known,
+CHECKS: Final[tuple[Check, ...]] = tuple(
+    check for name, check in list(globals().items()) if name.startswith("check_")
 )

@@ -98,7 +98,7 @@ def test_a_daemon_may_say_anything(server: Site, tmp_path: Path, body: bytes, st
     trio.run(ask)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(body=bodies)
 def test_a_version_may_be_anything(server: Site, body: bytes) -> None:
     server.scene = lambda request: request.reply(body, Connection="close")
@@ -111,7 +111,7 @@ def test_a_version_may_be_anything(server: Site, body: bytes) -> None:
     trio.run(ask)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     data=st.data(), kind=st.sampled_from(["", "text/html", "application/vnd.ipld.car", "application/vnd.ipld.car;x"])
 )
@@ -149,7 +149,7 @@ def test_a_file_in_one_go_may_be_anything(server: Site, data: st.DataObject, kin
     trio.run(ask)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     body=bodies,
     status=statuses,

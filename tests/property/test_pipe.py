@@ -13,24 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocols.errors import RemoteProtocolError
-from protocols.pipe.machine import (
-    Begin,
-    Emit,
-    Expired,
-    Failed,
-    Finished,
-    Origin,
-    OriginEffect,
-    OriginEvent,
-    OriginState,
-    PeerGone,
-    Ran,
-    Received,
-    Send,
-    StageSession,
-    StageState,
-    Stop,
-)
+from protocols.pipe import machine as pipe
 from protocols.pipe.messages import (
     Close,
     Hop,
@@ -77,7 +60,7 @@ def answer_of(prompt: Rows, spans: int, most: int) -> list[int]:
 class Node:
     """A stage with its engine: rows by position."""
 
-    machine: StageSession
+    machine: pipe.StageSession
     rows: list[int] = field(default_factory=list)
 
     def run(self, step: Step, body: Rows) -> tuple[int | None, Rows]:
@@ -96,7 +79,7 @@ class World:
 
     def __init__(self, stages: int, prompt: Rows, cuts: Sequence[int], most: int) -> None:
         route = tuple(Hop(peer=f"n{i}", incarnation=1, first=i, last=i + 1) for i in range(stages))
-        self.origin = Origin(
+        self.origin = pipe.Origin(
             session=S,
             attempt=1,
             us="me",
@@ -114,51 +97,51 @@ class World:
         self.nodes: dict[str, Node] = {}
         self.bag: list[tuple[str, str, Message, Rows]] = []
         self.tokens: list[int] = []
-        self.end: Finished | Failed | None = None
+        self.end: pipe.Finished | pipe.Failed | None = None
         self.now = 0.0
 
-    def tell(self, event: OriginEvent) -> None:
+    def tell(self, event: pipe.OriginEvent) -> None:
         """Give the origin an event and see that it ends once."""
         before, deadline = self.origin.state, self.origin.deadline
         try:
             effects = self.origin.handle(event, self.now)
         except RemoteProtocolError:
-            assert isinstance(event, Received)
+            assert isinstance(event, pipe.Received)
             assert (self.origin.state, self.origin.deadline) == (before, deadline), "an error changed something"
             return
-        if before is OriginState.CLOSED:
+        if before is pipe.OriginState.CLOSED:
             assert effects == ()
             return
-        assert (self.origin.deadline is None) == (self.origin.state is OriginState.CLOSED)
+        assert (self.origin.deadline is None) == (self.origin.state is pipe.OriginState.CLOSED)
         for effect in effects:
             self.perform(effect)
-        ended = [effect for effect in effects if isinstance(effect, Finished | Failed)]
-        assert (self.origin.state is OriginState.CLOSED) == bool(ended)
+        ended = [effect for effect in effects if isinstance(effect, pipe.Finished | pipe.Failed)]
+        assert (self.origin.state is pipe.OriginState.CLOSED) == bool(ended)
         if ended:
             assert ended == [effects[-1]], "the end is the last effect, once"
-            closed = [e.peer for e in effects if isinstance(e, Send) and isinstance(e.message, Close)]
+            closed = [e.peer for e in effects if isinstance(e, pipe.Send) and isinstance(e.message, Close)]
             assert closed == list(self.origin.peers), "every stage hears of the end"
 
-    def perform(self, effect: OriginEffect) -> None:
+    def perform(self, effect: pipe.OriginEffect) -> None:
         match effect:
-            case Send(peer, message, body):
+            case pipe.Send(peer, message, body):
                 self.bag.append(("me", peer, message, body))
-            case Emit(token, position, _):
+            case pipe.Emit(token, position, _):
                 assert self.end is None
                 assert position == len(self.prompt) + len(self.tokens), "twice, or out of order"
                 self.tokens.append(token)
-            case Finished() | Failed():
+            case pipe.Finished() | pipe.Failed():
                 assert self.end is None
                 self.end = effect
 
     def deliver(self, sender: str, receiver: str, message: Message, body: Rows) -> None:
         if receiver == "me":
             if isinstance(message, Opened | Refused | Token):
-                self.tell(Received(sender, message))
+                self.tell(pipe.Received(sender, message))
             return
         node = self.nodes.get(receiver)
         if isinstance(message, Open) and node is None:
-            self.nodes[receiver] = Node(StageSession(message, receiver))
+            self.nodes[receiver] = Node(pipe.StageSession(message, receiver))
             self.bag.append((receiver, sender, Opened(session=S, attempt=1, index=message.index), ()))
         elif isinstance(message, Close) and node is not None and node.machine.may_close(sender):
             node.machine.close()
@@ -170,7 +153,7 @@ class World:
         try:
             run = node.machine.take(sender, step)
         except RemoteProtocolError as error:
-            assert node.machine.state is StageState.OPEN
+            assert node.machine.state is pipe.StageState.OPEN
             origin, no = node.machine.refusal("fenced", str(error))
             self.bag.append((us, origin, no, ()))
             return
@@ -179,7 +162,7 @@ class World:
         assert step.position <= len(node.rows), "a gap was let through"
         assert step.position + step.rows <= node.machine.opening.capacity
         token, rows = node.run(step, body)
-        onward = node.machine.ran(Ran(step, token, TIME))
+        onward = node.machine.ran(pipe.Ran(step, token, TIME))
         if onward is not None:
             self.bag.append((us, onward[0], onward[1], rows))
 
@@ -188,8 +171,8 @@ class World:
         for _ in range(3):
             if self.origin.deadline is not None:
                 self.now = self.origin.deadline
-                self.tell(Expired())
-        assert self.origin.state is OriginState.CLOSED
+                self.tell(pipe.Expired())
+        assert self.origin.state is pipe.OriginState.CLOSED
         assert self.end is not None
 
 
@@ -199,7 +182,7 @@ def worlds(draw: st.DrawFn) -> World:
     cut = draw(st.integers(1, len(prompt)))
     cuts = (cut, len(prompt) - cut) if cut < len(prompt) else (cut,)
     world = World(draw(st.integers(1, 5)), prompt, cuts, draw(st.integers(1, 4)))
-    world.tell(Begin())
+    world.tell(pipe.Begin())
     return world
 
 
@@ -209,8 +192,8 @@ def test_in_order_the_answer_is_that_of_one_process(world: World) -> None:
     while world.bag:
         world.deliver(*world.bag.pop(0))
     assert world.tokens == world.right
-    assert world.end == Finished("eos" if world.tokens[-1] == EOS else "length")
-    assert all(node.machine.state is StageState.CLOSED for node in world.nodes.values())
+    assert world.end == pipe.Finished("eos" if world.tokens[-1] == EOS else "length")
+    assert all(node.machine.state is pipe.StageState.CLOSED for node in world.nodes.values())
 
 
 @settings(max_examples=200)
@@ -229,7 +212,7 @@ def test_any_order_loss_and_repetition(world: World, data: st.DataObject) -> Non
         world.now += 0.1
     world.pass_time()
     assert world.tokens == world.right[: len(world.tokens)]
-    assert isinstance(world.end, Failed) or world.tokens == world.right
+    assert isinstance(world.end, pipe.Failed) or world.tokens == world.right
 
 
 LIES = st.one_of(
@@ -278,9 +261,9 @@ def test_lies_never_do_more_than_end_the_session(world: World, data: st.DataObje
             to = "me" if isinstance(lie, Opened | Refused | Token) else data.draw(PEERS)
             world.deliver(liar, to, lie, tuple(range(lie.rows)) if isinstance(lie, Step) else ())
         elif deed == "gone":
-            world.tell(PeerGone(data.draw(PEERS), "lost"))
+            world.tell(pipe.PeerGone(data.draw(PEERS), "lost"))
         elif deed == "stop" and data.draw(st.integers(0, 9)) == 0:
-            world.tell(Stop("cancelled"))
+            world.tell(pipe.Stop("cancelled"))
     world.pass_time()
 
 
@@ -288,7 +271,7 @@ def test_lies_never_do_more_than_end_the_session(world: World, data: st.DataObje
 @given(messages(Open), st.sampled_from(("", "a", "b")))
 def test_no_open_breaks_a_stage(opening: Open, us: str) -> None:
     try:
-        stage = StageSession(opening, us)
+        stage = pipe.StageSession(opening, us)
     except RemoteProtocolError:
         return
     assert stage.hop.peer == us
@@ -310,7 +293,7 @@ def test_a_stage_takes_what_has_no_gap(steps: list[tuple[int, int]]) -> None:
         capacity=10,
         sampling=Sampling(seed=0),
     )
-    stage, filled = StageSession(opening, "a"), 0
+    stage, filled = pipe.StageSession(opening, "a"), 0
     template = Step(session=S, attempt=1, position=0, rows=1, sample=False, sent_us=0)
     for position, rows in steps:
         step = replace(template, position=position, rows=rows)

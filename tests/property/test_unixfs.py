@@ -83,7 +83,6 @@ def data(sizes: tuple[int, ...], total: int | None = None, kind: int = 2, more: 
 GOOD = link() + link(tsize=7) + data((100, 7))
 FOREIGN = {
     "a folder": link(name=b"a") + field(1, number(1, 1)),
-    "a folder that states sizes": link() + data((100,), kind=1),
     "a symbolic link": field(1, number(1, 4) + field(2, b"/etc/passwd")),
     "raw of old times": link() + data((100,), kind=0),
     "metadata": link() + data((100,), kind=3),
@@ -92,8 +91,6 @@ FOREIGN = {
     "a file with a time": link() + data((100,), more=field(8, number(1, 0))),
     "bytes beside links": link() + field(1, number(1, 2) + field(2, b"xyz") + number(3, 103) + number(4, 100)),
     "data first": data((100, 7)) + link() + link(tsize=7),
-    "data twice": GOOD + data((100, 7)),
-    "no data": link(),
     "no links": data(()),
     "sizes packed": link() + link(tsize=7) + field(1, number(1, 2) + number(3, 107) + field(4, b"\x64\x07")),
     "Tsize before the hash": field(2, number(3, 100) + field(1, LEAF) + field(2, b"")) + data((100,)),

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 
 import pytest
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from protocols.bitswap.messages import (
     MAX_BLOCK_BYTES,
@@ -24,6 +23,7 @@ from protocols.bitswap.messages import (
     encode_parts,
 )
 from protocols.errors import LocalProtocolError, RemoteProtocolError
+from tests.protobuf_oracle import oracle
 from tests.vectors import Case, hold
 
 RAW_PREFIX = bytes((1, 0x55, 0x12, 32))
@@ -83,50 +83,30 @@ def test_vectors() -> None:
     hold("bitswap", cases, read)
 
 
-def oracle() -> type:
-    """The message class that protobuf's own runtime makes of the published definition."""
-    file = descriptor_pb2.FileDescriptorProto(name="bitswap.proto", package="bitswap", syntax="proto3")
-    kinds = {"bytes": 12, "int32": 5, "bool": 8, "uint": 13}
-
-    def declare(name: str, fields: dict[str, tuple[int, str, bool]]) -> None:
-        made = file.message_type.add(name=name)
-        for field, (number, kind, repeated) in fields.items():
-            label = 3 if repeated else 1
-            added = made.field.add(name=field, number=number, label=label, type=kinds.get(kind, 11))
-            if kind not in kinds:
-                added.type_name = f".bitswap.{kind}"
-
-    declare(
-        "Entry",
-        {
-            "block": (1, "bytes", False),
-            "priority": (2, "int32", False),
-            "cancel": (3, "bool", False),
-            "wantType": (4, "uint", False),
-            "sendDontHave": (5, "bool", False),
-        },
-    )
-    declare("Wantlist", {"entries": (1, "Entry", True), "full": (2, "bool", False)})
-    declare("Block", {"prefix": (1, "bytes", False), "data": (2, "bytes", False)})
-    declare("BlockPresence", {"cid": (1, "bytes", False), "type": (2, "uint", False)})
-    declare(
-        "Message",
-        {
-            "wantlist": (1, "Wantlist", False),
-            "payload": (3, "Block", True),
-            "blockPresences": (4, "BlockPresence", True),
-            "pendingBytes": (5, "int32", False),
-        },
-    )
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("bitswap.Message"))
+PUBLISHED = {
+    "Entry": {
+        "block": (1, "bytes"),
+        "priority": (2, "int32"),
+        "cancel": (3, "bool"),
+        "wantType": (4, "uint"),
+        "sendDontHave": (5, "bool"),
+    },
+    "Wantlist": {"entries": (1, "*Entry"), "full": (2, "bool")},
+    "Block": {"prefix": (1, "bytes"), "data": (2, "bytes")},
+    "BlockPresence": {"cid": (1, "bytes"), "type": (2, "uint")},
+    "Message": {
+        "wantlist": (1, "Wantlist"),
+        "payload": (3, "*Block"),
+        "blockPresences": (4, "*BlockPresence"),
+        "pendingBytes": (5, "int32"),
+    },
+}
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_protobuf_runtime_reads_the_same(name: str) -> None:
     ours = ACCEPTED[name]
-    theirs = oracle()()  # type: ignore[operator]
+    theirs = oracle("bitswap", PUBLISHED)()
     theirs.ParseFromString(encode(ours))
     assert [(e.block, e.priority, e.cancel, e.wantType, e.sendDontHave) for e in theirs.wantlist.entries] == [
         (e.cid, e.priority, e.cancel, e.want_type, e.send_dont_have) for e in ours.entries

@@ -62,6 +62,18 @@ def fetch(store: BlobStore, data: bytes, *, blocks: int | None = None, **shape: 
     return partial.finish() if partial.complete else partial
 
 
+def begun(store: BlobStore, data: bytes, blocks: int) -> PartialFile:
+    partial = fetch(store, data, blocks=blocks)
+    assert isinstance(partial, PartialFile)
+    return partial
+
+
+def fetched(store: BlobStore, data: bytes) -> Path:
+    path = fetch(store, data)
+    assert isinstance(path, Path) and path.read_bytes() == data
+    return path
+
+
 @pytest.mark.parametrize("size", [0, 1, MIB, MIB + 1, 3 * MIB + 5])
 def test_add_gives_the_cid_and_serves_every_block(store: BlobStore, tmp_path: Path, size: int) -> None:
     data = noise(size)
@@ -114,8 +126,7 @@ def test_standalone_blocks(store: BlobStore) -> None:
 
 def test_fetch_writes_a_whole_file(store: BlobStore) -> None:
     data = noise(3 * MIB + 5)
-    path = fetch(store, data)
-    assert isinstance(path, Path) and path.read_bytes() == data
+    path = fetched(store, data)
     assert store.path(file_cid(data)) == path
     assert list(store.folder.glob("files/*.part")) == []
     assert isinstance(store.open_partial(file_cid(data), len(data)), Path)
@@ -123,8 +134,7 @@ def test_fetch_writes_a_whole_file(store: BlobStore) -> None:
 
 def test_blocks_of_a_partial_file_are_served(store: BlobStore) -> None:
     data = noise(4 * MIB)
-    partial = fetch(store, data, blocks=3)
-    assert isinstance(partial, PartialFile)
+    partial = begun(store, data, blocks=3)
     served = [name for name in blocks_of(data) if store.block_size(name) is not None]
     assert len(served) == 3  # the root and two leaves
     for name in served:
@@ -135,16 +145,14 @@ def test_blocks_of_a_partial_file_are_served(store: BlobStore) -> None:
 
 def test_equal_chunks_are_written_to_every_place(store: BlobStore) -> None:
     data = bytes(5 * MIB + 7)
-    path = fetch(store, data)
-    assert isinstance(path, Path) and path.read_bytes() == data
+    fetched(store, data)
 
 
 def test_blocks_that_another_file_has_are_not_fetched(store: BlobStore, tmp_path: Path) -> None:
     shared = noise(2 * MIB)
     store.add_file(source(tmp_path, shared), pin="a")
     data = shared + noise(MIB, 7)
-    partial = store.open_partial(file_cid(data), len(data))
-    assert isinstance(partial, PartialFile)
+    partial = begun(store, data, blocks=0)
     root = cid_to_bytes(file_cid(data))
     assert list(partial.write([(root, blocks_of(data)[root])])) == [cid_to_bytes(file_cid(data[2 * MIB :]))]
     assert partial.done_bytes == 2 * MIB
@@ -153,23 +161,19 @@ def test_blocks_that_another_file_has_are_not_fetched(store: BlobStore, tmp_path
 
 def test_a_closed_fetch_goes_on_where_it_stopped(store: BlobStore) -> None:
     data = noise(6 * MIB)
-    partial = fetch(store, data, blocks=4)
-    assert isinstance(partial, PartialFile)
+    partial = begun(store, data, blocks=4)
     partial.close()
-    again = store.open_partial(file_cid(data), len(data))
-    assert isinstance(again, PartialFile)
+    again = begun(store, data, blocks=0)
     assert again.done_bytes == 3 * MIB
     assert len(again.wanted()) == 3
     again.close()
-    path = fetch(store, data)
-    assert isinstance(path, Path) and path.read_bytes() == data
+    fetched(store, data)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "overwritten", "deleted"])
 def test_a_damaged_part_is_found_out(store: BlobStore, damage: str) -> None:
     data = noise(6 * MIB)
-    partial = fetch(store, data, blocks=5)
-    assert isinstance(partial, PartialFile)
+    partial = begun(store, data, blocks=5)
     partial.close()
     (part,) = store.folder.glob("files/*.part")
     if damage == "truncated":
@@ -180,12 +184,10 @@ def test_a_damaged_part_is_found_out(store: BlobStore, damage: str) -> None:
             file.write(b"oops")
     else:
         part.unlink()
-    again = store.open_partial(file_cid(data), len(data))
-    assert isinstance(again, PartialFile)
+    again = begun(store, data, blocks=0)
     assert again.done_bytes == {"truncated": MIB, "overwritten": 3 * MIB, "deleted": 0}[damage]
     again.close()
-    path = fetch(store, data)
-    assert isinstance(path, Path) and path.read_bytes() == data
+    fetched(store, data)
 
 
 def test_kill_at_any_block_loses_at_most_that_block(tmp_path: Path) -> None:
@@ -206,8 +208,7 @@ def test_kill_at_any_block_loses_at_most_that_block(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=Path(__file__).parents[2], timeout=60, check=False)
     assert done.returncode == -9
     store = BlobStore(tmp_path / "content", 1 << 30)
-    partial = store.open_partial(file_cid(data), len(data))
-    assert isinstance(partial, PartialFile)
+    partial = begun(store, data, blocks=0)
     assert partial.done_bytes == 3 * MIB
     partial.close()
     store.close()
@@ -215,13 +216,12 @@ def test_kill_at_any_block_loses_at_most_that_block(tmp_path: Path) -> None:
 
 def test_only_one_process_fetches_a_file(store: BlobStore) -> None:
     data = noise(2 * MIB)
-    partial = fetch(store, data, blocks=1)
-    assert isinstance(partial, PartialFile)
+    partial = begun(store, data, blocks=1)
     other = BlobStore(store.folder, 100 * MIB)
     with pytest.raises(Declined, match="another process"):
         other.open_partial(file_cid(data), len(data))
     partial.close()
-    assert isinstance(fetch(other, data), Path)
+    fetched(other, data)
     assert store.path(file_cid(data)) is not None
     other.close()
 
@@ -245,7 +245,7 @@ def test_a_wrong_size_is_refused_with_a_sentence(store: BlobStore) -> None:
     with pytest.raises(ModelError):
         store.open_partial(file_cid(b"one block"), 5 * MIB)
     assert store.usage().used_bytes == len(data) + 1  # what is being fetched is reserved
-    assert isinstance(fetch(store, data), Path)
+    fetched(store, data)
 
 
 def test_least_recently_used_goes_first_and_pins_stay(tmp_path: Path) -> None:
@@ -305,8 +305,7 @@ def test_running_out_of_disk_while_writing_is_a_sentence(tmp_path: Path) -> None
     """/dev/full answers every write with ENOSPC, as a full disk does."""
     store = BlobStore(tmp_path / "content", 100 * MIB)
     data = noise(3 * MIB)
-    partial = fetch(store, data, blocks=1)
-    assert isinstance(partial, PartialFile)
+    partial = begun(store, data, blocks=1)
     full = os.open("/dev/full", os.O_RDWR)
     os.dup2(full, partial._descriptor)  # type: ignore[arg-type]
     os.close(full)
@@ -320,8 +319,7 @@ def test_running_out_of_disk_while_writing_is_a_sentence(tmp_path: Path) -> None
 def test_removing_unpinned_things_spares_fetches_and_pins(store: BlobStore, tmp_path: Path) -> None:
     keep = store.add_file(source(tmp_path, noise(MIB, 1)), pin="keep")
     store.add_file(source(tmp_path, noise(MIB, 2)), pin="drop")
-    partial = fetch(store, noise(3 * MIB, 3), blocks=2)
-    assert isinstance(partial, PartialFile)
+    partial = begun(store, noise(3 * MIB, 3), blocks=2)
     store.unpin("drop")
     assert store.remove_unpinned() == MIB
     assert store.files() == {keep}
@@ -344,7 +342,7 @@ def test_a_deleted_or_edited_file_is_forgotten(store: BlobStore, tmp_path: Path)
             os.utime(path, ns=(1, 1))
         assert store.read_blocks([tree_of(data).leaves[1]]) == [None]
         assert store.path(cid) is None
-        assert isinstance(fetch(store, data), Path)
+        fetched(store, data)
 
 
 def test_leftovers_are_tidied_up_and_a_lost_index_is_rebuilt(store: BlobStore, tmp_path: Path) -> None:

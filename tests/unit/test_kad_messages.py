@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 
 import pytest
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from multiaddr import Multiaddr
 
 from protocols.errors import LocalProtocolError, RemoteProtocolError
@@ -27,6 +26,7 @@ from protocols.kad.messages import (
 )
 from protocols.kad.network import AMINO, LAN, LAN_HERE, DhtNetwork, network_of
 from protocols.protobuf import put_field
+from tests.protobuf_oracle import oracle
 from tests.unit.membership_actors import peer_of_key
 from tests.vectors import Case, hold
 
@@ -116,34 +116,21 @@ def test_vectors() -> None:
     hold("kad", cases, decode)
 
 
-def oracle() -> type:
-    """The message class that protobuf's own runtime makes of the published definition."""
-    file = descriptor_pb2.FileDescriptorProto(name="kad.proto", package="kad", syntax="proto3")
-    kinds = {"bytes": 12, "int32": 5}
-    declared = {
-        "Peer": {"id": (1, "bytes", False), "addrs": (2, "bytes", True), "connection": (3, "int32", False)},
-        "Message": {
-            "type": (1, "int32", False),
-            "key": (2, "bytes", False),
-            "closerPeers": (8, "Peer", True),
-            "providerPeers": (9, "Peer", True),
-        },
-    }
-    for name, fields in declared.items():
-        made = file.message_type.add(name=name)
-        for field, (number, kind, repeated) in fields.items():
-            added = made.field.add(name=field, number=number, label=3 if repeated else 1, type=kinds.get(kind, 11))
-            if kind not in kinds:
-                added.type_name = f".kad.{kind}"
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("kad.Message"))
+PUBLISHED = {
+    "Peer": {"id": (1, "bytes"), "addrs": (2, "*bytes"), "connection": (3, "int32")},
+    "Message": {
+        "type": (1, "int32"),
+        "key": (2, "bytes"),
+        "closerPeers": (8, "*Peer"),
+        "providerPeers": (9, "*Peer"),
+    },
+}
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_protobuf_runtime_reads_the_same(name: str) -> None:
     ours = ACCEPTED[name]
-    theirs = oracle()()  # type: ignore[operator]
+    theirs = oracle("kad", PUBLISHED)()
     theirs.ParseFromString(encode(ours))
     assert (theirs.type, theirs.key) == (ours.kind, ours.key)
     for mine, said in ((ours.closer, theirs.closerPeers), (ours.providers, theirs.providerPeers)):

@@ -13,6 +13,7 @@ from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import DAG_CBOR, RAW, cid_of, peer_id_of
 from protocols.manifest.codec import DOMAIN, encode_manifest, open_manifest, sign_manifest
 from protocols.manifest.messages import MAX_MANIFEST_BYTES, Architecture, FileRef, Manifest, Quality, Variant
+from tests.vectors import Case, hold
 
 KEY = SigningKey(b"m" * 32)
 OTHER = SigningKey(b"o" * 32)
@@ -217,3 +218,33 @@ def test_the_span_of_a_variant_names_its_groups() -> None:
     assert sorted(variant.groups(1, 2)) == ["head", "layer.1"]
     tied = variant.embed.size + sum(f.size for f in variant.layers)
     assert variant.span_bytes(0, 2) == tied
+
+
+def cases() -> list[Case]:
+    whole = manifest()
+    plain = replace(
+        whole,
+        files={},
+        variants={"fp32": whole.variants["fp32"]},
+        architecture=replace(whole.architecture, bos_ids=(), eos_ids=()),
+    )
+    good = sign_manifest(KEY, whole)
+    floating = raw_manifest()
+    floating["created_ms"] = 1.5
+    newer = {**raw_manifest(), "schema": 2}
+    empty = replace(plain, files={"LICENSE": FileRef(cid=cid_of(RAW, b""), size=0)})
+    return [
+        Case("two variants, tied ends", good, whole),
+        Case("one variant, no quality, no files", sign_manifest(KEY, plain), plain),
+        Case("an empty file", sign_manifest(KEY, empty), empty),
+        Case("signed by somebody else", sealed(raw_manifest(), OTHER)),
+        Case("a float", sealed(floating)),
+        Case("a newer schema", sealed(newer)),
+        Case("a byte too many", good + b"\x00"),
+        Case("a byte too few", good[:-1]),
+        Case("nothing", b""),
+    ]
+
+
+def test_vectors() -> None:
+    hold("manifest", cases(), open_manifest)

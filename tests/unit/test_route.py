@@ -110,16 +110,6 @@ def test_load_spreads_over_many_peers() -> None:
     assert max(taken.values()) < 100, "nobody draws all the load"
 
 
-def test_the_same_seed_gives_the_same_route() -> None:
-    peers = [advert(f"p{i}", 0, 12) for i in range(6)]
-    assert route(*peers, seed=3) == route(*reversed(peers), seed=3)
-
-
-def test_no_peer_twice_in_one_route() -> None:
-    found = spans(route(advert("a", 0, 12, us=3000), advert("b", 4, 8, us=1)))
-    assert len({peer for peer, _, _ in found}) == len(found)
-
-
 def test_why_there_is_no_route() -> None:
     nobody = route()
     assert nobody == NoRoute("layers 0 to 11 are held by nobody, and no node is loading", 10_000)

@@ -5,7 +5,6 @@ import pytest
 from protocols.codec import dumps
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import public_key_of
-from protocols.sync import machine as sync
 from protocols.sync.machine import TRANSITIONS, Finished, Key, Send, State, SyncMachine, Take, Version
 from protocols.sync.messages import (
     MAX_ENTRIES,
@@ -224,8 +223,3 @@ def test_vectors() -> None:
         ],
         SYNC.decode,
     )
-
-
-def test_the_machine_is_generic() -> None:
-    """It knows nothing of what the records say."""
-    assert not {"Advert", "Announcement"} & set(vars(sync))
