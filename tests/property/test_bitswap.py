@@ -138,6 +138,19 @@ def test_server_answers_every_open_wish_once(seed: int) -> None:
     open_wishes: dict[tuple[PeerId, bytes], WantType] = {}
     peers = [PeerId("a"), PeerId("b"), PeerId("c")]
     under_way: list[PeerId] = []
+
+    def answer() -> bool:
+        """Whether there was one; what is in it was wished for."""
+        answer = server.next()
+        if answer is None:
+            return False
+        under_way.append(answer.peer)
+        assert answer.blocks or answer.presences
+        assert answer.size == sum(held[cid] for cid in answer.blocks)
+        for cid in (*answer.blocks, *(cid for cid, _ in answer.presences)):
+            assert open_wishes.pop((answer.peer, cid), None) is not None
+        return True
+
     for _ in range(300):
         peer = rng.choice(peers)
         choice = rng.random()
@@ -155,22 +168,9 @@ def test_server_answers_every_open_wish_once(seed: int) -> None:
         elif under_way and choice < 0.7:
             server.done(under_way.pop())
         else:
-            answer = server.next()
-            if answer is None:
-                continue
-            under_way.append(answer.peer)
-            assert answer.blocks or answer.presences
-            assert answer.size == sum(held[cid] for cid in answer.blocks)
-            for cid in (*answer.blocks, *(cid for cid, _ in answer.presences)):
-                assert open_wishes.pop((answer.peer, cid), None) is not None
-    while under_way or (answer := server.next()) is not None:
-        if under_way:
-            server.done(under_way.pop())
-            continue
-        assert answer is not None
-        under_way.append(answer.peer)
-        for cid in (*answer.blocks, *(cid for cid, _ in answer.presences)):
-            assert open_wishes.pop((answer.peer, cid), None) is not None
+            answer()
+    while under_way or answer():
+        server.done(under_way.pop())
     assert all(cid not in held for _, cid in open_wishes)
     assert all(server.waiting(peer) == 0 for peer in peers)
     assert len(open_wishes) < MAX_WANTS

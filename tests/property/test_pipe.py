@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -215,36 +216,20 @@ def test_any_order_loss_and_repetition(world: World, data: st.DataObject) -> Non
     assert isinstance(world.end, pipe.Failed) or world.tokens == world.right
 
 
+def lie(cls: type[Any], **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.builds(cls, session=st.just(S), attempt=st.integers(0, 2), **fields)
+
+
+NOW = st.just(0)
+INDICES, POSITIONS, HOPS = st.integers(0, 7), st.integers(0, 12), st.integers(0, 6).map(lambda n: (TIME,) * n)
+CODES = st.sampled_from(("busy", "lost", "fenced", "timeout", ""))
+ROWS = st.integers(1, 12)
 LIES = st.one_of(
-    st.builds(Opened, session=st.just(S), attempt=st.integers(0, 2), index=st.integers(0, 7)),
-    st.builds(
-        Refused,
-        session=st.just(S),
-        attempt=st.integers(0, 2),
-        index=st.integers(0, 7),
-        code=st.sampled_from(("busy", "lost", "fenced", "timeout", "")),
-        reason=st.text(max_size=5),
-    ),
-    st.builds(
-        Token,
-        session=st.just(S),
-        attempt=st.integers(0, 2),
-        position=st.integers(0, 12),
-        token=st.integers(0, 1 << 24),
-        sent_us=st.just(0),
-        times=st.integers(0, 6).map(lambda n: (TIME,) * n),
-    ),
-    st.builds(
-        Step,
-        session=st.just(S),
-        attempt=st.integers(0, 2),
-        position=st.integers(0, 12),
-        rows=st.integers(1, 12),
-        sample=st.booleans(),
-        sent_us=st.just(0),
-        times=st.integers(0, 6).map(lambda n: (TIME,) * n),
-    ),
-    st.builds(Close, session=st.just(S), attempt=st.integers(0, 2)),
+    lie(Opened, index=INDICES),
+    lie(Refused, index=INDICES, code=CODES, reason=st.text(max_size=5)),
+    lie(Token, position=POSITIONS, token=st.integers(0, 1 << 24), sent_us=NOW, times=HOPS),
+    lie(Step, position=POSITIONS, rows=ROWS, sample=st.booleans(), sent_us=NOW, times=HOPS),
+    lie(Close),
 )
 PEERS = st.sampled_from(("n0", "n1", "n2", "n3", "n4", "stranger"))
 

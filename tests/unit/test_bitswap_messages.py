@@ -14,7 +14,6 @@ from protocols.bitswap.messages import (
     Block,
     Entry,
     Message,
-    MessageReader,
     Presence,
     PresenceType,
     WantType,
@@ -165,10 +164,3 @@ def test_limits_of_what_comes() -> None:
     large = b"\x0a\x04" + RAW_PREFIX + b"\x12\x81\x80\x80\x01" + bytes(MAX_BLOCK_BYTES + 1)
     with pytest.raises(RemoteProtocolError, match="block"):
         decode(b"\x1a" + b"\x8c\x80\x80\x01" + large)
-
-
-@pytest.mark.parametrize("head", [b"\x81\x80\x80\x02", b"\xff\xff\xff\xff\x01", b"\x80" * 10])
-def test_a_length_above_the_limit_is_refused_before_anything_is_kept(head: bytes) -> None:
-    reader = MessageReader()
-    with pytest.raises(RemoteProtocolError):
-        list(reader.feed(head))

@@ -20,7 +20,7 @@ from meshnode.engine.port import StageSpec
 from meshnode.engine.process import Deadlines, EngineProcess, load_request
 from protocols.enginewire.messages import ANSWERS, REQUESTS, Loaded, Step
 from protocols.frame import FrameReader, pack
-from tests.conformance.check_engine import NULL, changed, ids, name, running
+from tests.conformance.check_engine import NULL, changed, enter, name, running, say
 from tests.conformance.tiny_model import tiny_models
 
 
@@ -30,8 +30,8 @@ def pid_of(engine: EngineProcess) -> int:
 
 
 async def ask(engine: EngineProcess) -> None:
-    await engine.open(name(1), first=0, last=4, capacity=64, sampling=None, prompt=())
-    await engine.step(name(1), position=0, rows=2, data=ids(1, 2), sample=True)
+    await enter(engine, capacity=64)
+    await say(engine, (1, 2))
 
 
 async def test_report() -> None:
@@ -60,7 +60,7 @@ async def test_killed_during_a_step() -> None:
 
             async def step() -> None:
                 with pytest.raises(EngineLost, match="SIGKILL"):
-                    await engine.step(name(1), position=2, rows=1, data=ids(3), sample=True)
+                    await say(engine, (3,), 2)
 
             nursery.start_soon(step)
             nursery.start_soon(step)  # waits for its turn
@@ -75,7 +75,7 @@ async def test_a_step_that_hangs_is_killed_at_its_deadline() -> None:
         await ask(engine)
         os.kill(pid_of(engine), signal.SIGSTOP)
         with trio.fail_after(5), pytest.raises(EngineLost, match=r"not answered a Step after 0\.\d s and was killed"):
-            await engine.step(name(1), position=2, rows=1, data=ids(3), sample=True)
+            await say(engine, (3,), 2)
         with pytest.raises(EngineLost, match="not answered a Step"):
             await ask(engine)
 
@@ -103,9 +103,9 @@ async def test_a_cancelled_caller_does_not_spare_a_hung_engine() -> None:
         await ask(engine)
         os.kill(pid_of(engine), signal.SIGSTOP)
         with trio.move_on_after(0.05):
-            await engine.step(name(1), position=2, rows=1, data=ids(3), sample=True)
+            await say(engine, (3,), 2)
         with trio.fail_after(5), pytest.raises(EngineLost, match="was killed"):
-            await engine.step(name(1), position=3, rows=1, data=ids(3), sample=True)
+            await say(engine, (3,), 3)
 
 
 async def test_the_next_caller_gets_its_own_answer() -> None:
@@ -135,8 +135,7 @@ async def test_stop_lets_a_running_step_end() -> None:
         tokens: list[int | None] = []
 
         async def step() -> None:
-            result = await engine.step(name(1), position=2, rows=20, data=ids(*range(20)), sample=True)
-            tokens.append(result.token)
+            tokens.append((await say(engine, range(20), 2)).token)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(step)

@@ -111,25 +111,21 @@ def test_numbers_are_counted_by_the_machine() -> None:
     assert node.waiting == 0
 
 
-def test_nothing_before_the_load() -> None:
-    for request in (OPEN, STEP, CLOSE):
-        node, engine = NodeSide(), EngineSide()
-        with pytest.raises(LocalProtocolError, match="to an engine that is new"):
-            node.ask(request)
-        with pytest.raises(RemoteProtocolError, match="to an engine that is new"):
-            engine.take(dataclasses.replace(request, number=1))
+@pytest.mark.parametrize("request_", [OPEN, STEP, CLOSE, LOAD], ids=lambda request: type(request).__name__)
+def test_one_load_and_nothing_before_it(request_: wire.Request) -> None:
+    node, engine = NodeSide(), EngineSide()
+    if request_ is LOAD:
+        node.ask(LOAD)
+        node.answered(ANSWER_SAMPLES["loaded"])
+        engine.take(LOAD)
+    state = "ready" if request_ is LOAD else "new"
+    with pytest.raises(LocalProtocolError, match=f"to an engine that is {state}"):
+        node.ask(request_)
+    with pytest.raises(RemoteProtocolError, match=f"to an engine that is {state}"):
+        engine.take(dataclasses.replace(request_, number=2 if request_ is LOAD else 1))
+    if request_ is not LOAD:
         assert node.ask(LOAD).number == 1  # nothing had changed
         engine.take(LOAD)
-
-
-def test_one_load() -> None:
-    node = ready()
-    with pytest.raises(LocalProtocolError):
-        node.ask(LOAD)
-    engine = EngineSide()
-    engine.take(LOAD)
-    with pytest.raises(RemoteProtocolError):
-        engine.take(dataclasses.replace(LOAD, number=2))
 
 
 def test_numbers_follow_each_other() -> None:

@@ -135,20 +135,6 @@ def test_each_token_is_the_next_step_until_the_length_is_reached() -> None:
     assert o.handle(token(8), 6.0) == (), "what comes after the end is nobody's fault"
 
 
-def test_an_end_token_ends_the_answer() -> None:
-    assert running().handle(token(5, 2), 3.0) == (pipe.Emit(2, 5, TIMES, 70), *CLOSES, pipe.Finished("eos"))
-
-
-def test_a_single_stage_is_first_and_last() -> None:
-    o = origin(route=(Hop(peer="me", incarnation=1, first=0, last=9),), max_tokens=1)
-    (effect,) = o.handle(pipe.Begin(), 0.0)
-    assert isinstance(effect, pipe.Send)
-    assert effect.body == (5, 6, 7, 8, 9)
-    o.handle(pipe.Received("me", Opened(session=S, attempt=1, index=0)), 0.0)
-    last = Token(session=S, attempt=1, position=5, token=3, sent_us=0, times=TIMES[:1])
-    assert o.handle(pipe.Received("me", last), 0.0)[-1] == pipe.Finished("length")
-
-
 def test_stopping_tells_every_stage() -> None:
     assert running().handle(pipe.Stop("cancelled"), 3.0) == (*CLOSES, pipe.Finished("cancelled"))
     assert origin().handle(pipe.Stop("cancelled"), 0.0) == (pipe.Finished("cancelled"),), "nobody was asked yet"
@@ -286,10 +272,6 @@ def test_the_last_stage_answers_its_origin() -> None:
     assert s.ran(pipe.Ran(asked, 11, TIMES[2])) == ("me", expected)
 
 
-def test_the_first_stage_is_fed_by_the_origin() -> None:
-    assert stage(0).take("me", step(0, 3))
-
-
 @pytest.mark.parametrize(
     ("peer", "message", "words"),
     [
@@ -308,15 +290,6 @@ def test_a_wrong_step_changes_nothing(peer: str, message: Step, words: str) -> N
         s.take(peer, message)
     assert s.state is pipe.StageState.OPEN
     assert s.take("ann", step(4, 1, hops=1))
-
-
-def test_a_step_again_rewinds() -> None:
-    s = stage(1)
-    for position in (0, 2, 4):
-        s.take("ann", step(position, 2, hops=1))
-    assert s.take("ann", step(2, 2, hops=1))
-    with pytest.raises(RemoteProtocolError, match="only 4 rows are here"):
-        s.take("ann", step(5, 1, hops=1))
 
 
 def test_a_closed_stage_neither_takes_nor_sends() -> None:

@@ -12,6 +12,7 @@ from meshnode.policy.route import NoRoute, in_words, plan_route, round_trip_us
 from protocols.advert.messages import DRAINING, LOADING, SERVING, Advert, RoundTrip, Serving, Span
 from protocols.ids import PeerId
 from protocols.pipe.messages import Hop
+from tests.adverts import advert_named
 
 ORIGIN = PeerId("origin")
 MODEL = Span(manifest="m", variant="v", first=0, last=12)
@@ -29,21 +30,18 @@ def advert(
     **serving: int,
 ) -> Advert:
     span = Span(manifest="m", variant="v", first=first, last=last)
-    return Advert(
-        peer=name,
+    serves = Serving(
+        state=state,
+        span=span if state in (SERVING, DRAINING) else None,
+        target=span if state == LOADING else None,
+        decode_us=us * (last - first),
+        **serving,
+    )
+    return advert_named(
+        name,
         incarnation=7,
-        sequence=1,
-        name=name,
         addresses=addresses,
-        serving=Serving(
-            state=state,
-            span=span if state in (SERVING, DRAINING) else None,
-            target=span if state == LOADING else None,
-            decode_us=us * (last - first),
-            **serving,
-        )
-        if last
-        else None,
+        serving=serves if last else None,
         round_trips=tuple(RoundTrip(peer=peer, us=trip) for peer, trip in (trips or {}).items()),
     )
 
