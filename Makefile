@@ -32,7 +32,7 @@ test: check
 	$(BIN)/pytest -q $(LANES)
 
 test-quick: setup
-	$(BIN)/pytest -q $(LANES) -m "not process and not net and not model and not slow"
+	HYPOTHESIS_PROFILE=quick $(BIN)/pytest -q $(LANES) -m "not process and not net and not model and not slow"
 
 # Real processes and the real py-libp2p, over loopback.
 test-process: setup

@@ -25,11 +25,11 @@ from meshnode.membership.identity import Identity
 from meshnode.membership.network import load_network
 from meshnode.net.libp2p.host import Libp2pHost
 from meshnode.net.swarm_key import load_swarm_key
-from meshnode.node import Machine, Parts
+from meshnode.parts import Machine, Parts
 from meshnode.state.database import Database
 from meshnode.store.cipher import Cipher
-from meshnode.store.disk import remove_abandoned
 from meshnode.store.open import open_store
+from meshnode.store.os_files import remove_abandoned
 
 
 def assemble(config: Config, identity: Identity, stack: ExitStack) -> Parts:

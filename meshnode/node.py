@@ -3,32 +3,21 @@
 Nesting is the shutdown order: what is opened last is cancelled first.
 
     ground    network host, content, membership, discovery, guests, directory, pipes
-    work      links, stage, releases, spans, placement, readiness, inventory, replication, control socket
+    work      round trips, stage, releases, spans, placement, readiness, inventory, replication, control socket
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
-from dataclasses import dataclass
-
-import structlog
 import trio
 
 from meshnode import __version__
 from meshnode.config.settings import Config
-from meshnode.core.clock import Wall
-from meshnode.core.health import Health
-from meshnode.core.service import Service, supervise
-from meshnode.core.workers import Workers
-from meshnode.engine.port import Engine, StageSpec
-from meshnode.ipfs.fallback import Fallback, Source
-from meshnode.ipfs.rpc import IpfsApi
-from meshnode.membership.identity import Identity
-from meshnode.membership.port import Membership
+from meshnode.core.log import get_logger
+from meshnode.core.supervise import Service, supervise
+from meshnode.ipfs.fallback import Fallback
 from meshnode.membership.registry import Registry
 from meshnode.net.pipes import Pipes
-from meshnode.net.port import Host
+from meshnode.parts import Parts, first_advert
 from meshnode.services.content.access import Access
 from meshnode.services.content.service import ContentService
 from meshnode.services.content.sources import Sources
@@ -37,7 +26,7 @@ from meshnode.services.directory.directory import DirectoryService, DirectorySet
 from meshnode.services.discovery import DiscoveryService
 from meshnode.services.external_peers import ExternalPeers, ExternalSettings
 from meshnode.services.holds import HoldAnswers, HoldQuestions
-from meshnode.services.inference.load import StageLoad
+from meshnode.services.inference.advertised_load import AdvertisedLoad
 from meshnode.services.inference.origin import OriginService
 from meshnode.services.inference.readiness import ReadinessService
 from meshnode.services.inference.router import Router
@@ -45,48 +34,17 @@ from meshnode.services.inference.stage import StageService
 from meshnode.services.inference.text import TextService
 from meshnode.services.inventory import InventoryService
 from meshnode.services.ipfs_daemon import IpfsDaemonService, Publication
-from meshnode.services.links import LinksService
 from meshnode.services.membership import Introduction, MembershipService
 from meshnode.services.placement import PlacementService, PlacementSettings
 from meshnode.services.releases import ReleasesService
 from meshnode.services.replication.copies import Duties, ReplicationService, ReplicationSettings
 from meshnode.services.replication.shelves import Shelves
+from meshnode.services.round_trips import RoundTripsService
 from meshnode.services.spans import SpansService, SpansSettings
-from meshnode.state.port import State
-from meshnode.store.port import Store
-from protocols.advert.messages import Advert
 from protocols.bitswap import messages as bitswap
 from protocols.membership import messages as membership
 
-log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """What this device is."""
-
-    name: str  # for people
-    free_memory_bytes: int  # at the start
-    tags: tuple[str, ...]  # "cpu", "gpu", "mains", "battery"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """What a node is made of. `assemble.py` makes them of real things, `sim/` of things in memory."""
-
-    identity: Identity
-    membership: Membership  # our place in the network
-    host: Host
-    store: Store
-    state: State
-    engine: Callable[[StageSpec], Engine]  # a new engine for a span
-    sources: tuple[Source, ...]  # asked for what no peer gives, in this order
-    daemon: IpfsApi | None  # the operator's own, one of the sources
-    machine: Machine
-    health: Health
-    wall: Wall
-    rng: random.Random
-    workers: Workers  # for what blocks: disks, hashes
+_log = get_logger("node")
 
 
 class Node:
@@ -135,7 +93,7 @@ class Node:
             wall,
             DirectorySettings(
                 topic=f"/meshnode/records/{self.membership_file.network_id}",
-                first=self._first_advert(parts.machine, memory),
+                first=first_advert(parts, config, self.incarnation),
                 rng=rng,
             ),
         )
@@ -167,7 +125,15 @@ class Node:
             parts.workers,
         )
         self.releases = ReleasesService(self.directory, self.content, self.store, self.database, self.health)
-        self.daemon = None if parts.daemon is None else self._look_after(parts.daemon)
+        self.daemon = None
+        if parts.daemon is not None:
+            published = self.releases if config.content.ipfs_publish else None
+            publication = Publication(
+                parts.daemon, self.store, parts.state, self.health, held=self.inventory, releases=published
+            )
+            self.daemon = IpfsDaemonService(
+                parts.daemon, self.host, self.external, self.membership, publication, self.health
+            )
         self.pipes = Pipes(self.host)
         self.spans = SpansService(
             self.content,
@@ -184,7 +150,7 @@ class Node:
                 kv_bytes=config.serve.kv_memory.of(memory),
             ),
         )
-        self.load = StageLoad()
+        self.load = AdvertisedLoad()
         self.placement = PlacementService(
             self.directory,
             self.releases,
@@ -206,7 +172,7 @@ class Node:
         self.origin = OriginService(identity.peer_id, self.pipes, router, self.releases, rng)
         self.readiness = ReadinessService(router, self.origin, self.host, self.pipes, self.health)
         self.text = TextService(self.releases, self.content, self.origin, self.readiness, parts.workers)
-        self.links = LinksService(self.host, self.directory)
+        self.round_trips = RoundTripsService(self.host, self.directory)
         self.replication = ReplicationService(
             self.directory,
             Shelves(identity.peer_id, self.directory, self.inventory, self.store),
@@ -218,32 +184,6 @@ class Node:
         )
         self.stopping = trio.Event()
         self.ended = trio.Event()
-
-    def _look_after(self, ipfs: IpfsApi) -> IpfsDaemonService:
-        """The operator's own daemon."""
-        publication = Publication(
-            ipfs,
-            self.store,
-            self.database,
-            self.health,
-            held=self.inventory,
-            releases=self.releases if self.config.content.ipfs_publish else None,
-        )
-        return IpfsDaemonService(ipfs, self.host, self.external, self.membership, publication, self.health)
-
-    def _first_advert(self, machine: Machine, memory: int) -> Advert:
-        return Advert(
-            peer=self.identity.peer_id,
-            incarnation=self.incarnation,
-            sequence=0,
-            name=machine.name[:64],
-            addresses=(),
-            memory_bytes=memory,
-            disk_free_bytes=self.store.usage().room_bytes,
-            max_layers=self.config.serve.layers,
-            tags=machine.tags,
-            serving=None,
-        )
 
     # ------------------------------------------------------------ running
 
@@ -268,7 +208,7 @@ class Node:
                 await ground.start(supervise, below)
             async with trio.open_nursery() as work:
                 for service in (
-                    self.links,
+                    self.round_trips,
                     self.stage,
                     self.releases,
                     self.spans,
@@ -279,14 +219,14 @@ class Node:
                     *extra,
                 ):
                     await work.start(supervise, service)
-                log.info("node.started", peer=self.identity.peer_id, addresses=self.host.addresses)
+                _log.info("node.started", peer=self.identity.peer_id, addresses=self.host.addresses)
                 task_status.started()
                 await self.stopping.wait()
-                log.info("node.leaving")
+                _log.info("node.leaving")
                 await self.replication.drain()
                 await self.placement.drain()
                 work.cancel_scope.cancel()
             await self.directory.goodbye()
             ground.cancel_scope.cancel()
-        log.info("node.stopped")
+        _log.info("node.stopped")
         self.ended.set()

@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, settings
 
 SEED = int(os.environ.get("SEED", random.SystemRandom().randrange(1 << 31)))
 
-settings.register_profile("meshnode", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
-settings.load_profile("meshnode")
+settings.register_profile("full", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.register_profile("quick", settings.get_profile("full"), max_examples=20)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "full"))
 
 
 def pytest_report_header() -> str:

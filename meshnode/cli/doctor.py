@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0 when nothing is wrong, else 1."""
-    from meshnode.doctor.examine import examine
     from meshnode.doctor.finding import exit_code
+    from meshnode.doctor.sequence import examine
 
     found = []
     for finding in examine(folder_of(arguments), lambda: settings(arguments), os.environ.get(PASSPHRASE)):

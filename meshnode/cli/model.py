@@ -73,7 +73,7 @@ def _add(arguments: argparse.Namespace) -> int:
     from meshnode.core.clock import wall_ms
     from meshnode.membership.identity import Identity
     from meshnode.publisher.release import FIRST_VERSION, release, run_publisher
-    from meshnode.store.disk import locked, remove_abandoned
+    from meshnode.store.os_files import locked, remove_abandoned
     from protocols.errors import LocalProtocolError
     from protocols.manifest.codec import check_release
 

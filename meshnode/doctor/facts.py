@@ -20,7 +20,7 @@ import meshnode
 from meshnode.config.settings import Config
 from meshnode.core.errors import ConfigError, DiskError, IdentityError
 from meshnode.core.paths import Paths
-from meshnode.doctor.device import (
+from meshnode.doctor.device_checks import (
     FolderFacts,
     KeyFacts,
     LockFacts,
@@ -35,7 +35,7 @@ from meshnode.membership.network import founder_path, has_network, load_network,
 from meshnode.net.addresses import reachable_hosts
 from meshnode.net.swarm_key import load_swarm_key
 from meshnode.state.database import Database
-from meshnode.store.disk import is_locked
+from meshnode.store.os_files import is_locked
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId
 from protocols.membership.trust import ordered_roles

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections import deque
 
-from protocols.enginewire.messages import MAX_HEADER
+from protocols.enginewire.messages import MAX_MESSAGE_BYTES
 from protocols.errors import RemoteProtocolError
 from protocols.frame import Frame, FrameReader, pack
 
@@ -15,7 +15,7 @@ READ_BYTES = 1 << 18  # more than a decode step; a prompt of 512 rows comes in f
 class Link:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._reader = FrameReader(max_header=MAX_HEADER)
+        self._reader = FrameReader(max_header=MAX_MESSAGE_BYTES)
         self._buffer = memoryview(bytearray(READ_BYTES))
         self._ready: deque[Frame] = deque()
 

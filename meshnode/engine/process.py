@@ -31,7 +31,7 @@ from protocols.enginewire.machine import NodeSide
 from protocols.enginewire.messages import (
     ANSWERS,
     BAD_INPUT,
-    MAX_HEADER,
+    MAX_MESSAGE_BYTES,
     REQUESTS,
     Answer,
     Close,
@@ -81,7 +81,7 @@ class EngineProcess:
         self._deadlines = deadlines or Deadlines()
         self._machine = NodeSide()
         self._turn = trio.StrictFIFOLock()
-        self._reader = FrameReader(max_header=MAX_HEADER)
+        self._reader = FrameReader(max_header=MAX_MESSAGE_BYTES)
         self._buffer = memoryview(bytearray(_READ_BYTES))
         self._frames: deque[Frame] = deque()
         self._unsent = memoryview(b"")

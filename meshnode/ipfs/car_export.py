@@ -13,7 +13,7 @@ from typing import Final
 
 from meshnode.core.errors import ConfigError, DiskError, ModelError
 from meshnode.core.sizes import format_size
-from meshnode.store.disk import sync_folder, write_all
+from meshnode.store.os_files import sync_folder, write_all
 from meshnode.store.port import Content
 from protocols.car.messages import OLD_CID_BYTES, Header, encode_header, section_head
 from protocols.ids import DAG_PB, Cid, cid_from_bytes, cid_to_bytes

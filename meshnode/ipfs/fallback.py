@@ -14,7 +14,7 @@ import trio
 
 from meshnode.core.errors import ContentUnavailable
 from meshnode.core.log import get_logger
-from meshnode.core.service import Service
+from meshnode.core.supervise import Service
 from protocols.backoff import Backoff
 from protocols.bitswap.messages import MAX_BLOCK_BYTES
 from protocols.ids import Cid, cid_matches, short

@@ -20,12 +20,12 @@ from meshnode.membership.keyfile import Passphrase, load_key, save_key
 from meshnode.membership.port import Membership
 from protocols.codec import at, decode, encode
 from protocols.errors import RemoteProtocolError
-from protocols.membership.messages import MAX_CHAIN, MAX_RECORD, SECRET_BYTES
+from protocols.membership.messages import MAX_CHAIN, MAX_NETWORK_BYTES, SECRET_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Stored:
-    network: bytes = at(1, limit=MAX_RECORD)
+    network: bytes = at(1, limit=MAX_NETWORK_BYTES)
     secret: bytes = at(2, size=SECRET_BYTES)
     chain: tuple[bytes, ...] = at(3, limit=MAX_CHAIN)
     name: str = at(4, limit=64)

@@ -5,11 +5,10 @@ Works in virtual time: nothing here reads a clock but trio's. Gossip floods over
 
 from __future__ import annotations
 
-import contextvars
 import itertools
 import random
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -19,10 +18,11 @@ from trio.lowlevel import ParkingLot
 from meshnode.core.errors import PeerUnreachable
 from meshnode.core.log import get_logger
 from meshnode.core.signal import Changes
-from meshnode.net.inbox import Inbox
+from meshnode.core.tasks import Tasks
 from meshnode.net.peer_book import PeerBook
-from meshnode.net.port import MAX_GOSSIP_BYTES, STALL_S, Handler, Lane, PeerEvent, Stream, Validator
+from meshnode.net.port import MAX_GOSSIP_BYTES, STALL_S, Handler, Lane, PeerEvent, Stream, Take
 from meshnode.net.protocol_table import NOT_SERVED, STRANGER, ProtocolTable, refusal
+from meshnode.net.topics import contained
 from protocols.errors import LocalProtocolError
 from protocols.ids import PeerId
 
@@ -247,7 +247,7 @@ class MemoryNetwork:
         host.book.down(peer, reason)
         far = connection.far_end(host)
         if linger:
-            far._start(far._lose_later, connection, self.link(host.peer_id, peer).delay + linger)
+            far._tasks.start_soon(far._lose_later, connection, self.link(host.peer_id, peer).delay + linger)
         else:
             far._lose(connection)
 
@@ -260,11 +260,11 @@ class MemoryHost:
         self._peer = peer
         self._address = address
         self._table = ProtocolTable()
-        self._topics: dict[str, tuple[Validator, Inbox[tuple[PeerId, bytes]]]] = {}
+        self._topics: dict[str, Take] = {}
         self._seen: OrderedDict[tuple[PeerId, int], None] = OrderedDict()
         self._numbers = itertools.count(1)
-        self._nursery: trio.Nursery | None = None
-        self._context = contextvars.copy_context()
+        self._tasks = Tasks()
+        self._alive = trio.CancelScope()
         self.book = PeerBook()
         self.connections: dict[PeerId, _Connection] = {}
 
@@ -287,21 +287,17 @@ class MemoryHost:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         self._network.kill(self._peer)  # a node that is started again takes the place of its former self
         self._network.hosts[self._peer] = self
-        self._context = contextvars.copy_context()
         try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                task_status.started()
-                await trio.sleep_forever()
+            with self._alive:
+                # Handlers run in here, so what they log is this node's, whoever has caused it.
+                await self._tasks.run(task_status=task_status)
         finally:
-            self._nursery = None
             self._leave()
 
     def stop(self) -> None:
         """End `run` as if the process were killed."""
         self._leave()
-        if self._nursery is not None:
-            self._nursery.cancel_scope.cancel()
+        self._alive.cancel()
 
     def _leave(self) -> None:
         if self._network.hosts.get(self._peer) is self:
@@ -396,13 +392,8 @@ class MemoryHost:
         ours = MemoryStream(peer, connection, into, out)
         theirs = MemoryStream(self._peer, connection, out, into)
         connection.streams |= {ours: None, theirs: None}
-        far._start(far._table.run, protocol, theirs)
+        far._tasks.start_soon(far._table.run, protocol, theirs)
         return ours
-
-    def _start(self, function: Callable[..., Awaitable[None]], *arguments: object) -> None:
-        if self._nursery is not None:
-            # In the context of this node, not of the one that caused it: its log lines are this node's.
-            self._context.copy().run(self._nursery.start_soon, function, *arguments)
 
     async def publish(self, topic: str, data: bytes) -> None:
         if len(data) > MAX_GOSSIP_BYTES:
@@ -412,12 +403,10 @@ class MemoryHost:
         self._pass_on(name, topic, data, source=self._peer)
         await trio.lowlevel.checkpoint()
 
-    def subscribe(self, topic: str, validator: Validator) -> trio.MemoryReceiveChannel[tuple[PeerId, bytes]]:
+    def subscribe(self, topic: str, take: Take) -> None:
         if topic in self._topics:
             raise LocalProtocolError(f"the topic {topic} has a subscriber already")
-        inbox = Inbox[tuple[PeerId, bytes]]()
-        self._topics[topic] = (validator, inbox)
-        return inbox.receive
+        self._topics[topic] = take
 
     def _pass_on(self, name: tuple[PeerId, int], topic: str, data: bytes, *, source: PeerId) -> None:
         for peer, connection in sorted(self.connections.items()):
@@ -425,7 +414,7 @@ class MemoryHost:
             admitted = peer in self.book.admitted and self._peer in far.book.admitted
             if peer != source and admitted and topic in far._topics and not self._network.loses_gossip():
                 arrival = self._network.link(self._peer, peer).arrival(len(data))
-                far._start(far._hear, connection, name, topic, data, arrival)
+                far._tasks.start_soon(far._hear, connection, name, topic, data, arrival)
 
     async def _hear(
         self, connection: _Connection, name: tuple[PeerId, int], topic: str, data: bytes, arrival: float
@@ -435,14 +424,7 @@ class MemoryHost:
         if self.connections.get(forwarder) is not connection or name in self._seen:
             return
         self._remember(name)
-        validator, inbox = self._topics[topic]
-        try:
-            valid = validator(forwarder, data)
-        except Exception:  # noqa: BLE001 - the border: a bug in a validator costs its message, not the process
-            _log.exception("validator.failed", topic=topic, peer=forwarder)
-            return
-        if valid:
-            inbox.put((forwarder, data))
+        if contained(topic, self._topics[topic])(forwarder, data):
             self._pass_on(name, topic, data, source=forwarder)
 
     def _remember(self, name: tuple[PeerId, int]) -> None:

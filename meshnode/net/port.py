@@ -59,7 +59,7 @@ class Stream(Protocol):
 
 
 Handler = Callable[[Stream], Awaitable[None]]
-Validator = Callable[[PeerId, bytes], bool]  # (forwarder, data) -> worth passing on
+Take = Callable[[PeerId, bytes], bool]  # (forwarder, data) -> worth passing on
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +130,11 @@ class Host(Protocol):
     async def publish(self, topic: str, data: bytes) -> None:
         """Gossip a message (at most 64 KiB; LocalProtocolError above). Returns at once; delivery is not certain."""
 
-    def subscribe(self, topic: str, validator: Validator) -> trio.MemoryReceiveChannel[tuple[PeerId, bytes]]:
-        """Receive a topic's messages (not our own). Call before `run`. The oldest are dropped above 256.
+    def subscribe(self, topic: str, take: Take) -> None:
+        """Take part in a topic. Call before `run`, once for each topic.
 
-        The validator decides whether a message is passed on; if it raises, the message is dropped.
+        `take` gets every message of others once, as it comes, and says whether it is worth passing on; if it raises,
+        the message is dropped. It must return quickly.
         """
 
     def events(self) -> trio.MemoryReceiveChannel[PeerEvent]:

@@ -14,7 +14,7 @@ from meshnode.policy.moves import Guard
 from protocols.errors import ProtocolError, RemoteProtocolError
 from protocols.frame import FrameReader, pack
 from protocols.ids import PeerId, short
-from protocols.intent.messages import HOLD_MS, HOLDS, MAX_MESSAGE, PROTOCOL, Answer, Hold, NotHeld
+from protocols.intent.messages import HOLD_MS, HOLDS, MAX_MESSAGE_BYTES, PROTOCOL, Answer, Hold, NotHeld
 
 ANSWER_S: Final = 5.0
 
@@ -91,7 +91,7 @@ class HoldAnswers:
 
 
 async def _one_frame(stream: Stream) -> bytes:
-    reader = FrameReader(max_header=MAX_MESSAGE, max_body=0)
+    reader = FrameReader(max_header=MAX_MESSAGE_BYTES, max_body=0)
     while True:
         data = await stream.receive_some()
         if not data:

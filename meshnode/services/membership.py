@@ -116,7 +116,7 @@ class MembershipService:
         self._greeting: dict[PeerId, trio.CancelScope] = {}
         self._streams: Counter[PeerId] = Counter()
         host.handle(PROTOCOL, self._answer, open_to_strangers=True)
-        self._gossip = host.subscribe(TOPIC, self._take_gossip)
+        host.subscribe(TOPIC, self._take_gossip)
 
     # What others read
 
@@ -150,7 +150,6 @@ class MembershipService:
         """Say hello to whoever connects, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._review_forever)
-            nursery.start_soon(self._drain_gossip)
             events = self._host.events()
             task_status.started()
             async for event in events:
@@ -380,10 +379,6 @@ class MembershipService:
             return False
         self._learn(roster)
         return True
-
-    async def _drain_gossip(self) -> None:
-        async for _ in self._gossip:
-            pass  # the validator has taken it already
 
     async def _review_forever(self) -> None:
         while True:

@@ -37,7 +37,8 @@ from meshnode.engine.port import StageSpec
 from meshnode.membership.identity import Identity
 from meshnode.membership.port import Membership
 from meshnode.net.memory_host import MemoryNetwork
-from meshnode.node import Machine, Node, Parts
+from meshnode.node import Node
+from meshnode.parts import Machine, Parts
 from meshnode.services.inference.text import Question, Text
 from meshnode.sim.model import ModelSpec, ToyModel, make_model
 from meshnode.state.memory_state import MemoryState

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import sqlite3
 import tempfile
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -30,11 +29,12 @@ from meshnode.core.errors import Declined, DiskError, ModelError
 from meshnode.core.log import get_logger
 from meshnode.core.sizes import format_size
 from meshnode.store.cipher import Cipher
-from meshnode.store.disk import disk_errors, is_locked, open_locked, sync_folder, write_all
 from meshnode.store.encryption import SUFFIX, check_key, is_sealed
+from meshnode.store.eviction import Room
 from meshnode.store.index import Index
+from meshnode.store.os_files import disk_errors, is_locked, open_locked, sync_folder, write_all
 from meshnode.store.partial import READ_ONLY, PartialFile, leaf_block
-from meshnode.store.port import SPARE_PIN, OpenFile, StoreUsage
+from meshnode.store.port import OpenFile, StoreUsage
 from protocols.errors import MeshError, RemoteProtocolError
 from protocols.ids import RAW, Cid, cid_from_bytes, cid_of, cid_to_bytes, short
 from protocols.unixfs.assembly import KNOWN_SHAPES
@@ -42,22 +42,8 @@ from protocols.unixfs.builder import Builder, Tree
 from protocols.unixfs.layout import CHUNK_BYTES
 from protocols.unixfs.leaf import wrapped_bytes
 
-RESERVE_BYTES: Final = 64 << 20  # left free on the disk for the index, logs and everybody else
 _ANY_WRITE: Final = 0o222
-_UNPINNED_BYTES: Final = (
-    "SELECT (SELECT coalesce(sum(size), 0) FROM files WHERE complete = 1 AND cid NOT IN (SELECT cid FROM pins)) + "
-    "(SELECT coalesce(sum(length(data)), 0) FROM blocks WHERE cid NOT IN (SELECT cid FROM pins))"
-)
-
-
 _log = get_logger("content")
-
-_EVICTABLE: Final = (
-    "SELECT cid, size, complete FROM (SELECT cid, size, complete, used_ms FROM files UNION ALL "
-    "SELECT cid, length(data), 2, used_ms FROM blocks) AS held "
-    "WHERE NOT EXISTS (SELECT 1 FROM pins WHERE pins.cid = held.cid AND pins.name <> ?) "
-    "ORDER BY EXISTS (SELECT 1 FROM pins WHERE pins.cid = held.cid), used_ms, cid"
-)
 
 
 class BlobStore:
@@ -72,7 +58,6 @@ class BlobStore:
         self._cipher = cipher if is_sealed(folder) else None
         check_key(folder, cipher)
         self.folder = folder
-        self.quota_bytes = quota_bytes
         self._wall = wall
         self._files = folder / "files"
         self._tmp = folder / "tmp"
@@ -84,6 +69,7 @@ class BlobStore:
             for part in (folder, self._files, self._tmp):
                 part.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.index = Index(folder / "index.sqlite")
+            self._room = Room(folder, quota_bytes, self.index, self)
             self._tidy()
 
     def close(self) -> None:
@@ -103,7 +89,7 @@ class BlobStore:
         row = self.index.row("SELECT size, mtime_ns FROM files WHERE cid = ? AND complete = 1", (name,))
         if row is None:
             return None
-        path = self._file(name)
+        path = self.file(name)
         if not _untouched(path, *row):
             self._lost(name)
             return None
@@ -140,7 +126,7 @@ class BlobStore:
         row = self.index.row("SELECT mtime_ns FROM files WHERE cid = ? AND complete = 1", (name,))
         if row is None:
             return None
-        path = self._file(name)
+        path = self.file(name)
         with disk_errors(path, "read"):
             try:
                 mtime_ns = path.stat().st_mtime_ns
@@ -188,16 +174,7 @@ class BlobStore:
 
     def usage(self) -> StoreUsage:
         """Bytes held (files being fetched count whole), the quota, and what is free on the disk."""
-        with disk_errors(self.folder, "look at the free space of"):
-            free = shutil.disk_usage(self.folder).free
-        used = self._used_bytes()
-        (unpinned,) = self.index.row(_UNPINNED_BYTES) or (0,)
-        return StoreUsage(
-            used_bytes=used,
-            quota_bytes=self.quota_bytes,
-            free_disk_bytes=free,
-            room_bytes=max(0, min(self.quota_bytes - used, free - RESERVE_BYTES) + int(unpinned)),
-        )
+        return self._room.usage()
 
     # Adding
 
@@ -252,7 +229,7 @@ class BlobStore:
         `busy` when another process fetches it into the same folder.
         """
         name = cid_to_bytes(cid)
-        part = self._part(name)
+        part = self.part(name)
         with disk_errors(part, "write"):
             descriptor = open_locked(part)
         if descriptor is None:
@@ -270,7 +247,7 @@ class BlobStore:
                 index=self.index,
                 number=number,
                 part=part,
-                final=self._file(name),
+                final=self.file(name),
                 descriptor=descriptor,
                 held=self._read_block,
                 cover=lambda data, offset: self._cover(name, data, offset),
@@ -329,40 +306,35 @@ class BlobStore:
     def remove(self, cid: Cid) -> None:
         """Delete a file, a partial file or a block, pinned or not. Nothing happens when it is not here."""
         name = cid_to_bytes(cid)
-        with self.index.transaction() as db, disk_errors(self._file(name), "delete"):
+        with self.index.transaction() as db, disk_errors(self.file(name), "delete"):
             db.execute("DELETE FROM files WHERE cid = ?", (name,))
             db.execute("DELETE FROM blocks WHERE cid = ?", (name,))
-            self._file(name).unlink(missing_ok=True)
-            self._part(name).unlink(missing_ok=True)
+            self.file(name).unlink(missing_ok=True)
+            self.part(name).unlink(missing_ok=True)
 
     def remove_unpinned(self) -> int:
         """Delete everything that no pin protects and nobody is fetching; returns the bytes that came free."""
         with self.index.transaction() as db:
-            before = self._used_bytes(db)
-            for name, _ in self._evictable(db):
-                self._evict(db, name)
-            return before - self._used_bytes(db)
+            before = self._room.used_bytes(db)
+            for name, _ in self._room.evictable(db):
+                self._room.evict(db, name)
+            return before - self._room.used_bytes(db)
 
     # Inside
 
-    def _file(self, name: bytes) -> Path:
+    def file(self, name: bytes) -> Path:
+        """Where the complete file of a binary CID lies."""
         return self._files / (cid_from_bytes(name) + (SUFFIX if self._cipher else ""))
 
-    def _part(self, name: bytes) -> Path:
-        return self._files / f"{self._file(name).name}.part"
+    def part(self, name: bytes) -> Path:
+        """Where it lies while it is fetched."""
+        return self._files / f"{self.file(name).name}.part"
 
     def _cover(
         self, name: bytes, data: bytes | bytearray | memoryview, offset: int
     ) -> bytes | bytearray | memoryview:
         """A piece of a file as it stands on the disk, or the other way round."""
         return data if self._cipher is None else self._cipher.apply(name, data, offset)
-
-    def _used_bytes(self, db: sqlite3.Connection | None = None) -> int:
-        query = (
-            "SELECT (SELECT coalesce(sum(size), 0) FROM files) + (SELECT coalesce(sum(length(data)), 0) FROM blocks)"
-        )
-        row = self.index.row(query) if db is None else db.execute(query).fetchone()
-        return int(row[0]) if row else 0
 
     def _leaf(self, cid: bytes) -> tuple[bytes, int, int, bool, int, int] | None:
         """(CID, offset, length, complete, size and mtime of the file) of a leaf that is a range of a file."""
@@ -385,7 +357,7 @@ class BlobStore:
             )
             return None if row is None else bytes(row[0])
         name, offset, length, complete, size, mtime_ns = place
-        path = self._file(name) if complete else self._part(name)
+        path = self.file(name) if complete else self.part(name)
         with disk_errors(path, "read"):
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -408,7 +380,7 @@ class BlobStore:
         """A file was deleted or changed by somebody else: forget it, so that it is fetched again."""
         with self.index.transaction() as db:
             row = db.execute("SELECT size, mtime_ns FROM files WHERE cid = ? AND complete = 1", (name,)).fetchone()
-            path = self._file(name)
+            path = self.file(name)
             if row is not None and not _untouched(path, *row):
                 reason = "somebody wrote into it" if path.exists() else "somebody deleted it"
                 _log.warning(
@@ -428,31 +400,10 @@ class BlobStore:
         db.executemany("UPDATE blocks SET used_ms = ? WHERE cid = ?", rows)
 
     def _make_room(self, db: sqlite3.Connection, size: int, what: str) -> None:
-        """Evict what was not used for longest until `size` more bytes fit the quota and the disk.
-
-        What is unpinned goes first, then spare copies (SPARE_PIN).
-        Raises DiskError when everything that is left is pinned; nothing was evicted then.
-        """
+        """Raises DiskError: no room, or the store was encrypted or decrypted meanwhile."""
         self._check_switch()
         self._note_uses(db)
-        evictable = self._evictable(db, spare=True)
-        used, free = self._used_bytes(db), self._free()
-        kept = used - sum(held for _, held in evictable)
-        if kept + size > self.quota_bytes:
-            raise DiskError(
-                f"no room for {what}: {self.folder} holds {format_size(kept)} of its quota of "
-                f"{format_size(self.quota_bytes)}, all of it pinned, in use or the last copy in the mesh; raise "
-                "content.quota, or remove a model with `meshnode model remove`"
-            )
-        if free < size + RESERVE_BYTES and free + sum(self._on_disk(n) for n, _ in evictable) < size + RESERVE_BYTES:
-            raise self._disk_full(what, size)
-        for name, held in evictable:
-            if used + size <= self.quota_bytes and free >= size + RESERVE_BYTES:
-                return
-            self._evict(db, name)
-            used, free = used - held, self._free()
-        if free < size + RESERVE_BYTES:
-            raise self._disk_full(what, size)
+        self._room.make(db, size, what)
 
     def _check_switch(self) -> None:
         """Raises DiskError when files have been encrypted, or are no longer, since this store was opened."""
@@ -461,41 +412,6 @@ class BlobStore:
                 f"content.encrypt was switched, and the node of {self.folder} started, in the meantime; start this "
                 "command again"
             )
-
-    def _disk_full(self, what: str, size: int) -> DiskError:
-        return DiskError(
-            f"no room for {what}: the disk of {self.folder} has {format_size(self._free())} left, "
-            f"{format_size(size + RESERVE_BYTES)} are needed; free some space"
-        )
-
-    def _free(self) -> int:
-        with disk_errors(self.folder, "look at the free space of"):
-            return shutil.disk_usage(self.folder).free
-
-    def _evictable(self, db: sqlite3.Connection, *, spare: bool = False) -> list[tuple[bytes, int]]:
-        """(CID, size) of unpinned things that nobody is fetching, least recently used first.
-
-        `spare`: behind them those that no other pin than SPARE_PIN protects.
-        """
-        rows = db.execute(_EVICTABLE, (SPARE_PIN if spare else "",)).fetchall()
-        return [(name, size) for name, size, complete in rows if complete or not is_locked(self._part(name))]
-
-    def _evict(self, db: sqlite3.Connection, name: bytes) -> None:
-        db.execute("DELETE FROM pins WHERE cid = ?", (name,))
-        db.execute("DELETE FROM blocks WHERE cid = ?", (name,))
-        db.execute("DELETE FROM files WHERE cid = ?", (name,))
-        with disk_errors(self._file(name), "delete"):
-            self._file(name).unlink(missing_ok=True)
-            self._part(name).unlink(missing_ok=True)
-
-    def _on_disk(self, name: bytes) -> int:
-        """Bytes that come free when a file is deleted; none while another name leads to it."""
-        found = 0
-        for path in (self._file(name), self._part(name)):
-            with suppress(OSError):
-                status = path.stat()
-                found += status.st_blocks * 512 if status.st_nlink == 1 else 0
-        return found
 
     @contextmanager
     def _temporary(self, source: Path, status: os.stat_result) -> Iterator[tuple[Path, int | None]]:
@@ -569,12 +485,12 @@ class BlobStore:
             if pin is not None:
                 db.execute("INSERT OR IGNORE INTO pins VALUES (?, ?)", (pin, name))
             row = db.execute("SELECT complete, size, mtime_ns FROM files WHERE cid = ?", (name,)).fetchone()
-            if row is not None and row[0] and _untouched(self._file(name), *row[1:]):
+            if row is not None and row[0] and _untouched(self.file(name), *row[1:]):
                 return
             db.execute("DELETE FROM files WHERE cid = ?", (name,))
             with disk_errors(self._files, "write into"):
-                source.replace(self._file(name))
-                mtime_ns = self._file(name).stat().st_mtime_ns
+                source.replace(self.file(name))
+                mtime_ns = self.file(name).stat().st_mtime_ns
                 sync_folder(self._files)
             cursor = db.execute(
                 "INSERT INTO files VALUES (NULL, ?, ?, ?, 1, ?, ?)",
@@ -601,7 +517,7 @@ class BlobStore:
                 partial = path.suffix == ".part"
                 if name is None or (partial and known.get(name) != 0 and not is_locked(path)):
                     path.unlink(missing_ok=True)
-                elif not partial and not known.get(name) and path == self._file(name):
+                elif not partial and not known.get(name) and path == self.file(name):
                     self._adopt(path, name)
             for name, complete in known.items():
                 if complete and not any(

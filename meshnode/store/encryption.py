@@ -13,7 +13,7 @@ from typing import Final
 
 from meshnode.core.errors import ConfigError
 from meshnode.store.cipher import Cipher
-from meshnode.store.disk import disk_errors, sync_folder, write_all
+from meshnode.store.os_files import disk_errors, sync_folder, write_all
 from protocols.errors import RemoteProtocolError
 from protocols.ids import cid_to_bytes
 

@@ -10,8 +10,8 @@ from typing import Protocol
 from meshnode.core.log import get_logger
 from meshnode.store.blob_store import BlobStore
 from meshnode.store.cipher import Cipher
-from meshnode.store.disk import available_bytes
 from meshnode.store.encryption import is_sealed, set_sealed
+from meshnode.store.os_files import available_bytes
 
 _log = get_logger("content")
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Final
 
 from meshnode.core.errors import ModelError
-from meshnode.store.disk import disk_errors, sync_folder, write_all
 from meshnode.store.index import Index
+from meshnode.store.os_files import disk_errors, sync_folder, write_all
 from protocols.errors import RemoteProtocolError
 from protocols.ids import RAW, Cid
 from protocols.unixfs.assembly import Assembly

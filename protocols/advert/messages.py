@@ -97,6 +97,3 @@ class Announcement:
     manifest: str = at(7, limit=64)
     variant: str = at(8, limit=32)
     retired: bool = at(9, default=False)  # taken back
-
-
-Head = Announcement  # the name on the wire

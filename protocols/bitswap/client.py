@@ -18,7 +18,7 @@ from itertools import islice
 from typing import Final
 
 from protocols.bitswap.messages import Buffer, Entry, Message, PresenceType, WantType
-from protocols.bitswap.spread import Spread
+from protocols.bitswap.width import Spread
 from protocols.ids import PeerId
 
 START_WINDOW_BYTES: Final = 4 << 20

@@ -14,7 +14,7 @@ from protocols.codec import Union, at, message
 from protocols.ids import SESSION_BYTES
 from protocols.pipe.messages import MAX_POSITION, Sampling
 
-MAX_HEADER: Final = 1 << 18  # bytes: a Load that names 1026 group files is the largest
+MAX_MESSAGE_BYTES: Final = 1 << 18  # bytes: a Load that names 1026 group files is the largest
 MAX_ROWS: Final = 1 << 16
 MAX_LAYERS: Final = 1024
 MAX_PATH: Final = 4096  # characters
@@ -142,5 +142,7 @@ class Failed:
 
 Request = Load | Open | Step | Close
 Answer = Loaded | Done | Stepped | Refused | Failed
-REQUESTS: Final[Union[Request]] = Union("enginewire requests", Load, Open, Step, Close, limit=MAX_HEADER)
-ANSWERS: Final[Union[Answer]] = Union("enginewire answers", Loaded, Done, Stepped, Refused, Failed, limit=MAX_HEADER)
+REQUESTS: Final[Union[Request]] = Union("enginewire requests", Load, Open, Step, Close, limit=MAX_MESSAGE_BYTES)
+ANSWERS: Final[Union[Answer]] = Union(
+    "enginewire answers", Loaded, Done, Stepped, Refused, Failed, limit=MAX_MESSAGE_BYTES
+)

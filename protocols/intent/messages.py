@@ -11,7 +11,7 @@ from typing import Final
 from protocols.codec import Union, at, message
 
 PROTOCOL: Final = "/meshnode/intent/1"
-MAX_MESSAGE: Final = 4096
+MAX_MESSAGE_BYTES: Final = 4096
 HOLD_MS: Final = 30_000  # how long a promise lasts; longer than a lease, so the holder knows of the move by then
 
 
@@ -47,4 +47,4 @@ class NotHeld:
 
 
 Answer = Held | NotHeld
-HOLDS: Final[Union[Hold | Held | NotHeld]] = Union(PROTOCOL, Hold, Held, NotHeld, limit=MAX_MESSAGE)
+HOLDS: Final[Union[Hold | Held | NotHeld]] = Union(PROTOCOL, Hold, Held, NotHeld, limit=MAX_MESSAGE_BYTES)

@@ -19,7 +19,7 @@ from protocols.protobuf import as_bytes, as_int, fields, put_field, put_varint, 
 
 PROTOCOL: Final = "/ipfs/kad/1.0.0"  # among public addresses
 LAN_PROTOCOL: Final = "/ipfs/lan/kad/1.0.0"  # among private ones (Kubo runs both side by side)
-MAX_ANSWER_BYTES: Final = 1 << 18  # 20 peers with 30 addresses each, and a few hundred providers
+MAX_MESSAGE_BYTES: Final = 1 << 18  # 20 peers with 30 addresses each, and a few hundred providers
 MAX_KEY_BYTES: Final = 80  # what Kubo takes
 MAX_PEERS: Final = 32  # read of each list, the rest is skipped; Kubo sends 20, the sought peer, all providers
 MAX_ADDRESSES: Final = 16  # read of each peer, of those that we can dial
@@ -125,8 +125,8 @@ def decode(data: Buffer) -> Message:
     Raises:
       RemoteProtocolError: no protobuf, a wrong wire type, an unknown kind, a key or a message above its limit.
     """
-    if len(data) > MAX_ANSWER_BYTES:
-        raise RemoteProtocolError(f"a DHT message of {len(data)} bytes; the limit is {MAX_ANSWER_BYTES}")
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise RemoteProtocolError(f"a DHT message of {len(data)} bytes; the limit is {MAX_MESSAGE_BYTES}")
     kind, key = 0, b""
     closer: dict[PeerId, Peer] = {}
     providers: dict[PeerId, Peer] = {}
@@ -170,8 +170,8 @@ class MessageReader:
                     raise RemoteProtocolError("the length of a DHT message is above every limit")
                 return
             length, _ = take_varint(self._buffer, 0, head)
-            if length > MAX_ANSWER_BYTES:
-                raise RemoteProtocolError(f"a DHT message of {length} bytes; the limit is {MAX_ANSWER_BYTES}")
+            if length > MAX_MESSAGE_BYTES:
+                raise RemoteProtocolError(f"a DHT message of {length} bytes; the limit is {MAX_MESSAGE_BYTES}")
             if len(self._buffer) < head + length:
                 return
             message = bytes(self._buffer[head : head + length])

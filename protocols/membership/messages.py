@@ -26,10 +26,10 @@ INVITE_EXPIRED, INVITE_USED, FORBIDDEN = "invite-expired", "invite-used", "forbi
 CODES: Final = (STRANGER, OTHER_NETWORK, EXPIRED, CLOCK, INVITE_EXPIRED, INVITE_USED, FORBIDDEN)
 
 MAX_CHAIN: Final = 3  # founder -> admin -> admin -> member
-MAX_RECORD: Final = 4096  # bytes of a signed network record
-MAX_CERTIFICATE: Final = 640  # bytes of a signed certificate; ours have about 300
-MAX_WITHDRAWAL: Final = 2048  # bytes of a signed withdrawal; chain and reason inside
-MAX_MESSAGE: Final = 64 * 1024  # bytes; a Roster of 24 longest chains fits, and one gossip message carries it
+MAX_NETWORK_BYTES: Final = 4096  # bytes of a signed network record
+MAX_CERTIFICATE_BYTES: Final = 640  # bytes of a signed certificate; ours have about 300
+MAX_WITHDRAWAL_BYTES: Final = 2048  # bytes of a signed withdrawal; chain and reason inside
+MAX_MESSAGE_BYTES: Final = 64 * 1024  # bytes; a Roster of 24 longest chains fits, and one gossip message carries it
 MAX_CLOCK_MS: Final = 600_000  # clocks that differ by more can't agree on what has expired
 HELLO_S: Final = 5.0  # from the connection to the last Welcome
 
@@ -132,7 +132,7 @@ class Join:
 class Granted:
     """The answer to a Join: everything a member needs."""
 
-    network: bytes = at(1, limit=MAX_RECORD)  # signed record
+    network: bytes = at(1, limit=MAX_NETWORK_BYTES)  # signed record
     chain: tuple[bytes, ...] = at(2, limit=MAX_CHAIN)  # ends with the joiner's certificate
     sealed: bytes = at(3, size=SEALED_BYTES)  # the network secret, see `sealing.py`
     wall_ms: int = at(4)
@@ -148,7 +148,9 @@ class Roster:
 
 
 Message = Hello | Welcome | Refused | Join | Granted | Roster
-HELLO: Final[Union[Message]] = Union(PROTOCOL, Hello, Welcome, Refused, Join, Granted, Roster, limit=MAX_MESSAGE)
+HELLO: Final[Union[Message]] = Union(
+    PROTOCOL, Hello, Welcome, Refused, Join, Granted, Roster, limit=MAX_MESSAGE_BYTES
+)
 
 
 def printable(text: str) -> str:

@@ -24,10 +24,10 @@ from protocols.membership.messages import (
     CLOCK,
     EXPIRED,
     FORBIDDEN,
-    MAX_CERTIFICATE,
+    MAX_CERTIFICATE_BYTES,
     MAX_CHAIN,
     MAX_CLOCK_MS,
-    MAX_WITHDRAWAL,
+    MAX_WITHDRAWAL_BYTES,
     MEMBER,
     OTHER_NETWORK,
     ROLES,
@@ -130,8 +130,10 @@ class Trust:
         return standing
 
     def _link(self, above: Standing | None, data: bytes, wall_ms: int) -> Standing:
-        if len(data) > MAX_CERTIFICATE:
-            raise Untrusted(STRANGER, f"it shows a certificate of {len(data)} bytes; {MAX_CERTIFICATE} is the limit")
+        if len(data) > MAX_CERTIFICATE_BYTES:
+            raise Untrusted(
+                STRANGER, f"it shows a certificate of {len(data)} bytes; {MAX_CERTIFICATE_BYTES} is the limit"
+            )
         try:
             opened = _open(bytes(data), MEMBER)
             certificate = decode(Certificate, opened.payload)
@@ -199,8 +201,8 @@ class Trust:
         Raises:
           Untrusted: badly encoded or signed, of another network, from the future, or its signer may not do it.
         """
-        if len(data) > MAX_WITHDRAWAL:
-            raise Untrusted(STRANGER, f"a withdrawal has {len(data)} bytes; {MAX_WITHDRAWAL} is the limit")
+        if len(data) > MAX_WITHDRAWAL_BYTES:
+            raise Untrusted(STRANGER, f"a withdrawal has {len(data)} bytes; {MAX_WITHDRAWAL_BYTES} is the limit")
         try:
             opened = _open(bytes(data), WITHDRAWAL)
             withdrawal = decode(Withdrawal, opened.payload)

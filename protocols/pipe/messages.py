@@ -13,7 +13,7 @@ from typing import Final
 from protocols.codec import Union, at, message
 from protocols.ids import SESSION_BYTES
 
-MAX_HEADER: Final = 128 * 1024
+MAX_MESSAGE_BYTES: Final = 128 * 1024
 MAX_STAGES: Final = 64
 MAX_POSITION: Final = 1 << 20  # tokens
 
@@ -144,5 +144,5 @@ class Pong:
 
 Message = Open | Opened | Refused | Step | Token | Close | Ping | Pong
 PIPE: Final[Union[Message]] = Union(
-    "/meshnode/pipe/1", Open, Opened, Refused, Step, Token, Close, Ping, Pong, limit=MAX_HEADER
+    "/meshnode/pipe/1", Open, Opened, Refused, Step, Token, Close, Ping, Pong, limit=MAX_MESSAGE_BYTES
 )

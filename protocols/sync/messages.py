@@ -15,7 +15,7 @@ MAX_ENTRIES: Final = 4096  # of one side in one exchange
 MAX_PAGE_RECORDS: Final = 256
 PAGE_BYTES: Final = 128 * 1024  # a page of records is closed when it has reached this
 MAX_RECORDS_BYTES: Final = 16 << 20  # all records of one side in one exchange
-MAX_MESSAGE: Final = 256 * 1024
+MAX_MESSAGE_BYTES: Final = 256 * 1024
 TIMEOUT_S: Final = 10.0  # for the whole exchange; the stream is reset then
 
 
@@ -72,4 +72,4 @@ class Records:
 
 
 Message = Digest | Wanted | Records
-SYNC: Final[Union[Message]] = Union(PROTOCOL, Digest, Wanted, Records, limit=MAX_MESSAGE)
+SYNC: Final[Union[Message]] = Union(PROTOCOL, Digest, Wanted, Records, limit=MAX_MESSAGE_BYTES)

@@ -15,6 +15,7 @@ from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.net.port import MAX_GOSSIP_BYTES, Handler, Host, Lane, Stream
 from protocols.errors import LocalProtocolError
 from protocols.ids import PeerId
+from tests.gossip import anything, inbox_of
 
 Make = Callable[[], Host]  # a new host of one network, not running yet
 Check = Callable[[Make], Awaitable[None]]
@@ -267,8 +268,8 @@ async def check_guests_may_do_what_they_were_granted_and_nothing_else(make: Make
         for protocol, handler in SERVED.items():
             host.handle(protocol, handler)
         host.handle(PUBLIC, greet, open_to_strangers=True)
-    inbox = other.subscribe(TOPIC, lambda p, d: True)
-    one.subscribe(TOPIC, lambda p, d: True)
+    inbox = inbox_of(other, TOPIC)
+    one.subscribe(TOPIC, anything)
     other.welcome(one.peer_id, (ECHO,))
     async with running(one, other):
         everybody, guests = other.events(), other.guest_events()
@@ -352,10 +353,10 @@ async def check_gossip(make: Make) -> None:
             raise KeyError("a bug in a validator")
         return data != b"bad"
 
-    inboxes = [host.subscribe(TOPIC, judge if host is two else lambda p, d: True) for host in (one, two, three)]
-    outside = stranger.subscribe(TOPIC, lambda p, d: True)
+    inboxes = [inbox_of(host, TOPIC, judge if host is two else anything) for host in (one, two, three)]
+    outside = inbox_of(stranger, TOPIC)
     with pytest.raises(LocalProtocolError):
-        one.subscribe(TOPIC, lambda p, d: True)
+        one.subscribe(TOPIC, anything)
     async with running(one, two, three, stranger):
         await meet(one, two)
         await meet(two, three)
@@ -404,26 +405,6 @@ async def next_other(inbox: trio.MemoryReceiveChannel[tuple[PeerId, bytes]]) -> 
             if not data.startswith(b"begin"):
                 return peer, data
     raise AssertionError("the channel ended")
-
-
-async def check_a_slow_reader_of_gossip_misses_the_oldest(make: Make) -> None:
-    one, other = make(), make()
-    inbox = other.subscribe(TOPIC, lambda p, d: True)
-    async with running(one, other):
-        await meet(one, other)
-        await until_gossip_flows(one, inbox, b"begin")
-        for number in range(300):
-            await one.publish(TOPIC, b"%d" % number)
-            if number % 50 == 49:  # no burst above what a partner's queue takes
-                with trio.move_on_after(1):
-                    while inbox.statistics().current_buffer_used < min(256, number - 5):  # noqa: ASYNC110 - no event tells it
-                        await trio.sleep(0.01)
-        with trio.fail_after(5):
-            while True:
-                _, data = await inbox.receive()
-                if data == b"299":
-                    break
-        assert inbox.statistics().current_buffer_used <= 256
 
 
 async def check_events(make: Make) -> None:

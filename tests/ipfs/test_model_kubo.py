@@ -9,13 +9,15 @@ import pytest
 import trio
 
 from meshnode.api.question import question
+from meshnode.core.paths import Paths
+from meshnode.harness.mesh import QUOTA_BYTES
 from meshnode.model.facts import facts_of, tight_memory
+from meshnode.store.blob_store import BlobStore
 from protocols.ids import Cid
 from protocols.manifest.codec import open_manifest
 from tests.ipfs.world import LIBRARY, kubo
 from tests.model.real_mesh import LAYERS, model_folder
 from tests.process.mesh_rig import mesh_of, meshnode, serving, tokens_of
-from tests.process.test_mesh_content import manifest_of
 
 NEEDS = (LIBRARY,)
 pytestmark = [pytest.mark.ipfs, pytest.mark.slow]
@@ -37,7 +39,11 @@ async def test_the_real_model_answers_out_of_kubo(tmp_path: Path) -> None:
             status = await trio.to_thread.run_sync(publisher.status)
             manifest = Cid(status.model.manifest)
             assert await there.call("pin", manifest) == 0
-            memory = str(tight_memory(facts_of(open_manifest(manifest_of(publisher, manifest)), "int4"), 3))
+            store = BlobStore(Paths(publisher.folder).content, QUOTA_BYTES)
+            block = store.block(manifest)
+            store.close()
+            assert block is not None
+            memory = str(tight_memory(facts_of(open_manifest(block), "int4"), 3))
         await trio.to_thread.run_sync(shutil.rmtree, first)
         with mesh_of(second, 3, memory=(memory,), settings=(REAL, ("content.ipfs_peers", address))) as mesh:
             ran = await trio.to_thread.run_sync(

@@ -26,6 +26,7 @@ from meshnode.core.log import set_up
 from meshnode.net.libp2p.host import Libp2pHost, open_host
 from meshnode.net.port import Lane, Stream
 from protocols.ids import PeerId
+from tests.gossip import inbox_of
 
 ROOT: Final = Path(__file__).parents[2]
 ECHO: Final = "/victim/echo/1"
@@ -86,7 +87,7 @@ async def main() -> None:
     for protocol, handler in handlers.items():
         host.handle(protocol, handler)
     host.handle(PUBLIC, echo, open_to_strangers=True)
-    inbox = host.subscribe(TOPIC, lambda peer, data: True)
+    inbox = inbox_of(host, TOPIC)
 
     async def gossip_back() -> None:
         async for _, data in inbox:
@@ -161,7 +162,7 @@ class Member(Libp2pHost):
 
     def __init__(self) -> None:
         super().__init__(secrets.token_bytes(32), ["/ip4/127.0.0.1/tcp/0"])
-        self.inbox = self.subscribe(TOPIC, lambda peer, data: True)
+        self.inbox = inbox_of(self, TOPIC)
 
 
 @asynccontextmanager

@@ -12,7 +12,7 @@ from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.frame import FrameReader, pack
 from protocols.membership import HELLO, ROLES, HelloMachine, Standing, Ticket, Untrusted, format_ticket, parse_ticket
 from protocols.membership import machine as hello
-from protocols.membership.messages import MAX_MESSAGE, SEALED_BYTES, Granted, Hello, Join, Welcome
+from protocols.membership.messages import MAX_MESSAGE_BYTES, SEALED_BYTES, Granted, Hello, Join, Welcome
 from tests.unit.membership_actors import NOW_MS, World, peer_of_key
 from tests.wire import messages
 
@@ -66,7 +66,7 @@ class HelloStream:
 
     def __init__(self, machine: HelloMachine) -> None:
         self.machine = machine
-        self._reader = FrameReader(max_header=MAX_MESSAGE, max_body=0)
+        self._reader = FrameReader(max_header=MAX_MESSAGE_BYTES, max_body=0)
 
     def begin(self) -> bytes:
         return self._split(self.machine.handle(hello.Begin(), 0.0, NOW_MS))[0]

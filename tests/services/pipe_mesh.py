@@ -20,7 +20,7 @@ from meshnode.model.facts import facts_of
 from meshnode.model.release import ServedRelease
 from meshnode.net.memory_host import MemoryHost, MemoryNetwork
 from meshnode.net.pipes import Pipes
-from meshnode.services.inference.load import StageLoad
+from meshnode.services.inference.advertised_load import AdvertisedLoad
 from meshnode.services.inference.origin import OriginService
 from meshnode.services.inference.receipt import Receipt, Request
 from meshnode.services.inference.router import Router
@@ -118,7 +118,7 @@ class Member:
     span: Span | None  # as its advert says
     engine_failures: list[str] = field(default_factory=list)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    load: StageLoad = field(default_factory=StageLoad)
+    load: AdvertisedLoad = field(default_factory=AdvertisedLoad)
     stage: StageService = field(init=False)
     origin: OriginService = field(init=False)
 

@@ -34,7 +34,7 @@ from protocols.ids import RAW, Cid, PeerId, cid_of, cid_to_bytes
 from protocols.kad.lookup import K
 from protocols.kad.messages import (
     LAN_PROTOCOL,
-    MAX_ANSWER_BYTES,
+    MAX_MESSAGE_BYTES,
     Kind,
     Message,
     MessageReader,
@@ -252,14 +252,14 @@ async def garbage(stream: Stream) -> None:
 
 
 async def endless(stream: Stream) -> None:
-    await stream.send_all(put_varint(MAX_ANSWER_BYTES) + b"\x0a")
+    await stream.send_all(put_varint(MAX_MESSAGE_BYTES) + b"\x0a")
     while True:
         await stream.send_all(bytes(1000))
         await trio.sleep(0.5)
 
 
 async def too_long(stream: Stream) -> None:
-    await stream.send_all(put_varint(MAX_ANSWER_BYTES + 1))
+    await stream.send_all(put_varint(MAX_MESSAGE_BYTES + 1))
     await trio.sleep_forever()
 
 

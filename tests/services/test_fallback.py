@@ -15,7 +15,7 @@ import trio
 
 from meshnode.core.errors import ConfigError, ContentUnavailable, ModelError
 from meshnode.core.health import Health
-from meshnode.core.service import Service
+from meshnode.core.supervise import Service
 from meshnode.ipfs.fallback import Fallback, Source, SourceFailed, WrongBlock, verified
 from meshnode.ipfs.gateway import Gateway
 from meshnode.ipfs.rpc import DaemonRefused, IpfsApi

@@ -104,7 +104,7 @@ class Member:
         return self.store.pins().get(name, frozenset())
 
 
-class StageLoad:
+class AdvertisedLoad:
     """Nobody waits for tokens of ours."""
 
     sessions = queue_us = 0
@@ -146,7 +146,7 @@ class World:
             Shelves(node.peer, node.directory, inventory, store),
             Released(self, node),
             files,  # type: ignore[arg-type]
-            Duties(files, StageLoad()),
+            Duties(files, AdvertisedLoad()),
             ReplicationSettings(replicas=replicas),
             node.health,
         )

@@ -14,7 +14,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from meshnode.core.errors import Declined, PeerUnreachable
-from meshnode.services.inference.load import QUEUE_STEP_US, StageLoad
+from meshnode.services.inference.advertised_load import QUEUE_STEP_US, AdvertisedLoad
 from meshnode.services.inference.stage import MAX_SESSIONS, MAX_UNTOLD, MAX_WAITING_STEPS, StageService
 from protocols.advert.messages import Span
 from protocols.errors import RemoteProtocolError
@@ -39,7 +39,7 @@ class Bench:
     open: bool = True
     deliver: Callable[[PeerId], Awaitable[None]] | None = None
     failures: list[str] = field(default_factory=list)
-    load: StageLoad = field(default_factory=StageLoad)
+    load: AdvertisedLoad = field(default_factory=AdvertisedLoad)
 
     def __post_init__(self) -> None:
         self._handlers: dict[type, Callable[..., None]] = {}
@@ -205,7 +205,7 @@ async def test_the_queue_is_measured(autojump_clock: MockClock) -> None:
 
 
 def test_the_wait_is_told_when_it_has_moved() -> None:
-    load = StageLoad()
+    load = AdvertisedLoad()
     for _ in range(100):
         load.waited(QUEUE_STEP_US)
     assert (load.queue_us, load.changes.version) == (0, 0), "every advert costs every node"

@@ -15,7 +15,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from meshnode.core.errors import Declined, DiskError, ModelError
-from meshnode.store import blob_store
+from meshnode.store import eviction
 from meshnode.store.blob_store import BlobStore
 from meshnode.store.partial import PartialFile
 from protocols.errors import RemoteProtocolError
@@ -296,7 +296,7 @@ def test_where_room_can_not_be_made_nothing_is_evicted(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_a_sentence(store: BlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blob_store, "RESERVE_BYTES", shutil.disk_usage(tmp_path).free + (1 << 40))
+    monkeypatch.setattr(eviction, "RESERVE_BYTES", shutil.disk_usage(tmp_path).free + (1 << 40))
     with pytest.raises(DiskError, match=r"the disk of .* has .* left"):
         store.add_file(source(tmp_path, noise(10)), pin="a")
 

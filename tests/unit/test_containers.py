@@ -21,7 +21,7 @@ from meshnode.cli.main import _parser
 from meshnode.config.load import load_config
 from meshnode.config.settings import DEFAULT_PORT
 from meshnode.core.sizes import parse_size
-from meshnode.doctor.device import OVERHEAD_BYTES
+from meshnode.doctor.device_checks import OVERHEAD_BYTES
 from meshnode.membership.enrolment import open_ticket
 from meshnode.membership.network import load_network
 

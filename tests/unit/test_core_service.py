@@ -8,7 +8,7 @@ from trio.testing import MockClock
 
 from meshnode.core.clock import VirtualWall, monotonic
 from meshnode.core.errors import ConfigError, EngineLost, MeshError
-from meshnode.core.service import Restart, supervise
+from meshnode.core.supervise import Restart, supervise
 
 
 class Flaky:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from meshnode.store.disk import available_bytes, locked, remove_abandoned
+from meshnode.store.os_files import available_bytes, locked, remove_abandoned
 
 
 def test_what_is_available_does_not_shrink_by_what_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

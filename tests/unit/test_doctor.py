@@ -21,9 +21,10 @@ from meshnode.cli.main import main
 from meshnode.client import Client
 from meshnode.config.load import load_config
 from meshnode.core.paths import Paths
-from meshnode.doctor import device, node
+from meshnode.doctor import device_checks as device
 from meshnode.doctor import facts as device_facts
-from meshnode.doctor.device import (
+from meshnode.doctor import node_checks as node
+from meshnode.doctor.device_checks import (
     FolderFacts,
     KeyFacts,
     LockFacts,

@@ -88,7 +88,7 @@ def test_vectors() -> None:
 
 def test_the_largest_load_fits() -> None:
     groups = tuple(wire.GroupFile(name=f"layer.{i}", path="/" + "x" * 200) for i in range(wire.MAX_LAYERS + 2))
-    assert len(wire.REQUESTS.encode(dataclasses.replace(LOAD, groups=groups))) <= wire.MAX_HEADER
+    assert len(wire.REQUESTS.encode(dataclasses.replace(LOAD, groups=groups))) <= wire.MAX_MESSAGE_BYTES
 
 
 # ---------------------------------------------------------------- machines

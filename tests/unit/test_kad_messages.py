@@ -12,8 +12,8 @@ from protocols.ids import DAG_PB, RAW, PeerId, base58_encode, cid_of, cid_to_byt
 from protocols.kad.address import address_bytes, address_of, peer_bytes, peer_of
 from protocols.kad.messages import (
     MAX_ADDRESSES,
-    MAX_ANSWER_BYTES,
     MAX_KEY_BYTES,
+    MAX_MESSAGE_BYTES,
     MAX_PEERS,
     Kind,
     Message,
@@ -186,7 +186,7 @@ def test_long_lists_are_cut() -> None:
     assert len(message.providers) == MAX_PEERS
     assert {len(peer.addresses) for peer in message.providers} == {MAX_ADDRESSES}
     with pytest.raises(RemoteProtocolError):
-        decode(bytes(MAX_ANSWER_BYTES + 1))
+        decode(bytes(MAX_MESSAGE_BYTES + 1))
 
 
 def test_our_own_limits() -> None:

@@ -7,7 +7,7 @@ import pytest
 from protocols.codec import encode
 from protocols.envelope import sign_record
 from protocols.membership import ROLES, Trust, Untrusted
-from protocols.membership.messages import MAX_CERTIFICATE, MAX_CLOCK_MS, Certificate
+from protocols.membership.messages import MAX_CERTIFICATE_BYTES, MAX_CLOCK_MS, Certificate
 from tests.unit.membership_actors import NOW_MS, World, key_of, peer_of_key
 
 W = World()
@@ -49,7 +49,7 @@ REFUSED: dict[str, tuple[tuple[bytes, ...], str, str]] = {
         "'publish'",
     ),
     "the future": ((W.certificate("ann", by="founder", issued_ms=NOW_MS + MAX_CLOCK_MS + 1),), "clock", ""),
-    "padding, before it is parsed": ((bytes(MAX_CERTIFICATE + 1),), "stranger", ""),
+    "padding, before it is parsed": ((bytes(MAX_CERTIFICATE_BYTES + 1),), "stranger", ""),
     "a record of another kind": ((sign_record(key_of("founder"), "advert", encode(EVE)),), "stranger", ""),
 }
 

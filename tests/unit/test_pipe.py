@@ -12,7 +12,7 @@ from protocols.codec import dumps
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.pipe import machine as pipe
 from protocols.pipe.messages import (
-    MAX_HEADER,
+    MAX_MESSAGE_BYTES,
     MAX_STAGES,
     PIPE,
     Close,
@@ -398,8 +398,8 @@ def test_the_longest_route_fits() -> None:
     times = tuple(HopTime(network_us=(1 << 63) - 1, queue_us=1 << 62, compute_us=1 << 62) for _ in hops)
     last = MAX_STAGES - 1
     big = opening(last, route=hops, origin="o" * 64, manifest="m" * 64, variant="v" * 32, sampling=SAMPLING)
-    assert len(PIPE.encode(big)) <= MAX_HEADER
-    assert len(PIPE.encode(replace(step(0, 1), times=times))) <= MAX_HEADER
+    assert len(PIPE.encode(big)) <= MAX_MESSAGE_BYTES
+    assert len(PIPE.encode(replace(step(0, 1), times=times))) <= MAX_MESSAGE_BYTES
 
 
 def test_the_specification_shows_the_transitions() -> None:

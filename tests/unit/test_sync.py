@@ -8,7 +8,7 @@ from protocols.ids import public_key_of
 from protocols.sync.machine import TRANSITIONS, Finished, Key, Send, State, SyncMachine, Take, Version
 from protocols.sync.messages import (
     MAX_ENTRIES,
-    MAX_MESSAGE,
+    MAX_MESSAGE_BYTES,
     MAX_PAGE_ENTRIES,
     MAX_RECORDS_BYTES,
     SYNC,
@@ -88,14 +88,14 @@ def test_hundreds_of_records_travel_in_pages() -> None:
     assert sum(isinstance(m, Digest) for m in messages) == 2
     assert sum(isinstance(m, Wanted) for m in messages) == 2
     assert sum(isinstance(m, Records) for m in messages) > 6
-    assert max(len(SYNC.encode(m)) for m in messages) <= MAX_MESSAGE
+    assert max(len(SYNC.encode(m)) for m in messages) <= MAX_MESSAGE_BYTES
 
 
 def test_the_largest_records_fit() -> None:
     mine = {key(n): ((1, 1), bytes(65536)) for n in range(1, 300)}
     _, to_answerer, messages = converse(machine_of(mine, asking=True), machine_of({}, asking=False))
     assert len(to_answerer) == MAX_RECORDS_BYTES // 65536  # the rest comes with the next exchange
-    assert max(len(SYNC.encode(m)) for m in messages) <= MAX_MESSAGE
+    assert max(len(SYNC.encode(m)) for m in messages) <= MAX_MESSAGE_BYTES
 
 
 def test_what_is_known_but_expired_is_neither_given_nor_wanted() -> None:

@@ -18,9 +18,8 @@ import secrets
 import ssl
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import trio
 from cryptography import x509
@@ -30,6 +29,7 @@ from cryptography.x509.oid import NameOID
 
 from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.core.log import get_logger
+from meshnode.core.tasks import Tasks
 from meshnode.net.lane.tls_stream import Socket, TlsStream
 from meshnode.net.peer_book import PeerBook
 from meshnode.net.port import Stream
@@ -85,18 +85,14 @@ class DirectLanes:
         self._tokens: OrderedDict[bytes, tuple[PeerId, float]] = OrderedDict()
         self._lanes: dict[PeerId, set[TlsStream]] = {}
         self._failed_at: dict[PeerId, float] = {}
-        self._nursery: trio.Nursery | None = None
+        self._tasks = Tasks()
         table.add(PROTOCOL, self._offer)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep lanes until cancelled; then all of them break."""
         try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                task_status.started()
-                await trio.sleep_forever()
+            await self._tasks.run(task_status=task_status)
         finally:
-            self._nursery = None
             for peer in list(self._lanes):
                 self.break_off(peer, "this host has stopped")
 
@@ -171,11 +167,7 @@ class DirectLanes:
         lanes = self._lanes.setdefault(stream.peer, set())
         lanes.add(stream)
         stream.on_end = lambda: lanes.discard(stream)
-        stream.linger = self._linger
-
-    def _linger(self, drain: Callable[[], Any]) -> None:
-        if self._nursery is not None:
-            self._nursery.start_soon(drain)
+        stream.linger = self._tasks.start_soon
 
     # The dialling side
 
@@ -184,7 +176,7 @@ class DirectLanes:
 
         Raises Declined when the peer does not serve the protocol.
         """
-        if self._nursery is None or self._failed_at.get(peer, -RETRY_S) > trio.current_time() - RETRY_S:
+        if self._failed_at.get(peer, -RETRY_S) > trio.current_time() - RETRY_S:
             return None
         try:
             port, certificate_hash, token = await self._ask(peer)

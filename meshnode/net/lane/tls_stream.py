@@ -11,7 +11,7 @@ import os
 import socket
 import ssl
 import struct
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Final
 
@@ -48,7 +48,7 @@ class TlsStream:
         self._closed = False
         self.broken = ""
         self.on_end: Callable[[], None] | None = None
-        self.linger: Callable[[Callable[[], object]], object] | None = None
+        self.linger: Callable[[Callable[[], Awaitable[None]]], None] | None = None
 
     async def handshake(self) -> None:
         """Raises PeerUnreachable."""

@@ -9,7 +9,7 @@ import trio
 from libp2p.security.noise.exceptions import NoiseFailure
 
 from meshnode.core.errors import PeerUnreachable
-from meshnode.net.libp2p.guards import GuardedMuxer, GuardedSwarm
+from meshnode.net.libp2p.replacements import GuardedMuxer, GuardedSwarm
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId
 from protocols.multiaddr import parse_address

@@ -15,19 +15,21 @@ import trio
 from meshnode.core.errors import PeerUnreachable
 from meshnode.core.log import get_logger
 from meshnode.core.signal import Changes
+from meshnode.core.tasks import Tasks
 from meshnode.net import heartbeat
 from meshnode.net.addresses import reachable_hosts
+from meshnode.net.connection_limits import GUEST_STREAMS, MAX_STRANGERS, MEMBER_STREAMS, STRANGER_S, STRANGER_STREAMS
 from meshnode.net.heartbeat import Heartbeat
-from meshnode.net.inbox import Inbox
 from meshnode.net.lane.lane import DirectLanes, Ends
 from meshnode.net.libp2p.dialler import Dialler
-from meshnode.net.libp2p.guards import IDENTIFY, PING, ConnectionWatcher, GuardedMuxer, Libp2pStack
 from meshnode.net.libp2p.listener import Listener
 from meshnode.net.libp2p.multistream import ADMITTED, agree, propose
-from meshnode.net.libp2p.yamux import MAX_STREAMS, YamuxStream
+from meshnode.net.libp2p.replacements import IDENTIFY, PING, ConnectionWatcher, GuardedMuxer, Libp2pStack
+from meshnode.net.libp2p.yamux import YamuxStream
 from meshnode.net.peer_book import PeerBook
-from meshnode.net.port import MAX_GOSSIP_BYTES, Handler, Lane, PeerEvent, Stream, Validator
+from meshnode.net.port import MAX_GOSSIP_BYTES, Handler, Lane, PeerEvent, Stream, Take
 from meshnode.net.protocol_table import NOT_SERVED, STRANGER, ProtocolTable, refusal
+from meshnode.net.topics import contained
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import PeerId
 from protocols.multiaddr import address_of, owned
@@ -36,10 +38,6 @@ OPEN_S: Final = 10.0
 AGREE_S: Final = 10.0
 FAREWELL_S: Final = 1.5
 LAST_WORDS_S: Final = 0.05  # readers finish what had arrived before they hear that the peer is gone
-STRANGER_S: Final = 60.0  # a peer that is not admitted by then is disconnected
-MAX_STRANGERS: Final = 64
-STRANGER_STREAMS: Final = 16
-GUEST_STREAMS: Final = 64  # go-bitswap opens one for every answer
 
 _log = get_logger("net")
 
@@ -69,11 +67,11 @@ class Libp2pHost(ConnectionWatcher):
         self._table = ProtocolTable()
         self._table.add(heartbeat.PROTOCOL, heartbeat.answer)
         self._book = PeerBook()
-        self._topics: dict[str, tuple[Validator, Inbox[tuple[PeerId, bytes]]]] = {}
+        self._topics: dict[str, Take] = {}
         self._connections: dict[PeerId, list[GuardedMuxer]] = {}
         self._heartbeats: dict[PeerId, tuple[Heartbeat, trio.CancelScope]] = {}
         self._addresses: tuple[str, ...] = ()
-        self._nursery: trio.Nursery | None = None
+        self._tasks = Tasks()
         self._stack = Libp2pStack(
             seed,
             self,
@@ -87,7 +85,6 @@ class Libp2pHost(ConnectionWatcher):
         self._listener = Listener(listen, self._take_libp2p, self._lanes)
         self._dialler = Dialler(self._stack.swarm, self, keyed=bool(swarm_key))
         self._stack.host.serve = self._serve
-        self._stack.pubsub.deliver = self._deliver
 
     @property
     def peer_id(self) -> PeerId:
@@ -127,17 +124,16 @@ class Libp2pHost(ConnectionWatcher):
                         await self._say_farewell()
                     scope.cancel()
         finally:
-            self._nursery = None
             with trio.CancelScope(shield=True):
                 await self._listener.aclose()
 
     async def _run_shielded(self, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
         with scope:
             async with self._stack.running(), trio.open_nursery() as nursery:
-                self._nursery = nursery
+                await nursery.start(self._tasks.run)
                 await nursery.start(self._lanes.run)
-                for topic, (validator, _) in self._topics.items():
-                    await self._stack.subscribe(topic, _contained(topic, validator))
+                for topic, take in self._topics.items():
+                    await self._stack.subscribe(topic, take)
                 nursery.start_soon(self._listener.run)
                 task_status.started()
                 await trio.sleep_forever()
@@ -162,16 +158,14 @@ class Libp2pHost(ConnectionWatcher):
             connection.session.max_streams = GUEST_STREAMS if peer in self._book.guests else STRANGER_STREAMS
         self._connections.setdefault(peer, []).append(connection)
         self._book.up(peer)
-        if self._nursery is not None and peer not in self._book.guests:
-            self._nursery.start_soon(self._limit_stranger, connection)
+        if peer not in self._book.guests:
+            self._tasks.start_soon(self._limit_stranger, connection)
         self._start_heartbeat(peer)
 
     def connection_over(self, connection: GuardedMuxer) -> None:
         """A connection has ended. Its peer is gone when it was the last one, after a moment for last words."""
-        if self._nursery is not None and connection in self._connections.get(connection.peer, ()):
-            self._nursery.start_soon(self._forget_later, connection)
-        else:
-            self._forget(connection)
+        if connection in self._connections.get(connection.peer, ()):
+            self._tasks.start_soon(self._forget_later, connection)
 
     async def _forget_later(self, connection: GuardedMuxer) -> None:
         await trio.sleep(LAST_WORDS_S)
@@ -235,12 +229,11 @@ class Libp2pHost(ConnectionWatcher):
     def admit(self, peer: PeerId, admitted: bool) -> None:
         if not admitted:
             self._book.admitted.discard(peer)
-            if self._nursery is not None:
-                self._nursery.start_soon(self.disconnect, peer, "its membership was withdrawn")
+            self._tasks.start_soon(self.disconnect, peer, "its membership was withdrawn")
             return
         self._book.admitted.add(peer)
         for connection in self._connections.get(peer, ()):
-            connection.session.max_streams = MAX_STREAMS
+            connection.session.max_streams = MEMBER_STREAMS
         self._start_heartbeat(peer)
 
     def welcome(self, peer: PeerId, protocols: Sequence[str]) -> None:
@@ -320,9 +313,9 @@ class Libp2pHost(ConnectionWatcher):
             if protocol not in (IDENTIFY, PING):
                 self._stack.pubsub.greet(stream.peer)  # it gossips with us, so it admits us
             await self._stack.handle(protocol, net_stream, stream)
-        elif self._nursery is not None:
+        else:
             over = trio.Event()
-            self._nursery.start_soon(self._run_handler, protocol, stream, over)
+            self._tasks.start_soon(self._run_handler, protocol, stream, over)
             await over.wait()
 
     def _serves(self, protocol: str, peer: PeerId) -> bool:
@@ -350,7 +343,7 @@ class Libp2pHost(ConnectionWatcher):
     # Heartbeat
 
     def _start_heartbeat(self, peer: PeerId) -> None:
-        if self._nursery is None or peer in self._heartbeats or peer not in self._book:
+        if peer in self._heartbeats or peer not in self._book:
             return
         if peer in self._book.guests:
             beat = Heartbeat(_Guest(self, peer), heartbeat.GUEST)
@@ -361,7 +354,7 @@ class Libp2pHost(ConnectionWatcher):
             return
         scope = trio.CancelScope()
         self._heartbeats[peer] = (beat, scope)
-        self._nursery.start_soon(self._watch, peer, beat, scope)
+        self._tasks.start_soon(self._watch, peer, beat, scope)
 
     def greet(self, peer: PeerId) -> None:
         """Gossip with a member that may admit us."""
@@ -393,16 +386,10 @@ class Libp2pHost(ConnectionWatcher):
             raise LocalProtocolError(f"a gossip message of {len(data)} bytes; {MAX_GOSSIP_BYTES} is the limit")
         await self._stack.pubsub.publish(topic, data)
 
-    def subscribe(self, topic: str, validator: Validator) -> trio.MemoryReceiveChannel[tuple[PeerId, bytes]]:
+    def subscribe(self, topic: str, take: Take) -> None:
         if topic in self._topics:
             raise LocalProtocolError(f"the topic {topic} has a subscriber already")
-        inbox = Inbox[tuple[PeerId, bytes]]()
-        self._topics[topic] = (validator, inbox)
-        return inbox.receive
-
-    def _deliver(self, topic: str, forwarder: PeerId, data: bytes) -> None:
-        if topic in self._topics:
-            self._topics[topic][1].put((forwarder, data))
+        self._topics[topic] = contained(topic, take)
 
     def events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
         return self._book.events()
@@ -444,17 +431,6 @@ class _Guest(_Member):
 def open_host(seed: bytes, *, swarm_key: bytes = b"") -> Libp2pHost:
     """A host on a free port of the loopback interface."""
     return Libp2pHost(seed, ["/ip4/127.0.0.1/tcp/0"], swarm_key=swarm_key)
-
-
-def _contained(topic: str, validator: Validator) -> Validator:
-    def check(forwarder: PeerId, data: bytes) -> bool:
-        try:
-            return validator(forwarder, data)
-        except Exception:  # noqa: BLE001 - the border: a bug in a validator costs its message, not the process
-            _log.exception("validator.failed", topic=topic, peer=forwarder)
-            return False
-
-    return check
 
 
 async def _close_all(connections: Sequence[GuardedMuxer], reason: str) -> None:

@@ -9,9 +9,9 @@ import trio
 
 from meshnode.core.errors import ConfigError, PeerUnreachable
 from meshnode.core.log import get_logger
+from meshnode.net.connection_limits import PendingConnections
 from meshnode.net.lane.lane import DirectLanes
 from meshnode.net.libp2p.dialler import innermost
-from meshnode.net.pending import PendingConnections
 from protocols.errors import RemoteProtocolError
 from protocols.multiaddr import Address, parse_address
 

@@ -3,7 +3,7 @@
 Written anew because the library's multiplexer lets a peer push past its window without limit, breaks a stream
 whose reader pauses five seconds, and shows a reset or a lost connection as a clean end. What is promised here:
 
-- no peer makes us hold more than `MAX_STREAMS` windows; whoever sends past a window loses the connection;
+- no peer makes us hold more than `MEMBER_STREAMS` windows; whoever sends past a window loses the connection;
 - a writer waits for its reader up to `STALL_S`;
 - a clean end is a FIN, everything else is PeerUnreachable; bytes that arrived before a loss are still read;
 - the reading task never writes, so two full sockets can't block each other for ever.
@@ -20,6 +20,7 @@ import trio
 from trio.lowlevel import ParkingLot
 
 from meshnode.core.errors import PeerUnreachable
+from meshnode.net.connection_limits import MEMBER_STREAMS
 from meshnode.net.port import STALL_S
 from protocols.ids import PeerId
 
@@ -27,7 +28,6 @@ WINDOW_BYTES: Final = 1 << 18  # what a new stream may send unasked (spec, "Flow
 BULK_WINDOW_BYTES: Final = 1 << 20  # credit of a stream that has proven to be read
 BULK_BYTES: Final = 1 << 21  # bytes read before a stream gets it
 RECORD_BYTES: Final = 65519  # plaintext of one Noise message; a larger frame would cost two
-MAX_STREAMS: Final = 128  # opened by the peer, per connection
 MAX_CONTROL_FRAMES: Final = 4096  # answers waiting for a peer that does not read them
 LINGER_S: Final = 30.0  # a closed stream whose peer never closes is forgotten after that
 GOODBYE_S: Final = 1.0
@@ -238,7 +238,7 @@ class YamuxSession:
         self.heard_at = trio.current_time()  # when the last bytes came; proof of life
         self.ended = ""  # why, once it is over
         self.over = trio.Event()
-        self.max_streams = MAX_STREAMS  # that the peer may have open; lower for strangers
+        self.max_streams = MEMBER_STREAMS  # that the peer may have open; lower for strangers
         self._wire = wire
         self._next_number = 1 if initiator else 2
         self._streams: dict[int, YamuxStream] = {}
@@ -253,7 +253,7 @@ class YamuxSession:
         self._write_lock = trio.Lock()
         self._said_goodbye = False
         self._closed = trio.Event()
-        self._accept_send, self._accept_receive = trio.open_memory_channel[YamuxStream](MAX_STREAMS)
+        self._accept_send, self._accept_receive = trio.open_memory_channel[YamuxStream](MEMBER_STREAMS)
 
     @property
     def stream_count(self) -> int:

@@ -67,7 +67,7 @@ class DirectoryService:
         self._book = RecordBook(self._us, members, records, health)
         self._publisher = Publisher(host, settings.topic, signer, members, self._book, settings.first, wall)
         self._sync = Sync(host, self._book, settings.rng)
-        self._gossip = host.subscribe(settings.topic, self._book.take)
+        host.subscribe(settings.topic, self._book.take)
 
     # What others read
 
@@ -151,14 +151,9 @@ class DirectoryService:
             nursery.start_soon(self._publisher.run)
             nursery.start_soon(self._sync.run)
             nursery.start_soon(self._book.watch)
-            nursery.start_soon(self._drain_gossip)
             events = self._host.events()
             task_status.started()
             async for event in events:
                 if not event.connected:
                     self._book.suspect(event.peer)
                     self._publisher.renew()  # it suspects us, too: others pass on that we are there
-
-    async def _drain_gossip(self) -> None:
-        async for _ in self._gossip:
-            pass  # the validator has taken the record already, so that each is checked once

@@ -11,7 +11,7 @@ import trio
 from meshnode.core.errors import Declined, EngineLost, PeerUnreachable
 from meshnode.core.log import get_logger
 from meshnode.core.tasks import Tasks
-from meshnode.services.inference.load import StageLoad
+from meshnode.services.inference.advertised_load import AdvertisedLoad
 from meshnode.services.port import OpenSpan, Pipes, Spans
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId, SessionId, short
@@ -44,7 +44,7 @@ class StageService:
 
     name = "stage"
 
-    def __init__(self, us: PeerId, pipes: Pipes, spans: Spans, load: StageLoad) -> None:
+    def __init__(self, us: PeerId, pipes: Pipes, spans: Spans, load: AdvertisedLoad) -> None:
         """`load` is kept up to date here."""
         self._us = us
         self._pipes = pipes

@@ -17,11 +17,13 @@ from meshnode.config.settings import Config
 from meshnode.core.clock import wall_ms
 from meshnode.core.errors import ConfigError, NotRunning
 from meshnode.core.paths import Paths
-from meshnode.doctor import device, facts, node
-from meshnode.doctor.device import LockFacts
+from meshnode.doctor import device_checks as device
+from meshnode.doctor import facts
+from meshnode.doctor import node_checks as node
+from meshnode.doctor.device_checks import LockFacts
 from meshnode.doctor.finding import Finding, Level
 from meshnode.engine.trial import try_engines
-from meshnode.store.blob_store import RESERVE_BYTES
+from meshnode.store.eviction import RESERVE_BYTES
 from protocols.errors import MeshError
 
 STATUS_S: Final = 5.0

@@ -11,7 +11,7 @@ import pytest
 
 from protocols.bitswap.client import MAX_FIRST, Arrived, Client, Event, Offer, PeerDown, PeerUp, Send, Tick, Want
 from protocols.bitswap.messages import PresenceType
-from protocols.bitswap.spread import FIRST_REST_S, LAST_REST_S, Spread
+from protocols.bitswap.width import FIRST_REST_S, LAST_REST_S, Spread
 from protocols.ids import PeerId
 from tests.trees import numbered_cid as cid
 

@@ -1,6 +1,7 @@
-"""Connections that have not proven who they are yet: few per address, and the newest comes first.
+"""How many connections and streams a host takes from whom.
 
-Hundreds of silent sockets from one machine cost that machine its oldest sockets; nobody else notices.
+Connections that have not proven who they are: few per address, and the newest comes first. Hundreds of silent sockets
+from one machine cost that machine its oldest sockets; nobody else notices.
 """
 
 from __future__ import annotations
@@ -12,8 +13,15 @@ from typing import Final
 
 import trio
 
-PER_ADDRESS: Final = 32
-IN_ALL: Final = 256
+PER_ADDRESS: Final = 32  # connections without a proof, from one IP address
+IN_ALL: Final = 256  # of them
+MAX_CONNECTIONS: Final = 1024  # of proven peers
+PER_PEER: Final = 8
+MAX_STRANGERS: Final = 64  # proven peers that are no members; the oldest makes room
+STRANGER_S: Final = 60.0  # a peer that is not admitted by then is disconnected
+STRANGER_STREAMS: Final = 16  # opened by the peer, per connection
+GUEST_STREAMS: Final = 64  # go-bitswap opens one for every answer
+MEMBER_STREAMS: Final = 128
 
 
 class PendingConnections:

@@ -56,8 +56,9 @@ from multiaddr import Multiaddr
 
 from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.core.log import get_logger
+from meshnode.net.connection_limits import MAX_CONNECTIONS, PER_PEER
 from meshnode.net.libp2p.yamux import YamuxSession, YamuxStream
-from meshnode.net.port import MAX_GOSSIP_BYTES
+from meshnode.net.port import MAX_GOSSIP_BYTES, Take
 from meshnode.net.swarm_key import Cover
 from protocols.ids import PeerId
 from protocols.multiaddr import Address, address_of
@@ -65,7 +66,6 @@ from protocols.multiaddr import Address, address_of
 __all__ = ["IDENTIFY", "MESHSUB", "PING", "GuardedMuxer", "Libp2pStack", "Source"]
 
 MESHSUB: Final = "/meshsub/1.2.0"
-MAX_CONNECTIONS: Final = 1024
 READ_BYTES: Final = 1 << 17
 DEGREE: Final = (8, 6, 12)  # gossip partners per topic: wanted, at least, at most
 GOSSIP_PER_SECOND: Final = 1000.0  # messages per peer and topic; the library's 10 drops bursts of its own node
@@ -287,7 +287,7 @@ class GuardedSwarm(Swarm):  # type: ignore[misc]  # the library has no types her
             high_watermark=MAX_CONNECTIONS,
             low_watermark=0,
             min_connections=0,  # nobody is dialled but by us
-            max_connections_per_peer=8,
+            max_connections_per_peer=PER_PEER,
         )
         super().__init__(peer_id, peerstore, upgrader, transports=[], connection_config=config)
         self.auto_connector = IdleConnector(self)
@@ -387,9 +387,8 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]  # the library has no types h
         # The release starts at the seconds since 1970: after a restart its numbers, and so its message ids, repeat.
         self.counter = time.time_ns()
         self._admits = admits
-        self._in_work: dict[bytes, PeerId] = {}  # message id -> who brought it
+        self._in_work: set[bytes] = set()  # message ids
         self._greeting: set[Any] = set()
-        self.deliver: Callable[[str, PeerId, bytes], None] | None = None
 
     async def _handle_new_peer(self, peer_id: Any) -> None:
         if not self._admits(PeerId(str(peer_id))) or peer_id in self._greeting:
@@ -409,23 +408,20 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]  # the library has no types h
             self.manager.run_task(self._handle_new_peer_with_retry, peer_id, 1.0)
 
     async def push_msg(self, msg_forwarder: Any, msg: Any) -> None:
-        """Check, deliver and pass on a message, once even when several peers bring it at the same time."""
+        """Take a message and pass it on, once even when several peers bring it at the same time."""
         name = self._msg_id_constructor(msg)
         if name in self._in_work or len(msg.data) > MAX_GOSSIP_BYTES or len(msg.topicIDs) != 1:
             return
-        self._in_work[name] = PeerId(str(msg_forwarder))
+        self._in_work.add(name)
         try:
             await super().push_msg(msg_forwarder, msg)
         except Exception as error:  # noqa: BLE001 - the border: the library re-raises on keys it can't decode
             _log.warning("gossip.contained", peer=str(msg_forwarder), reason=_reason(error))
         finally:
-            del self._in_work[name]
+            self._in_work.discard(name)
 
     def notify_subscriptions(self, publish_message: Any) -> None:
-        """A message was found good: give it to its subscriber, unless it is our own."""
-        forwarder = self._in_work[self._msg_id_constructor(publish_message)]
-        if self.deliver is not None and forwarder != str(self.my_id):
-            self.deliver(publish_message.topicIDs[0], forwarder, publish_message.data)
+        """Its subscriber has it already: it was asked whether the message is good."""
 
 
 class GuardedRouter(GossipSub):  # type: ignore[misc]  # the library has no types here
@@ -541,12 +537,12 @@ class Libp2pStack:
                     with trio.CancelScope(shield=True, deadline=trio.current_time() + 2):
                         await self.host.close()
 
-    async def subscribe(self, topic: str, validator: Callable[[PeerId, bytes], bool]) -> None:
-        """Follow a topic. The validator must not raise."""
+    async def subscribe(self, topic: str, take: Take) -> None:
+        """Take part in a topic. `take` must not raise."""
 
         async def valid(forwarder: Any, message: Any) -> bool:
             await trio.lowlevel.checkpoint()
-            return forwarder == self.pubsub.my_id or validator(PeerId(str(forwarder)), message.data)
+            return forwarder == self.pubsub.my_id or take(PeerId(str(forwarder)), message.data)
 
         self.pubsub.set_topic_validator(topic, valid, True)  # a synchronous one would end the process if it raised
         await self.pubsub.subscribe(topic)

@@ -13,7 +13,7 @@ QUEUE_STEP_US: Final = 3_000  # a move that is worth telling: every advert costs
 SETTLE_S: Final = 0.3  # a session that is over by then (a probe) is not worth telling
 
 
-class StageLoad:
+class AdvertisedLoad:
     """Counted by the stage, read by whoever advertises it."""
 
     def __init__(self) -> None:

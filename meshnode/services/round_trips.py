@@ -14,7 +14,7 @@ from protocols.advert.messages import RoundTrip
 MAX_LINKS: Final = 64
 
 
-class LinksService:
+class RoundTripsService:
     """Advertises the round trips that the host measures, when one of them has moved by enough to matter."""
 
     name = "links"
