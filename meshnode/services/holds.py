@@ -10,7 +10,7 @@ import trio
 from meshnode.core.errors import Declined, PeerUnreachable, TransientError
 from meshnode.model.release import ServedRelease
 from meshnode.net.port import Host, Stream
-from meshnode.policy.moves import Guard
+from meshnode.policy.guards import Guard
 from protocols.errors import ProtocolError, RemoteProtocolError
 from protocols.frame import FrameReader, pack
 from protocols.ids import PeerId, short

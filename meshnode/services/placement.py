@@ -23,21 +23,12 @@ from meshnode.core.tasks import Tasks
 from meshnode.engine.open_span import OpenSpan
 from meshnode.model.facts import Range
 from meshnode.model.release import ServedRelease
+from meshnode.policy.guards import abandoned, guards_of
 from meshnode.policy.mesh_view import UNMEASURED_LAYER_US, layer_us_of, nodes_of, rate_of
-from meshnode.policy.moves import (
-    Move,
-    abandoned,
-    decide,
-    guards_of,
-    may_leave,
-    slot_left_s,
-    slot_of,
-    still_right,
-    unserved,
-    wanted_plan,
-)
+from meshnode.policy.moves import Move, decide, may_leave, still_right, unserved, wanted_plan
 from meshnode.policy.patience import Patience
 from meshnode.policy.placement import Node, runs
+from meshnode.policy.precedence import slot_left_s, slot_of
 from meshnode.policy.prediction import Prediction, predict_mesh
 from meshnode.services.port import Directory, Holds, Load, ManySpans, Releases
 from protocols.advert.messages import DRAINING, IDLE, INTENT, LOADING, SERVING, Serving, Span

@@ -14,7 +14,7 @@ from meshnode.core.signal import Changes
 from meshnode.engine import open_span
 from meshnode.engine.port import Engine
 from meshnode.model.release import ServedRelease
-from meshnode.policy.moves import Guard
+from meshnode.policy.guards import Guard
 from meshnode.store.port import OpenFile
 from protocols.advert.messages import Advert, Announcement, Holding, Span
 from protocols.ids import Cid, PeerId

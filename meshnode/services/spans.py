@@ -10,7 +10,6 @@ import random
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import inf
 from typing import Any, Final, Protocol
 
 import trio
@@ -24,17 +23,15 @@ from meshnode.core.tasks import Tasks
 from meshnode.engine.open_span import OpenSpan
 from meshnode.engine.port import Engine, StageSpec
 from meshnode.model.release import ServedRelease
+from meshnode.policy.engine_restarts import HEALTHY_S, EngineRestarts
 from meshnode.services.port import Content, Loading
 from meshnode.store.port import StoreUsage
 from protocols.advert.messages import Span
-from protocols.backoff import Backoff
 from protocols.errors import ProtocolError
 from protocols.ids import Cid
 from protocols.manifest.messages import FileRef
 
 FETCHES_AT_ONCE: Final = 4  # files; each is fetched from several peers at once by itself
-ENGINE_PAUSE_S: Final = (0.5, 60.0)  # before a lost engine is started again: first, cap
-HEALTHY_S: Final = 120.0  # an engine that ran this long was no failure
 GOODBYE_S: Final = 5.0  # for ending the engines when the node stops
 PINS: Final = ("span-0", "span-1", "span-2", "span-3")  # of ours; known names, so that a restart can drop them
 CHANGE_SHARE: Final = 10  # a measured speed is told when it moved by one part in so many
@@ -94,8 +91,7 @@ class SpansService:
         self._retiring: list[OpenSpan] = []
         self._pins: dict[Span, str] = {}  # spans whose files are pinned
         self._loading: Loading | None = None
-        self._backoff = Backoff(*ENGINE_PAUSE_S)
-        self._rests_until = -inf
+        self._restarts = EngineRestarts()
         self._average_us = self._layer_us = (0, 0)
 
     # What others see
@@ -118,7 +114,7 @@ class SpansService:
 
     @property
     def rests_until(self) -> float:
-        return self._rests_until
+        return self._restarts.rests_until
 
     @property
     def layer_us(self) -> tuple[int, int]:
@@ -308,7 +304,7 @@ class SpansService:
         with trio.move_on_after(HEALTHY_S) as young:
             self._lose(opened, await opened.engine.wait_lost())
         if young.cancelled_caught:
-            self._backoff.reset()
+            self._restarts.healthy()
             self._health.clear("engine-restarting")
             self._lose(opened, await opened.engine.wait_lost())
 
@@ -318,9 +314,9 @@ class SpansService:
         opened.lost = reason
         if opened is self._serving:
             self._serving = None
-        self._rests_until = trio.current_time() + self._backoff.next(self._settings.rng.random())
+        self._restarts.lost(trio.current_time(), self._settings.rng.random())
         _log.error("engine.lost", first=opened.span.first, last=opened.span.last, reason=reason)
-        self._health.set("engine-restarting", failures=self._backoff.failures, reason=reason)
+        self._health.set("engine-restarting", failures=self._restarts.failures, reason=reason)
         self._retire(opened, 0)
         self._changes.notify()
 

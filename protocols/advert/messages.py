@@ -14,7 +14,6 @@ from protocols.codec import at
 ADVERT: Final = "advert"
 HEAD: Final = "head"
 
-LEASE_MS: Final = 12_000  # an advert that is not renewed for this long (receiver's clock) is dead
 RENEW_MS: Final = 3_000  # how often an unchanged advert is renewed
 
 # States of a served span. IDLE: no span. INTENT: announced. LOADING: fetching and opening.

@@ -6,19 +6,18 @@ view. Time comes in as `now` (monotonic seconds), what the certificates say as a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
 
-from protocols.advert.messages import ADVERT, HEAD, LEASE_MS, Advert, Announcement
+from protocols.advert.leases import age_of, end_of, end_of_suspect
+from protocols.advert.messages import ADVERT, HEAD, Advert, Announcement
 from protocols.advert.validate import check_advert, check_announcement
 from protocols.codec import decode
 from protocols.envelope import Opened, open_record
 from protocols.ids import PeerId
 
-LEASE_S: Final = LEASE_MS / 1000
-SUSPECT_S: Final = 3.0  # a peer that disconnected is dead after this, unless somebody relays a newer advert
 MAX_ENTRIES: Final = 4096  # twice what the largest network (1024 members) needs
 MAX_STRANGERS: Final = 256  # records of signers whose certificates have not come yet
 PUBLISH: Final = "publish"  # the role that an announcement needs
@@ -74,13 +73,10 @@ def _read_announcement(opened: Opened) -> Announcement:
     return announcement
 
 
-@dataclass(frozen=True, slots=True)
-class _Domain:
-    read: Callable[[Opened], Advert | Announcement]
-    lease_s: float
-
-
-_DOMAINS: Final = {ADVERT: _Domain(_read_advert, LEASE_S), HEAD: _Domain(_read_announcement, float("inf"))}
+_READERS: Final[Mapping[str, Callable[[Opened], Advert | Announcement]]] = {
+    ADVERT: _read_advert,
+    HEAD: _read_announcement,
+}
 
 
 def _said(body: Advert | Announcement) -> Advert | Announcement:
@@ -108,10 +104,10 @@ class View:
         """
         opened = open_record(data)
         key = (opened.domain, opened.signer)
-        domain = _DOMAINS.get(opened.domain)
-        if domain is None:
+        read = _READERS.get(opened.domain)
+        if read is None:
             return Outcome.IGNORED, key
-        body = domain.read(opened)
+        body = read(opened)
         version = (body.incarnation, body.sequence)
         if version[0] <= self._conflicts.get(key, -1):
             return Outcome.IGNORED, key
@@ -147,7 +143,7 @@ class View:
             payload=payload,
             record=record,
             since=since,
-            until=since + _DOMAINS[key[0]].lease_s,
+            until=end_of(key[0], since),
             cids=frozenset(cid for h in body.holdings for cid in h.cids) if isinstance(body, Advert) else frozenset(),
             roles=known.roles if known is not None and known.allowed else self._roles_of(key[1]) or frozenset(),
         )
@@ -182,7 +178,7 @@ class View:
         """The peer's last connection to us went away: its advert must be renewed within `SUSPECT_S`."""
         entry = self._entries.get((ADVERT, peer))
         if entry is not None:
-            entry.until = min(entry.until, now + SUSPECT_S)
+            entry.until = end_of_suspect(entry.until, now)
 
     def alive(self, domain: str, now: float) -> dict[PeerId, Entry]:
         """Records of a domain that hold now: allowed, lease running, not leaving, one writer. Sorted by signer."""
@@ -207,7 +203,7 @@ class View:
     def shareable(self, now: float) -> dict[Key, tuple[bytes, float]]:
         """Records worth giving to others, each with its age in seconds: of members, lease running."""
         return {
-            key: (entry.record, 0.0 if key[0] == HEAD else max(0.0, now - entry.since))
+            key: (entry.record, age_of(key[0], entry.since, now))
             for key, entry in self._entries.items()
             if entry.allowed and entry.until > now and entry.version[0] > self._conflicts.get(key, -1)
         }

@@ -16,6 +16,8 @@ from protocols.ids import SESSION_BYTES
 MAX_MESSAGE_BYTES: Final = 128 * 1024
 MAX_STAGES: Final = 64
 MAX_POSITION: Final = 1 << 20  # tokens
+PREFILL_ROW_S: Final = 0.25  # added per prompt row: the slowest device we mean to wait for
+LOST: Final = "lost"  # a peer went away, or the stage before it could not reach it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ from meshnode.core.errors import ConfigError, PeerUnreachable
 from meshnode.core.log import set_up
 from meshnode.net.port import Handler, Lane, PeerEvent
 from meshnode.store.blob_store import BlobStore
-from protocols.bitswap.client import MAX_WINDOW_BYTES
+from protocols.bitswap.ledger import MAX_WINDOW_BYTES
 from protocols.errors import MeshError
 from protocols.ids import Cid, PeerId
 from protocols.unixfs.builder import file_cid

@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocols.bitswap import client as c
+from protocols.bitswap.conduct import MAX_LACKS
+from protocols.bitswap.ledger import MAX_WINDOW_BYTES
 from protocols.bitswap.messages import (
     MAX_BLOCK_BYTES,
     MAX_ENTRIES,
@@ -70,7 +72,7 @@ class World:
                         self.up.discard(peer)
                         self.wires.pop(peer, None)
         for peer in self.peers:
-            assert self.client.owed(peer) <= c.MAX_WINDOW_BYTES + SIZE
+            assert self.client.owed(peer) <= MAX_WINDOW_BYTES + SIZE
 
     def answer(self, peer: PeerId, message: Message) -> None:
         kind, wire = self.peers[peer], self.wires.setdefault(peer, [])
@@ -307,7 +309,7 @@ def test_a_flood_of_presences_costs_the_client_little(kind: PresenceType) -> Non
     flood = [(numbered_cid(number), kind) for number in range(MAX_ENTRIES)]
     spent = cost(lambda: [client.handle(c.Arrived(peer, [], flood), t / 10) for t in range(5)], RemoteProtocolError)
     assert spent.calls < 5 * 5 * MAX_ENTRIES and spent.peak < 8 * MIB
-    assert len(client._peers[peer].lacks) <= 2 * c.MAX_LACKS
+    assert len(client._peers[peer].lacks) <= 2 * MAX_LACKS
     after = cost(lambda: client.handle(c.Tick(), 1.0), RemoteProtocolError)
     assert after.calls < 2000
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocols.errors import RemoteProtocolError
-from protocols.pipe import machine as pipe
+from protocols.pipe import origin as pipe
 from protocols.pipe.messages import (
     Close,
     Hop,
@@ -27,6 +27,7 @@ from protocols.pipe.messages import (
     Step,
     Token,
 )
+from protocols.pipe.stage import Ran, StageSession, StageState
 from tests.wire import messages
 
 S = bytes(16)
@@ -61,7 +62,7 @@ def answer_of(prompt: Rows, spans: int, most: int) -> list[int]:
 class Node:
     """A stage with its engine: rows by position."""
 
-    machine: pipe.StageSession
+    machine: StageSession
     rows: list[int] = field(default_factory=list)
 
     def run(self, step: Step, body: Rows) -> tuple[int | None, Rows]:
@@ -142,7 +143,7 @@ class World:
             return
         node = self.nodes.get(receiver)
         if isinstance(message, Open) and node is None:
-            self.nodes[receiver] = Node(pipe.StageSession(message, receiver))
+            self.nodes[receiver] = Node(StageSession(message, receiver))
             self.bag.append((receiver, sender, Opened(session=S, attempt=1, index=message.index), ()))
         elif isinstance(message, Close) and node is not None and node.machine.may_close(sender):
             node.machine.close()
@@ -154,7 +155,7 @@ class World:
         try:
             run = node.machine.take(sender, step)
         except RemoteProtocolError as error:
-            assert node.machine.state is pipe.StageState.OPEN
+            assert node.machine.state is StageState.OPEN
             origin, no = node.machine.refusal("fenced", str(error))
             self.bag.append((us, origin, no, ()))
             return
@@ -163,7 +164,7 @@ class World:
         assert step.position <= len(node.rows), "a gap was let through"
         assert step.position + step.rows <= node.machine.opening.capacity
         token, rows = node.run(step, body)
-        onward = node.machine.ran(pipe.Ran(step, token, TIME))
+        onward = node.machine.ran(Ran(step, token, TIME))
         if onward is not None:
             self.bag.append((us, onward[0], onward[1], rows))
 
@@ -194,7 +195,7 @@ def test_in_order_the_answer_is_that_of_one_process(world: World) -> None:
         world.deliver(*world.bag.pop(0))
     assert world.tokens == world.right
     assert world.end == pipe.Finished("eos" if world.tokens[-1] == EOS else "length")
-    assert all(node.machine.state is pipe.StageState.CLOSED for node in world.nodes.values())
+    assert all(node.machine.state is StageState.CLOSED for node in world.nodes.values())
 
 
 @settings(max_examples=200)
@@ -256,7 +257,7 @@ def test_lies_never_do_more_than_end_the_session(world: World, data: st.DataObje
 @given(messages(Open), st.sampled_from(("", "a", "b")))
 def test_no_open_breaks_a_stage(opening: Open, us: str) -> None:
     try:
-        stage = pipe.StageSession(opening, us)
+        stage = StageSession(opening, us)
     except RemoteProtocolError:
         return
     assert stage.hop.peer == us
@@ -278,7 +279,7 @@ def test_a_stage_takes_what_has_no_gap(steps: list[tuple[int, int]]) -> None:
         capacity=10,
         sampling=Sampling(seed=0),
     )
-    stage, filled = pipe.StageSession(opening, "a"), 0
+    stage, filled = StageSession(opening, "a"), 0
     template = Step(session=S, attempt=1, position=0, rows=1, sample=False, sent_us=0)
     for position, rows in steps:
         step = replace(template, position=position, rows=rows)

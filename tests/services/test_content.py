@@ -16,7 +16,7 @@ from meshnode.net.memory_host import MemoryHost, MemoryNetwork, MemoryStream
 from meshnode.net.port import Lane, Stream
 from meshnode.services.content.service import ContentService
 from meshnode.store.blob_store import BlobStore
-from protocols.bitswap.client import MAX_WINDOW_BYTES
+from protocols.bitswap.ledger import MAX_WINDOW_BYTES
 from protocols.bitswap.messages import PROTOCOL, Block, Entry, Message, frame_parts
 from protocols.ids import DAG_CBOR, PeerId, cid_of
 from protocols.unixfs.builder import file_cid

@@ -19,7 +19,7 @@ from meshnode.ipfs.fallback import Fallback
 from meshnode.ipfs.gateway import Gateway
 from meshnode.ipfs.rpc import IpfsApi
 from meshnode.services.content import outside as search
-from meshnode.services.content import sources as content
+from meshnode.services.content import patience
 from meshnode.services.content.service import ContentService
 from meshnode.store.blob_store import BlobStore
 from protocols.car.messages import Block, Header, encode_block, encode_header
@@ -35,8 +35,8 @@ CAR = "application/vnd.ipld.car; version=1; order=dfs; dups=n"
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(content, "OUTSIDE_S", 0.2)
-    monkeypatch.setattr(content, "OFFER_S", 0.05)
+    monkeypatch.setattr(patience, "OUTSIDE_S", 0.2)
+    monkeypatch.setattr(patience, "OFFER_S", 0.05)
     monkeypatch.setattr(search, "PAUSE_S", 0.05)
 
 
@@ -390,7 +390,7 @@ async def test_where_nobody_else_could_have_it_the_outside_is_asked_at_once(
     """Yet not by a node that has just started and knows nobody, nor while a member is said to have it."""
     data = noise(9 * MIB), noise(MIB, 1)
     world = World(tmp_path, *data)
-    monkeypatch.setattr(content, "OUTSIDE_S", 1e6)
+    monkeypatch.setattr(patience, "OUTSIDE_S", 1e6)
     with site(world.gateway) as here:
         async with network(tmp_path) as net:
             gateway = Gateway(here.url, Health())
@@ -399,7 +399,7 @@ async def test_where_nobody_else_could_have_it_the_outside_is_asked_at_once(
             with trio.move_on_after(0.5) as limit:
                 await me.fetch(ref(file_cid(data[1]), len(data[1])))
             assert limit.cancelled_caught and not here.paths
-            monkeypatch.setattr(content, "ACQUAINTED_S", 0.0)
+            monkeypatch.setattr(patience, "ACQUAINTED_S", 0.0)
             for part in data:
                 assert (await me.open(ref(file_cid(part), len(part)))).path.read_bytes() == part
 

@@ -15,8 +15,8 @@ from meshnode.services.inference.origin import EVENTS
 from meshnode.services.inference.receipt import Piece, Receipt, Request
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId
-from protocols.pipe.machine import STEP_S
 from protocols.pipe.messages import Close, HopTime, Open, Opened, Refused, Sampling, Token
+from protocols.pipe.origin import STEP_S
 from tests.services.pipe_mesh import GREEDY, LAYERS, PROMPT, RELEASE, SHAPE, Member, alone, open_mesh
 
 Lie = Callable[[bytes], Opened | Refused | Token]

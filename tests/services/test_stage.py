@@ -19,8 +19,8 @@ from meshnode.services.inference.stage import MAX_SESSIONS, MAX_UNTOLD, MAX_WAIT
 from protocols.advert.messages import Span
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId
-from protocols.pipe.machine import IDLE_S
 from protocols.pipe.messages import Close, Hop, HopTime, Message, Open, Opened, Refused, Step, Token
+from protocols.pipe.stage import IDLE_S
 from tests.adverts import MANIFEST, OTHER_MANIFEST
 from tests.services.pipe_mesh import GREEDY, LAYERS, PROMPT, SHAPE, LocalEngine, Served, alone
 

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
+from protocols.advert.leases import LEASE_S, SUSPECT_S
 from protocols.advert.messages import ADVERT, HEAD, STATES, Advert, Announcement, Holding, RoundTrip, Serving, Span
 from protocols.advert.validate import check_advert, check_announcement
-from protocols.advert.view import LEASE_S, MAX_STRANGERS, SUSPECT_S, Outcome, View
+from protocols.advert.view import MAX_STRANGERS, Outcome, View
 from protocols.codec import encode
 from protocols.envelope import open_record, sign_record
 from protocols.errors import RemoteProtocolError

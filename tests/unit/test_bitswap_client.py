@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from protocols.bitswap import client as c
+from protocols.bitswap.conduct import MAX_STRIKES, MAX_SURPLUS, RETRY_LACK_S, STALL_S
+from protocols.bitswap.ledger import MAX_WINDOW_BYTES
 from protocols.bitswap.messages import Entry, PresenceType, WantType
 from protocols.ids import PeerId
 from tests.trees import numbered_cid as cid
@@ -84,7 +86,7 @@ def test_window_follows_the_measured_rate() -> None:
         now += 0.01  # 100 MiB/s
         out = deliver(client, A, owed.pop(0), now)
         owed += asked(out, A)
-    assert client.owed(A) <= c.MAX_WINDOW_BYTES
+    assert client.owed(A) <= MAX_WINDOW_BYTES
     assert len(owed) > 8
     for _ in range(12):
         now += 2.0  # half a MiB per second
@@ -110,9 +112,9 @@ def test_a_block_that_nobody_has_is_asked_again_later() -> None:
     client, _ = start(A, blocks=1)
     out = client.handle(c.Arrived(A, [], [(cid(0), PresenceType.DONT_HAVE)]), 0.1)
     assert asked(out, A) == []
-    assert client.deadline is not None and client.deadline <= 0.1 + c.RETRY_LACK_S
+    assert client.deadline is not None and client.deadline <= 0.1 + RETRY_LACK_S
     assert client.asked(1) == {A: "does not have it"}
-    assert asked(client.handle(c.Tick(), 0.1 + c.RETRY_LACK_S), A) == [0]
+    assert asked(client.handle(c.Tick(), 0.1 + RETRY_LACK_S), A) == [0]
 
 
 def test_blocks_of_a_lost_peer_go_to_the_next() -> None:
@@ -129,7 +131,7 @@ def test_silence_is_a_stall_then_the_peer_is_given_up() -> None:
         now = client.deadline
         stalls += [f for f in client.handle(c.Tick(), now) if isinstance(f, c.Stalled)]
         assert now < 60
-    assert len(stalls) == c.MAX_STRIKES
+    assert len(stalls) == MAX_STRIKES
     assert client.owed(A) == 0
     assert asked(client.handle(c.PeerUp(A), now), A) == [0, 1]
 
@@ -161,9 +163,9 @@ def test_an_unknown_hash_bans_too() -> None:
 def test_repeated_blocks_are_tolerated_up_to_a_limit() -> None:
     client, _ = start(A, blocks=1)
     deliver(client, A, 0, 0.1)
-    for _ in range(c.MAX_SURPLUS):
+    for _ in range(MAX_SURPLUS):
         assert deliver(client, A, 0, 0.2) == []
-    assert client.wasted_bytes == c.MAX_SURPLUS * MIB
+    assert client.wasted_bytes == MAX_SURPLUS * MIB
     assert [type(f) for f in deliver(client, A, 0, 0.3)] == [c.Banned]
 
 
@@ -178,7 +180,7 @@ def test_end_game_asks_the_fast_peer_for_what_the_slow_one_owes() -> None:
             out = deliver(client, B, came[-1], now)
             assert cancelled(out, A) == ([came[-1]] if came[-1] in slow else [])
         else:
-            assert client.deadline is not None and now < c.STALL_S
+            assert client.deadline is not None and now < STALL_S
             now = max(now, client.deadline)
             out = client.handle(c.Tick(), now)
         fast += asked(out, B)

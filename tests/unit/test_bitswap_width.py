@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from protocols.bitswap.client import MAX_FIRST, Arrived, Client, Event, Offer, PeerDown, PeerUp, Send, Tick, Want
+from protocols.bitswap.choice import MAX_FIRST
+from protocols.bitswap.client import Arrived, Client, Event, Offer, PeerDown, PeerUp, Send, Tick, Want
 from protocols.bitswap.messages import PresenceType
 from protocols.bitswap.width import FIRST_REST_S, LAST_REST_S, Spread
 from protocols.ids import PeerId

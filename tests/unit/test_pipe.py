@@ -10,11 +10,12 @@ import pytest
 
 from protocols.codec import dumps
 from protocols.errors import LocalProtocolError, RemoteProtocolError
-from protocols.pipe import machine as pipe
+from protocols.pipe import origin as pipe
 from protocols.pipe.messages import (
     MAX_MESSAGE_BYTES,
     MAX_STAGES,
     PIPE,
+    PREFILL_ROW_S,
     Close,
     Hop,
     HopTime,
@@ -28,6 +29,7 @@ from protocols.pipe.messages import (
     Step,
     Token,
 )
+from protocols.pipe.stage import IDLE_S, STAGE_TRANSITIONS, Ran, StageSession, StageState, refusal
 from tests.vectors import PROTOCOLS, Case, hold
 
 S = bytes(range(16))
@@ -121,7 +123,7 @@ def test_the_prompt_goes_out_in_its_chunks_once_all_are_open() -> None:
         pipe.Send("ann", step(0, 3, prefill=True), (5, 6, 7)),
         pipe.Send("ann", step(3, 2, prefill=True, sample=True), (8, 9)),
     )
-    assert o.deadline == 2.0 + pipe.STEP_S + 5 * pipe.PREFILL_ROW_S
+    assert o.deadline == 2.0 + pipe.STEP_S + 5 * PREFILL_ROW_S
 
 
 def test_each_token_is_the_next_step_until_the_length_is_reached() -> None:
@@ -251,25 +253,25 @@ def opening(index: int, **more: Any) -> Open:
     return replace(message, **more)
 
 
-def stage(index: int) -> pipe.StageSession:
-    return pipe.StageSession(opening(index), ROUTE[index].peer)
+def stage(index: int) -> StageSession:
+    return StageSession(opening(index), ROUTE[index].peer)
 
 
 def test_a_stage_passes_its_rows_on_with_their_times() -> None:
     s = stage(1)
     taken = step(0, 3, prefill=True, hops=1)
     assert s.take("ann", taken)
-    assert s.ran(pipe.Ran(taken, None, TIMES[1])) == ("cat", step(0, 3, prefill=True, hops=2))
+    assert s.ran(Ran(taken, None, TIMES[1])) == ("cat", step(0, 3, prefill=True, hops=2))
 
 
 def test_the_last_stage_answers_its_origin() -> None:
     s = stage(2)
     quiet, asked = step(0, 3, prefill=True, hops=2), step(3, 2, prefill=True, sample=True, hops=2)
     assert s.take("bob", quiet)
-    assert s.ran(pipe.Ran(quiet, None, TIMES[2])) is None
+    assert s.ran(Ran(quiet, None, TIMES[2])) is None
     assert s.take("bob", asked)
     expected = Token(session=S, attempt=1, position=5, token=11, sent_us=0, times=TIMES)
-    assert s.ran(pipe.Ran(asked, 11, TIMES[2])) == ("me", expected)
+    assert s.ran(Ran(asked, 11, TIMES[2])) == ("me", expected)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +290,7 @@ def test_a_wrong_step_changes_nothing(peer: str, message: Step, words: str) -> N
     s.take("ann", step(0, 4, hops=1))
     with pytest.raises(RemoteProtocolError, match=words):
         s.take(peer, message)
-    assert s.state is pipe.StageState.OPEN
+    assert s.state is StageState.OPEN
     assert s.take("ann", step(4, 1, hops=1))
 
 
@@ -298,9 +300,9 @@ def test_a_closed_stage_neither_takes_nor_sends() -> None:
     s.take("ann", taken)
     s.close()
     s.close()
-    assert s.state is pipe.StageState.CLOSED
+    assert s.state is StageState.CLOSED
     assert not s.take("ann", step(3, 1, hops=1))
-    assert s.ran(pipe.Ran(taken, None, TIMES[1])) is None
+    assert s.ran(Ran(taken, None, TIMES[1])) is None
 
 
 def test_another_attempt_of_a_step_is_stale() -> None:
@@ -313,8 +315,8 @@ def test_only_the_origin_may_close() -> None:
 
 def test_a_refusal_ends_the_session() -> None:
     s = stage(1)
-    assert s.refusal("busy", "x" * 600, 9) == ("me", pipe.refusal(opening(1), "busy", "x" * 500, 9))
-    assert s.state is pipe.StageState.CLOSED
+    assert s.refusal("busy", "x" * 600, 9) == ("me", refusal(opening(1), "busy", "x" * 500, 9))
+    assert s.state is StageState.CLOSED
 
 
 def test_a_stage_outlasts_the_patience_of_any_origin() -> None:
@@ -323,7 +325,7 @@ def test_a_stage_outlasts_the_patience_of_any_origin() -> None:
     for index in range(3):
         longest.handle(opened(index), 0.0)
     assert longest.deadline is not None
-    assert pipe.StageSession(opening(1, capacity=1001), "bob").patience >= longest.deadline
+    assert StageSession(opening(1, capacity=1001), "bob").patience >= longest.deadline
 
 
 @pytest.mark.parametrize(
@@ -342,7 +344,7 @@ def test_a_stage_outlasts_the_patience_of_any_origin() -> None:
 )
 def test_routes_that_are_no_chain(change: dict[str, Any], us: str, words: str) -> None:
     with pytest.raises(RemoteProtocolError, match=words):
-        pipe.StageSession(replace(opening(1), **change), us)
+        StageSession(replace(opening(1), **change), us)
 
 
 # ---------------------------------------------------------------- the wire
@@ -404,7 +406,7 @@ def test_the_longest_route_fits() -> None:
 
 def test_the_specification_shows_the_transitions() -> None:
     text = (PROTOCOLS / "pipe" / "SPEC.md").read_text()
-    for name, table in (("origin", pipe.ORIGIN_TRANSITIONS), ("stage", pipe.STAGE_TRANSITIONS)):
+    for name, table in (("origin", pipe.ORIGIN_TRANSITIONS), ("stage", STAGE_TRANSITIONS)):
         part = text.split(f"<!-- {name} -->")[1].split("<!-- end")[0]
         rows = re.findall(r"^\| (\w+) \| ([\w ]+) \| (\w+) \|$", part, re.M)
         shown = {(state, event): after for state, event, after in rows if state != "State"}
@@ -416,5 +418,6 @@ def test_the_specification_shows_the_transitions() -> None:
 
 def test_the_specification_shows_the_constants() -> None:
     text = (PROTOCOLS / "pipe" / "SPEC.md").read_text()
-    for name in ("OPEN_S", "STEP_S", "IDLE_S", "PREFILL_ROW_S"):
-        assert f"| `{name}` | {getattr(pipe, name):g} |" in text
+    limits = {"OPEN_S": pipe.OPEN_S, "STEP_S": pipe.STEP_S, "IDLE_S": IDLE_S, "PREFILL_ROW_S": PREFILL_ROW_S}
+    for name, seconds in limits.items():
+        assert f"| `{name}` | {seconds:g} |" in text

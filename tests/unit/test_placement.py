@@ -6,9 +6,11 @@ import pytest
 
 from meshnode.bench.placement import case_of, measure, petals, planned
 from meshnode.model.facts import ModelFacts, facts_of, tight_memory
+from meshnode.policy.guards import abandoned, guards_of
 from meshnode.policy.mesh_view import UNMEASURED_LAYER_US, coarse_us, nodes_of
-from meshnode.policy.moves import Move, abandoned, decide, guards_of, outranked, rank, still_right, unserved
+from meshnode.policy.moves import Move, decide, still_right, unserved
 from meshnode.policy.placement import Node, cover, plan, windows_of
+from meshnode.policy.precedence import outranked, rank
 from meshnode.policy.prediction import predict
 from protocols.advert.messages import DRAINING, INTENT, LOADING, SERVING, Serving, Span
 from protocols.ids import RAW, PeerId, cid_of

@@ -10,18 +10,12 @@ import trio
 
 from meshnode.core.errors import ContentUnavailable
 from meshnode.net.port import Host
+from meshnode.services.content import patience
 from meshnode.services.content.outside import Outside, Search
 from meshnode.services.content.session import Session
 from meshnode.services.port import Adverts, Guests
 from protocols.ids import DAG_CBOR, Cid, PeerId, cid_codec
 
-PATIENCE_S: Final = 30.0  # without one verified block, until a fetch gives up
-SEARCH_PATIENCE_S: Final = 60.0  # the same where strangers are looked for, which takes its time
-OFFER_S: Final = 0.5  # how often a fetch looks for new providers
-OUTSIDE_S: Final = 3.0  # without a block from a peer, until sources outside the mesh are asked
-ACQUAINTED_S: Final = 10.0  # after the start, who has what is known; before, nobody known means nothing
-GUEST_S: Final = 1.5  # a fetch that got no block from members for so long asks guests
-SEEK_S: Final = 2.5  # a fetch that got no block from anybody for so long has further peers looked for
 MAX_REMEMBERED: Final = 4096  # peers that were found
 
 
@@ -59,7 +53,7 @@ class Sources:
         self._guests = guests
         self._finder = finder
         self._outside = outside
-        self.patience_s = patience_s or (PATIENCE_S if finder is None else SEARCH_PATIENCE_S)
+        self.patience_s = patience_s or (patience.PATIENCE_S if finder is None else patience.SEARCH_PATIENCE_S)
         self._found: dict[PeerId, None] = {}  # by the finder, oldest first
 
     def asking(self, session: Session) -> Asking:
@@ -69,10 +63,8 @@ class Sources:
 
     def outside_after_s(self, session: Session) -> float:
         """Seconds without a block until sources outside the mesh are asked; 0 where nobody else could have it."""
-        acquainted = session.exchange.online_s >= ACQUAINTED_S
-        if not acquainted or not set(self._guests.configured).isdisjoint(self._host.guests):
-            return OUTSIDE_S
-        return OUTSIDE_S if self._providers(session) else 0.0
+        guests = not set(self._guests.configured).isdisjoint(self._host.guests)
+        return patience.outside_after_s(session.exchange.online_s, others=guests or bool(self._providers(session)))
 
     def advice(self, cid: Cid) -> str:
         """What our owner may not know when nobody gives a manifest: it may be on IPFS."""
@@ -93,17 +85,17 @@ class Sources:
         while True:
             providers = self._providers(session)
             await session.offer(providers)
-            if (not providers or session.quiet_s >= GUEST_S) and self._guests.configured:
+            if (not providers or session.quiet_s >= patience.GUEST_S) and self._guests.configured:
                 await session.consult(sorted(self._guests.configured))
-            await trio.sleep(OFFER_S)
+            await trio.sleep(patience.OFFER_S)
 
     async def seek(self, session: Session) -> None:
         """Once nobody has given a block for a while: have peers looked for, and ask them."""
         if self._finder is None:
             return
         quiet = 0.0
-        while quiet < SEEK_S and self._found.keys().isdisjoint(self._host.guests):
-            await trio.sleep(SEEK_S - quiet)
+        while quiet < patience.SEEK_S and self._found.keys().isdisjoint(self._host.guests):
+            await trio.sleep(patience.SEEK_S - quiet)
             quiet = session.quiet_s
 
         async def offer(peer: PeerId) -> None:

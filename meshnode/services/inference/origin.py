@@ -23,8 +23,8 @@ from meshnode.services.inference.router import Router
 from meshnode.services.port import Pipes, Releases
 from protocols.errors import RemoteProtocolError
 from protocols.ids import SESSION_BYTES, PeerId, short
-from protocols.pipe.machine import (
-    LOST,
+from protocols.pipe.messages import LOST, Close, Hop, Opened, Refused, Token
+from protocols.pipe.origin import (
     TIMEOUT,
     Begin,
     Emit,
@@ -38,8 +38,7 @@ from protocols.pipe.machine import (
     Received,
     Stop,
 )
-from protocols.pipe.machine import Send as SendEffect
-from protocols.pipe.messages import Close, Hop, Opened, Refused, Token
+from protocols.pipe.origin import Send as SendEffect
 
 EVENTS: Final = 256  # messages of one session that wait for us: stages answer once per step
 GOODBYE_S: Final = 2.0  # for telling the stages that a session is over

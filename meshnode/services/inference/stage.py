@@ -15,8 +15,8 @@ from meshnode.services.inference.advertised_load import AdvertisedLoad
 from meshnode.services.port import OpenSpan, Pipes, Spans
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId, SessionId, short
-from protocols.pipe.machine import LOST, Ran, StageSession, StageState, refusal
-from protocols.pipe.messages import Close, HopTime, Message, Open, Opened, Step
+from protocols.pipe.messages import LOST, Close, HopTime, Message, Open, Opened, Step
+from protocols.pipe.stage import Ran, StageSession, StageState, refusal
 
 MAX_SESSIONS: Final = 1024  # far above what any engine opens; further ones are not even asked for
 MAX_WAITING_STEPS: Final = 1024  # steps of one session that wait for the engine: a prompt of 256k tokens

@@ -1,30 +1,36 @@
-"""Both ends of /meshnode/pipe/1 as state machines without I/O. See SPEC.md.
+"""The asking end of /meshnode/pipe/1 as a state machine without I/O. See SPEC.md.
 
-Rule 1: every transition is in ORIGIN_TRANSITIONS or STAGE_TRANSITIONS, and the next state is read from there.
+Rule 1: every transition is in ORIGIN_TRANSITIONS, and the next state is read from there.
 Rule 2: no clock, no randomness, no await. Time comes in as `now` (seconds), a wish to be woken goes out as
 `deadline`, messages go out as effects.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
 from protocols.errors import LocalProtocolError, RemoteProtocolError
-from protocols.pipe.messages import Close, Hop, HopTime, Message, Open, Opened, Refused, Sampling, Step, Token
+from protocols.pipe.messages import (
+    LOST,
+    PREFILL_ROW_S,
+    Close,
+    Hop,
+    HopTime,
+    Message,
+    Open,
+    Opened,
+    Refused,
+    Sampling,
+    Step,
+    Token,
+)
 
 OPEN_S: Final = 15.0  # all stages must answer Open; one of them may have to split a segment first
 STEP_S: Final = 60.0  # between two tokens; an engine that hangs is killed by its own node before
-PREFILL_ROW_S: Final = 0.25  # added per prompt row: the slowest device we mean to wait for
-IDLE_S: Final = 600.0  # a stage keeps a session without steps: so long may the reader of an answer dawdle
-LOST: Final = "lost"  # a peer went away, or the stage before it could not reach it
 TIMEOUT: Final = "timeout"
-
-
-# ---------------------------------------------------------------- events and effects
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +105,6 @@ class Failed:
 
 
 OriginEffect = Send | Emit | Finished | Failed
-
-
-# ---------------------------------------------------------------- origin
 
 
 class OriginState(Enum):
@@ -352,138 +355,3 @@ def _layers(hop: Hop) -> str:
     """A stage for people; the last layer is named, not the one after it."""
     span = f"layer {hop.first}" if hop.last - hop.first == 1 else f"layers {hop.first} to {hop.last - 1}"
     return f"the node {hop.peer}, which runs {span},"
-
-
-# ---------------------------------------------------------------- stage
-
-
-@dataclass(frozen=True, slots=True)
-class Ran:
-    """What the engine made of a step: hidden states are sent as the body, a token as a message."""
-
-    step: Step
-    token: int | None
-    time: HopTime
-
-
-class StageState(Enum):
-    OPEN = "open"
-    CLOSED = "closed"
-
-
-STAGE_TRANSITIONS: Final[Mapping[tuple[StageState, type], StageState]] = {
-    (StageState.OPEN, Step): StageState.OPEN,
-    (StageState.OPEN, Ran): StageState.OPEN,
-    (StageState.OPEN, Close): StageState.CLOSED,
-    (StageState.OPEN, Refused): StageState.CLOSED,  # said by us
-}  # what else happens is ignored
-
-
-class StageSession:
-    """One session, seen from a stage of its route: who may feed it, in which order, and where to send."""
-
-    def __init__(self, opening: Open, us: str) -> None:
-        """Raises RemoteProtocolError for a route that is no chain, or does not name us at its index."""
-        route = opening.route
-        if not 0 <= opening.index < len(route) or route[opening.index].peer != us:
-            raise RemoteProtocolError(f"the route of {opening.origin} does not name us at stage {opening.index}")
-        if any(hop.first >= hop.last for hop in route) or route[0].first != 0:
-            raise RemoteProtocolError(f"the route of {opening.origin} has an empty span or does not start at layer 0")
-        if any(a.last != b.first for a, b in itertools.pairwise(route)):
-            raise RemoteProtocolError(f"the route of {opening.origin} has a gap or an overlap between its spans")
-        if len({hop.peer for hop in route}) != len(route):
-            raise RemoteProtocolError(f"the route of {opening.origin} names a node twice")
-        self.opening = opening
-        self.state = StageState.OPEN
-        self.hop = route[opening.index]
-        self.is_last = opening.index == len(route) - 1
-        if self.is_last != (opening.sampling is not None):
-            raise RemoteProtocolError(f"{opening.origin} gave sampling parameters to a stage that isn't the last one")
-        self._upstream = opening.origin if opening.index == 0 else route[opening.index - 1].peer
-        self.downstream = opening.origin if self.is_last else route[opening.index + 1].peer
-        self._next = 0  # position after the last row that was taken
-
-    @property
-    def patience(self) -> float:
-        """Seconds without a step after which a session is not kept: its Close must have got lost."""
-        return IDLE_S + PREFILL_ROW_S * self.opening.capacity
-
-    def take(self, peer: str, step: Step) -> bool:
-        """A step came in. Whether the engine is to run it; one of another attempt or a closed session is ignored.
-
-        Raises:
-          RemoteProtocolError: from the wrong peer, with a gap, above the capacity, wrong number of times.
-        """
-        after = STAGE_TRANSITIONS.get((self.state, Step))
-        if after is None or step.attempt != self.opening.attempt:
-            return False
-        if peer != self._upstream:
-            raise RemoteProtocolError(f"{peer} sent a step, but {self._upstream} is the stage before us")
-        if step.position > self._next:
-            raise RemoteProtocolError(f"{peer} sent a step at {step.position}, but only {self._next} rows are here")
-        if step.position + step.rows > self.opening.capacity:
-            raise RemoteProtocolError(
-                f"{peer} sent rows up to {step.position + step.rows}, the session holds {self.opening.capacity}"
-            )
-        if len(step.times) != self.opening.index:
-            raise RemoteProtocolError(f"{peer} sent {len(step.times)} hop times to stage {self.opening.index}")
-        self._next = step.position + step.rows
-        self.state = after
-        return True
-
-    def ran(self, result: Ran) -> tuple[str, Message] | None:
-        """The engine is done: where to send what (the body comes beside it). None: nothing to send."""
-        if not self._go(Ran):
-            return None
-        step = result.step
-        times = (*step.times, result.time)
-        if not self.is_last:
-            onward = Step(
-                session=step.session,
-                attempt=step.attempt,
-                position=step.position,
-                rows=step.rows,
-                sample=step.sample,
-                prefill=step.prefill,
-                sent_us=0,
-                times=times,
-            )
-            return self.downstream, onward
-        if result.token is None:
-            return None
-        position = step.position + step.rows
-        token = Token(
-            session=step.session, attempt=step.attempt, position=position, token=result.token, sent_us=0, times=times
-        )
-        return self.downstream, token
-
-    def may_close(self, peer: str) -> bool:
-        """Whether this peer may close the session: only its origin."""
-        return peer == self.opening.origin
-
-    def close(self) -> None:
-        """The session is over; again is no harm."""
-        self._go(Close)
-
-    def _go(self, event: type) -> bool:
-        """Take the transition of an event that nothing can be wrong with; False where the table has none."""
-        after = STAGE_TRANSITIONS.get((self.state, event))
-        self.state = after or self.state
-        return after is not None
-
-    def refusal(self, code: str, reason: str, retry_ms: int = 0) -> tuple[str, Refused]:
-        """End the session and tell its origin why."""
-        self._go(Refused)
-        return self.opening.origin, refusal(self.opening, code, reason, retry_ms)
-
-
-def refusal(opening: Open, code: str, reason: str, retry_ms: int = 0) -> Refused:
-    """The answer no to an Open."""
-    return Refused(
-        session=opening.session,
-        attempt=opening.attempt,
-        index=opening.index,
-        code=code,
-        reason=reason[:500],
-        retry_ms=retry_ms,
-    )
