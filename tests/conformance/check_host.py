@@ -100,14 +100,19 @@ async def meet(one: Host, other: Host, *, admitted: bool = True) -> None:
             await events.receive()
 
 
+def serving(make: Make) -> Host:
+    """A host that serves what all of them serve."""
+    host = make()
+    for protocol, handler in SERVED.items():
+        host.handle(protocol, handler)
+    host.handle(PUBLIC, greet, open_to_strangers=True)
+    return host
+
+
 @asynccontextmanager
 async def pair(make: Make, *, admitted: bool = True, **more: Handler) -> AsyncIterator[tuple[Host, Host]]:
     """Two connected hosts that serve the same things."""
-    one, other = make(), make()
-    for host in (one, other):
-        for protocol, handler in SERVED.items():
-            host.handle(protocol, handler)
-        host.handle(PUBLIC, greet, open_to_strangers=True)
+    one, other = serving(make), serving(make)
     for handler in more.values():
         other.handle(WAIT, handler)
     async with running(one, other):
@@ -131,12 +136,19 @@ async def read_exact(stream: Stream, size: int) -> bytes:
     return out
 
 
-async def works(one: Host, other: Host, lane: Lane = Lane.CONTROL) -> None:
-    stream = await one.open_stream(other.peer_id, ECHO, lane)
-    await stream.send_all(b"still there?")
+async def exchange(one: Host, other: Host, protocol: str, lane: Lane, data: bytes = b"") -> bytes:
+    """Send it all, end, and read it all."""
+    stream = await one.open_stream(other.peer_id, protocol, lane)
+    if data:
+        await stream.send_all(data)
     await stream.send_eof()
-    assert await read_all(stream) == b"still there?"
+    answer = await read_all(stream)
     await stream.aclose()
+    return answer
+
+
+async def works(one: Host, other: Host, lane: Lane = Lane.CONTROL) -> None:
+    assert await exchange(one, other, ECHO, lane, b"still there?") == b"still there?"
 
 
 async def lost(host: Host, peer: PeerId) -> str:
@@ -185,10 +197,7 @@ async def check_an_end_at_once(make: Make) -> None:
     """Ended before a byte was sent; and a handler that speaks first."""
     async with pair(make) as (one, other):
         for lane in Lane:
-            stream = await one.open_stream(other.peer_id, COUNT, lane)
-            await stream.send_eof()
-            assert int.from_bytes((await read_all(stream))[:8], "big") == 0
-            await stream.aclose()
+            assert int.from_bytes((await exchange(one, other, COUNT, lane))[:8], "big") == 0
             stream = await one.open_stream(other.peer_id, GREET, lane)
             assert await read_all(stream) == b"good day"
             await stream.aclose()
@@ -263,11 +272,7 @@ async def check_strangers_are_declined(make: Make) -> None:
 
 
 async def check_guests_may_do_what_they_were_granted_and_nothing_else(make: Make) -> None:
-    one, other = make(), make()
-    for host in (one, other):
-        for protocol, handler in SERVED.items():
-            host.handle(protocol, handler)
-        host.handle(PUBLIC, greet, open_to_strangers=True)
+    one, other = serving(make), serving(make)
     inbox = inbox_of(other, TOPIC)
     one.subscribe(TOPIC, anything)
     other.welcome(one.peer_id, (ECHO,))
@@ -296,9 +301,7 @@ async def check_guests_may_do_what_they_were_granted_and_nothing_else(make: Make
 
 
 async def check_guests_come_and_go_while_it_runs(make: Make) -> None:
-    one, other = make(), make()
-    one.handle(ECHO, echo)
-    other.handle(ECHO, echo)
+    one, other = serving(make), serving(make)
     async with running(one, other):
         everybody, guests = other.events(), other.guest_events()
         await one.connect(other.peer_id, other.addresses)
@@ -441,11 +444,7 @@ async def check_large_transfers(make: Make) -> None:
         data = os.urandom(TWENTY_MB)
         digest = len(data).to_bytes(8, "big") + hashlib.sha256(data).digest()
         for lane in Lane:
-            stream = await one.open_stream(other.peer_id, COUNT, lane)
-            await stream.send_all(data)
-            await stream.send_eof()
-            assert await read_all(stream) == digest
-            await stream.aclose()
+            assert await exchange(one, other, COUNT, lane, data) == digest
         stream = await one.open_stream(other.peer_id, ECHO, Lane.BULK)
         async with trio.open_nursery() as nursery:  # both ways at once
 
@@ -480,9 +479,7 @@ async def check_dead_addresses_are_passed_over(make: Make) -> None:
 
 
 async def check_both_dial_at_the_same_time(make: Make) -> None:
-    one, other = make(), make()
-    for host in (one, other):
-        host.handle(ECHO, echo)
+    one, other = serving(make), serving(make)
     async with running(one, other):
         one.admit(other.peer_id, True)
         other.admit(one.peer_id, True)
