@@ -69,7 +69,7 @@ class BlobStore:
             for part in (folder, self._files, self._tmp):
                 part.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.index = Index(folder / "index.sqlite")
-            self._room = Room(folder, quota_bytes, self.index, self)
+            self.room = Room(folder, quota_bytes, self.index, self)
             self._tidy()
 
     def close(self) -> None:
@@ -174,7 +174,7 @@ class BlobStore:
 
     def usage(self) -> StoreUsage:
         """Bytes held (files being fetched count whole), the quota, and what is free on the disk."""
-        return self._room.usage()
+        return self.room.usage()
 
     # Adding
 
@@ -315,10 +315,10 @@ class BlobStore:
     def remove_unpinned(self) -> int:
         """Delete everything that no pin protects and nobody is fetching; returns the bytes that came free."""
         with self.index.transaction() as db:
-            before = self._room.used_bytes(db)
-            for name, _ in self._room.evictable(db):
-                self._room.evict(db, name)
-            return before - self._room.used_bytes(db)
+            before = self.room.used_bytes(db)
+            for name, _ in self.room.evictable(db):
+                self.room.evict(db, name)
+            return before - self.room.used_bytes(db)
 
     # Inside
 
@@ -403,7 +403,7 @@ class BlobStore:
         """Raises DiskError: no room, or the store was encrypted or decrypted meanwhile."""
         self._check_switch()
         self._note_uses(db)
-        self._room.make(db, size, what)
+        self.room.make(db, size, what)
 
     def _check_switch(self) -> None:
         """Raises DiskError when files have been encrypted, or are no longer, since this store was opened."""

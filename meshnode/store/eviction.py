@@ -43,7 +43,7 @@ class Room:
 
     def __init__(self, folder: Path, quota_bytes: int, index: Index, places: Places) -> None:
         self._folder = folder
-        self._quota_bytes = quota_bytes
+        self.quota_bytes = quota_bytes
         self._index = index
         self._places = places
 
@@ -55,9 +55,9 @@ class Room:
         (unpinned,) = self._index.row(_UNPINNED_BYTES) or (0,)
         return StoreUsage(
             used_bytes=used,
-            quota_bytes=self._quota_bytes,
+            quota_bytes=self.quota_bytes,
             free_disk_bytes=free,
-            room_bytes=max(0, min(self._quota_bytes - used, free - RESERVE_BYTES) + int(unpinned)),
+            room_bytes=max(0, min(self.quota_bytes - used, free - RESERVE_BYTES) + int(unpinned)),
         )
 
     def used_bytes(self, db: sqlite3.Connection | None = None) -> int:
@@ -77,16 +77,16 @@ class Room:
         evictable = self.evictable(db, spare=True)
         used, free = self.used_bytes(db), self._free()
         kept = used - sum(held for _, held in evictable)
-        if kept + size > self._quota_bytes:
+        if kept + size > self.quota_bytes:
             raise DiskError(
                 f"no room for {what}: {self._folder} holds {format_size(kept)} of its quota of "
-                f"{format_size(self._quota_bytes)}, all of it pinned, in use or the last copy in the mesh; raise "
+                f"{format_size(self.quota_bytes)}, all of it pinned, in use or the last copy in the mesh; raise "
                 "content.quota, or remove a model with `meshnode model remove`"
             )
         if free < size + RESERVE_BYTES and free + sum(self._on_disk(n) for n, _ in evictable) < size + RESERVE_BYTES:
             raise self._disk_full(what, size)
         for name, held in evictable:
-            if used + size <= self._quota_bytes and free >= size + RESERVE_BYTES:
+            if used + size <= self.quota_bytes and free >= size + RESERVE_BYTES:
                 return
             self.evict(db, name)
             used, free = used - held, self._free()

@@ -191,13 +191,13 @@ async def test_layers_beyond_the_quota_are_said_before_anything_is_fetched(autoj
     async with covering(1) as mesh:
         (device,) = await mesh.join(memory=ALL, content=ContentSection(replicas=1))
         assert device.store is not None
-        device.store.quota_bytes = 40_000
+        device.store.room.quota_bytes = 40_000
         await trio.sleep(15)
         assert "need 305kB, content.quota is 40kB; raise content.quota" in codes(device.running)["span-failed"]
         assert device.running.content.bytes_fetched < 10_000, "the manifest, and what is small"
-        device.store.quota_bytes = 2_000_000
+        device.store.room.quota_bytes = 2_000_000
         await mesh.covered(60)
-        device.store.quota_bytes = 40_000  # lowered: what is here is served as before
+        device.store.room.quota_bytes = 40_000  # lowered: what is here is served as before
         device.engines[-1].lose("it was killed")
         await mesh.world.until(lambda: bool(mesh.holes()))
         await mesh.covered(60)
