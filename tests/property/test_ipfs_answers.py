@@ -177,7 +177,7 @@ class Wire:
     """A TCP server that reads the head of a request and sends whatever it was told to."""
 
     def __init__(self) -> None:
-        self.pieces: Iterable[bytes] = ()
+        self.pieces: Callable[[], Iterable[bytes]] = tuple  # for every request anew
         self.has_version = False  # a daemon that says who it is, and is hostile then
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=50)
         self.port = self._listener.getsockname()[1]
@@ -198,7 +198,7 @@ class Wire:
                     return
                 head += piece
             version = self.has_version and b"/api/v0/version" in head
-            for piece in [ok(b'{"Version":"0.22.0"}')] if version else self.pieces:
+            for piece in [ok(b'{"Version":"0.22.0"}')] if version else self.pieces():
                 connection.sendall(piece)
 
     def close(self) -> None:
@@ -265,16 +265,6 @@ ENDLESS: dict[str, Callable[[], Iterable[bytes]]] = {
 }
 
 
-class Again:
-    """The same pieces for every request."""
-
-    def __init__(self, pieces: Callable[[], Iterable[bytes]]) -> None:
-        self._pieces = pieces
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._pieces())
-
-
 def _drip(before: bytes, drop: bytes = b"x") -> Iterator[bytes]:
     yield before
     stop = threading.Event()
@@ -307,7 +297,7 @@ async def fetch(wire: Wire, seconds: float) -> None:
 
 def told(wire: Wire, what: str) -> float:
     """Let the server answer so; the seconds that it is given."""
-    wire.pieces = ENDED[what] if what in ENDED else Again(ENDLESS[what])
+    wire.pieces = ENDLESS.get(what, lambda: ENDED[what])
     return 5.0 if what in ENDED else SECONDS
 
 
@@ -353,7 +343,7 @@ async def test_an_upload_that_nobody_takes_can_be_given_up(
     wire: Wire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wire, "has_version", True)
-    wire.pieces = Again(lambda: _drip(b"", b""))
+    wire.pieces = lambda: _drip(b"", b"")
     (tmp_path / "file").write_bytes(bytes(32 * MIB))
     api = IpfsApi(f"/ip4/127.0.0.1/tcp/{wire.port}", Health())
     assert await api.version()
@@ -367,7 +357,7 @@ async def test_an_upload_that_nobody_takes_can_be_given_up(
 @given(mutated(st.sampled_from([ok(BLOCK), ok(b"9\r\nthe block\r\n0\r\n\r\n", b"Transfer-Encoding: chunked")])))
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_injured_answers(wire: Wire, data: bytes) -> None:
-    wire.pieces = [data]
+    wire.pieces = lambda: [data]
 
     async def get() -> None:
         async with http_client() as client:
@@ -415,8 +405,8 @@ JSON = {
 @pytest.mark.parametrize("what", JSON)
 async def test_json_that_no_daemon_should_send(wire: Wire, what: str, status: int) -> None:
     body = JSON[what]
-    wire.pieces = [b"HTTP/1.1 %d X\r\nContent-Type: application/json; charset=ebcdic\r\n" % status
-                   + b"Content-Length: %d\r\n\r\n" % len(body) + body]  # fmt: skip
+    head = b"HTTP/1.1 %d X\r\nContent-Type: application/json; charset=ebcdic\r\n" % status
+    wire.pieces = lambda: [head + b"Content-Length: %d\r\n\r\n" % len(body) + body]
     health = Health()
     api = IpfsApi(f"/ip4/127.0.0.1/tcp/{wire.port}", health, call_s=5)
     with bounded(8 * MIB), trio.fail_after(30), pytest.raises((ContentUnavailable, DaemonRefused)) as caught:

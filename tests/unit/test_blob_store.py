@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,9 @@ from tests.trees import blocks_of, noise, tree_of
 MIB = 1 << 20
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1_000
-
-    def __call__(self) -> int:
-        self.now += 1
-        return self.now
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[BlobStore]:
-    opened = BlobStore(tmp_path / "content", 100 * MIB, wall=Clock())
+    opened = BlobStore(tmp_path / "content", 100 * MIB, wall=count(1001).__next__)
     yield opened
     opened.close()
 
@@ -249,7 +241,7 @@ def test_a_wrong_size_is_refused_with_a_sentence(store: BlobStore) -> None:
 
 
 def test_least_recently_used_goes_first_and_pins_stay(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path / "content", 4 * MIB, wall=Clock())
+    store = BlobStore(tmp_path / "content", 4 * MIB, wall=count(1001).__next__)
     files = [noise(MIB, seed) for seed in range(6)]
     cids = [store.add_file(source(tmp_path, data), pin=f"p{i}") for i, data in enumerate(files[:4])]
     for name in ("p1", "p2", "p3"):

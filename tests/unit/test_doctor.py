@@ -409,15 +409,18 @@ async def test_the_engine_is_tried_in_a_process_of_its_own(kind: str) -> None:
 
 
 @pytest.mark.process
-async def test_an_engine_that_computes_something_else_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "_expected", lambda kind: trial.VOCABULARY)
-    assert f"{trial.VOCABULARY} is the right one" in (await trial.try_engine("onnx")).problem
-
-
-@pytest.mark.process
-async def test_an_engine_that_does_not_come_up_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "_write_model", lambda graph, weights: None)
-    assert "can't be read" in (await trial.try_engine("onnx")).problem
+@pytest.mark.parametrize(
+    ("part", "broken", "words"),
+    [
+        ("_expected", lambda kind: trial.VOCABULARY, f"{trial.VOCABULARY} is the right one"),
+        ("_write_model", lambda graph, weights: None, "can't be read"),
+    ],
+)
+async def test_an_engine_that_computes_something_else_or_does_not_come_up(
+    monkeypatch: pytest.MonkeyPatch, part: str, broken: Callable[..., Any], words: str
+) -> None:
+    monkeypatch.setattr(trial, part, broken)
+    assert words in (await trial.try_engine("onnx")).problem
 
 
 # ------------------------------------------------------------ the command

@@ -156,6 +156,11 @@ def test_a_tree_that_names_itself_or_mixes_levels_is_refused() -> None:
         assembly = Assembly(root, size)
         with pytest.raises(RemoteProtocolError, match="same level"):
             assembly.add_node(assembly.root, block)
+    tree = tree_of(pattern(size))
+    assembly = Assembly(tree.root, size)
+    assembly.add_node(*tree.inner[-1])
+    with pytest.raises(RemoteProtocolError, match="where the tree has a leaf"):
+        assembly.add_node(tree.leaves[0], tree.inner[-1][1])
 
 
 LEAF = bytes((1, 0x55, 0x12, 32)) + bytes(range(32))
