@@ -124,11 +124,12 @@ def test_what_a_superior_leaves_and_what_its_own_admin_leaves_are_both_taken_off
     assert trust.check(W.chain("ann", "bob"), LATER).roles == {"serve"}
 
 
-def test_the_word_of_an_ousted_admin_counts_no_more() -> None:
+@pytest.mark.parametrize("keeps", [(), ("serve",)], ids=["out", "no admin any more"])
+def test_the_word_of_an_ousted_admin_counts_no_more(keeps: tuple[str, ...]) -> None:
     trust = W.trust()
     trust.withdraw(W.withdrawal("cleo", by="bob", chain=W.chain("ann", "bob")), LATER)
     assert refused(trust, W.chain("ann", "bob", "cleo"), LATER).code == "forbidden"
     renewed = W.chain("ann", "dan", "cleo")
     assert refused(trust, renewed, LATER).code == "forbidden"
-    trust.withdraw(W.withdrawal("bob", by="ann", chain=W.chain("ann")), LATER)
+    trust.withdraw(W.withdrawal("bob", by="ann", chain=W.chain("ann"), keeps=keeps), LATER)
     assert trust.check(renewed, LATER).peer == peer_of_key("cleo")
