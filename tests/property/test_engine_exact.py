@@ -10,6 +10,7 @@ from functools import cache
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -52,6 +53,13 @@ def test_only_the_class_of_a_row_decides(
         for a, b in pairwise(cuts)
     ]
     script.check(whole, chain, TOKENS[:rows])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_may_fill_all_that_was_asked_for(kind: str) -> None:
+    """An odd number of rows has an ignored one behind it."""
+    tracks = [_stage(kind, 0, LAYERS).open(0, LAYERS, capacity) for capacity in (3, 9)]
+    np.testing.assert_array_equal(*(track.run(0, TOKENS[:3], prefill=True, wanted=True).copy() for track in tracks))
 
 
 def test_null_depends_on_everything() -> None:
