@@ -22,6 +22,8 @@ from meshnode.core.paths import Paths, data_folder
 
 SECONDS: Final = 10.0  # for an answer that a node has at hand
 GRACE_S: Final = 10.0  # beside the time that a command itself takes
+QUIET_S: Final = 15.0  # after this silence a node is asked whether it still lives
+READ_BYTES: Final = 1 << 16
 FETCH_S: Final = 120.0  # a node says within this time that a fetch goes on, or why it does not
 
 
@@ -30,7 +32,7 @@ def connect(data: str | os.PathLike[str] | None = None, *, timeout: float | None
 
     Args:
       data: its data folder; None: $MESHNODE_DATA, else the one in your home, as the command line finds it.
-      timeout: longest silence in seconds while an answer comes; None waits for ever.
+      timeout: longest silence in seconds while an answer comes; None waits as long as the node lives.
 
     Raises NotRunning, with what to do.
     """
@@ -182,25 +184,40 @@ class Client:
     def request(self, name: str, timeout: float | None, **fields: Any) -> Iterator[Json]:
         """Send a command as the control socket takes it (meshnode/api/control.py); its answers one by one.
 
-        timeout: longest silence before an answer, in seconds; None waits for ever.
+        timeout: longest silence before an answer, in seconds; None waits as long as the node lives.
 
         Raises NotRunning, NodeError, or what the node answers with.
         """
-        with _connect(self.folder, timeout) as connection:
+        with _connect(self.folder, QUIET_S if timeout is None else timeout) as connection:
             with suppress(ConnectionError):  # it refused and hung up: its answer says why
                 connection.sendall(request_line(name, fields))
-            with connection.makefile("rb") as lines:
-                try:
-                    for line in lines:
-                        answer = read_line(line)
-                        yield answer
-                        if "done" in answer:
-                            return
-                except TimeoutError:
-                    raise not_within(self.folder, timeout) from None
-                except ConnectionError:
-                    pass
+            for line in self._lines(connection, timeout):
+                answer = read_line(line)
+                yield answer
+                if "done" in answer:
+                    return
         raise gone(self.folder)
+
+    def _lines(self, connection: socket.socket, timeout: float | None) -> Iterator[bytes]:
+        """What the node says, until it hangs up. Without a limit, a silent node is asked whether it still lives."""
+        pieces: list[bytes] = []
+        while True:
+            try:
+                data = connection.recv(READ_BYTES)
+            except TimeoutError:
+                if timeout is not None:
+                    raise not_within(self.folder, timeout) from None
+                self.status(timeout=SECONDS)  # raises when it hangs
+                continue
+            except ConnectionError:
+                return
+            if not data:
+                return
+            *whole, rest = data.split(b"\n")
+            for line in whole:
+                yield b"".join((*pieces, line))
+                pieces.clear()
+            pieces.append(rest)
 
 
 def request_line(name: str, fields: Mapping[str, Any]) -> bytes:

@@ -86,7 +86,11 @@ def question(prompt: Prompt, options: Mapping[str, Any] = {}) -> Question:
     if isinstance(prompt, str):
         _check_prompt(prompt)
         asked |= {"prompt": prompt} if raw else {"messages": [{"role": "user", "content": prompt}]}
-    elif prompt and all(isinstance(part, int) for part in prompt):
+    elif not isinstance(prompt, (list, tuple)):
+        raise BadRequest(
+            f"a prompt is a text, a list of messages or a list of token ids, and no {type(prompt).__name__}"
+        )
+    elif any(isinstance(part, int) for part in prompt):
         asked["token_ids"] = list(prompt)
     else:
         asked["messages"] = list(prompt)
@@ -119,7 +123,7 @@ def _number(request: Mapping[str, Any], name: str) -> float:
     whole = name in _WHOLE
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
         kind = "whole number" if whole else "number"
-        shown = f"{value:g}" if isinstance(value, float) else repr(value)[:MAX_SHOWN]
+        shown = f"{value:g}" if isinstance(value, float) and not whole else repr(value)[:MAX_SHOWN]
         raise BadRequest(f"{name} is {shown}; it takes a {kind} from {low} to {high}")
     return value
 

@@ -78,6 +78,8 @@ def _read(path: Path) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        raise DiskError(f"the receipt {arguments.json} can't be written: there is no folder for it")
     answer = print_answer(client_of(arguments), asked_once(arguments))
     print()
     if arguments.json:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from meshnode import __version__
-from meshnode.core.errors import EXIT_CODES
+from meshnode.core.errors import EXIT_CODES, Declined
 from meshnode.core.paths import data_folder
 from protocols.errors import MeshError
 
@@ -118,4 +118,7 @@ def _known(group: BaseExceptionGroup[BaseException]) -> MeshError | None:
 def _say(error: MeshError) -> int:
     text = "".join(c if c.isprintable() or c == "\n" else "?" for c in str(error))
     print(f"meshnode: {text}", file=sys.stderr)
-    return int(getattr(error, "exit_code", 1))
+    code = int(getattr(error, "exit_code", 1))
+    if code == 9 and isinstance(error, Declined):
+        print("`meshnode status` says what to do.", file=sys.stderr)
+    return code

@@ -35,7 +35,7 @@ EXIT_CODES: Final = {
     5: "files can't be written: no space, no permission, or the quota is reached",
     6: "the running node gave no answer: it hangs, stopped, or has a bug",
     7: "no node runs in this data folder",
-    8: "a peer or the network said no, or could not be reached; trying again later may help",
+    8: "a peer or the network said no, or could not be reached",
     9: "the mesh is not ready (`meshnode status`), or the harness could not do it",
     130: "stopped with Ctrl-C",
     141: "the reader of the output went away",
@@ -69,6 +69,10 @@ class EngineLost(TransientError):
     """The engine process died, or missed its deadline and was killed."""
 
 
+# exit codes of what is declined, where it is not 8
+_DECLINED_EXIT: Final = {"too-long": 2, "not-ready": 9, "no-route": 9, "no-model": 9}
+
+
 class Declined(MeshError):
     """A peer or a policy said no.
 
@@ -82,6 +86,7 @@ class Declined(MeshError):
     def __init__(self, code: str, text: str, *, retry_ms: int = 0, peer: PeerId | None = None) -> None:
         super().__init__(text)
         self.code = code
+        self.exit_code = _DECLINED_EXIT.get(code, self.exit_code)
         self.retry_ms = retry_ms
         self.peer = peer
 

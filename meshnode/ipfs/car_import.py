@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from meshnode.core.errors import Declined, ModelError
+from meshnode.core.errors import ConfigError, Declined, ModelError
 from meshnode.store.port import Partial, Store
 from protocols.car.machine import Reader
 from protocols.car.messages import Block, Header
@@ -78,7 +78,7 @@ def _items(source: Path, progress: Progress | None) -> Iterator[Header | Block]:
             f"with a model is published with: meshnode model add {source}"
         ) from error
     except OSError as error:
-        raise ModelError(f"can't read {source}: {error.strerror or error}") from error
+        raise ConfigError(f"the file {source} can't be read: {error.strerror or error}") from error
 
 
 class _Import:

@@ -77,6 +77,7 @@ async def join(
         raise IdentityError("this ticket was made by this very node; use it on another device")
     raise PeerUnreachable(
         f"the node that made the ticket can't be reached. Is meshnode running there, and is its address right? "
+        "If it listens elsewhere than when it made the ticket, make a new one there: meshnode invite "
         f"({'; '.join(failures)})",
         peer=PeerId(ticket.issuer),
     )

@@ -22,7 +22,6 @@ from meshnode.core.tasks import Tasks
 from meshnode.net.peer_book import PeerBook
 from meshnode.net.port import MAX_GOSSIP_BYTES, STALL_S, Handler, Lane, PeerEvent, Stream, Take
 from meshnode.net.protocol_table import NOT_SERVED, STRANGER, ProtocolTable, refusal
-from meshnode.net.topics import contained
 from protocols.errors import LocalProtocolError
 from protocols.ids import PeerId
 
@@ -424,7 +423,12 @@ class MemoryHost:
         if self.connections.get(forwarder) is not connection or name in self._seen:
             return
         self._remember(name)
-        if contained(topic, self._topics[topic])(forwarder, data):
+        try:
+            good = self._topics[topic](forwarder, data)
+        except Exception:  # noqa: BLE001 - the border: a bug in a taker costs its message, not the process
+            _log.exception("gossip.failed", topic=topic, peer=forwarder)
+            return
+        if good:
             self._pass_on(name, topic, data, source=forwarder)
 
     def _remember(self, name: tuple[PeerId, int]) -> None:

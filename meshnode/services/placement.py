@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Final
@@ -31,7 +32,7 @@ from meshnode.policy.placement import Node, runs
 from meshnode.policy.precedence import slot_left_s, slot_of
 from meshnode.policy.prediction import Prediction, predict_mesh
 from meshnode.services.port import Directory, Holds, Load, ManySpans, Releases
-from protocols.advert.messages import DRAINING, IDLE, INTENT, LOADING, SERVING, Serving, Span
+from protocols.advert.messages import DRAINING, IDLE, INTENT, LOADING, SERVING, Advert, Serving, Span
 from protocols.errors import ProtocolError
 from protocols.ids import PeerId, short
 from protocols.intent import machine as intent
@@ -83,7 +84,7 @@ class PlacementService:
         self._patience = Patience()
         self._tasks = Tasks()
         self._events: deque[intent.Event] = deque()
-        self._woken = trio.Event()
+        self._posted = Changes()  # events that came from outside a turn
         self._turned = Changes()
         self._release: ServedRelease | None = None
         self._ready: OpenSpan | None = None  # open, but the switch still waits for promises
@@ -92,6 +93,7 @@ class PlacementService:
         self._left = False
         self._considered: object = None  # the view in which there was nothing to do
         self._assessed: object = None
+        self._live: Mapping[PeerId, Advert] = {}  # as of the last turn
         self.prediction: Prediction | None = None  # of the mesh with the spans served or announced now
 
     # What others see
@@ -130,35 +132,30 @@ class PlacementService:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._tasks.run)
             causes = (self._directory, self._releases, self._spans, self._load)
-            nursery.start_soon(self._follow, Watch(*(cause.changes for cause in causes)))
+            watch = Watch(self._posted, *(cause.changes for cause in causes))
             self._publish()
             task_status.started()
             while True:
                 wake_at = self._turn()
                 self._turned.notify()
                 with trio.move_on_at(wake_at):
-                    await self._woken.wait()
-                self._woken = trio.Event()
-
-    async def _follow(self, watch: Watch) -> None:
-        while True:
-            await watch.next()
-            self._woken.set()
+                    await watch.next()
 
     def _post(self, event: intent.Event) -> None:
         self._events.append(event)
-        self._woken.set()
+        self._posted.notify()
 
     def _turn(self) -> float:
         """Take in what happened and act. Returns when to look again."""
         now = trio.current_time()
+        self._live = self._directory.live()  # read once: a turn decides about one view
         self._check_release()
         if self._ready is not None and self._ready.lost:
             self._events.append(intent.Refused(f"the engine of the new span is gone: {self._ready.lost}"))
         self._patience.see(
             tuple(
                 (peer, advert.incarnation, advert.memory_bytes, advert.max_layers)
-                for peer, advert in sorted(self._directory.live().items())
+                for peer, advert in sorted(self._live.items())
                 if advert.memory_bytes and not advert.leaving
             ),
             now,
@@ -248,20 +245,19 @@ class PlacementService:
 
     def _nodes(self, release: ServedRelease) -> tuple[Node, ...]:
         """Everybody as placement sees them; ourselves as we are, not as our last advert says."""
-        view = self._directory.live()
         serving, want = self._spans.serving, self._mover.want
         me = Node(
             peer=self._us,
             memory_bytes=self._settings.memory_bytes,
             max_layers=self._settings.max_layers,
-            rate=rate_of(layer_us_of(view).get(self._us, UNMEASURED_LAYER_US)),
+            rate=rate_of(layer_us_of(self._live).get(self._us, UNMEASURED_LAYER_US)),
             span=release.layers_of(serving.span) if serving else None,
             target=release.layers_of(want.target) if want else None,
             epoch=self._mover.epoch,
             tentative=serving is None and not self._mover.loads,
             draining=self._draining,
         )
-        nodes = nodes_of(view, release.cid, release.variant_name, release.facts.layers)
+        nodes = nodes_of(self._live, release.cid, release.variant_name, release.facts.layers)
         others = (node for node in nodes if node.peer != self._us)
         ours = (me,) if me.memory_bytes or me.span else ()
         return tuple(sorted((*others, *ours), key=lambda node: node.peer))
@@ -420,7 +416,7 @@ class PlacementService:
     def _assess(self, release: ServedRelease, nodes: tuple[Node, ...]) -> None:
         """Prediction and health: computed when the mesh changed."""
         facts, model = release.facts, release.title
-        self.prediction = predict_mesh(facts, nodes, layer_us_of(self._directory.live()))
+        self.prediction = predict_mesh(facts, nodes, layer_us_of(self._live))
         holes = wanted_plan(facts, nodes).holes if nodes else runs(range(facts.layers))
         if holes:
             missing = sum(facts.need(*hole) for hole in holes)

@@ -66,7 +66,7 @@ class Conduct:
                 del state.lacks[cid]
             if not state.up or not (state.owes or state.haves):
                 continue
-            if now - max(state.heard, state.busy_since) < STALL_S:
+            if now < max(state.heard, state.busy_since) + STALL_S:  # as the deadline is computed, to the last bit
                 continue
             state.strikes += 1
             cancels.setdefault(peer, []).extend((*state.owes, *state.haves))

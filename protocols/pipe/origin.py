@@ -239,7 +239,7 @@ class Origin:
                 return self._begin(now)
             case PeerGone(peer, reason):
                 hop = next(hop for hop in self._route if hop.peer == peer)
-                return (Failed(LOST, f"{_layers(hop)} went away: {reason}", peer),)
+                return (Failed(LOST, f"{_layers(hop)} went away: {reason}; ask again", peer),)
             case Stop(reason):
                 return (Finished(reason),)
             case Expired():

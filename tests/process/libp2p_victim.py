@@ -1,6 +1,6 @@
 """A process that runs one libp2p host and takes orders: one JSON object a line, answered by one line each.
 
-Orders: {"do": "admit", "peer": id, "admitted": bool}, {"do": "block", "seconds": s}, {"do": "connect", "peer": id,
+Orders: {"do": "admit", "peer": id, "admitted": bool}, {"do": "connect", "peer": id,
 "addresses": […]}, {"do": "peers"}, {"do": "be out of reach"}. The process ends with its standard input.
 """
 
@@ -12,7 +12,6 @@ import secrets
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -69,8 +68,6 @@ async def obey(host: Libp2pHost, order: dict[str, Any]) -> object:
     match order["do"]:
         case "admit":
             host.admit(PeerId(order["peer"]), order["admitted"])
-        case "block":
-            time.sleep(order["seconds"])  # noqa: ASYNC251 - that is the order
         case "connect":
             await host.connect(PeerId(order["peer"]), order["addresses"])
         case "peers":

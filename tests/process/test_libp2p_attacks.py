@@ -315,19 +315,17 @@ async def test_five_hundred_idle_sockets(victim: Victim, old: Member) -> None:
             one.close()
 
 
-async def test_more_strangers_than_places(victim: Victim, old: Member) -> None:
+async def test_more_strangers_than_places(nursery: trio.Nursery, victim: Victim, old: Member) -> None:
     """Authenticated peers without a membership: the oldest makes room, members are not touched."""
-    async with trio.open_nursery() as nursery:
-        for _ in range(70):
-            stranger = open_host(secrets.token_bytes(32))
-            await nursery.start(stranger.run)
-            await stranger.connect(victim.peer, victim.addresses)
-        with trio.fail_after(10):
-            while len(await victim.peers()) > 65:  # noqa: ASYNC110 - no event tells it
-                await trio.sleep(0.05)
-        assert old.peer_id in await victim.peers()
-        await served(old, victim)
-        nursery.cancel_scope.cancel()
+    for _ in range(70):
+        stranger = open_host(secrets.token_bytes(32))
+        await nursery.start(stranger.run)
+        await stranger.connect(victim.peer, victim.addresses)
+    with trio.fail_after(10):
+        while len(await victim.peers()) > 65:  # noqa: ASYNC110 - no event tells it
+            await trio.sleep(0.05)
+    assert old.peer_id in await victim.peers()
+    await served(old, victim)
 
 
 async def identified(host: Any, victim: Victim) -> set[str]:

@@ -68,6 +68,8 @@ COMMANDS = {
     "an invite for ever and ever": "invite --hours inf --data {place}/node",
     "an invite for everybody": "invite --uses 99999999999999999999 --data {place}/node",
     "a join without a ticket": "join",
+    "a ticket that is no text": "join \udcff",
+    "a ticket that is none": "join " + "a" * 100_000,
     "status without a node": "status --data {place}/node",
     "status in JSON without a node": "status --json --data {place}/node",
     "stop without a node": "stop --data {place}/node",

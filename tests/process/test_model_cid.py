@@ -12,7 +12,7 @@ from meshnode.state import releases
 from meshnode.state.database import Database
 from meshnode.store.blob_store import BlobStore
 from protocols.ids import DAG_CBOR, RAW, cid_of
-from tests.process.mesh_rig import mesh_of, meshnode, small_model
+from tests.process.mesh_rig import meshnode
 
 pytestmark = pytest.mark.process
 
@@ -40,16 +40,3 @@ def test_what_can_not_be_meant(tmp_path: Path) -> None:
     finally:
         store.close()
     assert "is not the manifest" in meshnode("model", "add", odd, folder=tmp_path).sentence()
-
-
-def test_a_manifest_of_the_network_is_served_again_by_its_cid(tmp_path: Path) -> None:
-    """It is in the store already; another variant than the present one does not exist."""
-    with mesh_of(tmp_path, 1, published=small_model(tmp_path / "model")) as mesh:
-        (member,) = mesh.members
-        manifest = member.status().model.manifest
-        ran = meshnode("model", "add", manifest, folder=member.folder)
-        assert ran.code == 0 and "now serves small-noise" in ran.out, ran.errors
-        assert (
-            "no variant int8"
-            in meshnode("model", "add", manifest, "--variant", "int8", folder=member.folder).sentence()
-        )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,14 +21,15 @@ from meshnode.ipfs.fallback import Fallback
 from meshnode.ipfs.gateway import Gateway
 from meshnode.ipfs.rpc import IpfsApi
 from meshnode.services.content import outside as search
-from meshnode.services.content import patience
+from meshnode.services.content import patience as search_patience
 from meshnode.services.content.service import ContentService
+from meshnode.services.port import Progress
 from meshnode.store.blob_store import BlobStore
 from protocols.car.messages import Block, Header, encode_block, encode_header
 from protocols.ids import DAG_CBOR, DAG_PB, Cid, PeerId, cid_from_bytes, cid_to_bytes
 from protocols.unixfs import node
 from protocols.unixfs.builder import file_cid
-from tests.http_server import Request, Scene, drip, flood, silence, site
+from tests.http_server import Request, Scene, Site, drip, flood, silence, site
 from tests.refs import ref
 from tests.services.test_content import ME, MIB, QUOTA, A, Network, network, noise
 
@@ -35,8 +38,8 @@ CAR = "application/vnd.ipld.car; version=1; order=dfs; dups=n"
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "OUTSIDE_S", 0.2)
-    monkeypatch.setattr(patience, "OFFER_S", 0.05)
+    monkeypatch.setattr(search_patience, "OUTSIDE_S", 0.2)
+    monkeypatch.setattr(search_patience, "OFFER_S", 0.05)
     monkeypatch.setattr(search, "PAUSE_S", 0.05)
 
 
@@ -76,6 +79,13 @@ class World:
             self.send_car(request, self.car(cid))
         else:
             self._give(request, cid)
+
+    def bare_daemon(self, request: Request) -> None:
+        """A daemon that has not heard of CAR files."""
+        if "/dag/export" in request.path:
+            request.reply(b'{"Message":"command not found","Code":0,"Type":"error"}', 404)
+        else:
+            self.daemon(request)
 
     def car(self, root: Cid) -> Iterator[bytes]:
         """Header, then the blocks depth first, each once; piece by piece."""
@@ -184,78 +194,96 @@ TROUBLES: dict[str, Callable[[World, Request, Cid], None]] = {
 }
 
 
-async def reader(
-    net: Network, outside: Fallback, providers: Sequence[PeerId] = (), patience: float = 10
-) -> ContentService:
-    """A node without a file of its own."""
-    store = BlobStore(net.folder / "reader", QUOTA)
-    host = net.host(ME)
-    service = content_of(host, store, Known(host, providers), patience_s=patience, outside=outside)
-    await net.join(host)
-    await net.nursery.start(service.run)
-    return service
+@dataclass
+class Reader:
+    """A node without a file of its own, and what it may ask outside its network."""
+
+    content: ContentService
+    sites: list[Site]
+    outside: Fallback
+    health: Health
+
+    async def gets(self, data: bytes, progress: Progress | None = None) -> None:
+        """The whole file, as it is."""
+        opened = await self.content.open(ref(file_cid(data), len(data)), progress=progress)
+        assert opened.path.read_bytes() == data
 
 
-async def test_a_file_that_no_peer_has_comes_from_a_gateway(tmp_path: Path) -> None:
-    data = noise(9 * MIB + 5)
-    world = World(tmp_path, data)
-    with site(world.gateway) as here:
-        async with network(tmp_path) as net:
-            gateway = Gateway(here.url, Health())
-            await net.nursery.start(gateway.run)
-            me = await reader(net, Fallback([gateway]))
-            opened = await me.open(ref(file_cid(data), len(data)))
-            assert opened.path.read_bytes() == data
-    assert (world.cars, world.given) == (1, 0)
+@asynccontextmanager
+async def reading(
+    net: Network,
+    *scenes: Scene,
+    daemons: bool = False,
+    providers: Sequence[PeerId] = (),
+    patience: float = 10,
+    seconds: float = gateway_module.BLOCK_S,
+) -> AsyncIterator[Reader]:
+    """A running one; each scene is played by a gateway, or by a daemon."""
+    health = Health()
+    with ExitStack() as stack:
+        sites = [stack.enter_context(site(scene)) for scene in scenes]
+        sources: list[Gateway | IpfsApi] = []
+        for here in sites:
+            sources.append(IpfsApi(here.multiaddr, health) if daemons else Gateway(here.url, health, seconds=seconds))
+            await net.nursery.start(sources[-1].run)
+        outside = Fallback(sources)
+        host = net.host(ME)
+        store = BlobStore(net.folder / "reader", QUOTA)
+        content = content_of(host, store, Known(host, providers), patience_s=patience, outside=outside)
+        await net.join(host)
+        await net.nursery.start(content.run)
+        yield Reader(content, sites, outside, health)
 
 
-async def test_a_gateway_without_car_files_gives_the_blocks(tmp_path: Path) -> None:
+@pytest.fixture
+async def net(tmp_path: Path) -> AsyncIterator[Network]:
+    async with network(tmp_path) as made:
+        yield made
+
+
+@pytest.mark.parametrize("source", ["gateway", "blocks_only", "daemon", "bare_daemon"])
+async def test_files_that_no_peer_has_come_in_one_go_or_else_by_their_blocks(net: Network, source: str) -> None:
+    """A gateway that sends no CAR file is not asked for one again."""
     data = noise(9 * MIB + 5), noise(8 * MIB, 1)
-    world = World(tmp_path, *data)
-    with site(world.blocks_only) as here:
-        async with network(tmp_path) as net:
-            gateway = Gateway(here.url, Health())
-            await net.nursery.start(gateway.run)
-            me = await reader(net, Fallback([gateway]))
-            for part in data:
-                assert (await me.open(ref(file_cid(part), len(part)))).path.read_bytes() == part
-    assert sum("format=car" in path for path in here.paths) == 1
-    assert world.given == 11 + 9  # leaves and roots, each once
+    world = World(net.folder, *data)
+    async with reading(net, getattr(world, source), daemons="daemon" in source) as it:
+        for part in data:
+            await it.gets(part)
+        exports = sum("format=car" in path or "/dag/export" in path for path in it.sites[0].paths)
+    cars = 2 if source in ("gateway", "daemon") else 0
+    assert world.cars == cars and exports == (1 if source == "blocks_only" else 2)
+    assert world.given == (0 if cars else 11 + 9)  # leaves and roots, each once
+    assert it.health.current() == []
 
 
-async def test_a_small_file_and_the_rest_of_a_large_one_come_block_by_block(tmp_path: Path) -> None:
+async def test_a_small_file_and_the_rest_of_a_large_one_come_block_by_block(net: Network) -> None:
     small, large = noise(2 * MIB), noise(48 * MIB, 1)
-    world = World(tmp_path, small, large)
-    with site(world.gateway) as here:
-        async with network(tmp_path) as net:
-            gateway = Gateway(here.url, Health())
-            await net.nursery.start(gateway.run)
-            me = await reader(net, Fallback([gateway]))
-            assert (await me.open(ref(file_cid(small), len(small)))).path.read_bytes() == small
-            assert world.cars == 0
-            with trio.CancelScope() as scope:
+    world = World(net.folder, small, large)
+    async with reading(net, world.gateway) as it:
+        await it.gets(small)
+        assert world.cars == 0
+        with trio.CancelScope() as scope:
 
-                def watch(done: int, size: int) -> None:
-                    if done >= 0.3 * size:
-                        scope.cancel()
+            def watch(done: int, size: int) -> None:
+                if done >= 0.3 * size:
+                    scope.cancel()
 
-                await me.fetch(ref(file_cid(large), len(large)), progress=watch)
-            assert scope.cancelled_caught
-            assert world.cars == 1
-            assert (await me.open(ref(file_cid(large), len(large)))).path.read_bytes() == large
+            await it.gets(large, watch)
+        assert scope.cancelled_caught
+        assert world.cars == 1
+        await it.gets(large)
     assert world.cars == 1
     assert 3 < world.given < 40
 
 
 @pytest.mark.parametrize("trouble", TROUBLES)
 async def test_a_car_that_is_not_what_it_should_be_costs_nothing_but_time(
-    tmp_path: Path, trouble: str, monkeypatch: pytest.MonkeyPatch
+    net: Network, trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file comes whole from the blocks, of the same gateway unless it sent wrong bytes."""
     monkeypatch.setattr(gateway_module, "BEGIN_S", 1.0)
     data = noise(9 * MIB + 5)
-    world = World(tmp_path, data, noise(MIB, 7))
-    health = Health()
+    world = World(net.folder, data, noise(MIB, 7))
 
     def scene(request: Request) -> None:
         if "format=car" in request.path and not world.cars:
@@ -264,29 +292,23 @@ async def test_a_car_that_is_not_what_it_should_be_costs_nothing_but_time(
         else:
             world.gateway(request)
 
-    with site(scene) as bad, site(world.blocks_only) as good:
-        async with network(tmp_path) as net:
-            gateways = [Gateway(bad.url, health, seconds=1.0), Gateway(good.url, health)]
-            for gateway in gateways:
-                await net.nursery.start(gateway.run)
-            outside = Fallback(gateways)
-            me = await reader(net, outside)
-            tracemalloc.start()
-            try:
-                assert (await me.open(ref(file_cid(data), len(data)))).path.read_bytes() == data
-                _, peak = tracemalloc.get_traced_memory()
-            finally:
-                tracemalloc.stop()
+    async with reading(net, scene, world.blocks_only, seconds=1.0) as it:
+        tracemalloc.start()
+        try:
+            await it.gets(data)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
     assert peak < 64 * MIB  # the server of this test included
-    assert me.fetched_from == {}
+    assert it.content.fetched_from == {}
     forged = trouble == "a forged block"
-    assert (bad.url in outside.names) is not forged
-    assert [shown.code for shown in health.current()] == ["bad-gateway"] * forged
+    assert (it.sites[0].url in it.outside.names) is not forged
+    assert [shown.code for shown in it.health.current()] == ["bad-gateway"] * forged
 
 
-async def test_a_peer_that_comes_ends_the_car(tmp_path: Path) -> None:
+async def test_a_peer_that_comes_ends_the_car(net: Network) -> None:
     data = noise(24 * MIB)
-    world = World(tmp_path, data)
+    world = World(net.folder, data)
     came = trio.Event()
     token = trio.lowlevel.current_trio_token()
 
@@ -304,139 +326,77 @@ async def test_a_peer_that_comes_ends_the_car(tmp_path: Path) -> None:
         else:
             world.gateway(request)
 
-    with site(scene) as here:
-        async with network(tmp_path) as net:
-            gateway = Gateway(here.url, Health())
-            await net.nursery.start(gateway.run)
-            providers: list[PeerId] = []
-            me = await reader(net, Fallback([gateway]), providers)
-            async with trio.open_nursery() as nursery:
+    providers: list[PeerId] = []
+    async with reading(net, scene, providers=providers) as it, trio.open_nursery() as nursery:
 
-                async def appear() -> None:
-                    await came.wait()
-                    await net.node(A, data)
-                    providers.append(A)
+        async def appear() -> None:
+            await came.wait()
+            await net.node(A, data)
+            providers.append(A)
 
-                nursery.start_soon(appear)
-                with trio.fail_after(20):
-                    assert (await me.open(ref(file_cid(data), len(data)))).path.read_bytes() == data
-    assert me.fetched_from[A] > 12 * MIB
+        nursery.start_soon(appear)
+        with trio.fail_after(20):
+            await it.gets(data)
+    assert it.content.fetched_from[A] > 12 * MIB
     assert world.given == 0
 
 
-async def test_the_daemon_exports_a_file_in_one_go(tmp_path: Path) -> None:
-    data = noise(9 * MIB + 5)
-    world = World(tmp_path, data)
-    health = Health()
-    with site(world.daemon) as here:
-        async with network(tmp_path) as net:
-            daemon = IpfsApi(here.multiaddr, health)
-            await net.nursery.start(daemon.run)
-            me = await reader(net, Fallback([daemon]))
-            assert (await me.open(ref(file_cid(data), len(data)))).path.read_bytes() == data
-    assert (world.cars, world.given) == (1, 0)
-    assert health.current() == []
-
-
-async def test_a_daemon_that_can_not_export_gives_the_blocks(tmp_path: Path) -> None:
-    data = noise(9 * MIB + 5)
-    world = World(tmp_path, data)
-    health = Health()
-
-    def scene(request: Request) -> None:
-        if "/dag/export" in request.path:
-            request.reply(b'{"Message":"command not found","Code":0,"Type":"error"}', 404)
-        else:
-            world.daemon(request)
-
-    with site(scene) as here:
-        async with network(tmp_path) as net:
-            daemon = IpfsApi(here.multiaddr, health)
-            await net.nursery.start(daemon.run)
-            me = await reader(net, Fallback([daemon]))
-            assert (await me.open(ref(file_cid(data), len(data)))).path.read_bytes() == data
-    assert (world.cars, world.given) == (0, 11)
-    assert health.current() == []
-
-
-async def test_a_block_that_no_peer_has_comes_from_the_daemon(tmp_path: Path) -> None:
-    world = World(tmp_path)
+async def test_a_block_that_no_peer_has_comes_from_the_daemon(net: Network) -> None:
+    world = World(net.folder)
     manifest = b"\xa1" + noise(3000)
     cid = world.store.put_block(manifest, DAG_CBOR)
-    with site(world.daemon) as here:
-        async with network(tmp_path) as net:
-            daemon = IpfsApi(here.multiaddr, Health())
-            await net.nursery.start(daemon.run)
-            me = await reader(net, Fallback([daemon]))
-            assert await me.block(cid) == manifest
+    async with reading(net, world.daemon, daemons=True) as it:
+        assert await it.content.block(cid) == manifest
 
 
-async def test_what_a_peer_gives_is_not_asked_outside(tmp_path: Path) -> None:
+async def test_what_a_peer_gives_is_not_asked_outside(net: Network) -> None:
     data = noise(9 * MIB)
-    world = World(tmp_path, data)
-    with site(world.gateway) as here:
-        async with network(tmp_path) as net:
-            gateway = Gateway(here.url, Health())
-            await net.nursery.start(gateway.run)
-            await net.node(A, data)
-            me = await reader(net, Fallback([gateway]), (A,))
-            assert (await me.open(ref(file_cid(data), len(data)))).path.read_bytes() == data
-    assert here.paths == []
+    world = World(net.folder, data)
+    await net.node(A, data)
+    async with reading(net, world.gateway, providers=(A,)) as it:
+        await it.gets(data)
+        assert it.sites[0].paths == []
 
 
 async def test_where_nobody_else_could_have_it_the_outside_is_asked_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    net: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Yet not by a node that has just started and knows nobody, nor while a member is said to have it."""
     data = noise(9 * MIB), noise(MIB, 1)
-    world = World(tmp_path, *data)
-    monkeypatch.setattr(patience, "OUTSIDE_S", 1e6)
-    with site(world.gateway) as here:
-        async with network(tmp_path) as net:
-            gateway = Gateway(here.url, Health())
-            await net.nursery.start(gateway.run)
-            me = await reader(net, Fallback([gateway]))
-            with trio.move_on_after(0.5) as limit:
-                await me.fetch(ref(file_cid(data[1]), len(data[1])))
-            assert limit.cancelled_caught and not here.paths
-            monkeypatch.setattr(patience, "ACQUAINTED_S", 0.0)
-            for part in data:
-                assert (await me.open(ref(file_cid(part), len(part)))).path.read_bytes() == part
+    world = World(net.folder, *data)
+    monkeypatch.setattr(search_patience, "OUTSIDE_S", 1e6)
+    async with reading(net, world.gateway) as it:
+        with trio.move_on_after(0.5) as limit:
+            await it.gets(data[1])
+        assert limit.cancelled_caught and not it.sites[0].paths
+        monkeypatch.setattr(search_patience, "ACQUAINTED_S", 0.0)
+        for part in data:
+            await it.gets(part)
 
 
-async def test_the_rest_comes_from_outside_when_the_peer_dies(tmp_path: Path) -> None:
+async def test_the_rest_comes_from_outside_when_the_peer_dies(net: Network) -> None:
     data = noise(20 * MIB)
-    world = World(tmp_path, data)
-    with site(world.gateway) as here:
-        async with network(tmp_path) as net:
-            gateway = Gateway(here.url, Health())
-            await net.nursery.start(gateway.run)
-            await net.node(A, data)
-            net.slow(A, 40 * MIB)
-            me = await reader(net, Fallback([gateway]), (A,))
+    world = World(net.folder, data)
+    await net.node(A, data)
+    net.slow(A, 40 * MIB)
 
-            def watch(done: int, size: int) -> None:
-                if done >= size * 0.4 and A in net.hosts:
-                    net.kill(A)
+    def watch(done: int, size: int) -> None:
+        if done >= size * 0.4 and A in net.hosts:
+            net.kill(A)
 
-            assert (await me.open(ref(file_cid(data), len(data)), progress=watch)).path.read_bytes() == data
+    async with reading(net, world.gateway, providers=(A,)) as it:
+        await it.gets(data, watch)
     assert 0 < world.given <= 13
-    assert me.fetched_from[A] >= 8 * MIB
+    assert it.content.fetched_from[A] >= 8 * MIB
 
 
-async def test_a_corrupt_gateway_spoils_nothing_and_is_named(tmp_path: Path) -> None:
+async def test_a_corrupt_gateway_spoils_nothing_and_is_named(net: Network) -> None:
     data = noise(5 * MIB)
-    world = World(tmp_path, data)
-    health = Health()
-    with site(lambda request: request.reply(b"nonsense")) as hostile, site(world.blocks_only) as honest:
-        async with network(tmp_path) as net:
-            gateways = [Gateway(hostile.url, health), Gateway(honest.url, health)]
-            for gateway in gateways:
-                await net.nursery.start(gateway.run)
-            me = await reader(net, Fallback(gateways))
-            assert (await me.open(ref(file_cid(data), len(data)))).path.read_bytes() == data
-    assert len(hostile.paths) == 2  # for a CAR file, which is not bad data, and for a block
-    assert [shown.code for shown in health.current()] == ["bad-gateway"]
+    world = World(net.folder, data)
+    async with reading(net, lambda request: request.reply(b"nonsense"), world.blocks_only) as it:
+        await it.gets(data)
+    assert len(it.sites[0].paths) == 2  # for a CAR file, which is not bad data, and for a block
+    assert [shown.code for shown in it.health.current()] == ["bad-gateway"]
 
 
 @pytest.mark.parametrize(
@@ -447,61 +407,46 @@ async def test_a_corrupt_gateway_spoils_nothing_and_is_named(tmp_path: Path) -> 
         (lambda request: request.reply(b"nonsense"), "not the block|no source is left"),
     ],
 )
-async def test_when_nobody_has_it_the_error_says_what_the_sources_said(
-    tmp_path: Path, scene: Scene, word: str
-) -> None:
-    with site(scene) as here:
-        async with network(tmp_path) as net:
-            gateway = Gateway(here.url, Health())
-            await net.nursery.start(gateway.run)
-            me = await reader(net, Fallback([gateway]), patience=1)
-            data = noise(2 * MIB)
-            with pytest.raises(ContentUnavailable, match=word) as caught:
-                await me.fetch(ref(file_cid(data), len(data)))
-            assert caught.value.cid == file_cid(data)
-            assert "ask again; what" in str(caught.value)
+async def test_when_nobody_has_it_the_error_says_what_the_sources_said(net: Network, scene: Scene, word: str) -> None:
+    data = noise(2 * MIB)
+    async with reading(net, scene, patience=2) as it:
+        with pytest.raises(ContentUnavailable, match=word) as caught:
+            await it.gets(data)
+    assert caught.value.cid == file_cid(data)
+    assert "ask again; what" in str(caught.value)
 
 
-async def test_the_error_names_every_source_and_why_it_gave_nothing(tmp_path: Path) -> None:
+async def test_the_error_names_every_source_and_why_it_gave_nothing(net: Network) -> None:
     """One sends nonsense, one fails, one never answers, and so the last one was not asked."""
     cid = file_cid(b"nobody has this")
-    with (
-        site(lambda request: request.reply(b"nonsense")) as hostile,
-        site(lambda request: request.reply(b"", 500)) as broken,
-        site(silence) as silent,
-        site(lambda request: request.reply(b"", 404)) as empty,
-    ):
-        async with network(tmp_path) as net:
-            gateways = [Gateway(here.url, Health()) for here in (hostile, broken, silent, empty)]
-            for gateway in gateways:
-                await net.nursery.start(gateway.run)
-            me = await reader(net, Fallback(gateways), patience=2)
-            for said in ("gave 8 bytes that are not the block", "so it is not asked again"):
-                with pytest.raises(ContentUnavailable) as caught:
-                    await me.block(cid)
-                text = str(caught.value)
-                assert f"{hostile.url} gave" in text and said in text
-                assert f"{broken.url}" in text and "HTTP 500" in text
-                assert f"{silent.url} has not answered yet" in text
-                assert f"{empty.url} was not asked yet" in text
+    scenes: list[Scene] = [
+        lambda request: request.reply(b"nonsense"),
+        lambda request: request.reply(b"", 500),
+        silence,
+        lambda request: request.reply(b"", 404),
+    ]
+    async with reading(net, *scenes, patience=2) as it:
+        hostile, broken, silent, empty = (here.url for here in it.sites)
+        for said in ("gave 8 bytes that are not the block", "so it is not asked again"):
+            with pytest.raises(ContentUnavailable) as caught:
+                await it.content.block(cid)
+            text = str(caught.value)
+            assert f"{hostile} gave" in text and said in text
+            assert broken in text and "HTTP 500" in text
+            assert f"{silent} has not answered yet" in text
+            assert f"{empty} was not asked yet" in text
 
 
-async def test_two_fetches_share_what_comes_from_outside_and_one_may_end(tmp_path: Path) -> None:
+async def test_two_fetches_share_what_comes_from_outside_and_one_may_end(net: Network) -> None:
     common, rest = noise(3 * MIB, 1), noise(2 * MIB, 2)
     files = [common + rest, common + noise(MIB, 3)]
-    world = World(tmp_path, *files)
-    with site(world.gateway) as here:
-        async with network(tmp_path) as net:
-            gateway = Gateway(here.url, Health())
-            await net.nursery.start(gateway.run)
-            me = await reader(net, Fallback([gateway]))
-            async with trio.open_nursery() as nursery:
-                scope = trio.CancelScope()
+    world = World(net.folder, *files)
+    async with reading(net, world.gateway) as it, trio.open_nursery() as nursery:
+        scope = trio.CancelScope()
 
-                async def short_lived() -> None:
-                    with scope:
-                        await me.fetch(ref(file_cid(files[0]), len(files[0])), progress=lambda *_: scope.cancel())
+        async def short_lived() -> None:
+            with scope:
+                await it.gets(files[0], lambda *_: scope.cancel())
 
-                nursery.start_soon(short_lived)
-                opened = await me.open(ref(file_cid(files[1]), len(files[1])))
-            assert opened.path.read_bytes() == files[1]
+        nursery.start_soon(short_lived)
+        await it.gets(files[1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,9 +66,9 @@ async def answers(stream: trio.abc.ReceiveStream) -> list[Any]:
     return [json.loads(line) for line in data.splitlines()]
 
 
-@asynccontextmanager
-async def serving(folder: Path) -> AsyncIterator[Desk]:
-    desk = Desk(folder / "control.sock")
+@pytest.fixture
+async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
+    desk = Desk(tmp_path / "control.sock")
     service = ControlService(desk.path, {"count": desk.count, "wait": desk.wait, "fail": desk.fail})
     async with trio.open_nursery() as nursery:
         await nursery.start(service.run)
@@ -78,18 +77,16 @@ async def serving(folder: Path) -> AsyncIterator[Desk]:
     assert not desk.path.exists(), "the socket goes with the service"
 
 
-async def test_a_command_answers_line_by_line(tmp_path: Path) -> None:
-    async with serving(tmp_path) as desk:
-        assert await desk.ask(b'{"do":"count","to":2}\n') == [{"number": 0}, {"number": 1}, {"done": True}]
+async def test_a_command_answers_line_by_line(desk: Desk) -> None:
+    assert await desk.ask(b'{"do":"count","to":2}\n') == [{"number": 0}, {"number": 1}, {"done": True}]
 
 
-async def test_the_socket_is_for_its_owner(tmp_path: Path) -> None:
-    async with serving(tmp_path) as desk:
-        assert stat.S_IMODE(desk.path.stat().st_mode) == 0o600
+async def test_the_socket_is_for_its_owner(desk: Desk) -> None:
+    assert stat.S_IMODE(desk.path.stat().st_mode) == 0o600
 
 
-async def test_a_request_may_come_in_pieces(tmp_path: Path) -> None:
-    async with serving(tmp_path) as desk, await trio.open_unix_socket(str(desk.path)) as stream:
+async def test_a_request_may_come_in_pieces(desk: Desk) -> None:
+    async with await trio.open_unix_socket(str(desk.path)) as stream:
         for piece in (b'{"do":', b'"count",', b'"to":1}', b"\n"):
             await stream.send_all(piece)
             await wait_all_tasks_blocked()
@@ -97,9 +94,8 @@ async def test_a_request_may_come_in_pieces(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rest", [b"rest", b'{"do":"dance"}\n', b"\n\n"])
-async def test_what_follows_the_first_line_is_ignored(rest: bytes, tmp_path: Path) -> None:
-    async with serving(tmp_path) as desk:
-        assert await desk.ask(b'{"do":"count","to":0}\n' + rest) == [{"done": True}]
+async def test_what_follows_the_first_line_is_ignored(desk: Desk, rest: bytes) -> None:
+    assert await desk.ask(b'{"do":"count","to":0}\n' + rest) == [{"done": True}]
 
 
 @pytest.mark.parametrize(
@@ -122,63 +118,57 @@ async def test_what_follows_the_first_line_is_ignored(rest: bytes, tmp_path: Pat
         (b'{"do":{"count":1}}\n', "names are count, fail, wait"),
     ],
 )
-async def test_nonsense_gets_one_line(line: bytes, words: str, tmp_path: Path) -> None:
-    async with serving(tmp_path) as desk:
-        (answer,) = await desk.ask(line)
-        assert answer["error"]["code"] == "bad-request"
-        assert words in answer["error"]["text"]
-        assert len(answer["error"]["text"]) < 300
-        await desk.works()
+async def test_nonsense_gets_one_line(desk: Desk, line: bytes, words: str) -> None:
+    (answer,) = await desk.ask(line)
+    assert answer["error"]["code"] == "bad-request"
+    assert words in answer["error"]["text"]
+    assert len(answer["error"]["text"]) < 300
+    await desk.works()
 
 
 @pytest.mark.parametrize("size", [MAX_REQUEST_BYTES + 1, 3 * MAX_REQUEST_BYTES])
-async def test_a_line_that_is_too_long_is_refused_and_the_answer_arrives(size: int, tmp_path: Path) -> None:
-    async with serving(tmp_path) as desk:
-        (answer,) = await desk.ask(b"x" * size + b"\n")
-        assert answer["error"]["code"] == "bad-request"
-        assert f"more than {MAX_REQUEST_BYTES} bytes" in answer["error"]["text"]
-        await desk.works()
+async def test_a_line_that_is_too_long_is_refused_and_the_answer_arrives(desk: Desk, size: int) -> None:
+    (answer,) = await desk.ask(b"x" * size + b"\n")
+    assert answer["error"]["code"] == "bad-request"
+    assert f"more than {MAX_REQUEST_BYTES} bytes" in answer["error"]["text"]
+    await desk.works()
 
 
 @pytest.mark.parametrize("sent", [b"", b'{"do":', b'{"do":"count"}'])
-async def test_a_client_that_goes_away_before_it_has_asked(sent: bytes, tmp_path: Path) -> None:
-    async with serving(tmp_path) as desk:
+async def test_a_client_that_goes_away_before_it_has_asked(desk: Desk, sent: bytes) -> None:
+    async with await trio.open_unix_socket(str(desk.path)) as stream:
+        if sent:
+            await stream.send_all(sent)
+    await desk.works()
+
+
+async def test_a_client_that_goes_away_in_the_middle_cancels_its_command(desk: Desk) -> None:
+    with trio.fail_after(20):
+        async with await trio.open_unix_socket(str(desk.path)) as stream:
+            await stream.send_all(b'{"do":"wait"}\n')
+            await desk.begun.wait()
+        await desk.ended.wait()
+    await desk.works()
+
+
+async def test_a_client_that_does_not_read_its_answers_goes_away(desk: Desk) -> None:
+    async with await trio.open_unix_socket(str(desk.path)) as stream:
+        await stream.send_all(b'{"do":"count","to":1000000}\n')
+        await stream.receive_some(1)
+    await desk.works()
+
+
+async def test_a_client_that_says_nothing_is_sent_away(desk: Desk, autojump_clock: MockClock) -> None:
+    for sent in (b"", b'{"do":"count"'):
         async with await trio.open_unix_socket(str(desk.path)) as stream:
             if sent:
                 await stream.send_all(sent)
-        await desk.works()
-
-
-async def test_a_client_that_goes_away_in_the_middle_cancels_its_command(tmp_path: Path) -> None:
-    async with serving(tmp_path) as desk:
-        with trio.fail_after(20):
-            async with await trio.open_unix_socket(str(desk.path)) as stream:
-                await stream.send_all(b'{"do":"wait"}\n')
-                await desk.begun.wait()
-            await desk.ended.wait()
-        await desk.works()
-
-
-async def test_a_client_that_does_not_read_its_answers_goes_away(tmp_path: Path) -> None:
-    async with serving(tmp_path) as desk:
-        async with await trio.open_unix_socket(str(desk.path)) as stream:
-            await stream.send_all(b'{"do":"count","to":1000000}\n')
-            await stream.receive_some(1)
-        await desk.works()
-
-
-async def test_a_client_that_says_nothing_is_sent_away(tmp_path: Path, autojump_clock: MockClock) -> None:
-    async with serving(tmp_path) as desk:
-        for sent in (b"", b'{"do":"count"'):
-            async with await trio.open_unix_socket(str(desk.path)) as stream:
-                if sent:
-                    await stream.send_all(sent)
-                with trio.move_on_after(2 * REQUEST_S):
-                    (answer,) = [json.loads(line) for line in (await stream.receive_some(65536)).splitlines()]
-                    assert answer["error"]["code"] == "bad-request"
-                    assert f"within {REQUEST_S:.0f} s" in answer["error"]["text"]
-                    continue
-                raise AssertionError("nothing was answered")
+            with trio.move_on_after(2 * REQUEST_S):
+                (answer,) = [json.loads(line) for line in (await stream.receive_some(65536)).splitlines()]
+                assert answer["error"]["code"] == "bad-request"
+                assert f"within {REQUEST_S:.0f} s" in answer["error"]["text"]
+                continue
+            raise AssertionError("nothing was answered")
 
 
 @pytest.mark.parametrize(
@@ -193,19 +183,18 @@ async def test_a_client_that_says_nothing_is_sent_away(tmp_path: Path, autojump_
     ],
 )
 async def test_whatever_a_command_raises_costs_its_client_only(
-    error: Exception, code: str, words: str, tmp_path: Path
+    desk: Desk, error: Exception, code: str, words: str
 ) -> None:
-    async with serving(tmp_path) as desk:
-        desk.error = error
-        first, last = await desk.ask(b'{"do":"fail"}\n')
-        assert first == {"number": 0}
-        assert (last["error"]["code"], words in last["error"]["text"]) == (code, True), last
-        await desk.works()
+    desk.error = error
+    first, last = await desk.ask(b'{"do":"fail"}\n')
+    assert first == {"number": 0}
+    assert (last["error"]["code"], words in last["error"]["text"]) == (code, True), last
+    await desk.works()
 
 
-async def test_what_a_client_still_sends_does_not_break_its_answer(tmp_path: Path) -> None:
+async def test_what_a_client_still_sends_does_not_break_its_answer(desk: Desk) -> None:
     """It is read until the client hangs up: closing on unread bytes would reset the connection."""
-    async with serving(tmp_path) as desk, await trio.open_unix_socket(str(desk.path)) as stream:
+    async with await trio.open_unix_socket(str(desk.path)) as stream:
         await stream.send_all(b'{"do":"count","to":1}\n')
         data = await stream.receive_some(65536)
         while b"done" not in data:
@@ -216,16 +205,15 @@ async def test_what_a_client_still_sends_does_not_break_its_answer(tmp_path: Pat
         await wait_all_tasks_blocked()
 
 
-async def test_many_clients_at_once(tmp_path: Path) -> None:
-    async with serving(tmp_path) as desk, trio.open_nursery() as nursery:
+async def test_many_clients_at_once(desk: Desk) -> None:
+    async with trio.open_nursery() as nursery:
         for _ in range(2 * MAX_CLIENTS):
             nursery.start_soon(desk.works)
 
 
-async def test_what_a_killed_node_left_behind_is_replaced(tmp_path: Path) -> None:
+async def test_what_a_killed_node_left_behind_is_replaced(desk: Desk, tmp_path: Path) -> None:
     (tmp_path / "control.sock").touch()
-    async with serving(tmp_path) as desk:
-        await desk.works()
+    await desk.works()
 
 
 async def test_a_folder_that_can_not_hold_a_socket_is_named(tmp_path: Path) -> None:

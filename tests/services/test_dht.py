@@ -149,20 +149,27 @@ class Brought:
             await self.came.wait()
 
 
+@asynccontextmanager
+async def looking(us: Node) -> AsyncIterator[Brought]:
+    """While a fetch looks for who provides CID."""
+    brought = Brought()
+    async with trio.open_nursery() as fetch:
+        fetch.start_soon(us.dht.find, CID, brought.offer)
+        yield brought
+        fetch.cancel_scope.cancel()
+
+
 async def test_a_provider_is_found_among_many_servers(autojump_clock: MockClock) -> None:
     async with world(40) as it:
         provider = await it.start(Node(it.host("provider"), it.seeds, provides=[CID], anyone=True))
         assert await provided(provider) == K
         us = await it.start(Node(it.host("us"), it.servers[7].host.addresses))
         readers = us.host.book.readers
-        brought = Brought()
-        async with trio.open_nursery() as fetch:
-            fetch.start_soon(us.dht.find, CID, brought.offer)
+        async with looking(us) as brought:
             with trio.fail_after(30):
                 await brought.until(1)
             assert brought.peers == [PROVIDER]
             assert PROVIDER in us.host.guests
-            fetch.cancel_scope.cancel()
         await trio.sleep(2 * LINGER_S)
         assert us.host.guests == () and provider.host.peers == (), "nobody stays longer than needed"
         assert us.host.book.readers == readers
@@ -277,12 +284,9 @@ async def test_a_bad_peer_holds_up_no_search(talk: Talk, autojump_clock: MockClo
         provider = await it.start(Node(it.host("provider"), it.seeds, provides=[CID]))
         await provided(provider)
         us = await it.start(Node(it.host("us"), [*hostile.addresses, *it.seeds]))
-        brought = Brought()
-        async with trio.open_nursery() as fetch:
-            fetch.start_soon(us.dht.find, CID, brought.offer)
+        async with looking(us) as brought:
             with trio.fail_after(2):
                 await brought.until(1)
-            fetch.cancel_scope.cancel()
         await trio.sleep(2 * ASK_S + LINGER_S)
         assert us.dht.known_peers == 4, "it is not relied on"
         assert us.health.current() == []
@@ -304,9 +308,7 @@ async def test_invented_providers_are_dialled_a_few_at_a_time(autojump_clock: Mo
         hostile.handle(LAN_PROTOCOL, invent, open_to_strangers=True)
         await it.nursery.start(hostile.run)
         us = await it.start(Node(it.host("us"), hostile.addresses))
-        brought = Brought()
-        async with trio.open_nursery() as fetch:
-            fetch.start_soon(us.dht.find, CID, brought.offer)
+        async with looking(us) as brought:
             await trio.sleep(4 * SEARCH_PAUSE_S)
             assert len(brought.peers) == MAX_PROVIDERS
             assert len(us.host.guests) <= MAX_PROVIDERS + MAX_LINGERING
@@ -314,7 +316,6 @@ async def test_invented_providers_are_dialled_a_few_at_a_time(autojump_clock: Mo
             it.network.kill(brought.peers[0])
             await trio.sleep(1)
             assert len(brought.peers) == MAX_PROVIDERS + 1
-            fetch.cancel_scope.cancel()
         await trio.sleep(2 * LINGER_S)
         assert set(us.host.guests) <= {hostile.peer_id}
 
@@ -334,13 +335,10 @@ async def test_a_provider_without_addresses_is_looked_for(autojump_clock: MockCl
         host.handle(LAN_PROTOCOL, forgetful, open_to_strangers=True)
         await it.nursery.start(host.run)
         us = await it.start(Node(it.host("us"), host.addresses))
-        brought = Brought()
-        async with trio.open_nursery() as fetch:
-            fetch.start_soon(us.dht.find, CID, brought.offer)
+        async with looking(us) as brought:
             with trio.fail_after(30):
                 await brought.until(1)
             assert brought.peers == [it.servers[5].host.peer_id]
-            fetch.cancel_scope.cancel()
 
 
 async def test_members_and_ourselves_are_not_brought(autojump_clock: MockClock) -> None:

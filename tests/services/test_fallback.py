@@ -81,22 +81,20 @@ def texts(health: Health, code: str) -> list[str]:
 # ---------------------------------------------------------------- gateways
 
 
+@asynccontextmanager
+async def gateway_of(scene: Scene, seconds: float = 5.0) -> AsyncIterator[tuple[Gateway, Site, Health]]:
+    """A running gateway's client, and who plays the scene."""
+    health = Health()
+    with site(scene) as here:
+        gateway = Gateway(f"{here.url}/", health, seconds=seconds)
+        async with running(gateway):
+            yield gateway, here, health
+
+
 async def test_a_gateway_is_asked_for_the_raw_block() -> None:
-    with site(good) as here:
-        gateway = Gateway(f"{here.url}/", Health(), seconds=5)
-        async with running(gateway):
-            assert await gateway.block(CID) == BLOCK
+    async with gateway_of(good) as (gateway, here, _):
+        assert await gateway.block(CID) == BLOCK
         assert here.paths == [f"/ipfs/{CID}?format=raw"]
-
-
-@pytest.mark.parametrize("scene", BROKEN)
-async def test_a_broken_gateway_fails_in_time_with_a_reason(scene: str) -> None:
-    answer, reason = BROKEN[scene]
-    with site(answer) as here:
-        gateway = Gateway(here.url, Health(), seconds=patience(reason))
-        async with running(gateway):
-            with trio.fail_after(30), pytest.raises(SourceFailed, match=reason):
-                await gateway.block(CID)
 
 
 async def test_a_gateway_that_is_not_there() -> None:
@@ -107,29 +105,27 @@ async def test_a_gateway_that_is_not_there() -> None:
 
 
 @pytest.mark.parametrize("scene", BROKEN)
-async def test_the_health_names_a_gateway_that_fails_until_it_answers(scene: str) -> None:
+async def test_a_broken_gateway_fails_in_time_and_the_health_names_it_until_it_answers(scene: str) -> None:
     answer, reason = BROKEN[scene]
-    health = Health()
-    with site(answer) as here:
-        gateway = Gateway(here.url, health, seconds=patience(reason))
-        async with running(gateway):
-            for then in (good, status(404)):
-                here.scene = answer
-                for take in (gateway.block(CID), gateway.tree(CID, len(BLOCK), refuse)):
-                    with trio.fail_after(30), pytest.raises(ContentUnavailable):
-                        await take
-                assert health.current() == []  # it may be a hiccup
-                (shown,) = health.current(1e12)
-                assert shown.code == "gateway-unusable" and "content.gateways" in shown.text
-                assert here.url in shown.text
-                here.scene = then
-                gateway._seconds = 5.0
-                with suppress(ContentUnavailable):
-                    await gateway.block(CID)
-                assert health.current(1e12) == []
-                gateway._seconds = patience(reason)
-            gateway.sent_bad_data(CID)
-            assert [shown.code for shown in health.current(1e12)] == ["bad-gateway"]
+    async with gateway_of(answer, patience(reason)) as (gateway, here, health):
+        for then in (good, status(404)):
+            here.scene = answer
+            with trio.fail_after(30), pytest.raises(SourceFailed, match=reason):
+                await gateway.block(CID)
+            with trio.fail_after(30), pytest.raises(ContentUnavailable):
+                await gateway.tree(CID, len(BLOCK), refuse)
+            assert health.current() == []  # it may be a hiccup
+            (shown,) = health.current(1e12)
+            assert shown.code == "gateway-unusable" and "content.gateways" in shown.text
+            assert here.url in shown.text
+            here.scene = then
+            gateway._seconds = 5.0
+            with suppress(ContentUnavailable):
+                await gateway.block(CID)
+            assert health.current(1e12) == []
+            gateway._seconds = patience(reason)
+        gateway.sent_bad_data(CID)
+        assert [shown.code for shown in health.current(1e12)] == ["bad-gateway"]
 
 
 async def refuse(cid: bytes, block: bytes) -> None:
@@ -137,33 +133,29 @@ async def refuse(cid: bytes, block: bytes) -> None:
 
 
 async def test_a_flood_takes_no_memory() -> None:
-    with site(flood) as here:
-        gateway = Gateway(here.url, Health(), seconds=5)
-        async with running(gateway):
-            tracemalloc.start()
-            try:
-                with pytest.raises(SourceFailed, match="more than"):
-                    await gateway.block(CID)
-                _, peak = tracemalloc.get_traced_memory()
-            finally:
-                tracemalloc.stop()
+    async with gateway_of(flood) as (gateway, _, _):
+        tracemalloc.start()
+        try:
+            with pytest.raises(SourceFailed, match="more than"):
+                await gateway.block(CID)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
     assert peak < 4 * MAX_BLOCK_BYTES
 
 
 @pytest.mark.parametrize("code", [404, 410, 504])
 async def test_a_gateway_without_the_block_is_well(code: int) -> None:
-    with site(status(code)) as here:
-        gateway = Gateway(here.url, Health(), seconds=5)
-        async with running(gateway):
-            with pytest.raises(ContentUnavailable) as caught:
-                await gateway.block(CID)
-            assert not isinstance(caught.value, SourceFailed)
+    async with gateway_of(status(code)) as (gateway, _, _):
+        with pytest.raises(ContentUnavailable) as caught:
+            await gateway.block(CID)
+        assert not isinstance(caught.value, SourceFailed)
 
 
 async def test_redirects_are_followed_within_the_scheme_alone() -> None:
-    with site(good) as target, site(lambda r: r.reply(b"", 301, Location=f"{target.url}/elsewhere")) as here:
-        gateway = Gateway(here.url, Health(), seconds=5)
-        async with running(gateway):
+    with site(good) as target:
+        elsewhere = f"{target.url}/elsewhere"
+        async with gateway_of(lambda r: r.reply(b"", 301, Location=elsewhere)) as (gateway, here, _):
             assert await gateway.block(CID) == BLOCK
             assert target.paths == ["/elsewhere"]
             for place in (
@@ -291,20 +283,17 @@ def here(daemon: Daemon) -> Iterator[Site]:
 
 @asynccontextmanager
 async def api(address: str, health: Health, seconds: float = 5.0) -> AsyncIterator[IpfsApi]:
-    daemon_api = IpfsApi(
-        address,
-        health,
-        block_s=seconds,
-        call_s=seconds,
-        margin_s=0,
-        check_s=3600,
-    )
+    daemon_api = IpfsApi(address, health, block_s=seconds, call_s=seconds, margin_s=0, check_s=3600)
     async with running(daemon_api):
         yield daemon_api
 
 
-async def test_a_daemon_that_works(here: Site, tmp_path: Path) -> None:
-    health = Health()
+@pytest.fixture
+def health() -> Health:
+    return Health()
+
+
+async def test_a_daemon_that_works(here: Site, tmp_path: Path, health: Health) -> None:
     health.set("ipfs-daemon", address="a", reason="It was away.")
     source = tmp_path / "layer.bin"
     source.write_bytes(bytes(range(256)) * 5000)
@@ -338,10 +327,11 @@ VERSIONS: dict[str, tuple[Scene, str]] = {
 
 
 @pytest.mark.parametrize("scene", VERSIONS)
-async def test_a_daemon_that_can_not_be_used_is_one_health_entry(here: Site, daemon: Daemon, scene: str) -> None:
+async def test_a_daemon_that_can_not_be_used_is_one_health_entry(
+    here: Site, daemon: Daemon, scene: str, health: Health
+) -> None:
     answer, reason = VERSIONS[scene]
     daemon.calls["version"] = answer
-    health = Health()
     async with api(here.multiaddr, health, seconds=patience(reason)) as daemon_api:
         for call in (daemon_api.version, lambda: daemon_api.block(CID), lambda: daemon_api.pin(CID)):
             with trio.fail_after(30), pytest.raises(SourceFailed, match=reason):
@@ -382,8 +372,7 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
         IpfsApi("/ip4/127.0.0.1/tcp/5001", Health())
 
 
-async def test_a_daemon_that_is_down() -> None:
-    health = Health()
+async def test_a_daemon_that_is_down(health: Health) -> None:
     async with api(f"/ip4/127.0.0.1/tcp/{dead_port()}", health) as daemon_api:
         assert not await daemon_api.check()
     [text] = texts(health, "ipfs-daemon")
@@ -393,9 +382,8 @@ async def test_a_daemon_that_is_down() -> None:
 @pytest.mark.parametrize(
     "message", ["context deadline exceeded", "request timed out", "block was not found locally (offline): not found"]
 )
-async def test_a_daemon_without_the_block_is_well(here: Site, daemon: Daemon, message: str) -> None:
+async def test_a_daemon_without_the_block_is_well(here: Site, daemon: Daemon, message: str, health: Health) -> None:
     daemon.calls["block/get"] = lambda request: no(request, message)
-    health = Health()
     async with api(here.multiaddr, health) as daemon_api:
         with pytest.raises(ContentUnavailable) as caught:
             await daemon_api.block(CID)
@@ -410,19 +398,19 @@ BLOCKS: dict[str, tuple[Scene, str]] = {
 
 
 @pytest.mark.parametrize("scene", BLOCKS)
-async def test_a_daemon_that_breaks_on_a_block(here: Site, daemon: Daemon, scene: str) -> None:
+async def test_a_daemon_that_breaks_on_a_block(here: Site, daemon: Daemon, scene: str, health: Health) -> None:
     answer, reason = BLOCKS[scene]
     daemon.calls["block/get"] = answer
-    health = Health()
     async with api(here.multiaddr, health, seconds=patience(reason)) as daemon_api:
         with trio.fail_after(30), pytest.raises(SourceFailed, match=reason):
             await daemon_api.block(CID)
     assert len(texts(health, "ipfs-daemon")) == 1
 
 
-async def test_a_daemon_with_bad_data_is_not_asked_again_and_stays_named(here: Site, daemon: Daemon) -> None:
+async def test_a_daemon_with_bad_data_is_not_asked_again_and_stays_named(
+    here: Site, daemon: Daemon, health: Health
+) -> None:
     daemon.calls["block/get"] = wrong
-    health = Health()
     async with api(here.multiaddr, health) as daemon_api:
         sources: list[Source] = [daemon_api]
         outside = Fallback(sources)
@@ -447,12 +435,13 @@ ADDS: dict[str, tuple[Scene, str]] = {
 
 
 @pytest.mark.parametrize("scene", ADDS)
-async def test_a_daemon_that_adds_wrongly(here: Site, daemon: Daemon, scene: str, tmp_path: Path) -> None:
+async def test_a_daemon_that_adds_wrongly(
+    here: Site, daemon: Daemon, scene: str, tmp_path: Path, health: Health
+) -> None:
     answer, reason = ADDS[scene]
     daemon.calls["add"] = answer
     source = tmp_path / "layer.bin"
     source.write_bytes(b"a layer")
-    health = Health()
     async with api(here.multiaddr, health) as daemon_api:
         with pytest.raises(SourceFailed, match=reason):
             await daemon_api.add(source)
@@ -469,9 +458,8 @@ PINS: dict[str, Callable[[Request], None]] = {
 
 
 @pytest.mark.parametrize("scene", PINS)
-async def test_a_daemon_that_pins_something_else(here: Site, daemon: Daemon, scene: str) -> None:
+async def test_a_daemon_that_pins_something_else(here: Site, daemon: Daemon, scene: str, health: Health) -> None:
     daemon.calls["pin/add"] = PINS[scene]
-    health = Health()
     async with api(here.multiaddr, health) as daemon_api:
         with pytest.raises(SourceFailed, match="pinned something else"):
             await daemon_api.pin(CID)

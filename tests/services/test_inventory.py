@@ -48,12 +48,12 @@ class FullStore:
 
 
 async def test_of_too_many_files_those_of_the_served_variant_are_named(
-    autojump_clock: MockClock, rng: random.Random
+    nursery: trio.Nursery, autojump_clock: MockClock, rng: random.Random
 ) -> None:
     old, new = release_of("old"), release_of("new")
     full = FullStore(old, new)
     store = cast(Content, full)
-    async with open_mesh(rng) as mesh, trio.open_nursery() as nursery:
+    async with open_mesh(rng) as mesh:
         one = await mesh.start(1, roles=("serve", "publish"))
         two = await mesh.start(2, roles=("serve", "publish"))
         await mesh.full(one, two)
@@ -74,4 +74,3 @@ async def test_of_too_many_files_those_of_the_served_variant_are_named(
         assert len(named()) > 1100, "and of others as many as there is room for"
         said = {cid for holding in inventory.holdings() for cid in holding.cids}
         assert said == {cid_to_bytes(cid) for cid in full.held}, "here, all of them count"
-        nursery.cancel_scope.cancel()

@@ -251,18 +251,23 @@ async def until(true: Callable[[], object]) -> None:
 # ---------------------------------------------------------------- meeting
 
 
-async def test_the_daemon_is_a_guest_and_is_told_where_we_are(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
-        async with it.running(publish=False):
-            await until(lambda: it.fake.dialled)
-            assert it.guests.configured == (DAEMON,)
-            assert set(it.fake.dialled) == set(it.host.addresses)
-            await until(lambda: it.guests.failures())  # nobody listens there in this test
-        assert it.health.current() == []
+@pytest.fixture
+async def it(tmp_path: Path) -> AsyncIterator[World]:
+    async with world(tmp_path) as made:
+        yield made
 
 
-async def test_a_daemon_with_another_identity_takes_the_place_of_the_first(tmp_path: Path) -> None:
-    async with world(tmp_path) as it, it.running():
+async def test_the_daemon_is_a_guest_and_is_told_where_we_are(it: World) -> None:
+    async with it.running(publish=False):
+        await until(lambda: it.fake.dialled)
+        assert it.guests.configured == (DAEMON,)
+        assert set(it.fake.dialled) == set(it.host.addresses)
+        await until(lambda: it.guests.failures())  # nobody listens there in this test
+    assert it.health.current() == []
+
+
+async def test_a_daemon_with_another_identity_takes_the_place_of_the_first(it: World) -> None:
+    async with it.running():
         await until(lambda: it.guests.configured == (DAEMON,))
         it.fake.peer = OTHER
         it.fake.address = "/ip4/127.0.0.1/tcp/4002"
@@ -279,73 +284,68 @@ async def test_a_daemon_that_says_it_is_one_of_us_is_no_guest(tmp_path: Path, pe
         assert it.fake.added == []
 
 
-async def test_a_daemon_that_does_not_reach_us_is_used_all_the_same(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
-        it.hold(*FILES)
-        it.fake.refuses["swarm/connect"] = "failed to dial: no muxer in common"
-        async with it.running():
-            await until(lambda: len(it.fake.pins) == 4)
-        assert it.health.current() == []
+async def test_a_daemon_that_does_not_reach_us_is_used_all_the_same(it: World) -> None:
+    it.hold(*FILES)
+    it.fake.refuses["swarm/connect"] = "failed to dial: no muxer in common"
+    async with it.running():
+        await until(lambda: len(it.fake.pins) == 4)
+    assert it.health.current() == []
 
 
 # ---------------------------------------------------------------- publishing
 
 
-async def test_what_the_node_holds_of_the_served_model_is_kept(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
-        it.hold(FILES[0], FILES[3])
-        async with it.running() as service:
-            await until(lambda: len(service.published) == 2)
-            assert it.fake.pins == {FIRST.cid: "direct", FILE_CIDS[0]: "recursive"}
-            it.hold(FILES[1])  # it takes over another layer
-            await until(lambda: FILE_CIDS[1] in it.fake.pins)
-        assert it.fake.added == [FIRST.cid, FILE_CIDS[0], FILE_CIDS[1]]
-        async with it.running() as service:  # starts again
-            await until(lambda: len(service.published) == 3)
-        assert len(it.fake.added) == 3
-        assert it.health.current() == []
+async def test_what_the_node_holds_of_the_served_model_is_kept(it: World) -> None:
+    it.hold(FILES[0], FILES[3])
+    async with it.running() as service:
+        await until(lambda: len(service.published) == 2)
+        assert it.fake.pins == {FIRST.cid: "direct", FILE_CIDS[0]: "recursive"}
+        it.hold(FILES[1])  # it takes over another layer
+        await until(lambda: FILE_CIDS[1] in it.fake.pins)
+    assert it.fake.added == [FIRST.cid, FILE_CIDS[0], FILE_CIDS[1]]
+    async with it.running() as service:  # starts again
+        await until(lambda: len(service.published) == 3)
+    assert len(it.fake.added) == 3
+    assert it.health.current() == []
 
 
-async def test_a_pin_that_somebody_took_away_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_pin_that_somebody_took_away_is_made_again(it: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(daemon, "RECHECK_S", 0.1)
-    async with world(tmp_path) as it:
-        it.hold(*FILES)
-        async with it.running():
-            await until(lambda: len(it.fake.pins) == 4)
-            del it.fake.pins[FILE_CIDS[0]]
-            await until(lambda: FILE_CIDS[0] in it.fake.pins)
-            assert it.fake.added.count(FILE_CIDS[1]) == 1
+    it.hold(*FILES)
+    async with it.running():
+        await until(lambda: len(it.fake.pins) == 4)
+        del it.fake.pins[FILE_CIDS[0]]
+        await until(lambda: FILE_CIDS[0] in it.fake.pins)
+        assert it.fake.added.count(FILE_CIDS[1]) == 1
 
 
-async def test_nothing_is_published_that_was_not_asked_for(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
-        it.hold(*FILES)
-        async with it.running(publish=False):
-            await until(lambda: len(it.fake.dialled) > 3)
-        assert it.fake.added == []
-        async with it.running():
-            await until(lambda: len(it.fake.pins) == 4)
-        it.fake.pins[FILE_CIDS[3]] = "recursive"  # the operator's own
-        async with it.running(publish=False):  # the owner has changed their mind
-            await until(lambda: it.fake.pins == {FILE_CIDS[3]: "recursive"})
+async def test_nothing_is_published_that_was_not_asked_for(it: World) -> None:
+    it.hold(*FILES)
+    async with it.running(publish=False):
+        await until(lambda: len(it.fake.dialled) > 3)
+    assert it.fake.added == []
+    async with it.running():
+        await until(lambda: len(it.fake.pins) == 4)
+    it.fake.pins[FILE_CIDS[3]] = "recursive"  # the operator's own
+    async with it.running(publish=False):  # the owner has changed their mind
+        await until(lambda: it.fake.pins == {FILE_CIDS[3]: "recursive"})
 
 
-async def test_the_daemon_moves_with_the_network_and_keeps_what_is_its_owners(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
-        it.hold(*FILES)
-        it.fake.pins[FILE_CIDS[0]] = "recursive"  # the operator had it before
-        it.fake.pins[FIRST.cid] = "recursive"
-        async with it.running():
-            await until(lambda: len(it.fake.pins) == 4)
-            assert set(it.fake.added) == {FILE_CIDS[1], FILE_CIDS[2]}
-            it.model.serve(None)  # not known for a while
-            await trio.sleep(0.1)
-            assert len(it.fake.pins) == 4
-        it.model.serve(SECOND)  # while the node was away
-        async with it.running():
-            await until(lambda: SECOND.cid in it.fake.pins and FILE_CIDS[3] in it.fake.pins)
-            await until(lambda: FILE_CIDS[1] not in it.fake.pins)
-            assert set(it.fake.pins) == {FIRST.cid, FILE_CIDS[0], SECOND.cid, *FILE_CIDS[2:]}
+async def test_the_daemon_moves_with_the_network_and_keeps_what_is_its_owners(it: World) -> None:
+    it.hold(*FILES)
+    it.fake.pins[FILE_CIDS[0]] = "recursive"  # the operator had it before
+    it.fake.pins[FIRST.cid] = "recursive"
+    async with it.running():
+        await until(lambda: len(it.fake.pins) == 4)
+        assert set(it.fake.added) == {FILE_CIDS[1], FILE_CIDS[2]}
+        it.model.serve(None)  # not known for a while
+        await trio.sleep(0.1)
+        assert len(it.fake.pins) == 4
+    it.model.serve(SECOND)  # while the node was away
+    async with it.running():
+        await until(lambda: SECOND.cid in it.fake.pins and FILE_CIDS[3] in it.fake.pins)
+        await until(lambda: FILE_CIDS[1] not in it.fake.pins)
+        assert set(it.fake.pins) == {FIRST.cid, FILE_CIDS[0], SECOND.cid, *FILE_CIDS[2:]}
 
 
 @pytest.mark.parametrize("spelling", [("format", "dag-cbor"), ("cid-codec", "dag-cbor")])
@@ -357,50 +357,47 @@ async def test_every_daemon_is_told_the_codec_in_its_own_words(tmp_path: Path, s
         assert it.health.current() == []
 
 
-async def test_a_wrong_cid_is_named_not_pinned_and_tried_again(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
-        it.hold(*FILES)
-        it.fake.wrong = True
-        async with it.running():
-            await until(lambda: it.texts("ipfs-publish"))
-            [text] = it.texts("ipfs-publish")
-            assert "it made" in text and it.api.address in text and FIRST.title in text
-            assert set(it.fake.pins) == {FIRST.cid}
-            it.fake.wrong = False
-            await until(lambda: len(it.fake.pins) == 4)
-            await until(lambda: it.health.current() == [])
+async def test_a_wrong_cid_is_named_not_pinned_and_tried_again(it: World) -> None:
+    it.hold(*FILES)
+    it.fake.wrong = True
+    async with it.running():
+        await until(lambda: it.texts("ipfs-publish"))
+        [text] = it.texts("ipfs-publish")
+        assert "it made" in text and it.api.address in text and FIRST.title in text
+        assert set(it.fake.pins) == {FIRST.cid}
+        it.fake.wrong = False
+        await until(lambda: len(it.fake.pins) == 4)
+        await until(lambda: it.health.current() == [])
 
 
-async def test_a_daemon_that_refuses_is_quoted(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
-        it.hold(*FILES)
-        it.fake.refuses["pin/add"] = "no space left on device"
-        async with it.running():
-            await until(lambda: it.texts("ipfs-publish"))
-            assert "no space left on device" in it.texts("ipfs-publish")[0]
-            it.fake.refuses.clear()
-            await until(lambda: len(it.fake.pins) == 4)
-            await until(lambda: it.health.current() == [])
+async def test_a_daemon_that_refuses_is_quoted(it: World) -> None:
+    it.hold(*FILES)
+    it.fake.refuses["pin/add"] = "no space left on device"
+    async with it.running():
+        await until(lambda: it.texts("ipfs-publish"))
+        assert "no space left on device" in it.texts("ipfs-publish")[0]
+        it.fake.refuses.clear()
+        await until(lambda: len(it.fake.pins) == 4)
+        await until(lambda: it.health.current() == [])
 
 
-async def test_a_file_that_changed_on_the_disk_is_not_given_away(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
-        it.hold(*FILES)
+async def test_a_file_that_changed_on_the_disk_is_not_given_away(it: World, tmp_path: Path) -> None:
+    it.hold(*FILES)
 
-        class Damaged(BlobStore):
-            def path(self, cid: Cid) -> Path | None:
-                return tmp_path / "file-3" if cid == FILE_CIDS[0] else super().path(cid)
+    class Damaged(BlobStore):
+        def path(self, cid: Cid) -> Path | None:
+            return tmp_path / "file-3" if cid == FILE_CIDS[0] else super().path(cid)
 
-        it.store.close()
-        it.store = Damaged(tmp_path / "store", 1 << 30)
-        async with it.running():
-            await until(lambda: len(it.fake.pins) == 3)
-            await until(lambda: it.texts("ipfs-publish"))
-            assert "meshnode model verify" in it.texts("ipfs-publish")[0]
-            await trio.sleep(0.2)
-            assert FILE_CIDS[0] not in it.fake.pins
-            assert it.fake.added.count(FILE_CIDS[3]) == 1
-            assert it.texts("ipfs-publish")
+    it.store.close()
+    it.store = Damaged(tmp_path / "store", 1 << 30)
+    async with it.running():
+        await until(lambda: len(it.fake.pins) == 3)
+        await until(lambda: it.texts("ipfs-publish"))
+        assert "meshnode model verify" in it.texts("ipfs-publish")[0]
+        await trio.sleep(0.2)
+        assert FILE_CIDS[0] not in it.fake.pins
+        assert it.fake.added.count(FILE_CIDS[3]) == 1
+        assert it.texts("ipfs-publish")
 
 
 # ---------------------------------------------------------------- away and back
@@ -420,38 +417,36 @@ def _too_old(request: Request) -> None:
     ids=["silent", "slow", "flooding", "breaking off", "garbage", "too old"],
 )
 async def test_a_daemon_that_fails_is_one_entry_and_is_supplied_when_it_is_back(
-    tmp_path: Path, scene: Callable[[Request], None]
+    it: World, scene: Callable[[Request], None]
 ) -> None:
-    async with world(tmp_path) as it:
-        it.hold(*FILES)
-        it.fake.scene = scene
-        async with it.running():
-            await until(lambda: it.texts("ipfs-daemon"))
-            assert [shown.code for shown in it.health.current()] == ["ipfs-daemon"]
-            assert it.api.address in it.texts("ipfs-daemon")[0]
-            it.fake.scene = None
-            await until(lambda: len(it.fake.pins) == 4)
-            await until(lambda: it.health.current() == [])
-            it.fake.scene = scene  # in the middle of a quiet time
-            await until(lambda: it.texts("ipfs-daemon"))
-            it.fake.scene = None
-            it.fake.pins.clear()  # it lost its repository
-            await until(lambda: len(it.fake.pins) == 4)
+    it.hold(*FILES)
+    it.fake.scene = scene
+    async with it.running():
+        await until(lambda: it.texts("ipfs-daemon"))
+        assert [shown.code for shown in it.health.current()] == ["ipfs-daemon"]
+        assert it.api.address in it.texts("ipfs-daemon")[0]
+        it.fake.scene = None
+        await until(lambda: len(it.fake.pins) == 4)
+        await until(lambda: it.health.current() == [])
+        it.fake.scene = scene  # in the middle of a quiet time
+        await until(lambda: it.texts("ipfs-daemon"))
+        it.fake.scene = None
+        it.fake.pins.clear()  # it lost its repository
+        await until(lambda: len(it.fake.pins) == 4)
 
 
-async def test_an_upload_that_is_broken_off_is_taken_up_again(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
-        it.hold(*FILES)
-        uploads: list[str] = []
+async def test_an_upload_that_is_broken_off_is_taken_up_again(it: World) -> None:
+    it.hold(*FILES)
+    uploads: list[str] = []
 
-        def scene(request: Request) -> None:
-            if "/api/v0/add" in request.path and len(uploads) < 2:
-                uploads.append(request.path)
-                truncate(request)
-            else:
-                it.fake.answer(request)
+    def scene(request: Request) -> None:
+        if "/api/v0/add" in request.path and len(uploads) < 2:
+            uploads.append(request.path)
+            truncate(request)
+        else:
+            it.fake.answer(request)
 
-        it.fake.scene = scene
-        async with it.running():
-            await until(lambda: len(it.fake.pins) == 4)
-        assert len(uploads) == 2
+    it.fake.scene = scene
+    async with it.running():
+        await until(lambda: len(it.fake.pins) == 4)
+    assert len(uploads) == 2

@@ -111,11 +111,11 @@ async def test_large_frames_both_ways_do_not_wait_for_each_other(autojump_clock:
         assert one.lost == other.lost == []
 
 
-async def test_a_reader_that_takes_nothing_breaks_the_pipe(autojump_clock: MockClock) -> None:
+async def test_a_reader_that_takes_nothing_breaks_the_pipe(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     async def sleep(_: Stream) -> None:
         await trio.sleep_forever()
 
-    async with pair() as (one, _, network), trio.open_nursery() as nursery:
+    async with pair() as (one, _, network):
         deaf = network.host(peer_of(3))
         deaf.handle(PROTOCOL, sleep)
         await nursery.start(deaf.run)
@@ -126,7 +126,6 @@ async def test_a_reader_that_takes_nothing_breaks_the_pipe(autojump_clock: MockC
             await one.pipes.send(deaf.peer_id, STEP, bytes(4_000_000))
         assert caught.value.peer == deaf.peer_id
         assert [peer for peer, _ in one.lost] == [deaf.peer_id]
-        nursery.cancel_scope.cancel()
 
 
 async def test_a_pipe_is_opened_anew_after_the_peer_came_back(autojump_clock: MockClock) -> None:

@@ -3,69 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import pytest
+import structlog.testing
 import trio
-from trio.testing import MockClock, memory_stream_pair
+from trio.testing import MockClock
 
 from meshnode.core.errors import PeerUnreachable
+from meshnode.net.memory_host import MemoryHost, MemoryNetwork
+from meshnode.net.port import Stream
 from meshnode.services.holds import HoldAnswers, HoldQuestions
 from protocols.errors import RemoteProtocolError
 from protocols.frame import pack
 from protocols.ids import PeerId
 from protocols.intent.messages import HOLDS, PROTOCOL, Answer, Held, Hold, NotHeld
+from tests.adverts import peer_of
 
 QUESTION = Hold(manifest="m", variant="v", first=0, last=4, epoch=1, hold_ms=1000)
-
-
-class OneStream:
-    """A stream in memory that knows who is at the other end."""
-
-    def __init__(self, inner: Any, peer: str) -> None:
-        self._inner = inner
-        self.peer = PeerId(peer)
-
-    async def send_all(self, data: bytes | memoryview) -> None:
-        await self._inner.send_all(data)
-
-    async def receive_some(self, max_bytes: int = 65536) -> bytes:
-        return bytes(await self._inner.receive_some(max_bytes))
-
-    async def send_eof(self) -> None:
-        await self._inner.send_eof()
-
-    async def aclose(self) -> None:
-        await self._inner.aclose()
-
-    async def reset(self) -> None:
-        await self._inner.aclose()
-
-
-class TwoHosts:
-    """The parts of a host that the question needs, for two nodes in one nursery."""
-
-    def __init__(self, nursery: trio.Nursery) -> None:
-        self._nursery = nursery
-        self.handlers: dict[str, Callable[[Any], Awaitable[None]]] = {}
-        self.blame: list[Exception] = []
-
-    def handle(self, protocol: str, handler: Any, *, open_to_strangers: bool = False) -> None:
-        assert not open_to_strangers
-        self.handlers[protocol] = handler
-
-    async def open_stream(self, peer: PeerId, protocol: str, lane: Any = None) -> OneStream:
-        ours, theirs = memory_stream_pair()
-        self._nursery.start_soon(self._serve, protocol, OneStream(theirs, "asker"))
-        return OneStream(ours, peer)
-
-    async def _serve(self, protocol: str, stream: OneStream) -> None:
-        try:
-            await self.handlers[protocol](stream)
-        except (RemoteProtocolError, PeerUnreachable) as error:
-            self.blame.append(error)
-        finally:
-            await stream.aclose()
 
 
 class Keeper:
@@ -80,49 +34,69 @@ class Keeper:
         return self.answer
 
 
+@pytest.fixture
+async def hosts(nursery: trio.Nursery) -> tuple[MemoryHost, MemoryHost]:
+    """Who asks, and who is asked; they admit each other."""
+    network = MemoryNetwork()
+    one, other = (network.host(peer_of(number)) for number in (1, 2))
+    for host, peer in ((one, other), (other, one)):
+        await nursery.start(host.run)
+        host.admit(peer.peer_id, True)
+    await one.connect(other.peer_id, other.addresses)
+    return one, other
+
+
 @pytest.mark.parametrize("answer", [Held(hold_ms=1000), NotHeld(code="moving", reason="elsewhere")])
-async def test_a_question_and_its_answer(answer: Answer) -> None:
+async def test_a_question_and_its_answer(
+    hosts: tuple[MemoryHost, MemoryHost], autojump_clock: MockClock, answer: Answer
+) -> None:
+    one, other = hosts
     keeper = Keeper(answer)
-    with trio.fail_after(5):
-        async with trio.open_nursery() as nursery:
-            hosts: Any = TwoHosts(nursery)
-            HoldAnswers(hosts, keeper)
-            assert await HoldQuestions(hosts).ask(PeerId("b"), QUESTION) == answer
-    assert keeper.asked == [(PeerId("asker"), QUESTION)]
+    HoldAnswers(other, keeper)
+    assert await HoldQuestions(one).ask(other.peer_id, QUESTION) == answer
+    assert keeper.asked == [(one.peer_id, QUESTION)]
 
 
-async def test_a_silent_peer_is_given_up(autojump_clock: MockClock) -> None:
-    async with trio.open_nursery() as nursery:
-        hosts: Any = TwoHosts(nursery)
-
-        async def silent(stream: Any) -> None:
-            await trio.sleep_forever()
-
-        hosts.handle(PROTOCOL, silent)
-        with pytest.raises(PeerUnreachable, match="within 5 s"):
-            await HoldQuestions(hosts).ask(PeerId("b"), QUESTION)
-        nursery.cancel_scope.cancel()
+async def test_a_silent_peer_is_given_up(hosts: tuple[MemoryHost, MemoryHost], autojump_clock: MockClock) -> None:
+    one, other = hosts
+    other.handle(PROTOCOL, says(None))
+    with pytest.raises(PeerUnreachable, match="within 5 s"):
+        await HoldQuestions(one).ask(other.peer_id, QUESTION)
 
 
 @pytest.mark.parametrize("data", [pack(HOLDS.encode(Held(hold_ms=1))), pack(b"\xff"), b"\xff" * 100])
-async def test_a_bad_question_is_the_peers_fault(autojump_clock: MockClock, data: bytes) -> None:
-    async with trio.open_nursery() as nursery:
-        hosts: Any = TwoHosts(nursery)
-        HoldAnswers(hosts, Keeper(Held(hold_ms=1)))
-        stream = await hosts.open_stream(PeerId("b"), PROTOCOL)
+async def test_a_bad_question_is_the_peers_fault(
+    hosts: tuple[MemoryHost, MemoryHost], autojump_clock: MockClock, data: bytes
+) -> None:
+    one, other = hosts
+    keeper = Keeper(Held(hold_ms=1))
+    HoldAnswers(other, keeper)
+    stream = await one.open_stream(other.peer_id, PROTOCOL)
+    with structlog.testing.capture_logs() as said:
         await stream.send_all(data)
-        assert await stream.receive_some() == b""
-        assert isinstance(hosts.blame[0], RemoteProtocolError)
+        with pytest.raises(PeerUnreachable):
+            await stream.receive_some()
+    assert keeper.asked == []
+    assert [entry["event"] for entry in said] == ["stream.ended"]
 
 
 @pytest.mark.parametrize("reply", [b"", b"\xff" * 100, pack(HOLDS.encode(QUESTION))])
-async def test_a_bad_answer_promises_nothing(autojump_clock: MockClock, reply: bytes) -> None:
-    async with trio.open_nursery() as nursery:
-        hosts: Any = TwoHosts(nursery)
+async def test_a_bad_answer_promises_nothing(
+    hosts: tuple[MemoryHost, MemoryHost], autojump_clock: MockClock, reply: bytes
+) -> None:
+    one, other = hosts
+    other.handle(PROTOCOL, says(reply))
+    with pytest.raises((PeerUnreachable, RemoteProtocolError)):
+        await HoldQuestions(one).ask(other.peer_id, QUESTION)
 
-        async def liar(stream: Any) -> None:
+
+def says(reply: bytes | None) -> Callable[[Stream], Awaitable[None]]:
+    """Whoever answers every question with this, or never."""
+
+    async def handle(stream: Stream) -> None:
+        if reply is None:
+            await trio.sleep_forever()
+        else:
             await stream.send_all(reply)
 
-        hosts.handle(PROTOCOL, liar)
-        with pytest.raises((PeerUnreachable, RemoteProtocolError)):
-            await HoldQuestions(hosts).ask(PeerId("b"), QUESTION)
+    return handle

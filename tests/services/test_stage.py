@@ -151,21 +151,26 @@ def hidden(rows: int, value: float = 1.0) -> bytes:
 # ---------------------------------------------------------------- the way it is meant
 
 
-async def test_one_session_from_open_to_close(autojump_clock: MockClock) -> None:
+@pytest.fixture
+async def b() -> AsyncIterator[Bench]:
+    async with bench() as made:
+        yield made
+
+
+async def test_one_session_from_open_to_close(b: Bench, autojump_clock: MockClock) -> None:
     right = alone(most=3)
-    async with bench() as b:
-        await b.take(ME, opening(), ids(*PROMPT))
-        assert b.sent == [(ME, Opened(session=S, attempt=1, index=0), b"")]
-        assert (b.load.sessions, b.served.sessions) == (1, 1)
-        await b.take(ME, step(0, 3, sample=False), ids(*PROMPT[:3]))
-        await b.take(ME, step(3, 2), ids(*PROMPT[3:]))
-        for i in range(2):
-            await b.take(ME, step(5 + i, 1), ids(right[i]))
-        assert b.tokens == [(5, right[0]), (6, right[1]), (7, right[2])]
-        await b.take(ME, Close(session=S, attempt=1))
-        await b.take(ME, Close(session=S, attempt=1))
-        assert (b.load.sessions, b.served.sessions, b.local.open_sessions) == (0, 0, set())
-        assert b.said == []
+    await b.take(ME, opening(), ids(*PROMPT))
+    assert b.sent == [(ME, Opened(session=S, attempt=1, index=0), b"")]
+    assert (b.load.sessions, b.served.sessions) == (1, 1)
+    await b.take(ME, step(0, 3, sample=False), ids(*PROMPT[:3]))
+    await b.take(ME, step(3, 2), ids(*PROMPT[3:]))
+    for i in range(2):
+        await b.take(ME, step(5 + i, 1), ids(right[i]))
+    assert b.tokens == [(5, right[0]), (6, right[1]), (7, right[2])]
+    await b.take(ME, Close(session=S, attempt=1))
+    await b.take(ME, Close(session=S, attempt=1))
+    assert (b.load.sessions, b.served.sessions, b.local.open_sessions) == (0, 0, set())
+    assert b.said == []
 
 
 async def test_a_middle_stage_passes_its_rows_on(autojump_clock: MockClock) -> None:
@@ -184,24 +189,22 @@ async def test_part_of_the_span_can_be_asked_for(autojump_clock: MockClock) -> N
         assert isinstance(b.sent[-1][1], Opened)
 
 
-async def test_a_step_again_gives_the_same_token_again(autojump_clock: MockClock) -> None:
+async def test_a_step_again_gives_the_same_token_again(b: Bench, autojump_clock: MockClock) -> None:
     right = alone(most=2)
-    async with bench() as b:
-        await b.take(ME, opening(), ids(*PROMPT))
-        await b.take(ME, step(0, 5), ids(*PROMPT))
-        await b.take(ME, step(5, 1), ids(right[0]))
-        await b.take(ME, step(0, 5), ids(*PROMPT))
-        await b.take(ME, step(5, 1), ids(right[0]))
-        assert b.tokens == [(5, right[0]), (6, right[1])] * 2
+    await b.take(ME, opening(), ids(*PROMPT))
+    await b.take(ME, step(0, 5), ids(*PROMPT))
+    await b.take(ME, step(5, 1), ids(right[0]))
+    await b.take(ME, step(0, 5), ids(*PROMPT))
+    await b.take(ME, step(5, 1), ids(right[0]))
+    assert b.tokens == [(5, right[0]), (6, right[1])] * 2
 
 
-async def test_the_queue_is_measured(autojump_clock: MockClock) -> None:
-    async with bench() as b:
-        b.local.tampers = lambda result: replace(result, compute_us=0)
-        await b.take(ME, opening(), ids(*PROMPT))
-        await b.take(ME, step(0, 5), ids(*PROMPT))
-        token = next(m for _, m, _ in b.sent if isinstance(m, Token))
-        assert token.times[0].queue_us > 0
+async def test_the_queue_is_measured(b: Bench, autojump_clock: MockClock) -> None:
+    b.local.tampers = lambda result: replace(result, compute_us=0)
+    await b.take(ME, opening(), ids(*PROMPT))
+    await b.take(ME, step(0, 5), ids(*PROMPT))
+    token = next(m for _, m, _ in b.sent if isinstance(m, Token))
+    assert token.times[0].queue_us > 0
 
 
 def test_the_wait_is_told_when_it_has_moved() -> None:
@@ -215,19 +218,18 @@ def test_the_wait_is_told_when_it_has_moved() -> None:
     assert load.changes.version < 6
 
 
-async def test_sessions_that_stay_are_told(autojump_clock: MockClock) -> None:
-    async with bench() as b:
-        await b.take(ME, opening(), ids(*PROMPT))
-        b.receive(ME, Close(session=S, attempt=1))
-        b.receive(ME, opening(attempt=2), ids(*PROMPT))
-        told = b.load.changes.version
-        with trio.move_on_after(1):
-            await b.load.changes.wait()
-        assert (b.load.sessions, b.load.changes.version) == (1, told)
-        b.receive(ME, Close(session=S, attempt=2))
-        with trio.fail_after(1):
-            await b.load.changes.wait(told)
-        assert b.load.sessions == 0
+async def test_sessions_that_stay_are_told(b: Bench, autojump_clock: MockClock) -> None:
+    await b.take(ME, opening(), ids(*PROMPT))
+    b.receive(ME, Close(session=S, attempt=1))
+    b.receive(ME, opening(attempt=2), ids(*PROMPT))
+    told = b.load.changes.version
+    with trio.move_on_after(1):
+        await b.load.changes.wait()
+    assert (b.load.sessions, b.load.changes.version) == (1, told)
+    b.receive(ME, Close(session=S, attempt=2))
+    with trio.fail_after(1):
+        await b.load.changes.wait(told)
+    assert b.load.sessions == 0
 
 
 # ---------------------------------------------------------------- opening
@@ -243,20 +245,18 @@ async def test_sessions_that_stay_are_told(autojump_clock: MockClock) -> None:
     ],
 )
 async def test_what_we_do_not_serve_exactly_is_fenced(
-    change: dict[str, Any], words: str, autojump_clock: MockClock
+    b: Bench, change: dict[str, Any], words: str, autojump_clock: MockClock
 ) -> None:
-    async with bench() as b:
-        await b.take(ME, opening(**change), ids(*PROMPT))
-        ((code, reason),) = b.said
-        assert (code, words in reason) == ("fenced", True)
-        assert b.load.sessions == 0
+    await b.take(ME, opening(**change), ids(*PROMPT))
+    ((code, reason),) = b.said
+    assert (code, words in reason) == ("fenced", True)
+    assert b.load.sessions == 0
 
 
-async def test_a_node_without_layers_says_so(autojump_clock: MockClock) -> None:
-    async with bench() as b:
-        b.open = False
-        await b.take(ME, opening(), ids(*PROMPT))
-        assert b.said == [("fenced", "us serves no layers at the moment")]
+async def test_a_node_without_layers_says_so(b: Bench, autojump_clock: MockClock) -> None:
+    b.open = False
+    await b.take(ME, opening(), ids(*PROMPT))
+    assert b.said == [("fenced", "us serves no layers at the moment")]
 
 
 @pytest.mark.parametrize(
@@ -270,41 +270,38 @@ async def test_a_node_without_layers_says_so(autojump_clock: MockClock) -> None:
     ],
 )
 async def test_an_open_that_breaks_the_rules_costs_the_pipe(
-    peer: PeerId, message: Open, body: bytes, words: str, autojump_clock: MockClock
+    b: Bench, peer: PeerId, message: Open, body: bytes, words: str, autojump_clock: MockClock
 ) -> None:
-    async with bench() as b:
-        with pytest.raises(RemoteProtocolError, match=words):
-            await b.take(peer, message, body)
-        assert (b.load.sessions, b.sent) == (0, [])
+    with pytest.raises(RemoteProtocolError, match=words):
+        await b.take(peer, message, body)
+    assert (b.load.sessions, b.sent) == (0, [])
 
 
-async def test_a_session_is_not_opened_twice(autojump_clock: MockClock) -> None:
-    async with bench() as b:
-        await b.take(ME, opening(), ids(*PROMPT))
-        for peer, message in (
-            (ME, opening()),
-            (ME, opening(attempt=0)),
-            (BOB, opening(origin=BOB, attempt=2)),
-        ):
-            with pytest.raises(RemoteProtocolError, match="a second time"):
-                await b.take(peer, message, ids(*PROMPT))
-        await b.take(ME, step(0, 5), ids(*PROMPT))
-        assert b.tokens == [(5, alone(most=1)[0])]
+async def test_a_session_is_not_opened_twice(b: Bench, autojump_clock: MockClock) -> None:
+    await b.take(ME, opening(), ids(*PROMPT))
+    for peer, message in (
+        (ME, opening()),
+        (ME, opening(attempt=0)),
+        (BOB, opening(origin=BOB, attempt=2)),
+    ):
+        with pytest.raises(RemoteProtocolError, match="a second time"):
+            await b.take(peer, message, ids(*PROMPT))
+    await b.take(ME, step(0, 5), ids(*PROMPT))
+    assert b.tokens == [(5, alone(most=1)[0])]
 
 
-async def test_a_higher_attempt_replaces_the_session(autojump_clock: MockClock) -> None:
+async def test_a_higher_attempt_replaces_the_session(b: Bench, autojump_clock: MockClock) -> None:
     right = alone(most=1)
-    async with bench() as b:
-        await b.take(ME, opening(), ids(*PROMPT))
-        b.local.held = trio.Event()
-        await b.take(ME, step(0, 5), ids(*PROMPT))
-        await b.take(ME, opening(attempt=2), ids(*PROMPT))
-        b.local.held.set()
-        await b.take(ME, step(0, 5), ids(*PROMPT))
-        assert b.tokens == [], "steps of the old attempt are stale"
-        await b.take(ME, step(0, 5, attempt=2), ids(*PROMPT))
-        assert b.tokens == [(5, right[0])]
-        assert (b.load.sessions, b.served.sessions, len(b.local.open_sessions)) == (1, 1, 1)
+    await b.take(ME, opening(), ids(*PROMPT))
+    b.local.held = trio.Event()
+    await b.take(ME, step(0, 5), ids(*PROMPT))
+    await b.take(ME, opening(attempt=2), ids(*PROMPT))
+    b.local.held.set()
+    await b.take(ME, step(0, 5), ids(*PROMPT))
+    assert b.tokens == [], "steps of the old attempt are stale"
+    await b.take(ME, step(0, 5, attempt=2), ids(*PROMPT))
+    assert b.tokens == [(5, right[0])]
+    assert (b.load.sessions, b.served.sessions, len(b.local.open_sessions)) == (1, 1, 1)
 
 
 async def test_a_full_engine_says_when_to_come_again(autojump_clock: MockClock) -> None:
@@ -346,23 +343,21 @@ async def test_a_flood_of_sessions_does_not_pile_up(autojump_clock: MockClock) -
 # ---------------------------------------------------------------- steps and closing
 
 
-async def test_steps_of_unknown_sessions_are_nobody_s_fault(autojump_clock: MockClock) -> None:
-    async with bench() as b:
-        await b.take(BOB, step(0, 1), ids(1))
+async def test_steps_of_unknown_sessions_are_nobody_s_fault(b: Bench, autojump_clock: MockClock) -> None:
+    await b.take(BOB, step(0, 1), ids(1))
+    await b.take(BOB, Close(session=S, attempt=1))
+    assert b.sent == []
+
+
+async def test_a_stranger_can_neither_feed_nor_close_a_session(b: Bench, autojump_clock: MockClock) -> None:
+    await b.take(ME, opening(), ids(*PROMPT))
+    with pytest.raises(RemoteProtocolError, match="me is the stage before us"):
+        await b.take(BOB, step(0, 5), ids(*PROMPT))
+    with pytest.raises(RemoteProtocolError, match="closed a session of another origin"):
         await b.take(BOB, Close(session=S, attempt=1))
-        assert b.sent == []
-
-
-async def test_a_stranger_can_neither_feed_nor_close_a_session(autojump_clock: MockClock) -> None:
-    async with bench() as b:
-        await b.take(ME, opening(), ids(*PROMPT))
-        with pytest.raises(RemoteProtocolError, match="me is the stage before us"):
-            await b.take(BOB, step(0, 5), ids(*PROMPT))
-        with pytest.raises(RemoteProtocolError, match="closed a session of another origin"):
-            await b.take(BOB, Close(session=S, attempt=1))
-        await b.take(ME, Close(session=S, attempt=0))
-        await b.take(ME, step(0, 5), ids(*PROMPT))
-        assert b.tokens == [(5, alone(most=1)[0])]
+    await b.take(ME, Close(session=S, attempt=0))
+    await b.take(ME, step(0, 5), ids(*PROMPT))
+    assert b.tokens == [(5, alone(most=1)[0])]
 
 
 @pytest.mark.parametrize(
@@ -378,16 +373,15 @@ async def test_a_stranger_can_neither_feed_nor_close_a_session(autojump_clock: M
     ],
 )
 async def test_wrong_rows_end_the_session_with_a_sentence(
-    message: Step, body: bytes, code: str, words: str, autojump_clock: MockClock
+    b: Bench, message: Step, body: bytes, code: str, words: str, autojump_clock: MockClock
 ) -> None:
-    async with bench() as b:
-        await b.take(ME, opening(), ids(*PROMPT))
-        await b.take(ME, message, body)
-        ((said, reason),) = b.said
-        assert (said, words in reason) == (code, True), reason
-        assert (b.load.sessions, b.served.sessions, b.local.open_sessions) == (0, 0, set())
-        await b.take(ME, step(0, 1), ids(5))
-        assert b.tokens == []
+    await b.take(ME, opening(), ids(*PROMPT))
+    await b.take(ME, message, body)
+    ((said, reason),) = b.said
+    assert (said, words in reason) == (code, True), reason
+    assert (b.load.sessions, b.served.sessions, b.local.open_sessions) == (0, 0, set())
+    await b.take(ME, step(0, 1), ids(5))
+    assert b.tokens == []
 
 
 @pytest.mark.parametrize("body", [hidden(1), hidden(2)[:-4], ids(1, 2)])
@@ -407,41 +401,38 @@ async def test_only_the_stage_before_feeds(liar: PeerId, autojump_clock: MockClo
         assert b.said == [("fenced", f"{liar} sent a step, but bob is the stage before us")]
 
 
-async def test_a_flood_of_steps_ends_the_session(autojump_clock: MockClock) -> None:
-    async with bench() as b:
-        await b.take(ME, opening(capacity=SHAPE.context), ids(*PROMPT))
-        b.local.held = trio.Event()
-        for _ in range(MAX_WAITING_STEPS + 2):
-            b.receive(ME, step(0, 1), ids(5))
-        assert b.load.sessions == 0
-        b.local.held.set()
-        await b.take(ME, Close(session=S, attempt=1))
-        assert [code for code, _ in b.said] == ["busy"]
-        assert b.local.open_sessions == set()
+async def test_a_flood_of_steps_ends_the_session(b: Bench, autojump_clock: MockClock) -> None:
+    await b.take(ME, opening(capacity=SHAPE.context), ids(*PROMPT))
+    b.local.held = trio.Event()
+    for _ in range(MAX_WAITING_STEPS + 2):
+        b.receive(ME, step(0, 1), ids(5))
+    assert b.load.sessions == 0
+    b.local.held.set()
+    await b.take(ME, Close(session=S, attempt=1))
+    assert [code for code, _ in b.said] == ["busy"]
+    assert b.local.open_sessions == set()
 
 
-async def test_few_large_steps_are_a_flood_as_well(autojump_clock: MockClock) -> None:
-    async with bench() as b:
-        await b.take(ME, opening(), ids(*PROMPT))
-        b.local.held = trio.Event()
-        for _ in range(3):
-            b.receive(ME, step(0, 32), ids(*[5] * 32))
-        await wait_all_tasks_blocked()
-        assert [code for code, _ in b.said] == ["busy"]
-        b.local.held.set()
+async def test_few_large_steps_are_a_flood_as_well(b: Bench, autojump_clock: MockClock) -> None:
+    await b.take(ME, opening(), ids(*PROMPT))
+    b.local.held = trio.Event()
+    for _ in range(3):
+        b.receive(ME, step(0, 32), ids(*[5] * 32))
+    await wait_all_tasks_blocked()
+    assert [code for code, _ in b.said] == ["busy"]
+    b.local.held.set()
 
 
 # ---------------------------------------------------------------- the world
 
 
-async def test_an_engine_that_dies_is_reported_and_the_session_ends(autojump_clock: MockClock) -> None:
-    async with bench() as b:
-        await b.take(ME, opening(), ids(*PROMPT))
-        b.local.dies_after = 0
-        await b.take(ME, step(0, 5), ids(*PROMPT))
-        assert b.failures == ["it was killed by SIGKILL"]
-        assert b.said == [("engine-lost", "the engine of us failed: it was killed by SIGKILL")]
-        assert b.served.sessions == 0
+async def test_an_engine_that_dies_is_reported_and_the_session_ends(b: Bench, autojump_clock: MockClock) -> None:
+    await b.take(ME, opening(), ids(*PROMPT))
+    b.local.dies_after = 0
+    await b.take(ME, step(0, 5), ids(*PROMPT))
+    assert b.failures == ["it was killed by SIGKILL"]
+    assert b.said == [("engine-lost", "the engine of us failed: it was killed by SIGKILL")]
+    assert b.served.sessions == 0
 
 
 @pytest.mark.parametrize(
@@ -471,50 +462,46 @@ async def test_a_next_stage_that_goes_away_is_reported_before_the_next_step(auto
         assert b.load.sessions == 0
 
 
-async def test_the_sessions_of_an_origin_end_with_it(autojump_clock: MockClock) -> None:
-    async with bench() as b:
-        await b.take(ME, opening(), ids(*PROMPT))
-        await b.take(BOB, opening(origin=BOB, session=bytes(16)), ids(*PROMPT))
-        b.lose(ME, "gone")
-        await b.take(BOB, step(0, 5, session=bytes(16)), ids(*PROMPT))
-        assert b.local.open_sessions == {bytes(16)}
-        assert b.tokens == [(5, alone(most=1)[0])]
+async def test_the_sessions_of_an_origin_end_with_it(b: Bench, autojump_clock: MockClock) -> None:
+    await b.take(ME, opening(), ids(*PROMPT))
+    await b.take(BOB, opening(origin=BOB, session=bytes(16)), ids(*PROMPT))
+    b.lose(ME, "gone")
+    await b.take(BOB, step(0, 5, session=bytes(16)), ids(*PROMPT))
+    assert b.local.open_sessions == {bytes(16)}
+    assert b.tokens == [(5, alone(most=1)[0])]
 
 
-async def test_an_origin_that_takes_nothing_holds_nobody_up(autojump_clock: MockClock) -> None:
+async def test_an_origin_that_takes_nothing_holds_nobody_up(b: Bench, autojump_clock: MockClock) -> None:
     async def deaf(peer: PeerId) -> None:
         if peer == ME:
             await trio.sleep_forever()
 
-    async with bench() as b:
-        b.deliver = deaf
-        b.open = False
-        for _ in range(2 * MAX_UNTOLD):
-            b.receive(ME, opening(), ids(*PROMPT))
-        b.open = True
-        await b.take(BOB, opening(origin=BOB), ids(*PROMPT))
-        await b.take(BOB, step(0, 5), ids(*PROMPT))
-        assert b.tokens == [(5, alone(most=1)[0])]
+    b.deliver = deaf
+    b.open = False
+    for _ in range(2 * MAX_UNTOLD):
+        b.receive(ME, opening(), ids(*PROMPT))
+    b.open = True
+    await b.take(BOB, opening(origin=BOB), ids(*PROMPT))
+    await b.take(BOB, step(0, 5), ids(*PROMPT))
+    assert b.tokens == [(5, alone(most=1)[0])]
 
 
-async def test_a_forgotten_session_is_freed(autojump_clock: MockClock) -> None:
-    async with bench() as b:
-        await b.take(ME, opening(), ids(*PROMPT))
-        with trio.move_on_after(IDLE_S):
-            await trio.sleep_forever()
-        assert b.load.sessions == 1
-        with trio.move_on_after(IDLE_S):
-            await trio.sleep_forever()
-        assert [code for code, _ in b.said] == ["idle"]
-        assert b.local.open_sessions == set()
+async def test_a_forgotten_session_is_freed(b: Bench, autojump_clock: MockClock) -> None:
+    await b.take(ME, opening(), ids(*PROMPT))
+    with trio.move_on_after(IDLE_S):
+        await trio.sleep_forever()
+    assert b.load.sessions == 1
+    with trio.move_on_after(IDLE_S):
+        await trio.sleep_forever()
+    assert [code for code, _ in b.said] == ["idle"]
+    assert b.local.open_sessions == set()
 
 
-async def test_stopping_frees_every_session(autojump_clock: MockClock) -> None:
-    async with bench() as b:
-        for number in range(3):
-            await b.take(ME, opening(session=bytes([number] * 16)), ids(*PROMPT))
-        b.scope.cancel()
-        with trio.move_on_after(1):
-            await trio.sleep_forever()
-        assert (b.local.open_sessions, b.served.sessions, b.load.sessions) == (set(), 0, 0)
-        b.lose(ME, "afterwards")
+async def test_stopping_frees_every_session(b: Bench, autojump_clock: MockClock) -> None:
+    for number in range(3):
+        await b.take(ME, opening(session=bytes([number] * 16)), ids(*PROMPT))
+    b.scope.cancel()
+    with trio.move_on_after(1):
+        await trio.sleep_forever()
+    assert (b.local.open_sessions, b.served.sessions, b.load.sessions) == (set(), 0, 0)
+    b.lose(ME, "afterwards")

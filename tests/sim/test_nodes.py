@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from typing import Any, NoReturn
 
 import pytest
+import trio
 from trio.testing import MockClock
 
-from meshnode.core.errors import BadRequest, Declined, ModelError
+from meshnode.core.errors import BadRequest, Declined, EngineLost, ModelError, PeerUnreachable
 from meshnode.embed import LocalNode
 from meshnode.sim.model import ModelSpec
 from meshnode.sim.world import World
-from tests.conftest import SEED
+from tests.sim.coverage import span_of
 
 
 def library(world: World, name: str) -> LocalNode:
@@ -28,123 +31,163 @@ async def mesh(world: World, nodes: int = 3, memory: str = "1.4MB") -> list[int]
     return await world.ask("n1")
 
 
-async def test_status_tells_who_serves_what(autojump_clock: MockClock) -> None:
-    async with World.open(SEED) as world:
-        await mesh(world)
-        status = await library(world, "n2").status()
-        assert status.ready
-        assert status.model is not None and status.model.name == "noise"
-        assert status.me.name == "n2"
-        assert {peer.name for peer in status.peers} == {"n1", "n3"}
-        spans = sorted((peer.first, peer.last) for peer in (status.me, *status.peers))
-        assert spans[0][0] == 0 and spans[-1][1] == 24
-        assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
+async def test_status_tells_who_serves_what(world: World, autojump_clock: MockClock) -> None:
+    await mesh(world)
+    status = await library(world, "n2").status()
+    assert status.ready
+    assert status.model is not None and status.model.name == "noise"
+    assert status.me.name == "n2"
+    assert {peer.name for peer in status.peers} == {"n1", "n3"}
+    spans = sorted((peer.first, peer.last) for peer in (status.me, *status.peers))
+    assert spans[0][0] == 0 and spans[-1][1] == 24
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
 
 
-async def test_every_node_gives_the_same_answer(autojump_clock: MockClock) -> None:
-    async with World.open(SEED) as world:
-        answer = await mesh(world)
-        for name in world.devices:
-            async with library(world, name).stream([5, 6, 7], max_tokens=12, temperature=0) as pieces:
-                assert [piece.token async for piece in pieces if piece.token >= 0] == answer
-            assert pieces.answer is not None
-            assert list(pieces.answer.token_ids) == answer
-            assert len(pieces.answer.receipt.route) == 3
-
-
-async def test_a_stream_that_is_closed_frees_every_stage(autojump_clock: MockClock) -> None:
-    async with World.open(SEED) as world:
-        await mesh(world)
-        async with library(world, "n1") as node:
-            pieces = node.stream([5, 6, 7], max_tokens=2000, temperature=0)
-            for _ in range(3):
-                await anext(pieces)
-            assert (await node.status()).sessions == 1
-            await pieces.aclose()
-            assert (await node.status()).sessions == 0
-            await world.until(lambda: all(device.running.load.sessions == 0 for device in world.up))
-            assert pieces.answer is None
-            left = node.stream([5, 6, 7], max_tokens=2000, temperature=0)
-            await anext(left)
-        assert (await node.status()).sessions == 0, "leaving the block closes what still streams"
-
-
-async def test_a_question_is_checked_before_it_is_asked(autojump_clock: MockClock) -> None:
-    async with World.open(SEED) as world:
-        await mesh(world, nodes=1, memory="8MB")
-        with pytest.raises(BadRequest, match="temperature is 99; it takes a number from 0 to 10"):
-            library(world, "n1").stream("w1", temperature=99)
-
-
-async def test_waiting_for_a_mesh_that_is_not_ready_says_why(autojump_clock: MockClock) -> None:
-    async with World.open(SEED) as world:
-        world.add()
-        await world.start_all()
-        with pytest.raises(Declined, match="not ready after 5 s: the network serves no model yet"):
-            await library(world, "n1").wait_ready(5)
-
-
-async def test_a_model_is_served_by_its_name(autojump_clock: MockClock) -> None:
-    async with World.open(SEED) as world:
-        first = await mesh(world, memory="4MB")
-        await world.publish("n1", ModelSpec(name="other", layers=12))
-        await world.until(lambda: world.all_ready() and world["n3"].running.releases.current.manifest.name == "other")
-        node = library(world, "n3")
-        with pytest.raises(ModelError, match="has no variant int8; it has int4"):
-            await node.serve("noise", variant="int8")
-        await node.serve("noise")
-        await world.until(lambda: world.all_ready() and world["n1"].running.releases.current.manifest.name == "noise")
-        assert await world.ask("n2") == first
-
-
-async def test_a_lone_node_answers_alone_and_says_so(autojump_clock: MockClock) -> None:
-    async with World.open(SEED) as world:
-        answer = await mesh(world, nodes=1, memory="8MB")
-        assert len(answer) == 12
-        me = (await library(world, "n1").status()).me
+async def test_every_node_gives_the_answer_of_a_lone_one(world: World, autojump_clock: MockClock) -> None:
+    """Greedy and drawn, and when all ask at once."""
+    drawn: dict[str, Any] = {"max_tokens": 40, "temperature": 0.8, "top_p": 0.9, "seed": 99}
+    async with World.open(0) as other:
+        right = await mesh(other, nodes=1, memory="8MB")
+        me = (await library(other, "n1").status()).me
         assert (me.first, me.last) == (0, 24)
+        right_drawn = list((await library(other, "n1").generate([5, 6, 7], **drawn)).token_ids)
+    assert await mesh(world) == right
+    answers: list[list[int]] = []
+
+    async def ask(name: str) -> None:
+        answer = await library(world, name).generate([5, 6, 7], **drawn)
+        assert list(answer.token_ids) == right_drawn
+        assert len(answer.receipt.route) == 3
+        answers.append(await world.ask(name))
+
+    async with trio.open_nursery() as nursery:
+        for name in world.devices:
+            nursery.start_soon(ask, name)
+    assert answers == [right] * 3
 
 
-async def test_without_a_model_a_question_is_refused_with_what_to_do(autojump_clock: MockClock) -> None:
-    async with World.open(SEED) as world:
-        world.add(2)
-        await world.start_all()
-        with pytest.raises(Declined, match="meshnode model add"):
-            await world.ask("n1")
+async def test_a_stream_that_is_closed_frees_every_stage(world: World, autojump_clock: MockClock) -> None:
+    await mesh(world)
+    async with library(world, "n1") as node:
+        pieces = node.stream([5, 6, 7], max_tokens=2000, temperature=0)
+        for _ in range(3):
+            await anext(pieces)
+        assert (await node.status()).sessions == 1
+        await pieces.aclose()
+        assert (await node.status()).sessions == 0
+        await world.until(lambda: all(device.running.load.sessions == 0 for device in world.up))
+        assert pieces.answer is None
+        left = node.stream([5, 6, 7], max_tokens=2000, temperature=0)
+        await anext(left)
+    assert (await node.status()).sessions == 0, "leaving the block closes what still streams"
 
 
-async def test_a_node_that_died_comes_back_with_its_files_and_serves_again(autojump_clock: MockClock) -> None:
-    async with World.open(SEED) as world:
-        answer = await mesh(world)
-        fetched = world["n3"].running.content.bytes_fetched
-        assert fetched > 0
-        await world.crash("n3")
-        await world.until(lambda: not world.all_ready())
-        await world.start("n3")
-        await world.until(lambda: world.connected() and world.all_ready())
-        assert world["n3"].running.content.bytes_fetched == 0, "what it had fetched was on its disk"
-        assert await world.ask("n3") == answer
+async def test_a_question_is_checked_before_it_is_asked(world: World, autojump_clock: MockClock) -> None:
+    await mesh(world, nodes=1, memory="8MB")
+    with pytest.raises(BadRequest, match="temperature is 99; it takes a number from 0 to 10"):
+        library(world, "n1").stream("w1", temperature=99)
 
 
-async def test_an_engine_that_dies_is_started_again(autojump_clock: MockClock) -> None:
-    async with World.open(SEED) as world:
-        answer = await mesh(world)
-        world["n2"].engines[-1].lose("it was killed by SIGKILL")
-        await world.until(lambda: len(world["n2"].engines) == 2 and world.all_ready())
-        assert await world.ask("n3") == answer
+async def test_without_a_model_everything_is_refused_with_what_to_do(world: World, autojump_clock: MockClock) -> None:
+    world.add(2)
+    await world.start_all()
+    node = library(world, "n1")
+    with pytest.raises(Declined, match="not ready after 5 s: the network serves no model yet"):
+        await node.wait_ready(5)
+    with pytest.raises(Declined, match="meshnode model add"):
+        await world.ask("n1")
+    with pytest.raises(ModelError, match="has no model 'nothing'; it has: none"):
+        await node.serve("nothing")
 
 
-async def test_the_newest_model_is_served(autojump_clock: MockClock) -> None:
-    async with World.open(SEED) as world:
-        first = await mesh(world, memory="4MB")
-        await world.publish("n2", ModelSpec(name="other", layers=12))
-        await world.until(lambda: world.all_ready() and world["n3"].running.releases.current.manifest.name == "other")
-        assert await world.ask("n1") != first
+async def test_a_model_is_served_by_its_name(world: World, autojump_clock: MockClock) -> None:
+    first = await mesh(world, memory="4MB")
+    await world.publish("n1", ModelSpec(name="other", layers=12))
+    await world.until(lambda: world.all_ready() and world["n3"].running.releases.current.manifest.name == "other")
+    assert await world.ask("n1") != first
+    node = library(world, "n3")
+    with pytest.raises(ModelError, match="has no variant int8; it has int4"):
+        await node.serve("noise", variant="int8")
+    await node.serve("noise")
+    await world.until(lambda: world.all_ready() and world["n1"].running.releases.current.manifest.name == "noise")
+    assert await world.ask("n2") == first
 
 
-async def test_serving_what_is_not_here_is_refused(autojump_clock: MockClock) -> None:
-    async with World.open(SEED) as world:
-        world.add()
-        await world.start_all()
-        with pytest.raises(ModelError, match="has no model 'nothing'; it has: none"):
-            await library(world, "n1").serve("nothing")
+@pytest.mark.parametrize("victim", ["n1", "n2"])
+async def test_an_engine_that_dies_ends_the_answer_and_is_started_again(
+    world: World, autojump_clock: MockClock, victim: str
+) -> None:
+    """The one of the node that was asked, which sees it end, and another one, in the middle of a step."""
+
+    async def dies(*_: object, **__: object) -> NoReturn:
+        raise EngineLost("it was killed by SIGKILL")
+
+    right = await mesh(world)
+    pieces = library(world, "n1").stream([5, 6, 7], max_tokens=2000, temperature=0)
+    for _ in range(3):
+        await anext(pieces)
+    engine = world[victim].engines[-1]
+    if victim == "n1":
+        engine.lose("it was killed by SIGKILL")
+    else:
+        engine.step = dies  # type: ignore[method-assign]
+    with pytest.raises((Declined, PeerUnreachable), match=f"engine of .*{world[victim].peer_id[-4:]}.* failed"):
+        async for _ in pieces:
+            pass
+    await world.until(lambda: len(world[victim].engines) == 2 and world.all_ready())
+    assert await world.ask("n3") == right
+
+
+async def test_questions_go_on_while_a_node_leaves_between_two_of_them(
+    world: World, autojump_clock: MockClock
+) -> None:
+    """One that begins in the very moment finds its stage gone and no other one known yet: it waits for the news."""
+    spec = ModelSpec()
+    for layers in (3, 4, 5, 6, 7, 9):
+        world.add(memory=f"{layers * spec.layer_bytes * 2 + 60_000}B")
+    await world.start_all()
+    await world.publish("n1")
+    await world.until(lambda: world.all_ready())
+    right = await world.ask("n1")
+    left = trio.Event()
+
+    async def ask() -> None:
+        while not left.is_set():
+            assert await world.ask("n1") == right
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask)
+        await world.leave("n5")
+        left.set()
+    await world.until(world.all_ready)
+
+
+async def test_a_further_node_helps_and_one_that_leaves_hands_over_while_questions_run(
+    world: World, autojump_clock: MockClock
+) -> None:
+    spec = ModelSpec()
+    for layers in (3, 4, 5, 6, 7):  # room for 25 of its 24 layers: every node is needed
+        world.add(memory=f"{layers * spec.layer_bytes * 2 + 60_000}B")
+    await world.start_all()
+    await world.publish("n1")
+    await world.until(lambda: world.all_ready())
+    right = await world.ask("n1", max_tokens=200)
+    (sixth,) = world.add(memory=f"{9 * spec.layer_bytes * 2 + 60_000}B")
+    await world.start(sixth.name)
+    await world.until(lambda: span_of(sixth) is not None and world.all_ready())
+    counts = Counter(layer for device in world.up for layer in range(*(span_of(device) or (0, 0))))
+    alone = [d for d in world.up[1:] if any(counts[layer] == 1 for layer in range(*(span_of(d) or (0, 0))))]
+    leaver = alone[-1]
+    left = trio.Event()
+
+    async def ask() -> None:
+        while not left.is_set():
+            assert await world.ask("n1", max_tokens=200) == right
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask)
+        await world.until(lambda: leaver.running.load.sessions > 0)
+        await world.leave(leaver.name)
+        left.set()
+    await world.until(world.all_ready)
+    assert await world.ask("n1", max_tokens=200) == right

@@ -37,7 +37,7 @@ async def test_one_node_that_can_serves_everything(autojump_clock: MockClock) ->
         assert node.placement.prediction.stages == ((node.identity.peer_id, (0, 12)),)
 
 
-@pytest.mark.parametrize("nodes", [2, 3, 5, 8])
+@pytest.mark.parametrize("nodes", [2, 3, 8])
 async def test_a_tight_mesh_covers_soon_after_the_last_join(autojump_clock: MockClock, nodes: int) -> None:
     async with covering(nodes) as mesh:
         for _ in range(nodes):
@@ -48,7 +48,7 @@ async def test_a_tight_mesh_covers_soon_after_the_last_join(autojump_clock: Mock
         assert mesh.moves == 0, "nobody had to move after its first place"
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 async def test_nodes_with_different_limits_that_come_one_by_one(autojump_clock: MockClock, seed: int) -> None:
     """However far apart they come, and with memory that is just enough: covered 10 s after the last one."""
     rng = random.Random(seed)
@@ -68,47 +68,46 @@ async def test_nodes_with_different_limits_that_come_one_by_one(autojump_clock: 
         assert mesh.voluntary_holes == []
 
 
-async def test_each_node_fetches_its_own_layers_only(autojump_clock: MockClock) -> None:
-    async with covering(1) as mesh:
-        members = await mesh.join(3, memory=f"{tight_memory(FACTS, 3)}B", content=ContentSection(replicas=1))
+async def test_each_node_fetches_its_own_layers_only(mesh: Coverage, autojump_clock: MockClock) -> None:
+    members = await mesh.join(3, memory=f"{tight_memory(FACTS, 3)}B", content=ContentSection(replicas=1))
+    await mesh.covered(10)
+    for device in members:
+        release, span = device.running.releases.current, span_of(device)
+        assert release is not None and span is not None and device.store is not None
+        needed = {file.cid for file in release.variant.files(*span).values()}
+        assert device.store.files() & {file.cid for file in release.variant.files().values()} == needed
+
+
+async def test_a_leaving_node_hands_over_first(mesh: Coverage, autojump_clock: MockClock) -> None:
+    await mesh.join(3, memory=memory_for(6))
+    await mesh.covered(10)
+    await trio.sleep(20)
+    spans = mesh.spans()
+    leaver = next(name for name, span in spans.items() if list(spans.values()).count(span) == 1)
+    load, watcher = mesh.world[leaver].running.load, mesh.world["n1"].running
+    load.count(1)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(mesh.world.leave, leaver)
+        peer = mesh.world[leaver].peer_id
+        await mesh.world.until(
+            lambda: (at := watcher.directory.live()[peer].serving) is not None and at.state == DRAINING
+        )
         await mesh.covered(10)
-        for device in members:
-            release, span = device.running.releases.current, span_of(device)
-            assert release is not None and span is not None and device.store is not None
-            needed = {file.cid for file in release.variant.files(*span).values()}
-            assert device.store.files() & {file.cid for file in release.variant.files().values()} == needed
+        load.count(0)
+    assert not mesh.holes()
+    assert mesh.voluntary_holes == []
 
 
-async def test_a_leaving_node_hands_over_first(autojump_clock: MockClock) -> None:
-    async with covering(1) as mesh:
-        await mesh.join(3, memory=memory_for(6))
-        await mesh.covered(10)
-        await trio.sleep(20)
-        spans = mesh.spans()
-        leaver = next(name for name, span in spans.items() if list(spans.values()).count(span) == 1)
-        load, watcher = mesh.world[leaver].running.load, mesh.world["n1"].running
-        load.count(1)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(mesh.world.leave, leaver)
-            peer = mesh.world[leaver].peer_id
-            await mesh.world.until(
-                lambda: (at := watcher.directory.live()[peer].serving) is not None and at.state == DRAINING
-            )
-            await mesh.covered(10)
-            load.count(0)
-        assert not mesh.holes()
-        assert mesh.voluntary_holes == []
-
-
-async def test_nodes_that_nobody_can_replace_leave_when_their_sessions_have_ended(autojump_clock: MockClock) -> None:
-    async with covering(1) as mesh:
-        a, b = await mesh.join(2, memory=f"{tight_memory(FACTS, 2)}B")
-        await mesh.covered(10)
-        began = trio.current_time()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(mesh.world.leave, a.name)
-            nursery.start_soon(mesh.world.leave, b.name)
-        assert trio.current_time() - began < 2
+async def test_nodes_that_nobody_can_replace_leave_when_their_sessions_have_ended(
+    mesh: Coverage, autojump_clock: MockClock
+) -> None:
+    a, b = await mesh.join(2, memory=f"{tight_memory(FACTS, 2)}B")
+    await mesh.covered(10)
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(mesh.world.leave, a.name)
+        nursery.start_soon(mesh.world.leave, b.name)
+    assert trio.current_time() - began < 2
 
 
 async def test_a_lost_engine_leaves_the_advert_and_comes_back(autojump_clock: MockClock) -> None:
@@ -124,55 +123,54 @@ async def test_a_lost_engine_leaves_the_advert_and_comes_back(autojump_clock: Mo
         assert "engine-restarting" not in codes(device.running), "it has run for a while"
 
 
-async def test_an_engine_that_does_not_start_is_tried_again(autojump_clock: MockClock) -> None:
-    async with covering(1) as mesh:
-        (device,) = mesh.world.add(memory=ALL)
-        device.broken = "the engine process ended before it was ready"
-        await mesh.start(device.name)
-        await trio.sleep(10)
-        assert len(device.engines) >= 2
-        await mesh.world.until(lambda: "span-failed" in codes(device.running))
-        assert "the engine process ended before it was ready" in codes(device.running)["span-failed"]
-        device.broken = ""
-        await mesh.covered(60)
-        assert "span-failed" not in codes(device.running)
+async def test_an_engine_that_does_not_start_is_tried_again(mesh: Coverage, autojump_clock: MockClock) -> None:
+    (device,) = mesh.world.add(memory=ALL)
+    device.broken = "the engine process ended before it was ready"
+    await mesh.start(device.name)
+    await trio.sleep(10)
+    assert len(device.engines) >= 2
+    await mesh.world.until(lambda: "span-failed" in codes(device.running))
+    assert "the engine process ended before it was ready" in codes(device.running)["span-failed"]
+    device.broken = ""
+    await mesh.covered(60)
+    assert "span-failed" not in codes(device.running)
 
 
-async def test_what_a_span_needs_is_pinned_before_it_is_fetched(autojump_clock: MockClock) -> None:
+async def test_what_a_span_needs_is_pinned_before_it_is_fetched(mesh: Coverage, autojump_clock: MockClock) -> None:
     """Or else the room for one of its files is made by evicting another one that is here."""
-    async with covering(1) as mesh:
-        (device,) = mesh.world.add(memory=ALL)
-        mesh.world.network.set_link(mesh.world["n1"].peer_id, device.peer_id, bandwidth=20_000)
-        await mesh.start(device.name)
-        await mesh.world.until(lambda: device.running.spans.loading is not None)
-        store, release = device.store, device.running.releases.current
-        assert store is not None and release is not None
-        needed = {file.cid for file in release.variant.files().values()}
-        assert not needed & store.files()
-        assert store.pins()["span-0"] == needed
+    (device,) = mesh.world.add(memory=ALL)
+    mesh.world.network.set_link(mesh.world["n1"].peer_id, device.peer_id, bandwidth=20_000)
+    await mesh.start(device.name)
+    await mesh.world.until(lambda: device.running.spans.loading is not None)
+    store, release = device.store, device.running.releases.current
+    assert store is not None and release is not None
+    needed = {file.cid for file in release.variant.files().values()}
+    assert not needed & store.files()
+    assert store.pins()["span-0"] == needed
 
 
-async def test_a_promise_does_not_hold_back_a_node_when_everybody_leaves(autojump_clock: MockClock) -> None:
-    async with covering(1) as mesh:
-        a, b = await mesh.join(2, memory=f"{tight_memory(FACTS, 2)}B")
-        await mesh.covered(10)
-        opened = a.running.spans.serving
-        assert opened is not None
-        span = opened.span
-        hold = Hold(
-            manifest=span.manifest,
-            variant=span.variant,
-            first=span.first,
-            last=span.last,
-            epoch=1,
-            hold_ms=HOLD_MS,
-        )
-        assert isinstance(a.running.placement.answer_hold(b.peer_id, hold), Held)
-        began = trio.current_time()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(mesh.world.leave, a.name)
-            nursery.start_soon(mesh.world.leave, b.name)
-        assert trio.current_time() - began < 2
+async def test_a_promise_does_not_hold_back_a_node_when_everybody_leaves(
+    mesh: Coverage, autojump_clock: MockClock
+) -> None:
+    a, b = await mesh.join(2, memory=f"{tight_memory(FACTS, 2)}B")
+    await mesh.covered(10)
+    opened = a.running.spans.serving
+    assert opened is not None
+    span = opened.span
+    hold = Hold(
+        manifest=span.manifest,
+        variant=span.variant,
+        first=span.first,
+        last=span.last,
+        epoch=1,
+        hold_ms=HOLD_MS,
+    )
+    assert isinstance(a.running.placement.answer_hold(b.peer_id, hold), Held)
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(mesh.world.leave, a.name)
+        nursery.start_soon(mesh.world.leave, b.name)
+    assert trio.current_time() - began < 2
 
 
 async def test_a_model_that_does_not_fit_is_said_with_figures(autojump_clock: MockClock) -> None:
@@ -187,42 +185,41 @@ async def test_a_model_that_does_not_fit_is_said_with_figures(autojump_clock: Mo
         assert span_of(tiny) is None
 
 
-async def test_layers_beyond_the_quota_are_said_before_anything_is_fetched(autojump_clock: MockClock) -> None:
-    async with covering(1) as mesh:
-        (device,) = await mesh.join(memory=ALL, content=ContentSection(replicas=1))
-        assert device.store is not None
-        device.store.room.quota_bytes = 40_000
-        await trio.sleep(15)
-        assert "need 305kB, content.quota is 40kB; raise content.quota" in codes(device.running)["span-failed"]
-        assert device.running.content.bytes_fetched < 10_000, "the manifest, and what is small"
-        device.store.room.quota_bytes = 2_000_000
-        await mesh.covered(60)
-        device.store.room.quota_bytes = 40_000  # lowered: what is here is served as before
-        device.engines[-1].lose("it was killed")
-        await mesh.world.until(lambda: bool(mesh.holes()))
-        await mesh.covered(60)
+async def test_layers_beyond_the_quota_are_said_before_anything_is_fetched(
+    mesh: Coverage, autojump_clock: MockClock
+) -> None:
+    (device,) = await mesh.join(memory=ALL, content=ContentSection(replicas=1))
+    assert device.store is not None
+    device.store.room.quota_bytes = 40_000
+    await trio.sleep(15)
+    assert "need 305kB, content.quota is 40kB; raise content.quota" in codes(device.running)["span-failed"]
+    assert device.running.content.bytes_fetched < 10_000, "the manifest, and what is small"
+    device.store.room.quota_bytes = 2_000_000
+    await mesh.covered(60)
+    device.store.room.quota_bytes = 40_000  # lowered: what is here is served as before
+    device.engines[-1].lose("it was killed")
+    await mesh.world.until(lambda: bool(mesh.holes()))
+    await mesh.covered(60)
 
 
-async def test_a_node_without_memory_serves_nothing(autojump_clock: MockClock) -> None:
-    async with covering(1) as mesh:
-        await mesh.join(memory=ALL)
-        await mesh.covered(10)
-        await trio.sleep(60)
-        idle = mesh.world["n1"]
-        assert span_of(idle) is None and idle.engines == []
-        assert idle.running.placement.prediction is not None
+async def test_a_node_without_memory_serves_nothing(mesh: Coverage, autojump_clock: MockClock) -> None:
+    await mesh.join(memory=ALL)
+    await mesh.covered(10)
+    await trio.sleep(60)
+    idle = mesh.world["n1"]
+    assert span_of(idle) is None and idle.engines == []
+    assert idle.running.placement.prediction is not None
 
 
-async def test_dead_nodes_are_replaced_by_spare_ones(autojump_clock: MockClock) -> None:
-    async with covering(1) as mesh:
-        await mesh.join(4, memory=memory_for(6))
-        await mesh.covered(10)
-        await trio.sleep(30)
-        half = mesh.spans()["n2"]
-        await mesh.crash(*(name for name, span in mesh.spans().items() if span == half))
-        assert mesh.holes()
-        assert await mesh.covered(40) < 20  # lease 12 s, slack of the urgent rule 2 s, loading
-        assert mesh.voluntary_holes == []
+async def test_dead_nodes_are_replaced_by_spare_ones(mesh: Coverage, autojump_clock: MockClock) -> None:
+    await mesh.join(4, memory=memory_for(6))
+    await mesh.covered(10)
+    await trio.sleep(30)
+    half = mesh.spans()["n2"]
+    await mesh.crash(*(name for name, span in mesh.spans().items() if span == half))
+    assert mesh.holes()
+    assert await mesh.covered(40) < 20  # lease 12 s, slack of the urgent rule 2 s, loading
+    assert mesh.voluntary_holes == []
 
 
 async def test_a_new_release_replaces_the_old_one_whose_sessions_end_first(autojump_clock: MockClock) -> None:
@@ -237,6 +234,21 @@ async def test_a_new_release_replaces_the_old_one_whose_sessions_end_first(autoj
         assert [engine.rss_bytes > 0 for engine in device.engines] == [True, True]
         old.leave()
         await mesh.world.until(lambda: [engine.rss_bytes > 0 for engine in device.engines] == [False, True])
+
+
+async def test_without_memory_for_both_the_sessions_of_the_old_span_end_first(autojump_clock: MockClock) -> None:
+    async with covering(1, first=ALL) as mesh:
+        await mesh.covered(10)
+        device = mesh.world["n1"]
+        old = device.running.spans.serving
+        assert old is not None
+        old.enter()
+        await mesh.world.publish("n1", ModelSpec(name="other", layers=8, layer_bytes=20_000))
+        await mesh.world.until(lambda: device.running.spans.serving is None, within_s=20)
+        await trio.sleep(5)
+        assert span_of(device) is None and len(device.engines) == 1
+        old.leave()
+        await mesh.world.until(lambda: span_of(device) == (0, 8), within_s=5)
 
 
 async def test_a_retired_release_is_no_longer_served(autojump_clock: MockClock) -> None:
@@ -254,32 +266,33 @@ async def test_a_retired_release_is_no_longer_served(autojump_clock: MockClock) 
         assert not mesh.world["n1"].engines[0].rss_bytes
 
 
-async def test_with_memory_for_both_the_old_span_serves_until_the_new_one_is_up(autojump_clock: MockClock) -> None:
-    async with covering(1) as mesh:
-        both = f"{2 * FACTS.need(0, FACTS.layers)}B"
-        await mesh.join(2, memory=both, layers=6, layer_s=0.016)
-        await mesh.covered(10)
-        fast = []
-        for _ in range(4):
-            fast += await mesh.join(memory=both, layers=6, layer_s=0.001)
-            await trio.sleep(5)
-        assert sorted(span_of(device) or (0, 0) for device in fast) == [(0, 6), (0, 6), (6, 12), (6, 12)]
-        left = [device for device in fast if span_of(device) == (0, 6)]
-        await mesh.crash(*(device.name for device in fast if device not in left))
-        opened = {device.name: device.running.spans.serving for device in left}
-        for span in opened.values():
-            assert span is not None
-            span.enter()
-        await mesh.world.until(lambda: any(span_of(device) == (6, 12) for device in left))
-        mover = next(device for device in left if span_of(device) == (6, 12))
-        assert [engine.rss_bytes > 0 for engine in mover.engines] == [True, True], "its session still runs"
-        before = opened[mover.name]
-        assert before is not None
-        before.leave()
-        await mesh.world.until(lambda: [engine.rss_bytes > 0 for engine in mover.engines] == [False, True])
-        assert mesh.voluntary_holes == []
-        await trio.sleep(120)
-        assert sum(span_of(device) == (6, 12) for device in left) == 1, "the other one stays"
+async def test_with_memory_for_both_the_old_span_serves_until_the_new_one_is_up(
+    mesh: Coverage, autojump_clock: MockClock
+) -> None:
+    both = f"{2 * FACTS.need(0, FACTS.layers)}B"
+    await mesh.join(2, memory=both, layers=6, layer_s=0.016)
+    await mesh.covered(10)
+    fast = []
+    for _ in range(4):
+        fast += await mesh.join(memory=both, layers=6, layer_s=0.001)
+        await trio.sleep(5)
+    assert sorted(span_of(device) or (0, 0) for device in fast) == [(0, 6), (0, 6), (6, 12), (6, 12)]
+    left = [device for device in fast if span_of(device) == (0, 6)]
+    await mesh.crash(*(device.name for device in fast if device not in left))
+    opened = {device.name: device.running.spans.serving for device in left}
+    for span in opened.values():
+        assert span is not None
+        span.enter()
+    await mesh.world.until(lambda: any(span_of(device) == (6, 12) for device in left))
+    mover = next(device for device in left if span_of(device) == (6, 12))
+    assert [engine.rss_bytes > 0 for engine in mover.engines] == [True, True], "its session still runs"
+    before = opened[mover.name]
+    assert before is not None
+    before.leave()
+    await mesh.world.until(lambda: [engine.rss_bytes > 0 for engine in mover.engines] == [False, True])
+    assert mesh.voluntary_holes == []
+    await trio.sleep(120)
+    assert sum(span_of(device) == (6, 12) for device in left) == 1, "the other one stays"
 
 
 async def test_engines_are_ended_with_the_node(autojump_clock: MockClock) -> None:
@@ -322,22 +335,20 @@ def survivors_fit(mesh: Coverage) -> bool:
     return not plan(FACTS, [Node(peer=name, memory_bytes=size) for name, size in given.items()]).holes
 
 
-@pytest.mark.parametrize("seed", range(2))
 async def test_both_sides_of_a_partition_cover_themselves_and_find_together(
-    autojump_clock: MockClock, seed: int
+    mesh: Coverage, autojump_clock: MockClock
 ) -> None:
-    async with covering(seed) as mesh:
-        names = [device.name for device in await mesh.join(6, memory=memory_for(6))]
-        await mesh.covered(10)
-        await trio.sleep(30)
-        sides = (names[:3], names[3:])
-        mesh.world.split(["n1", *sides[0]], sides[1])
-        await trio.sleep(40)
-        for side in sides:
-            covered = {layer for name in side if name in mesh.spans() for layer in range(*mesh.spans()[name])}
-            assert covered == set(range(12)), "each side answers by itself"
-        mesh.world.network.heal()
-        moves = mesh.moves
-        await trio.sleep(60)
-        assert not mesh.holes()
-        assert mesh.moves - moves <= 4, "meeting again is no reason to reshuffle"
+    names = [device.name for device in await mesh.join(6, memory=memory_for(6))]
+    await mesh.covered(10)
+    await trio.sleep(30)
+    sides = (names[:3], names[3:])
+    mesh.world.split(["n1", *sides[0]], sides[1])
+    await trio.sleep(40)
+    for side in sides:
+        covered = {layer for name in side if name in mesh.spans() for layer in range(*mesh.spans()[name])}
+        assert covered == set(range(12)), "each side answers by itself"
+    mesh.world.network.heal()
+    moves = mesh.moves
+    await trio.sleep(60)
+    assert not mesh.holes()
+    assert mesh.moves - moves <= 4, "meeting again is no reason to reshuffle"

@@ -9,54 +9,51 @@ from trio.testing import MockClock
 
 from meshnode.sim.model import ModelSpec
 from meshnode.sim.world import World
-from tests.conftest import SEED
 
 
-async def test_a_mesh_that_lacks_layers_waits_without_work(autojump_clock: MockClock) -> None:
-    async with World.open(SEED) as world:
-        world.add(3, memory="1.4MB")
-        await world.start_all()
-        await world.publish("n1")
-        await world.until(world.all_ready)
-        world.split(["n1"], ["n2", "n3"])
-        began = time.perf_counter()
-        await trio.sleep(60)
-        assert time.perf_counter() - began < 15, "a loop spins while layers are held by nobody"
-        assert not world.all_ready()
-        world.network.heal()
-        await world.until(lambda: world.connected() and world.all_ready())
+async def test_a_mesh_that_lacks_layers_waits_without_work(world: World, autojump_clock: MockClock) -> None:
+    world.add(3, memory="1.4MB")
+    await world.start_all()
+    await world.publish("n1")
+    await world.until(world.all_ready)
+    world.split(["n1"], ["n2", "n3"])
+    began = time.perf_counter()
+    await trio.sleep(60)
+    assert time.perf_counter() - began < 15, "a loop spins while layers are held by nobody"
+    assert not world.all_ready()
+    world.network.heal()
+    await world.until(lambda: world.connected() and world.all_ready())
 
 
 async def test_a_node_ends_the_sessions_of_its_old_span_before_it_leaves(
-    autojump_clock: MockClock,
+    world: World, autojump_clock: MockClock
 ) -> None:
-    async with World.open(SEED) as world:
-        world.engine_step_s = 0.005
-        world.add(4, memory="4MB")
-        await world.start_all()
-        await world.publish("n1")
-        await world.until(world.all_ready)
-        expected = await world.ask("n1", max_tokens=500)
-        async with trio.open_nursery() as nursery:
-            answers: list[list[int]] = []
+    world.engine_step_s = 0.005
+    world.add(4, memory="4MB")
+    await world.start_all()
+    await world.publish("n1")
+    await world.until(world.all_ready)
+    expected = await world.ask("n1", max_tokens=500)
+    async with trio.open_nursery() as nursery:
+        answers: list[list[int]] = []
 
-            async def ask(name: str) -> None:
-                answers.append(await world.ask(name, max_tokens=500))
+        async def ask(name: str) -> None:
+            answers.append(await world.ask(name, max_tokens=500))
 
-            for name in ("n1", "n2", "n3"):
-                nursery.start_soon(ask, name)
-            busy = [device for device in world.devices.values() if device.name != "n1"]
-            await world.until(lambda: any(device.running.load.sessions for device in world.devices.values()))
-            await world.publish("n1", ModelSpec(name="other", layers=12))
-            await world.until(
-                lambda: all(
-                    (span := device.running.spans.serving) is not None
-                    and device.running.releases.current is not None
-                    and device.running.releases.current.layers_of(span.span) is not None
-                    for device in world.devices.values()
-                )
+        for name in ("n1", "n2", "n3"):
+            nursery.start_soon(ask, name)
+        busy = [device for device in world.devices.values() if device.name != "n1"]
+        await world.until(lambda: any(device.running.load.sessions for device in world.devices.values()))
+        await world.publish("n1", ModelSpec(name="other", layers=12))
+        await world.until(
+            lambda: all(
+                (span := device.running.spans.serving) is not None
+                and device.running.releases.current is not None
+                and device.running.releases.current.layers_of(span.span) is not None
+                for device in world.devices.values()
             )
-            assert not answers, "the questions still run on the old spans"
-            leaver = next(device for device in reversed(busy) if device.running.load.sessions)
-            await world.leave(leaver.name)
-        assert answers == [expected] * 3
+        )
+        assert not answers, "the questions still run on the old spans"
+        leaver = next(device for device in reversed(busy) if device.running.load.sessions)
+        await world.leave(leaver.name)
+    assert answers == [expected] * 3

@@ -18,7 +18,7 @@ import pytest
 import trio
 
 import meshnode
-from meshnode import errors
+from meshnode import client, errors
 from meshnode.api.control import ControlService
 from meshnode.api.messages import Answer, Json, Receipt, Stage, StageTimes, Status, error_json, read_error
 from meshnode.client import Client
@@ -265,6 +265,43 @@ async def test_a_node_that_does_not_answer(line: bytes | None, code: str, tmp_pa
                 async with meshnode.aconnect(tmp_path) as node:
                     await node.status()
             assert caught.value.code == code
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+async def test_a_silent_node_is_asked_whether_it_lives(
+    hangs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One hangs in the middle of an answer; another one takes its time."""
+    monkeypatch.setattr(client, "QUIET_S", 0.1)
+    monkeypatch.setattr(client, "SECONDS", 0.5)
+    Paths(tmp_path).create()
+    asked = trio.Event()
+
+    async def answer(stream: trio.SocketStream) -> None:
+        if b'"status"' in await stream.receive_some(1000):
+            if hangs:
+                await trio.sleep_forever()
+            await stream.send_all(b'{"done": {}}\n')
+            asked.set()
+        else:
+            await stream.send_all(b'{"text": "a", "token": 1}\n{"text": "b", "tok')
+            await asked.wait()
+            await stream.send_all(b'en": 2}\n')
+
+    listener = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+    await listener.bind(str(Paths(tmp_path).control_socket))
+    listener.listen(5)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, answer, [trio.SocketListener(listener)])
+        pieces = Client(tmp_path).stream("Hello")
+        assert (await trio.to_thread.run_sync(next, pieces)).text == "a"
+        if hangs:
+            with pytest.raises(errors.NodeError, match=r"did not answer within 0\.5 s"):
+                await trio.to_thread.run_sync(next, pieces)
+        else:
+            assert (await trio.to_thread.run_sync(next, pieces)).token == 2
+        pieces.close()
         nursery.cancel_scope.cancel()
 
 

@@ -164,7 +164,8 @@ def test_a_peer_that_goes_away_is_named_with_its_layers() -> None:
     o = running()
     assert o.handle(pipe.PeerGone("dora", "bye"), 2.0) == (), "it takes no part"
     failed = o.handle(pipe.PeerGone("bob", "the line is cut"), 2.0)[-1]
-    assert failed == pipe.Failed(pipe.LOST, "the node bob, which runs layer 4, went away: the line is cut", "bob")
+    words = "the node bob, which runs layer 4, went away: the line is cut; ask again"
+    assert failed == pipe.Failed(pipe.LOST, words, "bob")
 
 
 def test_stages_that_do_not_open_are_named() -> None:

@@ -29,7 +29,6 @@ from meshnode.net.libp2p.yamux import YamuxStream
 from meshnode.net.peer_book import PeerBook
 from meshnode.net.port import MAX_GOSSIP_BYTES, Handler, Lane, PeerEvent, Stream, Take
 from meshnode.net.protocol_table import NOT_SERVED, STRANGER, ProtocolTable, refusal
-from meshnode.net.topics import contained
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import PeerId
 from protocols.multiaddr import address_of, owned
@@ -389,7 +388,7 @@ class Libp2pHost(ConnectionWatcher):
     def subscribe(self, topic: str, take: Take) -> None:
         if topic in self._topics:
             raise LocalProtocolError(f"the topic {topic} has a subscriber already")
-        self._topics[topic] = contained(topic, take)
+        self._topics[topic] = take
 
     def events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
         return self._book.events()

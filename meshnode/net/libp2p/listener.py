@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Awaitable, Sequence
 from typing import Final, Protocol
 
@@ -132,8 +133,11 @@ async def _bind(address: Address) -> trio.SocketListener:
     try:
         (listener,) = await trio.open_tcp_listeners(address.port, host=address.host, backlog=BACKLOG)
     except OSError as error:
+        advice = "Stop the program that uses this port, or choose another"
+        if error.errno == errno.EADDRNOTAVAIL:
+            advice = "No interface of this machine has this address; choose one that it has, or 0.0.0.0 for all,"
         raise ConfigError(
-            f"We can't listen at {address}: {error.strerror or error}. Stop the program that uses this port, or "
-            "choose another with network.listen (port 0 takes any free one)."
+            f"We can't listen at {address}: {error.strerror or error}. {advice} with --listen or network.listen "
+            "(port 0 takes any free one)."
         ) from error
     return listener

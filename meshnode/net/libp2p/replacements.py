@@ -538,11 +538,15 @@ class Libp2pStack:
                         await self.host.close()
 
     async def subscribe(self, topic: str, take: Take) -> None:
-        """Take part in a topic. `take` must not raise."""
+        """Take part in a topic."""
 
         async def valid(forwarder: Any, message: Any) -> bool:
             await trio.lowlevel.checkpoint()
-            return forwarder == self.pubsub.my_id or take(PeerId(str(forwarder)), message.data)
+            try:
+                return forwarder == self.pubsub.my_id or take(PeerId(str(forwarder)), message.data)
+            except Exception:  # noqa: BLE001 - the border: a bug in a taker costs its message, not the process
+                _log.exception("gossip.failed", topic=topic, peer=str(forwarder))
+                return False
 
         self.pubsub.set_topic_validator(topic, valid, True)  # a synchronous one would end the process if it raised
         await self.pubsub.subscribe(topic)

@@ -20,6 +20,7 @@ import trio
 from trio.lowlevel import ParkingLot
 
 from meshnode.core.errors import PeerUnreachable
+from meshnode.core.log import get_logger
 from meshnode.net.connection_limits import MEMBER_STREAMS
 from meshnode.net.port import STALL_S
 from protocols.ids import PeerId
@@ -28,6 +29,8 @@ WINDOW_BYTES: Final = 1 << 18  # what a new stream may send unasked (spec, "Flow
 BULK_WINDOW_BYTES: Final = 1 << 20  # credit of a stream that has proven to be read
 BULK_BYTES: Final = 1 << 21  # bytes read before a stream gets it
 RECORD_BYTES: Final = 65519  # plaintext of one Noise message; a larger frame would cost two
+_log = get_logger("net")
+
 MAX_CONTROL_FRAMES: Final = 4096  # answers waiting for a peer that does not read them
 LINGER_S: Final = 30.0  # a closed stream whose peer never closes is forgotten after that
 GOODBYE_S: Final = 1.0
@@ -366,7 +369,7 @@ class YamuxSession:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + seconds) as scope:
                 await self._wire.write(frame)
         except Exception as error:  # noqa: BLE001 - the border to the library: whatever it is, the wire is gone
-            self.end(f"the connection was lost ({_words(error)})")
+            self._lost(error)
         if scope.cancelled_caught:
             await self.kill(f"it took no data for {seconds:.0f} s")
 
@@ -381,7 +384,11 @@ class YamuxSession:
             try:
                 await self._wire.close_write()
             except Exception as error:  # noqa: BLE001 - the border to the library: whatever it is, the wire is gone
-                self.end(f"the connection was lost ({_words(error)})")
+                self._lost(error)
+
+    def _lost(self, error: Exception) -> None:
+        _log.debug("connection.lost", peer=self.peer, reason=_words(error))
+        self.end("the connection was lost")
 
     async def _sweep(self) -> None:
         while True:
@@ -406,7 +413,7 @@ class YamuxSession:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_S):
                 await self._say_goodbye(1)
         except Exception as error:  # noqa: BLE001 - the border to the library: whatever it is, the wire is gone
-            self.end(f"the connection was lost ({_words(error)})")
+            self._lost(error)
         self.end("the peer closed the connection")
 
     def _take_record(self, record: bytes) -> None:

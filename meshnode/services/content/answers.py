@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Final
 
 import trio
@@ -13,7 +13,7 @@ from meshnode.core.log import get_logger
 from meshnode.core.signal import Changes
 from meshnode.core.workers import Workers
 from meshnode.services.content.access import Access
-from meshnode.services.content.outbox import Outbox
+from meshnode.services.content.outbox import Outboxes
 from meshnode.store.port import Store
 from protocols.bitswap.messages import Block, Message, Presence, PresenceType, modern, prefix_of, spellings
 from protocols.bitswap.server import Answer, Server
@@ -27,7 +27,8 @@ _log = get_logger("content")
 class Answers:
     """The wantlists of all peers."""
 
-    def __init__(self, store: Store, access: Access, workers: Workers) -> None:
+    def __init__(self, store: Store, access: Access, workers: Workers, outboxes: Outboxes) -> None:
+        self._outboxes = outboxes
         self._store = store
         self._workers = workers
         self._server = Server(lambda cid: store.block_size(modern(cid)), access.may_have, access.is_member)
@@ -50,7 +51,7 @@ class Answers:
         """It is not connected any more: its wishes are forgotten."""
         self._server.gone(peer)
 
-    async def run(self, outbox: Callable[[PeerId], Outbox]) -> None:
+    async def run(self) -> None:
         """Load and hand over until cancelled."""
         async with trio.open_nursery() as nursery:
             while True:
@@ -61,10 +62,10 @@ class Answers:
                     if answer is None:
                         self._places.release_on_behalf_of(token)
                         break
-                    nursery.start_soon(self._load, answer, token, outbox)
+                    nursery.start_soon(self._load, answer, token)
                 await self._turn.wait(version)
 
-    async def _load(self, answer: Answer, token: object, outbox: Callable[[PeerId], Outbox]) -> None:
+    async def _load(self, answer: Answer, token: object) -> None:
         try:
             blocks = await self._workers.run(self._store.read_blocks, [modern(cid) for cid in answer.blocks])
         except DiskError as error:
@@ -88,4 +89,4 @@ class Answers:
             presences=tuple(Presence(cid=cid, type=kind) for cid, kind in (*answer.presences, *gone)),
             pending_bytes=answer.pending_bytes,
         )
-        outbox(answer.peer).answer(message, sent)
+        self._outboxes.of(answer.peer).answer(message, sent)

@@ -23,7 +23,7 @@ from meshnode.core.workers import Workers
 from meshnode.net.port import Host, Lane, PeerEvent, Stream
 from meshnode.services.content.access import Access
 from meshnode.services.content.answers import Answers
-from meshnode.services.content.outbox import Outbox
+from meshnode.services.content.outbox import Outbox, Outboxes
 from meshnode.services.content.session import Session
 from meshnode.services.port import Adverts
 from meshnode.store.port import Store
@@ -55,7 +55,8 @@ class Exchange:
     ) -> None:
         """`adverts`: names of peers, for people. `workers`: where blocks are loaded and hashed."""
         self.client = asking.Client()
-        self.answers = Answers(store, access, workers)
+        self._outboxes = Outboxes()
+        self.answers = Answers(store, access, workers, self._outboxes)
         self.fetched_from: Counter[PeerId] = Counter()  # bytes of blocks that came, also wrong or double ones
         self.last_block_at = -math.inf  # when the last verified block came, for any session
         self._host = host
@@ -65,12 +66,10 @@ class Exchange:
         self._workers = workers
         self._began_at = math.inf
         self._asked: dict[PeerId, None] = {}  # peers that were asked for something, oldest first
-        self._outboxes: dict[PeerId, Outbox] = {}
         self._sessions: dict[int, Session] = {}
         self._numbers = itertools.count(1)
         self._sleeps_until: float | None = None
         self._sooner = Changes()  # the asking machine is to be woken
-        self._to_keep, self._unkept = trio.open_memory_channel[Outbox](math.inf)
         self._to_verify, self._unverified = trio.open_memory_channel[tuple[PeerId, Message]](UNVERIFIED_MESSAGES)
         host.handle(PROTOCOL, self._receive, open_to_strangers=access.public)
 
@@ -83,18 +82,15 @@ class Exchange:
         """Exchange until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._tick)
-            nursery.start_soon(self.answers.run, self._outbox)
+            nursery.start_soon(self.answers.run)
             nursery.start_soon(self._follow, self._host.events())
             nursery.start_soon(self._follow, self._host.guest_events())
             for _ in range(VERIFIERS):
                 nursery.start_soon(self._verify)
             self._began_at = trio.current_time()
             task_status.started()
-            try:
-                async for outbox in self._unkept:
-                    nursery.start_soon(self._keep, outbox)
-            finally:
-                self._outboxes.clear()
+            async for outbox in self._outboxes.made():
+                nursery.start_soon(self._keep, outbox)
 
     def open(self, root: Cid, size: int = 0, done_bytes: int = 0) -> Session:
         """Begin to fetch; close it."""
@@ -105,8 +101,7 @@ class Exchange:
     def close(self, session: int) -> None:
         """What it wanted is not wanted any more, unless another one wants it."""
         del self._sessions[session]
-        for outbox in self._outboxes.values():
-            outbox.sessions.discard(session)
+        self._outboxes.leave(session)
         self._perform_sends(self.client.handle(asking.Close(session), trio.current_time()))
 
     def include(self, session: int, peer: PeerId) -> None:
@@ -114,7 +109,7 @@ class Exchange:
         self._asked[peer] = None
         if len(self._asked) > MAX_REMEMBERED:
             del self._asked[next(iter(self._asked))]
-        self._outbox(peer).sessions.add(session)
+        self._outboxes.of(peer).sessions.add(session)
 
     def words(self, session: int) -> list[str]:
         """What became of everybody whom a session asked, for people."""
@@ -146,14 +141,14 @@ class Exchange:
         for effect in effects:
             match effect:
                 case asking.Send(peer, message):
-                    self._outbox(peer).ask(message)
+                    self._outboxes.of(peer).ask(message)
                 case asking.Banned(peer, reason):
                     self._exclude(peer, reason)
                 case asking.Stalled(peer, given_up):
                     _log.info("provider.stalled", peer=short(peer), given_up=given_up)
-                    if given_up and peer in self._outboxes:
-                        self._outboxes[peer].trouble = "it stopped answering"
-                        self._outboxes[peer].drop()
+                    if given_up and (outbox := self._outboxes.get(peer)) is not None:
+                        outbox.trouble = "it stopped answering"
+                        outbox.drop()
                 case asking.Got():
                     pass
         deadline = self.client.deadline
@@ -163,8 +158,8 @@ class Exchange:
     def _exclude(self, peer: PeerId, deed: str) -> None:
         """Nothing is fetched from it any more; our owner is told, with the name that it has now."""
         _log.warning("provider.banned", peer=short(peer), reason=deed)
-        if peer in self._outboxes:
-            self._outboxes[peer].sessions.clear()
+        if (outbox := self._outboxes.get(peer)) is not None:
+            outbox.sessions.clear()
         advert = self._adverts.live().get(peer)
         self._health.set(
             "bad-provider",
@@ -207,13 +202,6 @@ class Exchange:
 
     # Streams out
 
-    def _outbox(self, peer: PeerId) -> Outbox:
-        outbox = self._outboxes.get(peer)
-        if outbox is None:
-            outbox = self._outboxes[peer] = Outbox(peer)
-            self._to_keep.send_nowait(outbox)
-        return outbox
-
     async def _keep(self, outbox: Outbox) -> None:
         """Keep a stream to a peer open while it is needed."""
         peer, backoff = outbox.peer, Backoff(FIRST_PAUSE_S, LAST_PAUSE_S)
@@ -240,7 +228,7 @@ class Exchange:
                 outbox.clear()
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                     await stream.aclose()
-        self._outboxes.pop(peer, None)  # all are gone already when the service stops
+        self._outboxes.forget(outbox)
 
     # Streams in
 
@@ -262,8 +250,9 @@ class Exchange:
             # Its answers came over this stream. If it still owes some, ask anew over a fresh pair of streams.
             # An IPFS node opens a stream for every answer (go-bitswap does), so that the end of one says nothing.
             ended = whole and not self._access.is_member(peer)
-            if self.client.owed(peer) and peer in self._outboxes and not ended:
-                self._outboxes[peer].drop()
+            outbox = self._outboxes.get(peer)
+            if self.client.owed(peer) and outbox is not None and not ended:
+                outbox.drop()
 
     async def _take(self, peer: PeerId, message: Message) -> None:
         self.answers.take(peer, message)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import trio
 
@@ -85,6 +86,41 @@ class Outbox:
                     await self.wait()
                 if idle.cancelled_caught and not self.needed:
                     return
+
+
+class Outboxes:
+    """One for each peer that something is to be written to."""
+
+    def __init__(self) -> None:
+        self._of: dict[PeerId, Outbox] = {}
+        self._made, self._new = trio.open_memory_channel[Outbox](math.inf)
+
+    def of(self, peer: PeerId) -> Outbox:
+        """The one of this peer, made when there is none."""
+        outbox = self._of.get(peer)
+        if outbox is None:
+            outbox = self._of[peer] = Outbox(peer)
+            self._made.send_nowait(outbox)
+        return outbox
+
+    def get(self, peer: PeerId) -> Outbox | None:
+        """The one of this peer, if there is one."""
+        return self._of.get(peer)
+
+    def forget(self, outbox: Outbox) -> None:
+        """Nothing is to be written to its peer any more."""
+        if self._of.get(outbox.peer) is outbox:
+            del self._of[outbox.peer]
+
+    def leave(self, session: int) -> None:
+        """A fetch has ended: it needs nobody any more."""
+        for outbox in self._of.values():
+            outbox.sessions.discard(session)
+
+    async def made(self) -> AsyncIterator[Outbox]:
+        """Every one that is made, from the first one on."""
+        async for outbox in self._new:
+            yield outbox
 
 
 async def _write(stream: Stream, message: Message) -> None:

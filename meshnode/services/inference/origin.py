@@ -15,6 +15,7 @@ import trio
 
 from meshnode.core.errors import BadRequest, Declined, PeerUnreachable
 from meshnode.core.log import get_logger
+from meshnode.core.signal import Watch
 from meshnode.model.release import ServedRelease
 from meshnode.policy.chunking import chunks
 from meshnode.policy.route import NoRoute
@@ -42,6 +43,7 @@ from protocols.pipe.origin import Send as SendEffect
 
 EVENTS: Final = 256  # messages of one session that wait for us: stages answer once per step
 GOODBYE_S: Final = 2.0  # for telling the stages that a session is over
+TAKEOVER_S: Final = 2.0  # for the news who serves the layers of a node that has gone
 OPEN_ATTEMPTS: Final = 3  # routes that are tried when a stage refuses before the first token
 RETRY_CODES: Final = frozenset({"fenced", "busy", "not-ready", "engine-lost", "bad-input", "too-long", LOST})
 
@@ -131,7 +133,11 @@ class OriginService:
             raise Declined("no-model", self._releases.why_none)
         if not request.prompt:  # what was asked in words may have none
             raise BadRequest("the prompt is empty")
-        context = release.manifest.architecture.context
+        context, vocab = release.manifest.architecture.context, release.manifest.architecture.vocab
+        if (token := max(request.prompt)) >= vocab:
+            raise BadRequest(
+                f"the prompt has the token id {token}; those of {release.manifest.name} end at {vocab - 1}"
+            )
         room = context - len(request.prompt)
         if room < 1:
             raise Declined(
@@ -143,6 +149,8 @@ class OriginService:
         for attempt in range(OPEN_ATTEMPTS):
             seed = self._rng.getrandbits(32)
             route = self._router.route(release, seed, in_flight=self.in_flight(), avoid=avoid)
+            if isinstance(route, NoRoute) and failure is not None:
+                route = await self._other_route(release, seed, avoid)
             if isinstance(route, NoRoute):
                 # That there is no other way is no news; why this one failed is.
                 raise failure or Declined("no-route", route.reason, retry_ms=route.retry_ms)
@@ -165,6 +173,16 @@ class OriginService:
             else:
                 yield generation.receipt
                 return
+
+    async def _other_route(self, release: ServedRelease, seed: int, avoid: set[PeerId]) -> tuple[Hop, ...] | NoRoute:
+        """A route without those that have failed; who takes over from a node that left is heard within moments."""
+        watch = Watch(*self._router.changes)
+        route = self._router.route(release, seed, in_flight=self.in_flight(), avoid=avoid)
+        with trio.move_on_after(TAKEOVER_S):
+            while isinstance(route, NoRoute):
+                await watch.next()
+                route = self._router.route(release, seed, in_flight=self.in_flight(), avoid=avoid)
+        return route
 
     @asynccontextmanager
     async def _session(
