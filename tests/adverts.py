@@ -42,6 +42,11 @@ def advert_of(number: int, **fields: Any) -> Advert:
     return replace(advert, **fields)
 
 
+def advert_named(name: str, **fields: Any) -> Advert:
+    """For policies, which look at no keys: the name stands for the peer id."""
+    return advert_of(1, peer=name, name=name, **fields)
+
+
 def announcement_of(number: int, **fields: Any) -> Announcement:
     announcement = Announcement(
         peer=peer_of(number),

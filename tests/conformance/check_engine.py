@@ -1,23 +1,49 @@
-"""The conformance suite of the engine port: `check_engine(make)` holds on every kind of engine."""
+"""The conformance suite of the engine port: every check in `CHECKS` holds on every kind of engine."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import trio
 
 from meshnode.core.errors import Declined, EngineLost
-from meshnode.engine.port import Engine, StageSpec
+from meshnode.engine.port import Engine, StageSpec, StepResult
+from meshnode.engine.process import Deadlines, EngineProcess
 from protocols.errors import RemoteProtocolError
 from protocols.ids import SessionId
+from protocols.manifest.messages import Architecture
 from protocols.pipe.messages import Sampling
 
 # make(first, last, ...) -> a started engine of one small model that ends with the context
 Make = Callable[..., AbstractAsyncContextManager[Engine]]
+_ARCHITECTURE = Architecture(
+    family="null",
+    layers=4,
+    hidden=8,
+    heads=2,
+    kv_heads=1,
+    head_dim=4,
+    vocab=64,
+    context=128,
+    bos_ids=(),
+    eos_ids=(),
+)
+NULL = StageSpec(
+    kind="null",
+    graph=Path("none"),
+    groups={},
+    first=0,
+    last=4,
+    architecture=_ARCHITECTURE,
+    threads=1,
+    max_sessions=8,
+    max_kv_bytes=1 << 30,
+)
 PROMPT = (5, 17, 3, 9, 60, 2, 33, 8, 1, 44, 7)
 
 
@@ -29,11 +55,23 @@ def ids(*tokens: int) -> bytes:
     return np.asarray(tokens, "<i4").tobytes()
 
 
-async def check_engine(make: Make) -> None:
-    """Everything that services rely on. `make` takes the span and changed fields of the StageSpec."""
-    for check in CHECKS:
-        with trio.fail_after(60):
-            await check(make)
+async def enter(
+    engine: Engine, session: int = 1, *, capacity: int, sampling: Sampling | None = None, prompt: Sequence[int] = ()
+) -> None:
+    """Open a session over the whole span of an engine."""
+    spec = engine.spec
+    await engine.open(
+        name(session), first=spec.first, last=spec.last, capacity=capacity, sampling=sampling, prompt=tuple(prompt)
+    )
+
+
+async def say(
+    engine: Engine, tokens: Sequence[int], position: int = 0, *, session: int = 1, prefill: bool = True
+) -> StepResult:
+    """Rows of tokens, the next one sampled."""
+    return await engine.step(
+        name(session), position=position, rows=len(tokens), data=ids(*tokens), sample=True, prefill=prefill
+    )
 
 
 async def generate(
@@ -42,10 +80,7 @@ async def generate(
     """Greedy tokens of one session over a chain of engines, the prompt in steps of these sizes."""
     capacity = len(PROMPT) + count
     for engine in engines:
-        spec = engine.spec
-        await engine.open(
-            name(session), first=spec.first, last=spec.last, capacity=capacity, sampling=None, prompt=PROMPT
-        )
+        await enter(engine, session, capacity=capacity, prompt=PROMPT)
     token: int | None = None
     position = 0
     for rows in chunks:
@@ -111,10 +146,8 @@ async def _check_output_shapes(make: Make) -> None:
     async with make(0, 2) as first, make(2, 4) as last:
         hidden = first.spec.architecture.hidden
         for engine in (first, last):
-            await engine.open(
-                name(1), first=engine.spec.first, last=engine.spec.last, capacity=8, sampling=None, prompt=(1, 2, 3)
-            )
-        one = await first.step(name(1), position=0, rows=3, data=ids(1, 2, 3), sample=True, prefill=True)
+            await enter(engine, capacity=8, prompt=(1, 2, 3))
+        one = await say(first, (1, 2, 3))
         assert len(one.data) == 3 * hidden * 4 and one.token is None and one.compute_us >= 0
         two = await last.step(name(1), position=0, rows=3, data=one.data, sample=False, prefill=True)
         assert two.data == b"" and two.token is None
@@ -125,14 +158,14 @@ async def _check_output_shapes(make: Make) -> None:
 async def _check_rewind(make: Make) -> None:
     """Writing at an earlier position forgets what was there."""
     async with make(0, 4) as engine:
-        await engine.open(name(1), first=0, last=4, capacity=16, sampling=None, prompt=PROMPT)
-        straight = await engine.step(name(1), position=0, rows=11, data=ids(*PROMPT), sample=True, prefill=True)
-        await engine.step(name(1), position=4, rows=5, data=ids(9, 9, 9, 9, 9), sample=True, prefill=True)
-        back = await engine.step(name(1), position=4, rows=7, data=ids(*PROMPT[4:]), sample=True, prefill=True)
+        await enter(engine, capacity=16, prompt=PROMPT)
+        straight = await say(engine, PROMPT)
+        await say(engine, (9, 9, 9, 9, 9), 4)
+        back = await say(engine, PROMPT[4:], 4)
         assert back.token == straight.token
-        await engine.step(name(1), position=2, rows=1, data=ids(PROMPT[2]), sample=False, prefill=True)
+        await say(engine, PROMPT[2:3], 2)
         with pytest.raises(Declined) as caught:  # the rows after 3 are gone
-            await engine.step(name(1), position=11, rows=1, data=ids(1), sample=True)
+            await say(engine, (1,), 11, prefill=False)
         assert caught.value.code == "fenced"
 
 
@@ -147,30 +180,30 @@ async def _check_refusals(make: Make) -> None:
             assert caught.value.code == code and words in str(caught.value), caught.value
             assert (caught.value.retry_ms > 0) == (code == "busy")
 
-        async def enter(session: int, first: int = 1, last: int = 3, capacity: int = 8) -> None:
+        async def part(session: int, first: int = 1, last: int = 3, capacity: int = 8) -> None:
             await engine.open(name(session), first=first, last=last, capacity=capacity, sampling=None, prompt=())
 
         async def step(session: int, position: int, rows: int) -> object:
             data = np.ones((rows, hidden), "<f4").tobytes()
             return await engine.step(name(session), position=position, rows=rows, data=data, sample=False)
 
-        await refused("fenced", "holds the layers 1 to 2", lambda: enter(1, 0, 3))
-        await refused("fenced", "holds the layers 1 to 2", lambda: enter(1, 2, 4))
-        await refused("too-long", str(arch.context), lambda: enter(1, capacity=arch.context + 1))
+        await refused("fenced", "holds the layers 1 to 2", lambda: part(1, 0, 3))
+        await refused("fenced", "holds the layers 1 to 2", lambda: part(1, 2, 4))
+        await refused("too-long", str(arch.context), lambda: part(1, capacity=arch.context + 1))
         await refused("fenced", "not open here", lambda: step(1, 0, 1))
-        await enter(1)
+        await part(1)
         await refused("fenced", "leaves a gap", lambda: step(1, 1, 1))
         await refused("too-long", "opened for 8", lambda: step(1, 0, 9))
         await step(1, 0, 2)
         await refused("fenced", "leaves a gap", lambda: step(1, 3, 1))
         with pytest.raises(RemoteProtocolError, match="instead of"):
             await engine.step(name(1), position=2, rows=2, data=b"1234", sample=False)
-        await enter(2)
-        await enter(2)  # the same session again takes no second slot
-        await refused("busy", "All 2 sessions", lambda: enter(3))
+        await part(2)
+        await part(2)  # the same session again takes no second slot
+        await refused("busy", "All 2 sessions", lambda: part(3))
         await engine.close(name(99))
         await engine.close(name(2))
-        await enter(3)
+        await part(3)
         await step(1, 2, 1)  # a refusal changed nothing
 
 
@@ -179,24 +212,24 @@ async def _check_memory_limit(make: Make) -> None:
         arch = engine.spec.architecture
         per_token = 4 * 2 * arch.kv_heads * arch.head_dim * 4
     async with make(0, 4, max_kv_bytes=per_token * 20) as engine:
-        await engine.open(name(1), first=0, last=4, capacity=15, sampling=None, prompt=())
+        await enter(engine, 1, capacity=15)
         with pytest.raises(Declined, match="keys and values") as caught:
-            await engine.open(name(2), first=0, last=4, capacity=6, sampling=None, prompt=())
+            await enter(engine, 2, capacity=6)
         assert caught.value.code == "busy"
-        await engine.open(name(2), first=0, last=4, capacity=5, sampling=None, prompt=())
+        await enter(engine, 2, capacity=5)
         await engine.close(name(1))
         await engine.close(name(2))
         with pytest.raises(Declined, match="room for 20 tokens") as caught:
-            await engine.open(name(3), first=0, last=4, capacity=21, sampling=None, prompt=())
+            await enter(engine, 3, capacity=21)
         assert caught.value.code == "too-long"
 
 
 async def _check_bad_tokens(make: Make) -> None:
     async with make(0, 4) as engine:
-        await engine.open(name(1), first=0, last=4, capacity=8, sampling=None, prompt=())
+        await enter(engine, 1, capacity=8)
         for token in (-1, engine.spec.architecture.vocab):
             with pytest.raises(RemoteProtocolError, match="vocabulary"):
-                await engine.step(name(1), position=0, rows=1, data=ids(token), sample=True)
+                await say(engine, (token,))
 
 
 async def _check_seeded_sampling(make: Make) -> None:
@@ -204,21 +237,19 @@ async def _check_seeded_sampling(make: Make) -> None:
     tokens = []
     async with make(0, 4) as engine:
         for session in (1, 2):
-            await engine.open(name(session), first=0, last=4, capacity=20, sampling=sampling, prompt=PROMPT)
-            result = await engine.step(
-                name(session), position=0, rows=11, data=ids(*PROMPT), sample=True, prefill=True
-            )
+            await enter(engine, session, capacity=20, sampling=sampling, prompt=PROMPT)
+            result = await say(engine, PROMPT, session=session)
             out = []
             for position in range(11, 19):
                 assert result.token is not None
                 out.append(result.token)
-                result = await engine.step(name(session), position=position, rows=1, data=ids(out[-1]), sample=True)
+                result = await say(engine, out[-1:], position, session=session, prefill=False)
             tokens.append(out)
         assert tokens[0] == tokens[1]
         assert len(set(tokens[0])) > 1
-        await engine.open(name(3), first=0, last=4, capacity=20, sampling=sampling, prompt=PROMPT[:3])
+        await enter(engine, 3, capacity=20, sampling=sampling, prompt=PROMPT[:3])
         with pytest.raises(Declined, match="repetition penalty"):
-            await engine.step(name(3), position=0, rows=11, data=ids(*PROMPT), sample=True, prefill=True)
+            await say(engine, PROMPT, session=3)
 
 
 async def _check_many_callers(make: Make) -> None:
@@ -239,14 +270,13 @@ async def _check_many_callers(make: Make) -> None:
 async def _check_cancelled_caller(make: Make) -> None:
     """A caller that goes away leaves the engine usable, and its closes are not lost."""
     async with make(0, 4, max_sessions=1) as engine:
-        await engine.open(name(1), first=0, last=4, capacity=64, sampling=None, prompt=())
+        await enter(engine, 1, capacity=64)
         with trio.CancelScope() as scope:
             scope.cancel()
-            await engine.step(name(1), position=0, rows=2, data=ids(1, 2), sample=True)
-        data = ids(*(i % 50 for i in range(60)))
+            await say(engine, (1, 2))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_cancel_soon, nursery.cancel_scope)
-            await engine.step(name(1), position=0, rows=60, data=data, sample=True, prefill=True)
+            await say(engine, [i % 50 for i in range(60)])
         with trio.CancelScope() as scope:
             scope.cancel()
             await engine.close(name(1))
@@ -264,26 +294,24 @@ async def _check_stop(make: Make) -> None:
         assert "stopped" in await engine.wait_lost()
         assert engine.rss_bytes == 0
         with pytest.raises(EngineLost, match="stopped"):
-            await engine.step(name(1), position=0, rows=1, data=ids(1), sample=True)
+            await say(engine, (1,))
         await engine.close(name(1))
         await engine.stop()
 
 
-CHECKS = (
-    _check_report,
-    _check_cuts_agree,
-    _check_part_of_a_span,
-    _check_output_shapes,
-    _check_rewind,
-    _check_refusals,
-    _check_memory_limit,
-    _check_bad_tokens,
-    _check_seeded_sampling,
-    _check_many_callers,
-    _check_cancelled_caller,
-    _check_stop,
-)
+CHECKS = tuple(check for name, check in list(globals().items()) if name.startswith("_check_"))
 
 
 def changed(spec: StageSpec, **fields: object) -> StageSpec:
     return dataclasses.replace(spec, **fields)  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def running(spec: StageSpec, deadlines: Deadlines | None = None) -> AsyncIterator[EngineProcess]:
+    """An engine in a process of its own, for as long as the block lasts."""
+    engine = EngineProcess(spec, deadlines=deadlines)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()

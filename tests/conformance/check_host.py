@@ -100,14 +100,19 @@ async def meet(one: Host, other: Host, *, admitted: bool = True) -> None:
             await events.receive()
 
 
+def serving(make: Make) -> Host:
+    """A host that serves what all of them serve."""
+    host = make()
+    for protocol, handler in SERVED.items():
+        host.handle(protocol, handler)
+    host.handle(PUBLIC, greet, open_to_strangers=True)
+    return host
+
+
 @asynccontextmanager
 async def pair(make: Make, *, admitted: bool = True, **more: Handler) -> AsyncIterator[tuple[Host, Host]]:
     """Two connected hosts that serve the same things."""
-    one, other = make(), make()
-    for host in (one, other):
-        for protocol, handler in SERVED.items():
-            host.handle(protocol, handler)
-        host.handle(PUBLIC, greet, open_to_strangers=True)
+    one, other = serving(make), serving(make)
     for handler in more.values():
         other.handle(WAIT, handler)
     async with running(one, other):
@@ -131,12 +136,19 @@ async def read_exact(stream: Stream, size: int) -> bytes:
     return out
 
 
-async def works(one: Host, other: Host, lane: Lane = Lane.CONTROL) -> None:
-    stream = await one.open_stream(other.peer_id, ECHO, lane)
-    await stream.send_all(b"still there?")
+async def exchange(one: Host, other: Host, protocol: str, lane: Lane, data: bytes = b"") -> bytes:
+    """Send it all, end, and read it all."""
+    stream = await one.open_stream(other.peer_id, protocol, lane)
+    if data:
+        await stream.send_all(data)
     await stream.send_eof()
-    assert await read_all(stream) == b"still there?"
+    answer = await read_all(stream)
     await stream.aclose()
+    return answer
+
+
+async def works(one: Host, other: Host, lane: Lane = Lane.CONTROL) -> None:
+    assert await exchange(one, other, ECHO, lane, b"still there?") == b"still there?"
 
 
 async def lost(host: Host, peer: PeerId) -> str:
@@ -149,7 +161,7 @@ async def lost(host: Host, peer: PeerId) -> str:
     raise AssertionError("the events ended")
 
 
-async def streams_both_ways(make: Make) -> None:
+async def check_streams_both_ways(make: Make) -> None:
     async with pair(make) as (one, other):
         for lane in Lane:
             await works(one, other, lane)
@@ -165,7 +177,7 @@ async def streams_both_ways(make: Make) -> None:
             await stream.aclose()
 
 
-async def half_close(make: Make) -> None:
+async def check_half_close(make: Make) -> None:
     async with pair(make) as (one, other):
         for lane in Lane:
             stream = await one.open_stream(other.peer_id, COUNT, lane)
@@ -181,20 +193,17 @@ async def half_close(make: Make) -> None:
                 await stream.receive_some()
 
 
-async def an_end_at_once(make: Make) -> None:
+async def check_an_end_at_once(make: Make) -> None:
     """Ended before a byte was sent; and a handler that speaks first."""
     async with pair(make) as (one, other):
         for lane in Lane:
-            stream = await one.open_stream(other.peer_id, COUNT, lane)
-            await stream.send_eof()
-            assert int.from_bytes((await read_all(stream))[:8], "big") == 0
-            await stream.aclose()
+            assert int.from_bytes((await exchange(one, other, COUNT, lane))[:8], "big") == 0
             stream = await one.open_stream(other.peer_id, GREET, lane)
             assert await read_all(stream) == b"good day"
             await stream.aclose()
 
 
-async def a_handler_that_raises(make: Make) -> None:
+async def check_a_handler_that_raises(make: Make) -> None:
     async with pair(make) as (one, other):
         for lane in Lane:
             stream = await one.open_stream(other.peer_id, RAISE, lane)
@@ -205,7 +214,7 @@ async def a_handler_that_raises(make: Make) -> None:
             await works(one, other, lane)
 
 
-async def a_reset_is_no_clean_end(make: Make) -> None:
+async def check_a_reset_is_no_clean_end(make: Make) -> None:
     for lane in Lane:
         waiting = Waiting()
         async with pair(make, waiting=waiting) as (one, other):
@@ -222,7 +231,7 @@ async def a_reset_is_no_clean_end(make: Make) -> None:
             await works(one, other, lane)
 
 
-async def a_closed_stream_ends_cleanly(make: Make) -> None:
+async def check_a_closed_stream_ends_cleanly(make: Make) -> None:
     for lane in Lane:
         waiting = Waiting()
         async with pair(make, waiting=waiting) as (one, other):
@@ -234,7 +243,7 @@ async def a_closed_stream_ends_cleanly(make: Make) -> None:
             assert waiting.ends == ["clean"]
 
 
-async def what_is_not_served_is_declined(make: Make) -> None:
+async def check_what_is_not_served_is_declined(make: Make) -> None:
     async with pair(make) as (one, other):
         for lane in Lane:
             with pytest.raises(Declined, match="does not serve /check/unknown/1") as caught:
@@ -243,7 +252,7 @@ async def what_is_not_served_is_declined(make: Make) -> None:
         await works(one, other)
 
 
-async def strangers_are_declined(make: Make) -> None:
+async def check_strangers_are_declined(make: Make) -> None:
     async with pair(make, admitted=False) as (one, other):
         for lane in Lane:
             for protocol in (ECHO, "/check/unknown/1"):
@@ -262,12 +271,8 @@ async def strangers_are_declined(make: Make) -> None:
             await works(other, one, lane)
 
 
-async def guests_may_do_what_they_were_granted_and_nothing_else(make: Make) -> None:
-    one, other = make(), make()
-    for host in (one, other):
-        for protocol, handler in SERVED.items():
-            host.handle(protocol, handler)
-        host.handle(PUBLIC, greet, open_to_strangers=True)
+async def check_guests_may_do_what_they_were_granted_and_nothing_else(make: Make) -> None:
+    one, other = serving(make), serving(make)
     inbox = inbox_of(other, TOPIC)
     one.subscribe(TOPIC, anything)
     other.welcome(one.peer_id, (ECHO,))
@@ -295,10 +300,8 @@ async def guests_may_do_what_they_were_granted_and_nothing_else(make: Make) -> N
             inbox.receive_nowait()
 
 
-async def guests_come_and_go_while_it_runs(make: Make) -> None:
-    one, other = make(), make()
-    one.handle(ECHO, echo)
-    other.handle(ECHO, echo)
+async def check_guests_come_and_go_while_it_runs(make: Make) -> None:
+    one, other = serving(make), serving(make)
     async with running(one, other):
         everybody, guests = other.events(), other.guest_events()
         await one.connect(other.peer_id, other.addresses)
@@ -322,7 +325,7 @@ async def guests_come_and_go_while_it_runs(make: Make) -> None:
         assert (other.peers, other.guests) == ((one.peer_id,), ())
 
 
-async def withdrawn_members_are_disconnected(make: Make) -> None:
+async def check_withdrawn_members_are_disconnected(make: Make) -> None:
     waiting = Waiting()
     async with pair(make, waiting=waiting) as (one, other):
         streams = [await one.open_stream(other.peer_id, WAIT, lane) for lane in Lane]
@@ -342,7 +345,7 @@ async def withdrawn_members_are_disconnected(make: Make) -> None:
             await one.open_stream(other.peer_id, ECHO)
 
 
-async def gossip(make: Make) -> None:
+async def check_gossip(make: Make) -> None:
     """From one over a second to a third; not to ourselves, not to strangers, not what a validator rejects."""
     one, two, three, stranger = [make() for _ in range(4)]
     seen: list[tuple[PeerId, bytes]] = []
@@ -407,7 +410,7 @@ async def next_other(inbox: trio.MemoryReceiveChannel[tuple[PeerId, bytes]]) -> 
     raise AssertionError("the channel ended")
 
 
-async def events(make: Make) -> None:
+async def check_events(make: Make) -> None:
     one, other, third = make(), make(), make()
     early = one.events()
     async with running(one, other, third):
@@ -436,16 +439,12 @@ async def events(make: Make) -> None:
         assert (await early.receive()).connected
 
 
-async def large_transfers(make: Make) -> None:
+async def check_large_transfers(make: Make) -> None:
     async with pair(make) as (one, other):
         data = os.urandom(TWENTY_MB)
         digest = len(data).to_bytes(8, "big") + hashlib.sha256(data).digest()
         for lane in Lane:
-            stream = await one.open_stream(other.peer_id, COUNT, lane)
-            await stream.send_all(data)
-            await stream.send_eof()
-            assert await read_all(stream) == digest
-            await stream.aclose()
+            assert await exchange(one, other, COUNT, lane, data) == digest
         stream = await one.open_stream(other.peer_id, ECHO, Lane.BULK)
         async with trio.open_nursery() as nursery:  # both ways at once
 
@@ -458,7 +457,7 @@ async def large_transfers(make: Make) -> None:
         await stream.aclose()
 
 
-async def connecting_fails_in_words(make: Make) -> None:
+async def check_connecting_fails_in_words(make: Make) -> None:
     async with pair(make) as (one, other):
         with pytest.raises(PeerUnreachable, match="this very node"):
             await one.connect(one.peer_id, one.addresses)
@@ -472,17 +471,15 @@ async def connecting_fails_in_words(make: Make) -> None:
         await works(one, other)
 
 
-async def dead_addresses_are_passed_over(make: Make) -> None:
+async def check_dead_addresses_are_passed_over(make: Make) -> None:
     one, other = make(), make()
     async with running(one, other):
         await one.connect(other.peer_id, ("/ip4/127.0.0.1/tcp/1", *other.addresses))
         assert one.peers == (other.peer_id,)
 
 
-async def both_dial_at_the_same_time(make: Make) -> None:
-    one, other = make(), make()
-    for host in (one, other):
-        host.handle(ECHO, echo)
+async def check_both_dial_at_the_same_time(make: Make) -> None:
+    one, other = serving(make), serving(make)
     async with running(one, other):
         one.admit(other.peer_id, True)
         other.admit(one.peer_id, True)
@@ -500,7 +497,7 @@ async def both_dial_at_the_same_time(make: Make) -> None:
         assert one.peers == other.peers == ()
 
 
-async def a_cancelled_read_takes_nothing(make: Make) -> None:
+async def check_a_cancelled_read_takes_nothing(make: Make) -> None:
     async with pair(make) as (one, other):
         for lane in Lane:
             stream = await one.open_stream(other.peer_id, ECHO, lane)
@@ -514,7 +511,7 @@ async def a_cancelled_read_takes_nothing(make: Make) -> None:
             await stream.aclose()
 
 
-async def disconnecting_breaks_every_lane(make: Make) -> None:
+async def check_disconnecting_breaks_every_lane(make: Make) -> None:
     waiting = Waiting()
     async with pair(make, waiting=waiting) as (one, other):
         streams = [await one.open_stream(other.peer_id, WAIT, lane) for lane in Lane]
@@ -537,7 +534,7 @@ async def disconnecting_breaks_every_lane(make: Make) -> None:
             await stream.aclose()
 
 
-async def last_words_are_heard(make: Make) -> None:
+async def check_last_words_are_heard(make: Make) -> None:
     """What was sent before a disconnection is read, and read before the peer is said to be gone."""
     one, other = make(), make()
     heard: list[bytes] = []
@@ -561,7 +558,7 @@ async def last_words_are_heard(make: Make) -> None:
             assert heard == [b"you are not welcome"]
 
 
-async def a_stopped_host_is_missed(make: Make) -> None:
+async def check_a_stopped_host_is_missed(make: Make) -> None:
     one, other = make(), make()
     async with running(one):
         async with running(other):
@@ -572,7 +569,7 @@ async def a_stopped_host_is_missed(make: Make) -> None:
             await one.connect(other.peer_id, other.addresses)
 
 
-async def many_streams_at_once(make: Make) -> None:
+async def check_many_streams_at_once(make: Make) -> None:
     async with pair(make) as (one, other):
         for lane in Lane:
             async with trio.open_nursery() as nursery:
@@ -581,7 +578,7 @@ async def many_streams_at_once(make: Make) -> None:
                     nursery.start_soon(works, other, one, lane)
 
 
-async def round_trips_are_known(make: Make) -> None:
+async def check_round_trips_are_known(make: Make) -> None:
     async with pair(make) as (one, other):
         with trio.fail_after(8):
             version = 0
@@ -596,28 +593,6 @@ async def round_trips_are_known(make: Make) -> None:
                 version = await one.links.wait(version)
 
 
-CHECKS: Final[tuple[Check, ...]] = (
-    streams_both_ways,
-    half_close,
-    an_end_at_once,
-    a_handler_that_raises,
-    a_reset_is_no_clean_end,
-    a_closed_stream_ends_cleanly,
-    what_is_not_served_is_declined,
-    strangers_are_declined,
-    guests_may_do_what_they_were_granted_and_nothing_else,
-    guests_come_and_go_while_it_runs,
-    withdrawn_members_are_disconnected,
-    gossip,
-    events,
-    large_transfers,
-    connecting_fails_in_words,
-    dead_addresses_are_passed_over,
-    both_dial_at_the_same_time,
-    a_cancelled_read_takes_nothing,
-    disconnecting_breaks_every_lane,
-    last_words_are_heard,
-    a_stopped_host_is_missed,
-    many_streams_at_once,
-    round_trips_are_known,
+CHECKS: Final[tuple[Check, ...]] = tuple(
+    check for name, check in list(globals().items()) if name.startswith("check_")
 )

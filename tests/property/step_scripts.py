@@ -56,7 +56,7 @@ class Script:
             if index >= begin:
                 other = tokens[: min(part.detour, self.length - position)][::-1].copy()
                 if len(other):
-                    _step(tracks, position, other, prefill=part.prefill)
+                    _step(tracks, position, other, prefill=part.prefill, wanted=False)
                 out = _step(tracks, position, tokens[position : position + part.rows], prefill=part.prefill)
             position += part.rows
         return out
@@ -75,9 +75,9 @@ def _decode(tracks: Sequence[Track], tokens: Array) -> Array:
     return _step(tracks, len(tokens) - 1, tokens[-1:], prefill=False)
 
 
-def _step(tracks: Sequence[Track], position: int, x: Array, *, prefill: bool) -> Array:
+def _step(tracks: Sequence[Track], position: int, x: Array, *, prefill: bool, wanted: bool = True) -> Array:
     for track in tracks:
-        x = track.run(position, x, prefill=prefill, wanted=True).copy()
+        x = track.run(position, x, prefill=prefill, wanted=wanted).copy()
     return x
 
 

@@ -1,16 +1,24 @@
-"""Bitswap under random messages, damaged bytes and random networks."""
+"""Bitswap: both machines in random networks and under hostile bytes, with bounded memory and work.
+
+The messages themselves are in test_wire.py, too.
+"""
 
 from __future__ import annotations
 
 import random
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocols.bitswap import client as c
+from protocols.bitswap.conduct import MAX_LACKS
 from protocols.bitswap.ledger import MAX_WINDOW_BYTES
 from protocols.bitswap.messages import (
+    MAX_BLOCK_BYTES,
+    MAX_ENTRIES,
+    MAX_MESSAGE_BYTES,
     Block,
     Entry,
     Message,
@@ -20,80 +28,15 @@ from protocols.bitswap.messages import (
     WantType,
     decode,
     encode,
-    frame_parts,
 )
-from protocols.bitswap.server import MAX_WANTS, Server
+from protocols.bitswap.server import MAX_PRESENCES, MAX_WANTS, Server
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId
-from tests.wire import damaged, survives
-
-cids = st.binary(min_size=1, max_size=40)
-entries = st.builds(
-    Entry,
-    cid=cids,
-    priority=st.integers(-(1 << 31), (1 << 31) - 1),
-    cancel=st.booleans(),
-    want_type=st.sampled_from(WantType),
-    send_dont_have=st.booleans(),
-)
-messages = st.builds(
-    Message,
-    entries=st.lists(entries, max_size=4).map(tuple),
-    full=st.booleans(),
-    blocks=st.lists(
-        st.builds(Block, prefix=st.binary(min_size=1, max_size=40), data=st.binary(max_size=40)), max_size=3
-    ).map(tuple),
-    presences=st.lists(st.builds(Presence, cid=cids, type=st.sampled_from(PresenceType)), max_size=3).map(tuple),
-    pending_bytes=st.integers(0, (1 << 31) - 1),
-)
-
-
-@given(messages)
-@settings(max_examples=150)
-def test_messages_survive_the_wire(message: Message) -> None:
-    assert decode(encode(message)) == message
-
-
-@given(messages, st.lists(st.integers(1, 50), max_size=20))
-@settings(max_examples=80)
-def test_framing_is_independent_of_the_pieces(message: Message, steps: list[int]) -> None:
-    wire = b"".join(frame_parts(message)) * 3
-    reader, got, at = MessageReader(), [], 0
-    for step in (*steps, len(wire)):
-        got += [decode(raw) for raw in reader.feed(wire[at : at + step])]
-        at += step
-    assert got == ([] if message == Message() else [message] * 3)
-
-
-@given(messages)
-@settings(max_examples=12)
-def test_damage_is_refused_or_is_another_valid_message(message: Message) -> None:
-    for data in damaged(encode(message)):
-        try:
-            again = decode(data)
-        except RemoteProtocolError as error:
-            assert len(str(error)) < 1000
-            continue
-        assert decode(encode(again)) == again
-
-
-@given(st.binary(max_size=300))
-@settings(max_examples=200)
-def test_random_bytes(data: bytes) -> None:
-    try:
-        message = decode(data)
-    except RemoteProtocolError:
-        return
-    assert decode(encode(message)) == message
-    for raw in MessageReader().feed(b"".join(frame_parts(message))):
-        assert survives(bytes(raw), decode, encode)
-
+from tests.hostile import HUGE_NUMBERS, cost, mutated, varint
+from tests.property.test_wire import BITSWAP
+from tests.trees import numbered_cid
 
 SIZE = 1 << 18
-
-
-def cid_of(number: int) -> bytes:
-    return bytes((1, 0x55, 0x12, 32)) + number.to_bytes(32, "big")
 
 
 class World:
@@ -139,7 +82,7 @@ class World:
             if entry.cancel:
                 self.wires[peer] = wire = [w for w in wire if all(cid != entry.cid for cid, _ in w[1].blocks)]
             elif kind == "corrupt":
-                wire.append((at + 0.01, c.Arrived(peer, [(cid_of(1 << 40), bytes(SIZE))])))
+                wire.append((at + 0.01, c.Arrived(peer, [(numbered_cid(1 << 40), bytes(SIZE))])))
             elif kind == "half" and number % 2:
                 wire.append((at + 0.01, c.Arrived(peer, [], [(entry.cid, PresenceType.DONT_HAVE)])))
             elif kind != "mute":
@@ -174,7 +117,7 @@ class World:
 def test_every_block_comes_once_whatever_the_peers_do(seed: int, count: int) -> None:
     world = World(seed, count)
     world.give(c.Offer(1, tuple(world.peers)))
-    world.give(c.Want(1, {cid_of(i): SIZE for i in range(count)}))
+    world.give(c.Want(1, {numbered_cid(i): SIZE for i in range(count)}))
     for peer in world.peers:
         world.up.add(peer)
         world.give(c.PeerUp(peer))
@@ -192,17 +135,30 @@ def test_every_block_comes_once_whatever_the_peers_do(seed: int, count: int) -> 
 @settings(max_examples=40)
 def test_server_answers_every_open_wish_once(seed: int) -> None:
     rng = random.Random(seed)
-    held = {cid_of(i): rng.choice([10, 2000, 1 << 20]) for i in range(30)}
+    held = {numbered_cid(i): rng.choice([10, 2000, 1 << 20]) for i in range(30)}
     server = Server(held.get)
     open_wishes: dict[tuple[PeerId, bytes], WantType] = {}
     peers = [PeerId("a"), PeerId("b"), PeerId("c")]
     under_way: list[PeerId] = []
+
+    def answer() -> bool:
+        """Whether there was one; what is in it was wished for."""
+        answer = server.next()
+        if answer is None:
+            return False
+        under_way.append(answer.peer)
+        assert answer.blocks or answer.presences
+        assert answer.size == sum(held[cid] for cid in answer.blocks)
+        for cid in (*answer.blocks, *(cid for cid, _ in answer.presences)):
+            assert open_wishes.pop((answer.peer, cid), None) is not None
+        return True
+
     for _ in range(300):
         peer = rng.choice(peers)
         choice = rng.random()
         if choice < 0.5:
             entry = Entry(
-                cid=cid_of(rng.randrange(40)),
+                cid=numbered_cid(rng.randrange(40)),
                 priority=rng.randrange(3),
                 cancel=rng.random() < 0.2,
                 want_type=rng.choice(list(WantType)),
@@ -214,22 +170,202 @@ def test_server_answers_every_open_wish_once(seed: int) -> None:
         elif under_way and choice < 0.7:
             server.done(under_way.pop())
         else:
-            answer = server.next()
-            if answer is None:
-                continue
-            under_way.append(answer.peer)
-            assert answer.blocks or answer.presences
-            assert answer.size == sum(held[cid] for cid in answer.blocks)
-            for cid in (*answer.blocks, *(cid for cid, _ in answer.presences)):
-                assert open_wishes.pop((answer.peer, cid), None) is not None
-    while under_way or (answer := server.next()) is not None:
-        if under_way:
-            server.done(under_way.pop())
-            continue
-        assert answer is not None
-        under_way.append(answer.peer)
-        for cid in (*answer.blocks, *(cid for cid, _ in answer.presences)):
-            assert open_wishes.pop((answer.peer, cid), None) is not None
+            answer()
+    while under_way or answer():
+        server.done(under_way.pop())
     assert all(cid not in held for _, cid in open_wishes)
     assert all(server.waiting(peer) == 0 for peer in peers)
     assert len(open_wishes) < MAX_WANTS
+
+
+MIB = 1 << 20
+RAW = bytes((1, 0x55, 0x12, 32))
+CALLS_PER_ITEM = 40  # of an entry, a presence, a block with all its fields
+MOST_CALLS = CALLS_PER_ITEM * MAX_ENTRIES
+MOST_BYTES = 12 * MIB
+
+
+def field(number: int, data: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(data)) + data
+
+
+def filled(piece: bytes, before: bytes = b"") -> bytes:
+    """As many pieces as a message may hold."""
+    return before + piece * ((MAX_MESSAGE_BYTES - len(before) - 16) // len(piece))
+
+
+ENTRY = field(1, b"\x0a\x01a")
+FLOODS = {
+    "entries": field(1, filled(ENTRY)),
+    "wantlists of one entry": filled(field(1, ENTRY)),
+    "empty wantlists": filled(field(1, b"")),
+    "flags of one wantlist": field(1, filled(b"\x10\x01")),
+    "unknown fields": filled(b"\x78\x01"),
+    "unknown fields of bytes": filled(b"\x7a\x00"),
+    "unknown fields in a wantlist": field(1, filled(b"\x78\x01")),
+    "CIDs of one entry": field(1, field(1, filled(b"\x0a\x01a"))),
+    "priorities of one entry": field(1, field(1, filled(b"\x10\x01", b"\x0a\x01a"))),
+    "prefixes of one block": field(3, filled(b"\x0a\x01a")),
+    "unknown fields of one block": field(3, filled(b"\x78\x01")),
+    "types of one presence": field(4, filled(b"\x10\x01", b"\x0a\x01a")),
+    "presences": filled(field(4, b"\x0a\x01a")),
+    "empty blocks": filled(field(3, b"\x0a\x01a")),
+    "pending bytes": filled(b"\x28\x01"),
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+def test_a_message_full_of_small_things_is_refused_early(flood: str) -> None:
+    data = FLOODS[flood]
+    assert MAX_MESSAGE_BYTES - 64 < len(data) <= MAX_MESSAGE_BYTES
+    spent = cost(lambda: decode(data), RemoteProtocolError)
+    assert spent.refused and spent.calls < MOST_CALLS and spent.peak < MOST_BYTES
+
+
+def test_the_largest_messages_that_are_accepted_stay_within_the_bounds() -> None:
+    entry = Entry(cid=numbered_cid(1), priority=-1, cancel=True, want_type=WantType.HAVE, send_dont_have=True)
+    for message in (
+        Message(entries=(entry,) * MAX_ENTRIES),
+        Message(presences=(Presence(cid=numbered_cid(1), type=PresenceType.DONT_HAVE),) * MAX_ENTRIES),
+        Message(blocks=(Block(prefix=RAW, data=bytes(MAX_BLOCK_BYTES)),)),
+    ):
+        data = encode(message)
+        spent = cost(lambda data=data: decode(data), RemoteProtocolError)  # type: ignore[misc]
+        assert spent.result == message and spent.calls < MOST_CALLS and spent.peak < MOST_BYTES
+
+
+@pytest.mark.parametrize("size", HUGE_NUMBERS)
+@pytest.mark.parametrize("where", ["message", "wantlist", "entry", "payload", "data", "presence", "cid"])
+def test_a_length_that_lies(where: str, size: int) -> None:
+    head = {
+        "message": b"",
+        "wantlist": b"\x0a",
+        "entry": b"\x0a\x20\x0a",
+        "payload": b"\x1a",
+        "data": b"\x1a\x20\x0a\x04\x01\x55\x12\x20\x12",
+        "presence": b"\x22",
+        "cid": b"\x22\x20\x0a",
+    }[where]
+    data = head + varint(size) + bytes(5)
+    if where == "message":
+        spent = cost(lambda: list(MessageReader().feed(data)), RemoteProtocolError)
+        assert spent.refused or (size < MAX_MESSAGE_BYTES and spent.result == [])
+    else:
+        spent = cost(lambda: decode(data), RemoteProtocolError)
+        assert spent.refused
+    assert spent.calls < 100 and spent.peak < MIB
+
+
+@given(mutated(st.lists(BITSWAP, max_size=3).map(lambda many: b"".join(field(0, encode(m))[1:] for m in many))))
+@settings(max_examples=100)
+def test_an_injured_stream_holds_one_message_at_most(data: bytes) -> None:
+    reader = MessageReader()
+    spent = cost(lambda: [decode(raw) for raw in reader.feed(data)], RemoteProtocolError)
+    assert spent.peak < MAX_MESSAGE_BYTES + MIB + 1000 * len(data)
+
+
+def test_empty_messages_without_end_are_refused() -> None:
+    reader = MessageReader()
+    spent = cost(lambda: list(reader.feed(bytes(MIB))), RemoteProtocolError)
+    assert spent.refused and spent.calls < 20_000
+    assert list(MessageReader().feed(bytes(20) + b"\x02\x28\x01" + bytes(20))) == [b"\x28\x01"]
+
+
+NO_SHA2_256 = {
+    "identity": b"\x01\x55\x00\x7f",
+    "identity of 256 MiB": b"\x01\x55\x00\xff\xff\xff\x7f",
+    "what a CIDv0 begins with": b"\x12\x20",
+    "version 0 of a raw block": b"\x00\x55\x12\x20",
+    "the length of sha2-512": b"\x01\x55\x12\x40",
+    "zeros": bytes(40),
+}
+
+
+@pytest.mark.parametrize("prefix", NO_SHA2_256.values(), ids=NO_SHA2_256.keys())
+def test_a_block_under_a_hash_that_is_not_sha2_256_is_never_taken(prefix: bytes) -> None:
+    data = encode(Message(blocks=(Block(prefix=prefix, data=b"x" * 100),)))
+    (block,) = decode(data).blocks
+    assert block.cid() is None
+    client = c.Client()
+    client.handle(c.PeerUp(PeerId("a")), 0.0)
+    client.handle(c.Offer(1, (PeerId("a"),)), 0.0)
+    client.handle(c.Want(1, {numbered_cid(1): 100}), 0.0)
+    effects = client.handle(c.Arrived(PeerId("a"), [(block.cid(), block.data)]), 0.1)
+    assert [type(effect) for effect in effects] == [c.Banned]
+
+
+def big_fetch(blocks: int) -> tuple[c.Client, PeerId]:
+    """A client that fetches a large file from a peer and a slower one."""
+    client, peer = c.Client(), PeerId("hostile")
+    client.handle(c.PeerUp(peer), 0.0)
+    client.handle(c.Offer(1, (peer,)), 0.0)
+    client.handle(c.Want(1, {numbered_cid(number): MIB for number in range(blocks)}), 0.0)
+    return client, peer
+
+
+@pytest.mark.parametrize("kind", list(PresenceType))
+def test_a_flood_of_presences_costs_the_client_little(kind: PresenceType) -> None:
+    client, peer = big_fetch(MAX_ENTRIES)
+    flood = [(numbered_cid(number), kind) for number in range(MAX_ENTRIES)]
+    spent = cost(lambda: [client.handle(c.Arrived(peer, [], flood), t / 10) for t in range(5)], RemoteProtocolError)
+    assert spent.calls < 5 * 5 * MAX_ENTRIES and spent.peak < 8 * MIB
+    assert len(client._peers[peer].lacks) <= 2 * MAX_LACKS
+    after = cost(lambda: client.handle(c.Tick(), 1.0), RemoteProtocolError)
+    assert after.calls < 2000
+
+
+def test_a_peer_that_lacks_what_it_was_asked_for_again_and_again() -> None:
+    """A queue of many blocks must not be copied whenever one of them goes back into it."""
+    client, peer = big_fetch(100_000)
+    spent = cost(lambda: _lack(client, peer, 50), RemoteProtocolError)
+    assert spent.calls < 10_000 and spent.peak < MIB
+
+
+def _lack(client: c.Client, peer: PeerId, times: int) -> None:
+    owed = list(client._peers[peer].owes)
+    for step in range(times):
+        out = client.handle(c.Arrived(peer, [], [(name, PresenceType.DONT_HAVE) for name in owed]), step * 4.0)
+        owed = [entry.cid for effect in out if isinstance(effect, c.Send) for entry in effect.message.entries]
+
+
+@given(st.lists(st.integers(0, 1 << 63), max_size=40), st.integers(-(1 << 31), (1 << 31) - 1))
+@settings(max_examples=30)
+def test_pending_bytes_may_say_anything(sizes: list[int], pending: int) -> None:
+    data = b"".join(b"\x28" + varint(size) for size in sizes) + b"\x28" + varint(pending & (1 << 64) - 1)
+    spent = cost(lambda: decode(data), RemoteProtocolError)
+    assert spent.refused or 0 <= spent.result.pending_bytes < 1 << 31
+
+
+def test_a_wantlist_of_100_000_in_many_messages_costs_the_server_little() -> None:
+    asked = 0
+
+    def size_of(_: bytes) -> int | None:
+        nonlocal asked
+        asked += 1
+        return None
+
+    server, peer = Server(size_of), PeerId("hostile")
+
+    def flood() -> None:
+        for start in range(0, 100_000, 10_000):
+            entries = tuple(Entry(cid=numbered_cid(n), send_dont_have=True) for n in range(start, start + 10_000))
+            server.handle(peer, Message(entries=entries))
+
+    spent = cost(flood, RemoteProtocolError)
+    assert asked <= MAX_WANTS and spent.peak < 16 * MIB
+    assert len(server._peers[peer].wants) <= MAX_WANTS
+    assert len(server._peers[peer].presences) <= MAX_PRESENCES
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.booleans(), st.booleans(), st.booleans()), max_size=200))
+@settings(max_examples=40)
+def test_want_and_cancel_in_any_order_leave_no_debris(steps: list[tuple[int, bool, bool, bool]]) -> None:
+    server, peer = Server(lambda name: MIB if name[-1] % 2 else None), PeerId("hostile")
+    for number, cancel, full, have in steps:
+        kind = WantType.HAVE if have else WantType.BLOCK
+        server.handle(
+            peer, Message(entries=(Entry(cid=numbered_cid(number), cancel=cancel, want_type=kind),), full=full)
+        )
+    server.handle(peer, Message(full=True))
+    assert server.waiting(peer) == 0 and server.next() is None
+    assert peer not in server._peers

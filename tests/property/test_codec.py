@@ -8,10 +8,9 @@ import cbor2
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from protocols.codec import MAX_DEPTH, decode, dumps, encode, loads
+from protocols.codec import MAX_DEPTH, dumps, loads
 from protocols.errors import RemoteProtocolError
-from tests.unit.test_codec import THINGS, Other, Thing
-from tests.wire import damaged, messages, survives
+from tests.wire import damaged
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 scalars = st.none() | st.booleans() | st.integers(-(2**64), 2**64 - 1) | st.binary(max_size=30) | texts
@@ -70,27 +69,3 @@ def test_damage_to_plain_data_is_refused_or_canonical(item: Any) -> None:
             # The reference sorts maps that mix numbers and texts otherwise; messages have numbers alone.
             sorted(again) == sorted(data)
         )
-
-
-@settings(max_examples=200)
-@given(messages(Thing) | messages(Other))
-def test_messages_come_back(item: Thing | Other) -> None:
-    if len(encode(item)) < 90:
-        assert THINGS.decode(THINGS.encode(item)) == item
-    data = encode(item)
-    assert decode(type(item), data) == item
-    assert dumps(loads(data)) == data
-
-
-@settings(max_examples=40)
-@given(messages(Thing).filter(lambda item: len(encode(item)) < 90))
-def test_damaged_messages_are_refused_or_canonical(item: Thing) -> None:
-    for data in damaged(THINGS.encode(item)):
-        survives(data, THINGS.decode, THINGS.encode)
-
-
-@settings(max_examples=500)
-@given(st.binary(max_size=120))
-def test_random_bytes_never_raise_anything_else(data: bytes) -> None:
-    survives(data, THINGS.decode, THINGS.encode)
-    survives(data, lambda raw: decode(Thing, raw), encode)

@@ -4,24 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocols.errors import RemoteProtocolError
-from protocols.frame import Frame, FrameReader, pack
+from protocols.frame import Frame, FrameReader
 
 frames = st.lists(st.builds(Frame, st.binary(max_size=40), st.binary(max_size=80)), max_size=6)
-
-
-@settings(max_examples=200)
-@given(frames, st.lists(st.integers(1, 60), min_size=1, max_size=20))
-def test_any_cut_of_the_stream_gives_the_same_frames(sent: list[Frame], cuts: list[int]) -> None:
-    data = b"".join(pack(f.header, f.body) for f in sent)
-    reader = FrameReader()
-    got: list[Frame] = []
-    at = turn = 0
-    while at < len(data):
-        size = cuts[turn % len(cuts)]
-        got += reader.feed(data[at : at + size])
-        at, turn = at + size, turn + 1
-    assert got == sent
-    assert reader.pending == 0
 
 
 @settings(max_examples=200)

@@ -9,8 +9,6 @@ from protocols.advert.messages import Span
 from protocols.errors import LocalProtocolError
 from protocols.intent import machine as intent
 from protocols.intent.machine import TRANSITIONS, Mover, State, Want
-from protocols.intent.messages import HOLDS, Held, Hold, NotHeld
-from tests.wire import damaged, messages, survives
 
 SPAN = Span(manifest="m", variant="v", first=0, last=4)
 WANTS = st.builds(
@@ -81,24 +79,3 @@ def test_any_events(events: list[intent.Event], draw: float) -> None:
                     assert loading
                     loading = released = False
         assert loading == (m.state in (State.LOADING, State.PARTING))
-
-
-@settings(max_examples=80)
-@given(messages(Hold) | messages(Held) | messages(NotHeld))
-def test_round_trip(message: Hold | Held | NotHeld) -> None:
-    assert HOLDS.decode(HOLDS.encode(message)) == message
-
-
-@settings(max_examples=20)
-@given(messages(Hold) | messages(Held) | messages(NotHeld))
-def test_damaged_messages(message: Hold | Held | NotHeld) -> None:
-    good = HOLDS.encode(message)
-    for bad in damaged(good):
-        if survives(bad, HOLDS.decode, HOLDS.encode):
-            assert HOLDS.decode(bad) != message
-
-
-@settings(max_examples=200)
-@given(st.binary(max_size=200))
-def test_random_bytes(data: bytes) -> None:
-    survives(data, HOLDS.decode, HOLDS.encode)

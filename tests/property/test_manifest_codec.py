@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,6 +12,7 @@ from protocols.errors import RemoteProtocolError
 from protocols.ids import DAG_PB, RAW, PeerId, cid_of
 from protocols.manifest.codec import open_manifest, sign_manifest
 from protocols.manifest.messages import Architecture, FileRef, Manifest, Quality, Variant
+from tests.hostile import mutated
 from tests.unit.test_manifest_codec import KEY, manifest
 
 files = st.builds(
@@ -74,16 +76,13 @@ def test_a_signed_manifest_opens_to_itself(given_manifest: Manifest) -> None:
 SIGNED = sign_manifest(KEY, manifest())
 
 
-def refused(data: bytes) -> bool:
-    try:
-        open_manifest(data)
-    except RemoteProtocolError as error:
-        return len(str(error)) > 10
-    return False
-
-
-def test_every_truncation_is_refused() -> None:
-    assert all(refused(SIGNED[:end]) for end in range(len(SIGNED)))
+@given(mutated(st.just(SIGNED)) | st.binary(max_size=300))
+@settings(max_examples=800)
+def test_other_bytes_are_refused(data: bytes) -> None:
+    if data != SIGNED:
+        with pytest.raises(RemoteProtocolError) as caught:
+            open_manifest(data)
+        assert len(str(caught.value)) > 10
 
 
 @given(st.integers(0, len(SIGNED) * 8 - 1))
@@ -91,17 +90,5 @@ def test_every_truncation_is_refused() -> None:
 def test_every_flipped_bit_is_refused(bit: int) -> None:
     data = bytearray(SIGNED)
     data[bit // 8] ^= 1 << (bit % 8)
-    assert refused(bytes(data))
-
-
-@given(st.binary(max_size=300))
-@settings(max_examples=300)
-def test_random_bytes_are_refused(data: bytes) -> None:
-    assert refused(data)
-
-
-@given(st.integers(0, len(SIGNED) - 1), st.binary(min_size=1, max_size=40))
-@settings(max_examples=200)
-def test_foreign_bytes_inside_are_refused(at: int, data: bytes) -> None:
-    changed = SIGNED[:at] + data + SIGNED[at + len(data) :]
-    assert changed == SIGNED or refused(changed)
+    with pytest.raises(RemoteProtocolError):
+        open_manifest(bytes(data))

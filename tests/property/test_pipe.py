@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocols.errors import RemoteProtocolError
+from protocols.pipe import origin as pipe
 from protocols.pipe.messages import (
-    PIPE,
     Close,
     Hop,
     HopTime,
@@ -26,23 +27,8 @@ from protocols.pipe.messages import (
     Step,
     Token,
 )
-from protocols.pipe.origin import (
-    Begin,
-    Emit,
-    Expired,
-    Failed,
-    Finished,
-    Origin,
-    OriginEffect,
-    OriginEvent,
-    OriginState,
-    PeerGone,
-    Received,
-    Send,
-    Stop,
-)
 from protocols.pipe.stage import Ran, StageSession, StageState
-from tests.wire import damaged, messages, survives
+from tests.wire import messages
 
 S = bytes(16)
 EOS = 3
@@ -95,7 +81,7 @@ class World:
 
     def __init__(self, stages: int, prompt: Rows, cuts: Sequence[int], most: int) -> None:
         route = tuple(Hop(peer=f"n{i}", incarnation=1, first=i, last=i + 1) for i in range(stages))
-        self.origin = Origin(
+        self.origin = pipe.Origin(
             session=S,
             attempt=1,
             us="me",
@@ -113,47 +99,47 @@ class World:
         self.nodes: dict[str, Node] = {}
         self.bag: list[tuple[str, str, Message, Rows]] = []
         self.tokens: list[int] = []
-        self.end: Finished | Failed | None = None
+        self.end: pipe.Finished | pipe.Failed | None = None
         self.now = 0.0
 
-    def tell(self, event: OriginEvent) -> None:
+    def tell(self, event: pipe.OriginEvent) -> None:
         """Give the origin an event and see that it ends once."""
         before, deadline = self.origin.state, self.origin.deadline
         try:
             effects = self.origin.handle(event, self.now)
         except RemoteProtocolError:
-            assert isinstance(event, Received)
+            assert isinstance(event, pipe.Received)
             assert (self.origin.state, self.origin.deadline) == (before, deadline), "an error changed something"
             return
-        if before is OriginState.CLOSED:
+        if before is pipe.OriginState.CLOSED:
             assert effects == ()
             return
-        assert (self.origin.deadline is None) == (self.origin.state is OriginState.CLOSED)
+        assert (self.origin.deadline is None) == (self.origin.state is pipe.OriginState.CLOSED)
         for effect in effects:
             self.perform(effect)
-        ended = [effect for effect in effects if isinstance(effect, Finished | Failed)]
-        assert (self.origin.state is OriginState.CLOSED) == bool(ended)
+        ended = [effect for effect in effects if isinstance(effect, pipe.Finished | pipe.Failed)]
+        assert (self.origin.state is pipe.OriginState.CLOSED) == bool(ended)
         if ended:
             assert ended == [effects[-1]], "the end is the last effect, once"
-            closed = [e.peer for e in effects if isinstance(e, Send) and isinstance(e.message, Close)]
+            closed = [e.peer for e in effects if isinstance(e, pipe.Send) and isinstance(e.message, Close)]
             assert closed == list(self.origin.peers), "every stage hears of the end"
 
-    def perform(self, effect: OriginEffect) -> None:
+    def perform(self, effect: pipe.OriginEffect) -> None:
         match effect:
-            case Send(peer, message, body):
+            case pipe.Send(peer, message, body):
                 self.bag.append(("me", peer, message, body))
-            case Emit(token, position, _):
+            case pipe.Emit(token, position, _):
                 assert self.end is None
                 assert position == len(self.prompt) + len(self.tokens), "twice, or out of order"
                 self.tokens.append(token)
-            case Finished() | Failed():
+            case pipe.Finished() | pipe.Failed():
                 assert self.end is None
                 self.end = effect
 
     def deliver(self, sender: str, receiver: str, message: Message, body: Rows) -> None:
         if receiver == "me":
             if isinstance(message, Opened | Refused | Token):
-                self.tell(Received(sender, message))
+                self.tell(pipe.Received(sender, message))
             return
         node = self.nodes.get(receiver)
         if isinstance(message, Open) and node is None:
@@ -187,8 +173,8 @@ class World:
         for _ in range(3):
             if self.origin.deadline is not None:
                 self.now = self.origin.deadline
-                self.tell(Expired())
-        assert self.origin.state is OriginState.CLOSED
+                self.tell(pipe.Expired())
+        assert self.origin.state is pipe.OriginState.CLOSED
         assert self.end is not None
 
 
@@ -198,7 +184,7 @@ def worlds(draw: st.DrawFn) -> World:
     cut = draw(st.integers(1, len(prompt)))
     cuts = (cut, len(prompt) - cut) if cut < len(prompt) else (cut,)
     world = World(draw(st.integers(1, 5)), prompt, cuts, draw(st.integers(1, 4)))
-    world.tell(Begin())
+    world.tell(pipe.Begin())
     return world
 
 
@@ -208,7 +194,7 @@ def test_in_order_the_answer_is_that_of_one_process(world: World) -> None:
     while world.bag:
         world.deliver(*world.bag.pop(0))
     assert world.tokens == world.right
-    assert world.end == Finished("eos" if world.tokens[-1] == EOS else "length")
+    assert world.end == pipe.Finished("eos" if world.tokens[-1] == EOS else "length")
     assert all(node.machine.state is StageState.CLOSED for node in world.nodes.values())
 
 
@@ -228,39 +214,23 @@ def test_any_order_loss_and_repetition(world: World, data: st.DataObject) -> Non
         world.now += 0.1
     world.pass_time()
     assert world.tokens == world.right[: len(world.tokens)]
-    assert isinstance(world.end, Failed) or world.tokens == world.right
+    assert isinstance(world.end, pipe.Failed) or world.tokens == world.right
 
 
+def lie(cls: type[Any], **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.builds(cls, session=st.just(S), attempt=st.integers(0, 2), **fields)
+
+
+NOW = st.just(0)
+INDICES, POSITIONS, HOPS = st.integers(0, 7), st.integers(0, 12), st.integers(0, 6).map(lambda n: (TIME,) * n)
+CODES = st.sampled_from(("busy", "lost", "fenced", "timeout", ""))
+ROWS = st.integers(1, 12)
 LIES = st.one_of(
-    st.builds(Opened, session=st.just(S), attempt=st.integers(0, 2), index=st.integers(0, 7)),
-    st.builds(
-        Refused,
-        session=st.just(S),
-        attempt=st.integers(0, 2),
-        index=st.integers(0, 7),
-        code=st.sampled_from(("busy", "lost", "fenced", "timeout", "")),
-        reason=st.text(max_size=5),
-    ),
-    st.builds(
-        Token,
-        session=st.just(S),
-        attempt=st.integers(0, 2),
-        position=st.integers(0, 12),
-        token=st.integers(0, 1 << 24),
-        sent_us=st.just(0),
-        times=st.integers(0, 6).map(lambda n: (TIME,) * n),
-    ),
-    st.builds(
-        Step,
-        session=st.just(S),
-        attempt=st.integers(0, 2),
-        position=st.integers(0, 12),
-        rows=st.integers(1, 12),
-        sample=st.booleans(),
-        sent_us=st.just(0),
-        times=st.integers(0, 6).map(lambda n: (TIME,) * n),
-    ),
-    st.builds(Close, session=st.just(S), attempt=st.integers(0, 2)),
+    lie(Opened, index=INDICES),
+    lie(Refused, index=INDICES, code=CODES, reason=st.text(max_size=5)),
+    lie(Token, position=POSITIONS, token=st.integers(0, 1 << 24), sent_us=NOW, times=HOPS),
+    lie(Step, position=POSITIONS, rows=ROWS, sample=st.booleans(), sent_us=NOW, times=HOPS),
+    lie(Close),
 )
 PEERS = st.sampled_from(("n0", "n1", "n2", "n3", "n4", "stranger"))
 
@@ -277,9 +247,9 @@ def test_lies_never_do_more_than_end_the_session(world: World, data: st.DataObje
             to = "me" if isinstance(lie, Opened | Refused | Token) else data.draw(PEERS)
             world.deliver(liar, to, lie, tuple(range(lie.rows)) if isinstance(lie, Step) else ())
         elif deed == "gone":
-            world.tell(PeerGone(data.draw(PEERS), "lost"))
+            world.tell(pipe.PeerGone(data.draw(PEERS), "lost"))
         elif deed == "stop" and data.draw(st.integers(0, 9)) == 0:
-            world.tell(Stop("cancelled"))
+            world.tell(pipe.Stop("cancelled"))
     world.pass_time()
 
 
@@ -292,29 +262,6 @@ def test_no_open_breaks_a_stage(opening: Open, us: str) -> None:
         return
     assert stage.hop.peer == us
     assert stage.is_last == (opening.sampling is not None)
-
-
-MESSAGES = st.one_of([messages(cls) for cls in PIPE])
-
-
-@settings(max_examples=100)
-@given(MESSAGES)
-def test_round_trip(message: Message) -> None:
-    assert PIPE.decode(PIPE.encode(message)) == message
-
-
-@settings(max_examples=20)
-@given(MESSAGES)
-def test_damaged_messages(message: Message) -> None:
-    for bad in damaged(PIPE.encode(message)):
-        if survives(bad, PIPE.decode, PIPE.encode):
-            assert PIPE.decode(bad) != message
-
-
-@settings(max_examples=200)
-@given(st.binary(max_size=200))
-def test_random_bytes(data: bytes) -> None:
-    survives(data, PIPE.decode, PIPE.encode)
 
 
 @settings(max_examples=100)

@@ -13,8 +13,9 @@ from meshnode.policy.chunking import chunks
 from meshnode.policy.mesh_view import nodes_of
 from meshnode.policy.moves import Move, decide
 from meshnode.policy.placement import Node, cover, plan, windows_of
-from protocols.advert.messages import SERVING, Advert, Serving, Span
+from protocols.advert.messages import SERVING, Serving, Span
 from protocols.ids import PeerId
+from tests.adverts import advert_named
 
 MB = 1_000_000
 
@@ -70,12 +71,8 @@ def test_a_thousand_orders_of_the_same_adverts() -> None:
     for i in range(9):
         span = Span(manifest="m", variant="v", first=2 * i, last=2 * i + 4)
         adverts.append(
-            Advert(
-                peer=f"peer-{i}",
-                incarnation=1,
-                sequence=i,
-                name="",
-                addresses=(),
+            advert_named(
+                f"peer-{i}",
                 memory_bytes=rng.randrange(40, 90) * MB,
                 layer_decode_us=rng.randrange(300, 3000),
                 serving=Serving(state=SERVING, span=span, target=None) if i % 2 else None,

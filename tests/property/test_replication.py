@@ -21,7 +21,6 @@ sizes_of = st.fixed_dictionaries({cid: st.integers(0, 20) for cid in FILES})
 replicas_of = st.integers(1, 4)
 
 
-@settings(deadline=None)
 @given(holders=peers, replicas=replicas_of, cid=st.sampled_from(FILES))
 def test_all_who_may_evict_at_once_leave_enough(holders: set[PeerId], replicas: int, cid: bytes) -> None:
     """Everybody looks, then everybody evicts: nobody sees what the others do meanwhile."""
@@ -31,7 +30,6 @@ def test_all_who_may_evict_at_once_leave_enough(holders: set[PeerId], replicas: 
     assert sum(what is Standing.LAST for what in view.values()) == 1
 
 
-@settings(deadline=None)
 @given(holders=peers, replicas=replicas_of, cid=st.sampled_from(FILES), data=st.data())
 def test_with_different_views_of_living_holders_one_copy_stays(
     holders: set[PeerId], replicas: int, cid: bytes, data: st.DataObject
@@ -44,7 +42,7 @@ def test_with_different_views_of_living_holders_one_copy_stays(
     assert any(standing(cid, peer, others, replicas) is Standing.LAST for peer, others in views.items())
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(shelves=shelves_of, sizes=sizes_of, replicas=replicas_of, data=st.data())
 def test_an_assignment_is_what_is_missing_and_fits(
     shelves: list[Shelf], sizes: dict[bytes, int], replicas: int, data: st.DataObject
@@ -68,7 +66,6 @@ def test_an_assignment_is_what_is_missing_and_fits(
             assert all(free[p] < sizes[cid] for p in able)
 
 
-@settings(deadline=None)
 @given(shelves=shelves_of, sizes=sizes_of, replicas=replicas_of)
 def test_whoever_is_late_is_stood_in_for(shelves: list[Shelf], sizes: dict[bytes, int], replicas: int) -> None:
     """With a round of lateness for every file, whoever had a part keeps it, as far as there is room."""
@@ -83,7 +80,6 @@ def test_whoever_is_late_is_stood_in_for(shelves: list[Shelf], sizes: dict[bytes
         assert after == (min(before + 1, len(others)) if before else 0)
 
 
-@settings(deadline=None)
 @given(holders=peers, cid=st.sampled_from(FILES))
 def test_a_peer_more_or_less_moves_no_other_rank(holders: set[PeerId], cid: bytes) -> None:
     order = ranked(cid, holders)

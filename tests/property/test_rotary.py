@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshnode.core.errors import ModelError
-from meshnode.engine.rotary import Function, Rotary, parse
+from meshnode.engine.rotary import Function, Rotary, is_placeholder, parse
 from tests.unit.test_rotary import apart, expected
 
 FREQUENCIES = st.lists(st.floats(-64, 64, width=32, allow_subnormal=False), min_size=1, max_size=8)
@@ -40,7 +40,9 @@ def test_a_row_depends_on_its_position_alone(
 @given(FREQUENCIES, st.floats(0, 8, width=32), st.integers(1, 10_000), FUNCTIONS)
 def test_placeholders_round_trip(frequencies: list[float], scale: float, positions: int, function: Function) -> None:
     rotary = Rotary(function, np.array(frequencies, np.float32), scale, positions)
-    read = parse(onnx.TensorProto.FromString(rotary.placeholder("t").SerializeToString()))
+    tensor = onnx.TensorProto.FromString(rotary.placeholder("t").SerializeToString())
+    assert is_placeholder(tensor) and tensor.ByteSize() < 500
+    read = parse(tensor)
     assert (read.function, read.scale, read.positions) == (function, scale, positions)
     assert read.frequencies.tobytes() == rotary.frequencies.tobytes()
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from meshnode.policy.route import NoRoute, plan_route
 from protocols.advert.messages import DRAINING, LOADING, SERVING, Advert, RoundTrip, Serving, Span
 from protocols.ids import PeerId
+from tests.adverts import advert_named
 
 LAYERS = 10
 MODEL = Span(manifest="m", variant="v", first=0, last=LAYERS)
@@ -22,12 +23,9 @@ def views(draw: st.DrawFn) -> dict[PeerId, Advert]:
         first = draw(st.integers(0, LAYERS - 1))
         span = Span(manifest="m", variant="v", first=first, last=draw(st.integers(first + 1, LAYERS)))
         state = draw(st.sampled_from((SERVING, SERVING, SERVING, DRAINING, LOADING)))
-        view[PeerId(f"peer-{i}")] = Advert(
-            peer=f"peer-{i}",
+        view[PeerId(f"peer-{i}")] = advert_named(
+            f"peer-{i}",
             incarnation=draw(st.integers(1, 3)),
-            sequence=1,
-            name="",
-            addresses=(),
             leaving=draw(st.sampled_from((False, False, True))),
             serving=Serving(
                 state=state,

@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 
 from protocols.errors import RemoteProtocolError
 from protocols.sync.machine import Key, State, Version
-from protocols.sync.messages import SYNC, Digest, Message, Records, Wanted
+from protocols.sync.messages import Digest, Message, Records, Wanted
 from tests.adverts import peer_of
 from tests.unit.test_sync import converse, machine_of
-from tests.wire import messages, survives
+from tests.wire import messages
 
 keys = st.tuples(st.sampled_from(["advert", "head", "other"]), st.integers(1, 12).map(peer_of))
 versions = st.tuples(st.integers(0, 3), st.integers(0, 3))
@@ -47,15 +47,3 @@ def test_no_sequence_of_messages_raises_anything_else(
         except RemoteProtocolError:
             assert machine.state is State.FAILED
         assert was not in (State.DONE, State.FAILED) or machine.state is State.FAILED
-
-
-@settings(max_examples=200)
-@given(any_message)
-def test_messages_come_back(message: Message) -> None:
-    assert SYNC.decode(SYNC.encode(message)) == message
-
-
-@settings(max_examples=300)
-@given(st.binary(max_size=100))
-def test_random_bytes_are_no_message(data: bytes) -> None:
-    survives(data, SYNC.decode, SYNC.encode)

@@ -5,35 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from protocols.bitswap import client as c
-from protocols.bitswap.client import (
-    Arrived,
-    Banned,
-    Client,
-    Close,
-    Found,
-    Got,
-    Offer,
-    PeerDown,
-    PeerUp,
-    Send,
-    Tick,
-    Want,
-)
 from protocols.bitswap.conduct import MAX_STRIKES, MAX_SURPLUS, RETRY_LACK_S, STALL_S
 from protocols.bitswap.ledger import MAX_WINDOW_BYTES
 from protocols.bitswap.messages import Entry, PresenceType, WantType
 from protocols.ids import PeerId
+from tests.trees import numbered_cid as cid
 
 A, B, D = PeerId("A"), PeerId("B"), PeerId("D")
 MIB = 1 << 20
 
 
-def cid(number: int) -> bytes:
-    return bytes((1, 0x55, 0x12, 32)) + number.to_bytes(32, "big")
-
-
 def wishes(effects: Iterable[object], peer: PeerId) -> list[Entry]:
-    return [e for f in effects if isinstance(f, Send) and f.peer == peer for e in f.message.entries]
+    return [e for f in effects if isinstance(f, c.Send) and f.peer == peer for e in f.message.entries]
 
 
 def asked(effects: Iterable[object], peer: PeerId) -> list[int]:
@@ -44,20 +27,20 @@ def cancelled(effects: Iterable[object], peer: PeerId) -> list[int]:
     return [int.from_bytes(e.cid[4:], "big") for e in wishes(effects, peer) if e.cancel]
 
 
-def start(*peers: PeerId, blocks: int = 100) -> tuple[Client, list[object]]:
-    client, out = Client(), []
-    client.handle(Offer(1, peers), 0.0)
+def start(*peers: PeerId, blocks: int = 100) -> tuple[c.Client, list[object]]:
+    client, out = c.Client(), []
+    client.handle(c.Offer(1, peers), 0.0)
     for peer in peers:
-        client.handle(PeerUp(peer), 0.0)
-    out += client.handle(Want(1, {cid(i): MIB for i in range(blocks)}), 0.0)
+        client.handle(c.PeerUp(peer), 0.0)
+    out += client.handle(c.Want(1, {cid(i): MIB for i in range(blocks)}), 0.0)
     return client, out
 
 
-def deliver(client: Client, peer: PeerId, number: int, now: float) -> list[object]:
-    return list(client.handle(Arrived(peer, [(cid(number), bytes(MIB))]), now))
+def deliver(client: c.Client, peer: PeerId, number: int, now: float) -> list[object]:
+    return list(client.handle(c.Arrived(peer, [(cid(number), bytes(MIB))]), now))
 
 
-def finish(client: Client, peer: PeerId, owed: list[int], now: float) -> set[int]:
+def finish(client: c.Client, peer: PeerId, owed: list[int], now: float) -> set[int]:
     """Deliver everything the peer is asked until it is asked nothing more."""
     came = set()
     while owed:
@@ -70,7 +53,7 @@ def finish(client: Client, peer: PeerId, owed: list[int], now: float) -> set[int
 def test_first_window_is_asked_in_order_and_marked_full() -> None:
     _, out = start(A)
     assert asked(out, A) == [0, 1, 2, 3]
-    sent = [f for f in out if isinstance(f, Send)]
+    sent = [f for f in out if isinstance(f, c.Send)]
     assert sent[0].message.full and all(e.send_dont_have for e in sent[0].message.entries)
 
 
@@ -78,7 +61,7 @@ def test_a_further_peer_is_asked_for_other_blocks_when_the_first_brings_little()
     client, out = start(A, B)
     assert (asked(out, A), asked(out, B)) == ([0, 2, 3, 4], [1])  # one block, to get to know it
     assert client.deadline is not None and client.deadline < 0.1
-    out = client.handle(Tick(), client.deadline)
+    out = client.handle(c.Tick(), client.deadline)
     assert (asked(out, A), asked(out, B)) == ([], [5, 6, 7])
 
 
@@ -118,25 +101,25 @@ def test_window_follows_the_measured_rate() -> None:
 def test_dont_have_is_asked_elsewhere_and_cancelled_when_it_came() -> None:
     client, out = start(A, B, blocks=2)
     assert (asked(out, A), asked(out, B)) == ([0], [1])
-    out = client.handle(Arrived(A, [], [(cid(0), PresenceType.DONT_HAVE)]), 0.1)
+    out = client.handle(c.Arrived(A, [], [(cid(0), PresenceType.DONT_HAVE)]), 0.1)
     assert asked(out, B) == [0]
     out = deliver(client, B, 0, 0.2)
     assert cancelled(out, A) == [0]  # the wish was still open there
-    assert [f.cid for f in out if isinstance(f, Got)] == [cid(0)]
+    assert [f.cid for f in out if isinstance(f, c.Got)] == [cid(0)]
 
 
 def test_a_block_that_nobody_has_is_asked_again_later() -> None:
     client, _ = start(A, blocks=1)
-    out = client.handle(Arrived(A, [], [(cid(0), PresenceType.DONT_HAVE)]), 0.1)
+    out = client.handle(c.Arrived(A, [], [(cid(0), PresenceType.DONT_HAVE)]), 0.1)
     assert asked(out, A) == []
     assert client.deadline is not None and client.deadline <= 0.1 + RETRY_LACK_S
     assert client.asked(1) == {A: "does not have it"}
-    assert asked(client.handle(Tick(), 0.1 + RETRY_LACK_S), A) == [0]
+    assert asked(client.handle(c.Tick(), 0.1 + RETRY_LACK_S), A) == [0]
 
 
 def test_blocks_of_a_lost_peer_go_to_the_next() -> None:
     client, out = start(A, B, blocks=8)
-    out += client.handle(PeerDown(A), 0.1)
+    out += client.handle(c.PeerDown(A), 0.1)
     assert finish(client, B, asked(out, B), 0.1) == set(range(8))
 
 
@@ -146,35 +129,35 @@ def test_silence_is_a_stall_then_the_peer_is_given_up() -> None:
     while not any(s.given_up for s in stalls):
         assert client.deadline is not None
         now = client.deadline
-        stalls += [f for f in client.handle(Tick(), now) if isinstance(f, c.Stalled)]
+        stalls += [f for f in client.handle(c.Tick(), now) if isinstance(f, c.Stalled)]
         assert now < 60
     assert len(stalls) == MAX_STRIKES
     assert client.owed(A) == 0
-    assert asked(client.handle(PeerUp(A), now), A) == [0, 1]
+    assert asked(client.handle(c.PeerUp(A), now), A) == [0, 1]
 
 
 def test_progress_keeps_a_slow_peer() -> None:
     client, _ = start(A, blocks=2)
     for second in range(1, 30):
         client.handle(c.Progress(A), float(second))
-        assert not [f for f in client.handle(Tick(), float(second)) if isinstance(f, c.Stalled)]
+        assert not [f for f in client.handle(c.Tick(), float(second)) if isinstance(f, c.Stalled)]
 
 
 def test_wrong_bytes_ban_the_peer_with_the_reason() -> None:
     client, first = start(A, B, blocks=8)
-    out = client.handle(Arrived(A, [(cid(999), b"lie")]), 0.1)
-    assert [f for f in out if isinstance(f, Banned)] == [
-        Banned(A, "sent 3 bytes that hash to no block it was asked for")
+    out = client.handle(c.Arrived(A, [(cid(999), b"lie")]), 0.1)
+    assert [f for f in out if isinstance(f, c.Banned)] == [
+        c.Banned(A, "sent 3 bytes that hash to no block it was asked for")
     ]
     assert finish(client, B, asked([*first, *out], B), 0.1) == set(range(8))
-    client.handle(PeerUp(A), 1.0)
+    client.handle(c.PeerUp(A), 1.0)
     assert client.owed(A) == 0
     assert client.asked(1)[A].startswith("dropped, it sent 3 bytes")
 
 
 def test_an_unknown_hash_bans_too() -> None:
     client, _ = start(A, blocks=1)
-    assert [type(f) for f in client.handle(Arrived(A, [(None, b"x")]), 0.1)] == [Banned]
+    assert [type(f) for f in client.handle(c.Arrived(A, [(None, b"x")]), 0.1)] == [c.Banned]
 
 
 def test_repeated_blocks_are_tolerated_up_to_a_limit() -> None:
@@ -183,7 +166,7 @@ def test_repeated_blocks_are_tolerated_up_to_a_limit() -> None:
     for _ in range(MAX_SURPLUS):
         assert deliver(client, A, 0, 0.2) == []
     assert client.wasted_bytes == MAX_SURPLUS * MIB
-    assert [type(f) for f in deliver(client, A, 0, 0.3)] == [Banned]
+    assert [type(f) for f in deliver(client, A, 0, 0.3)] == [c.Banned]
 
 
 def test_end_game_asks_the_fast_peer_for_what_the_slow_one_owes() -> None:
@@ -199,11 +182,11 @@ def test_end_game_asks_the_fast_peer_for_what_the_slow_one_owes() -> None:
         else:
             assert client.deadline is not None and now < STALL_S
             now = max(now, client.deadline)
-            out = client.handle(Tick(), now)
+            out = client.handle(c.Tick(), now)
         fast += asked(out, B)
         assert not asked(out, A)
     assert now < 1
-    assert not [f for f in deliver(client, A, slow[0], now + 0.02) if isinstance(f, Got | Banned)]
+    assert not [f for f in deliver(client, A, slow[0], now + 0.02) if isinstance(f, c.Got | c.Banned)]
     assert client.wasted_bytes == MIB
 
 
@@ -223,35 +206,35 @@ def test_equal_peers_get_no_duplicates() -> None:
 
 
 def test_uncertain_peers_are_asked_whether_they_have_it() -> None:
-    client = Client()
-    client.handle(PeerUp(D), 0.0)
-    client.handle(Offer(1, (D,), certain=False), 0.0)
-    out = client.handle(Want(1, {cid(0): MIB, cid(1): MIB}), 0.0)
+    client = c.Client()
+    client.handle(c.PeerUp(D), 0.0)
+    client.handle(c.Offer(1, (D,), certain=False), 0.0)
+    out = client.handle(c.Want(1, {cid(0): MIB, cid(1): MIB}), 0.0)
     assert {e.want_type for e in wishes(out, D)} == {WantType.HAVE}
-    out = client.handle(Arrived(D, [], [(cid(0), PresenceType.HAVE)]), 0.1)
+    out = client.handle(c.Arrived(D, [], [(cid(0), PresenceType.HAVE)]), 0.1)
     assert asked(out, D) == [0, 1]
     assert {e.want_type for e in wishes(out, D)} == {WantType.BLOCK}
 
 
 def test_sessions_share_a_peer_and_closing_one_cancels_only_its_own() -> None:
-    client = Client()
-    client.handle(PeerUp(A), 0.0)
-    client.handle(Offer(1, (A,)), 0.0)
-    client.handle(Offer(2, (A,)), 0.0)
-    client.handle(Want(1, {cid(0): MIB}), 0.0)
-    client.handle(Want(2, {cid(0): MIB, cid(9): MIB}), 0.0)
-    assert cancelled(client.handle(Close(1), 0.1), A) == []
+    client = c.Client()
+    client.handle(c.PeerUp(A), 0.0)
+    client.handle(c.Offer(1, (A,)), 0.0)
+    client.handle(c.Offer(2, (A,)), 0.0)
+    client.handle(c.Want(1, {cid(0): MIB}), 0.0)
+    client.handle(c.Want(2, {cid(0): MIB, cid(9): MIB}), 0.0)
+    assert cancelled(client.handle(c.Close(1), 0.1), A) == []
     out = deliver(client, A, 0, 0.2)
-    assert [f.sessions for f in out if isinstance(f, Got)] == [(2,)]
-    assert cancelled(client.handle(Close(2), 0.3), A) == [9]
+    assert [f.sessions for f in out if isinstance(f, c.Got)] == [(2,)]
+    assert cancelled(client.handle(c.Close(2), 0.3), A) == [9]
     assert client.owed(A) == 0
     assert client.deadline is None
 
 
 def test_a_new_session_starts_while_another_is_long() -> None:
     client, out = start(A)
-    client.handle(Offer(2, (A,)), 0.0)
-    client.handle(Want(2, {cid(500): MIB}), 0.0)
+    client.handle(c.Offer(2, (A,)), 0.0)
+    client.handle(c.Want(2, {cid(500): MIB}), 0.0)
     owed = asked(out, A)
     for count in range(1, 6):
         out = deliver(client, A, owed.pop(0), count / 10)
@@ -266,13 +249,13 @@ def test_a_block_found_elsewhere_is_delivered_and_taken_back_from_peers() -> Non
     assert client.unasked(1, 10) == (cid(4), cid(5))
     assert client.unasked(1, 1) == (cid(4),)
     assert client.unasked(2, 10) == ()
-    out = client.handle(Found(cid(0), b"data"), 1.0)
-    assert out[0] == Got((1,), cid(0), b"data", None)
+    out = client.handle(c.Found(cid(0), b"data"), 1.0)
+    assert out[0] == c.Got((1,), cid(0), b"data", None)
     assert cancelled(out, A) == [0]
-    assert [f for f in client.handle(Found(cid(0), b"data"), 1.0) if isinstance(f, Got)] == []
+    assert [f for f in client.handle(c.Found(cid(0), b"data"), 1.0) if isinstance(f, c.Got)] == []
     late = deliver(client, A, 0, 1.1)  # it was under way
-    assert not any(isinstance(f, Got | Banned) for f in late)
-    assert client.handle(Found(cid(5), b"data"), 1.2)[0] == Got((1,), cid(5), b"data", None)
+    assert not any(isinstance(f, c.Got | c.Banned) for f in late)
+    assert client.handle(c.Found(cid(5), b"data"), 1.2)[0] == c.Got((1,), cid(5), b"data", None)
     assert finish(client, A, [1, 2, 3, 4], 2.0) == {1, 2, 3, 4}
     assert client.deadline is None
 
@@ -284,5 +267,5 @@ def test_nothing_is_kept_about_a_peer_that_is_forgotten() -> None:
     client.handle(c.Forget(A), 1.0)
     client.handle(c.Forget(B), 1.0)
     assert client.banned == {} and client._peers == {}
-    again = client.handle(PeerUp(A), 2.0)
+    again = client.handle(c.PeerUp(A), 2.0)
     assert sorted(asked(again, A)) == [0, 1, 2, 3]

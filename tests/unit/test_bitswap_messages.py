@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 
 import pytest
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from protocols.bitswap.messages import (
     MAX_BLOCK_BYTES,
@@ -15,16 +14,15 @@ from protocols.bitswap.messages import (
     Block,
     Entry,
     Message,
-    MessageReader,
     Presence,
     PresenceType,
     WantType,
     decode,
     encode,
     encode_parts,
-    frame_parts,
 )
 from protocols.errors import LocalProtocolError, RemoteProtocolError
+from tests.protobuf_oracle import oracle
 from tests.vectors import Case, hold
 
 RAW_PREFIX = bytes((1, 0x55, 0x12, 32))
@@ -84,50 +82,30 @@ def test_vectors() -> None:
     hold("bitswap", cases, read)
 
 
-def oracle() -> type:
-    """The message class that protobuf's own runtime makes of the published definition."""
-    file = descriptor_pb2.FileDescriptorProto(name="bitswap.proto", package="bitswap", syntax="proto3")
-    kinds = {"bytes": 12, "int32": 5, "bool": 8, "uint": 13}
-
-    def declare(name: str, fields: dict[str, tuple[int, str, bool]]) -> None:
-        made = file.message_type.add(name=name)
-        for field, (number, kind, repeated) in fields.items():
-            label = 3 if repeated else 1
-            added = made.field.add(name=field, number=number, label=label, type=kinds.get(kind, 11))
-            if kind not in kinds:
-                added.type_name = f".bitswap.{kind}"
-
-    declare(
-        "Entry",
-        {
-            "block": (1, "bytes", False),
-            "priority": (2, "int32", False),
-            "cancel": (3, "bool", False),
-            "wantType": (4, "uint", False),
-            "sendDontHave": (5, "bool", False),
-        },
-    )
-    declare("Wantlist", {"entries": (1, "Entry", True), "full": (2, "bool", False)})
-    declare("Block", {"prefix": (1, "bytes", False), "data": (2, "bytes", False)})
-    declare("BlockPresence", {"cid": (1, "bytes", False), "type": (2, "uint", False)})
-    declare(
-        "Message",
-        {
-            "wantlist": (1, "Wantlist", False),
-            "payload": (3, "Block", True),
-            "blockPresences": (4, "BlockPresence", True),
-            "pendingBytes": (5, "int32", False),
-        },
-    )
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("bitswap.Message"))
+PUBLISHED = {
+    "Entry": {
+        "block": (1, "bytes"),
+        "priority": (2, "int32"),
+        "cancel": (3, "bool"),
+        "wantType": (4, "uint"),
+        "sendDontHave": (5, "bool"),
+    },
+    "Wantlist": {"entries": (1, "*Entry"), "full": (2, "bool")},
+    "Block": {"prefix": (1, "bytes"), "data": (2, "bytes")},
+    "BlockPresence": {"cid": (1, "bytes"), "type": (2, "uint")},
+    "Message": {
+        "wantlist": (1, "Wantlist"),
+        "payload": (3, "*Block"),
+        "blockPresences": (4, "*BlockPresence"),
+        "pendingBytes": (5, "int32"),
+    },
+}
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_protobuf_runtime_reads_the_same(name: str) -> None:
     ours = ACCEPTED[name]
-    theirs = oracle()()  # type: ignore[operator]
+    theirs = oracle("bitswap", PUBLISHED)()
     theirs.ParseFromString(encode(ours))
     assert [(e.block, e.priority, e.cancel, e.wantType, e.sendDontHave) for e in theirs.wantlist.entries] == [
         (e.cid, e.priority, e.cancel, e.want_type, e.send_dont_have) for e in ours.entries
@@ -186,23 +164,3 @@ def test_limits_of_what_comes() -> None:
     large = b"\x0a\x04" + RAW_PREFIX + b"\x12\x81\x80\x80\x01" + bytes(MAX_BLOCK_BYTES + 1)
     with pytest.raises(RemoteProtocolError, match="block"):
         decode(b"\x1a" + b"\x8c\x80\x80\x01" + large)
-
-
-def test_framing_in_any_pieces() -> None:
-    messages = [*ACCEPTED.values(), Message(blocks=(Block(prefix=RAW_PREFIX, data=bytes(70_000)),))]
-    wire = b"".join(part for message in messages for part in frame_parts(message))
-    for step in (1, 7, 1000, len(wire)):
-        reader = MessageReader()
-        got = [read(bytes(raw)) for at in range(0, len(wire), step) for raw in reader.feed(wire[at : at + step])]
-        assert got == [message for message in messages if message != Message()]
-        assert not reader.pending
-    reader = MessageReader()
-    list(reader.feed(wire[:-1]))
-    assert reader.pending
-
-
-@pytest.mark.parametrize("head", [b"\x81\x80\x80\x02", b"\xff\xff\xff\xff\x01", b"\x80" * 10])
-def test_a_length_above_the_limit_is_refused_before_anything_is_kept(head: bytes) -> None:
-    reader = MessageReader()
-    with pytest.raises(RemoteProtocolError):
-        list(reader.feed(head))

@@ -5,13 +5,10 @@ from __future__ import annotations
 from protocols.bitswap.messages import Entry, Message, PresenceType, WantType
 from protocols.bitswap.server import GUEST_ANSWERS, MAX_WANTS, UNDER_WAY, Answer, Server
 from protocols.ids import PeerId
+from tests.trees import numbered_cid as cid
 
 A, B = PeerId("A"), PeerId("B")
 MIB = 1 << 20
-
-
-def cid(number: int) -> bytes:
-    return bytes((1, 0x55, 0x12, 32)) + number.to_bytes(32, "big")
 
 
 def wants(*numbers: int, **fields: object) -> Message:

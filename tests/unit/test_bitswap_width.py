@@ -14,13 +14,10 @@ from protocols.bitswap.client import Arrived, Client, Event, Offer, PeerDown, Pe
 from protocols.bitswap.messages import PresenceType
 from protocols.bitswap.width import FIRST_REST_S, LAST_REST_S, Spread
 from protocols.ids import PeerId
+from tests.trees import numbered_cid as cid
 
 MIB = 1 << 20
 LATENCY = 0.002  # seconds, one way
-
-
-def cid(number: int) -> bytes:
-    return bytes((1, 0x55, 0x12, 32)) + number.to_bytes(32, "big")
 
 
 class Link:

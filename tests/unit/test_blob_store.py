@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -20,44 +21,15 @@ from meshnode.store.blob_store import BlobStore
 from meshnode.store.partial import PartialFile
 from protocols.errors import RemoteProtocolError
 from protocols.ids import DAG_CBOR, Cid, cid_matches, cid_to_bytes
-from protocols.unixfs.builder import Builder, Tree, file_cid
-from protocols.unixfs.leaf import wrap
+from protocols.unixfs.builder import file_cid
+from tests.trees import blocks_of, noise, tree_of
 
 MIB = 1 << 20
 
 
-def noise(size: int, seed: int = 0) -> bytes:
-    """Bytes in which no two chunks are equal."""
-    return hashlib.shake_128(seed.to_bytes(4, "big")).digest(size)
-
-
-def tree_of(data: bytes, chunk: int = MIB) -> Tree:
-    builder = Builder(chunk=chunk)
-    builder.update(data)
-    return builder.finish()
-
-
-def blocks_of(data: bytes, chunk: int = MIB) -> dict[bytes, bytes]:
-    tree = tree_of(data, chunk)
-    out = dict(tree.inner)
-    for index, cid in enumerate(tree.leaves):
-        offset, length = tree.layout.leaf_range(index)
-        out[cid] = data[offset : offset + length]
-    return out
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1_000
-
-    def __call__(self) -> int:
-        self.now += 1
-        return self.now
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[BlobStore]:
-    opened = BlobStore(tmp_path / "content", 100 * MIB, wall=Clock())
+    opened = BlobStore(tmp_path / "content", 100 * MIB, wall=count(1001).__next__)
     yield opened
     opened.close()
 
@@ -68,17 +40,30 @@ def source(tmp_path: Path, data: bytes, name: str = "source") -> Path:
     return path
 
 
-def fetch(store: BlobStore, data: bytes, *, blocks: int | None = None, chunk: int = MIB) -> PartialFile | Path:
+def fetch(store: BlobStore, data: bytes, *, blocks: int | None = None, **shape: Any) -> PartialFile | Path:
     """Write blocks into a partial file, at most `blocks` of them; the path when it is complete."""
-    have = blocks_of(data, chunk)
-    partial = store.open_partial(tree_of(data, chunk).root, len(data))
+    have = blocks_of(data, **shape)
+    partial = store.open_partial(tree_of(data, **shape).root, len(data))
     if isinstance(partial, Path):
         return partial
     while not partial.complete and (blocks is None or blocks > 0):
         cid = next(iter(partial.wanted()))
+        assert partial.wanted()[cid] >= len(have[cid])
         partial.write([(cid, have[cid])])
         blocks = None if blocks is None else blocks - 1
     return partial.finish() if partial.complete else partial
+
+
+def begun(store: BlobStore, data: bytes, blocks: int) -> PartialFile:
+    partial = fetch(store, data, blocks=blocks)
+    assert isinstance(partial, PartialFile)
+    return partial
+
+
+def fetched(store: BlobStore, data: bytes) -> Path:
+    path = fetch(store, data)
+    assert isinstance(path, Path) and path.read_bytes() == data
+    return path
 
 
 @pytest.mark.parametrize("size", [0, 1, MIB, MIB + 1, 3 * MIB + 5])
@@ -133,8 +118,7 @@ def test_standalone_blocks(store: BlobStore) -> None:
 
 def test_fetch_writes_a_whole_file(store: BlobStore) -> None:
     data = noise(3 * MIB + 5)
-    path = fetch(store, data)
-    assert isinstance(path, Path) and path.read_bytes() == data
+    path = fetched(store, data)
     assert store.path(file_cid(data)) == path
     assert list(store.folder.glob("files/*.part")) == []
     assert isinstance(store.open_partial(file_cid(data), len(data)), Path)
@@ -142,8 +126,7 @@ def test_fetch_writes_a_whole_file(store: BlobStore) -> None:
 
 def test_blocks_of_a_partial_file_are_served(store: BlobStore) -> None:
     data = noise(4 * MIB)
-    partial = fetch(store, data, blocks=3)
-    assert isinstance(partial, PartialFile)
+    partial = begun(store, data, blocks=3)
     served = [name for name in blocks_of(data) if store.block_size(name) is not None]
     assert len(served) == 3  # the root and two leaves
     for name in served:
@@ -154,16 +137,14 @@ def test_blocks_of_a_partial_file_are_served(store: BlobStore) -> None:
 
 def test_equal_chunks_are_written_to_every_place(store: BlobStore) -> None:
     data = bytes(5 * MIB + 7)
-    path = fetch(store, data)
-    assert isinstance(path, Path) and path.read_bytes() == data
+    fetched(store, data)
 
 
 def test_blocks_that_another_file_has_are_not_fetched(store: BlobStore, tmp_path: Path) -> None:
     shared = noise(2 * MIB)
     store.add_file(source(tmp_path, shared), pin="a")
     data = shared + noise(MIB, 7)
-    partial = store.open_partial(file_cid(data), len(data))
-    assert isinstance(partial, PartialFile)
+    partial = begun(store, data, blocks=0)
     root = cid_to_bytes(file_cid(data))
     assert list(partial.write([(root, blocks_of(data)[root])])) == [cid_to_bytes(file_cid(data[2 * MIB :]))]
     assert partial.done_bytes == 2 * MIB
@@ -172,23 +153,19 @@ def test_blocks_that_another_file_has_are_not_fetched(store: BlobStore, tmp_path
 
 def test_a_closed_fetch_goes_on_where_it_stopped(store: BlobStore) -> None:
     data = noise(6 * MIB)
-    partial = fetch(store, data, blocks=4)
-    assert isinstance(partial, PartialFile)
+    partial = begun(store, data, blocks=4)
     partial.close()
-    again = store.open_partial(file_cid(data), len(data))
-    assert isinstance(again, PartialFile)
+    again = begun(store, data, blocks=0)
     assert again.done_bytes == 3 * MIB
     assert len(again.wanted()) == 3
     again.close()
-    path = fetch(store, data)
-    assert isinstance(path, Path) and path.read_bytes() == data
+    fetched(store, data)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "overwritten", "deleted"])
 def test_a_damaged_part_is_found_out(store: BlobStore, damage: str) -> None:
     data = noise(6 * MIB)
-    partial = fetch(store, data, blocks=5)
-    assert isinstance(partial, PartialFile)
+    partial = begun(store, data, blocks=5)
     partial.close()
     (part,) = store.folder.glob("files/*.part")
     if damage == "truncated":
@@ -199,12 +176,10 @@ def test_a_damaged_part_is_found_out(store: BlobStore, damage: str) -> None:
             file.write(b"oops")
     else:
         part.unlink()
-    again = store.open_partial(file_cid(data), len(data))
-    assert isinstance(again, PartialFile)
+    again = begun(store, data, blocks=0)
     assert again.done_bytes == {"truncated": MIB, "overwritten": 3 * MIB, "deleted": 0}[damage]
     again.close()
-    path = fetch(store, data)
-    assert isinstance(path, Path) and path.read_bytes() == data
+    fetched(store, data)
 
 
 def test_kill_at_any_block_loses_at_most_that_block(tmp_path: Path) -> None:
@@ -225,8 +200,7 @@ def test_kill_at_any_block_loses_at_most_that_block(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=Path(__file__).parents[2], timeout=60, check=False)
     assert done.returncode == -9
     store = BlobStore(tmp_path / "content", 1 << 30)
-    partial = store.open_partial(file_cid(data), len(data))
-    assert isinstance(partial, PartialFile)
+    partial = begun(store, data, blocks=0)
     assert partial.done_bytes == 3 * MIB
     partial.close()
     store.close()
@@ -234,13 +208,12 @@ def test_kill_at_any_block_loses_at_most_that_block(tmp_path: Path) -> None:
 
 def test_only_one_process_fetches_a_file(store: BlobStore) -> None:
     data = noise(2 * MIB)
-    partial = fetch(store, data, blocks=1)
-    assert isinstance(partial, PartialFile)
+    partial = begun(store, data, blocks=1)
     other = BlobStore(store.folder, 100 * MIB)
     with pytest.raises(Declined, match="another process"):
         other.open_partial(file_cid(data), len(data))
     partial.close()
-    assert isinstance(fetch(other, data), Path)
+    fetched(other, data)
     assert store.path(file_cid(data)) is not None
     other.close()
 
@@ -264,11 +237,11 @@ def test_a_wrong_size_is_refused_with_a_sentence(store: BlobStore) -> None:
     with pytest.raises(ModelError):
         store.open_partial(file_cid(b"one block"), 5 * MIB)
     assert store.usage().used_bytes == len(data) + 1  # what is being fetched is reserved
-    assert isinstance(fetch(store, data), Path)
+    fetched(store, data)
 
 
 def test_least_recently_used_goes_first_and_pins_stay(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path / "content", 4 * MIB, wall=Clock())
+    store = BlobStore(tmp_path / "content", 4 * MIB, wall=count(1001).__next__)
     files = [noise(MIB, seed) for seed in range(6)]
     cids = [store.add_file(source(tmp_path, data), pin=f"p{i}") for i, data in enumerate(files[:4])]
     for name in ("p1", "p2", "p3"):
@@ -314,16 +287,6 @@ def test_where_room_can_not_be_made_nothing_is_evicted(tmp_path: Path) -> None:
     store.close()
 
 
-def test_a_file_too_large_for_the_quota_evicts_nothing(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path / "content", 3 * MIB)
-    cid = store.add_file(source(tmp_path, noise(MIB)), pin="a")
-    store.unpin("a")
-    with pytest.raises(DiskError):
-        store.open_partial(file_cid(noise(8 * MIB)), 8 * MIB)
-    assert store.path(cid) is not None
-    store.close()
-
-
 def test_a_full_disk_is_a_sentence(store: BlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eviction, "RESERVE_BYTES", shutil.disk_usage(tmp_path).free + (1 << 40))
     with pytest.raises(DiskError, match=r"the disk of .* has .* left"):
@@ -334,8 +297,7 @@ def test_running_out_of_disk_while_writing_is_a_sentence(tmp_path: Path) -> None
     """/dev/full answers every write with ENOSPC, as a full disk does."""
     store = BlobStore(tmp_path / "content", 100 * MIB)
     data = noise(3 * MIB)
-    partial = fetch(store, data, blocks=1)
-    assert isinstance(partial, PartialFile)
+    partial = begun(store, data, blocks=1)
     full = os.open("/dev/full", os.O_RDWR)
     os.dup2(full, partial._descriptor)  # type: ignore[arg-type]
     os.close(full)
@@ -349,8 +311,7 @@ def test_running_out_of_disk_while_writing_is_a_sentence(tmp_path: Path) -> None
 def test_removing_unpinned_things_spares_fetches_and_pins(store: BlobStore, tmp_path: Path) -> None:
     keep = store.add_file(source(tmp_path, noise(MIB, 1)), pin="keep")
     store.add_file(source(tmp_path, noise(MIB, 2)), pin="drop")
-    partial = fetch(store, noise(3 * MIB, 3), blocks=2)
-    assert isinstance(partial, PartialFile)
+    partial = begun(store, noise(3 * MIB, 3), blocks=2)
     store.unpin("drop")
     assert store.remove_unpinned() == MIB
     assert store.files() == {keep}
@@ -373,7 +334,7 @@ def test_a_deleted_or_edited_file_is_forgotten(store: BlobStore, tmp_path: Path)
             os.utime(path, ns=(1, 1))
         assert store.read_blocks([tree_of(data).leaves[1]]) == [None]
         assert store.path(cid) is None
-        assert isinstance(fetch(store, data), Path)
+        fetched(store, data)
 
 
 def test_leftovers_are_tidied_up_and_a_lost_index_is_rebuilt(store: BlobStore, tmp_path: Path) -> None:
@@ -396,17 +357,31 @@ def test_leftovers_are_tidied_up_and_a_lost_index_is_rebuilt(store: BlobStore, t
     BlobStore(folder, 100 * MIB).close()
 
 
-def test_files_that_other_tools_cut_smaller_are_fetched_served_and_read_in_anew(store: BlobStore) -> None:
-    data = noise(MIB + 5)
-    path = fetch(store, data, chunk=1 << 18)
-    assert isinstance(path, Path) and path.read_bytes() == data
-    for name, block in blocks_of(data, 1 << 18).items():
-        assert store.read_blocks([name]) == [block]
-    store.close()
-    for file in store.folder.glob("index.sqlite*"):
+@pytest.mark.parametrize("size", [0, 300, MIB + 5, 3 * MIB + 5])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["raw", "the default of Kubo"])
+def test_files_that_other_tools_cut_smaller_are_resumed_served_and_read_in_anew(
+    tmp_path: Path, size: int, wrapped: bool
+) -> None:
+    data, shape = noise(size), {"chunk": 1 << 18, "wrapped": wrapped, "old": wrapped}
+    for blocks in (3, None):  # the second time it goes on where the first one stopped
+        opened = BlobStore(tmp_path / "content", 100 * MIB)
+        partial = fetch(opened, data, blocks=blocks, **shape)
+        if isinstance(partial, PartialFile):
+            assert partial.done_bytes == 2 << 18
+            partial.close()
+        if blocks:
+            opened.close()
+    for name, block in blocks_of(data, **shape).items():
+        assert opened.block_size(name) == len(block)
+        assert opened.read_blocks([name]) == [block]
+    opened.close()
+    for file in opened.folder.glob("index.sqlite*"):
         file.unlink()
-    again = BlobStore(store.folder, 100 * MIB)
-    assert again.files() == {tree_of(data, 1 << 18).root}
+    again = BlobStore(tmp_path / "content", 100 * MIB)
+    root = tree_of(data, **shape).root
+    assert again.files() == {root}
+    path = again.path(root)
+    assert path is not None and path.read_bytes() == data
     again.close()
 
 
@@ -448,44 +423,6 @@ def test_an_interrupted_transaction_leaves_nothing_behind(store: BlobStore, tmp_
     assert store.path(cid) is not None
     block = store.block(cid)
     assert block is not None and cid_matches(cid, block)
-
-
-@pytest.mark.parametrize("size", [0, 300, 3 * MIB + 5])
-def test_a_file_in_kubos_default_shape_is_resumed_and_served_under_its_names(tmp_path: Path, size: int) -> None:
-    data = noise(size)
-    builder = Builder(chunk=1 << 18, wrapped=True, old=True)
-    builder.update(data)
-    tree = builder.finish()
-    have = dict(tree.inner)
-    for index, cid in enumerate(tree.leaves):
-        offset, length = tree.layout.leaf_range(index)
-        have[cid] = wrap(data[offset : offset + length])
-    for step in range(2):  # the second time it goes on where the first one stopped
-        opened = BlobStore(tmp_path / "content", 100 * MIB)
-        partial = opened.open_partial(tree.root, size)
-        assert isinstance(partial, PartialFile)
-        if step and size > MIB:
-            assert partial.done_bytes >= 4 << 18
-        while not partial.complete and (step or partial.done_bytes < 4 << 18):
-            cid = next(iter(partial.wanted()))
-            assert partial.wanted()[cid] >= len(have[cid])
-            partial.write([(cid, have[cid])])
-        if partial.complete:
-            assert partial.finish().read_bytes() == data
-            break
-        partial.close()
-        opened.close()
-    for cid, block in have.items():
-        assert opened.block_size(cid) == len(block)
-        assert opened.read_blocks([cid]) == [block]
-    opened.close()
-    (tmp_path / "content" / "index.sqlite").unlink()
-    for path in (tmp_path / "content").glob("index.sqlite-*"):
-        path.unlink()
-    again = BlobStore(tmp_path / "content", 100 * MIB)  # the index is gone: the file is read in anew
-    path = again.path(tree.root)
-    assert path is not None and path.read_bytes() == data
-    again.close()
 
 
 def test_a_file_that_somebody_wrote_into_is_told_when_it_is_dropped(store: BlobStore, tmp_path: Path) -> None:

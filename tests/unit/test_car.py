@@ -17,13 +17,10 @@ from protocols.car.messages import (
     section_head,
 )
 from protocols.errors import LocalProtocolError, RemoteProtocolError
-from protocols.ids import DAG_CBOR, DAG_PB, RAW, base58_encode, cid_from_bytes
+from protocols.ids import DAG_CBOR, DAG_PB, base58_encode, cid_from_bytes
 from protocols.protobuf import put_varint
+from tests.trees import block
 from tests.vectors import Case, hold
-
-
-def block(data: bytes, codec: int = RAW) -> Block:
-    return Block(bytes((1, codec, 0x12, 32)) + hashlib.sha256(data).digest(), data)
 
 
 def read(data: bytes, piece: int = 1 << 20) -> list[Header | Block]:

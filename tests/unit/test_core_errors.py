@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-import pytest
-
 from meshnode.core import errors
 from protocols.errors import LocalProtocolError, MeshError, ProtocolError, RemoteProtocolError
 
@@ -39,9 +37,3 @@ def test_fatal_errors_end_with_different_exit_codes() -> None:
     codes = [c.exit_code for c in (errors.FatalError, *errors.FatalError.__subclasses__())]
     assert 0 not in codes
     assert len(set(codes)) == len(codes)
-
-
-def test_errors_carry_what_they_are_about() -> None:
-    with pytest.raises(errors.Declined, match="later") as caught:
-        raise errors.Declined("busy", "later", retry_ms=200)
-    assert (caught.value.code, caught.value.retry_ms) == ("busy", 200)

@@ -60,6 +60,34 @@ def engine(problem: str) -> Finding:
     return device.check_engine("onnx", took_ms=300, rss=80_000_000, problem=problem)
 
 
+def folder(**facts: Any) -> Finding:
+    return device.check_folder(FolderFacts(**{"path": "/data", "exists": True, **facts}))
+
+
+def key(**facts: Any) -> Finding:
+    return device.check_key(KeyFacts(**{"path": KEY, "exists": True, **facts}))
+
+
+def secret(**facts: Any) -> Finding:
+    return device.check_private_files([PrivateFile(path=KEY, **facts)])
+
+
+def member(**facts: Any) -> Finding:
+    return device.check_membership(MembershipFacts(**facts), NOW)
+
+
+def settings(exists: bool = True, problem: str = "") -> Finding:
+    return device.check_config("/data/config.toml", exists=exists, problem=problem)
+
+
+def port(**facts: Any) -> Finding:
+    return device.check_port(PortFacts(address=PORT, **facts))
+
+
+def control(**facts: Any) -> Finding:
+    return node.check_control("/data", **facts)
+
+
 def lock(**facts: Any) -> list[Finding]:
     return device.check_lock(LockFacts(lock="/data/node.lock", **facts))
 
@@ -87,89 +115,37 @@ CASES: dict[str, tuple[Check, Level, str]] = {
     "python": (lambda: device.check_python((3, 11, 7)), OK, "3.11.7"),
     "python too old": (lambda: device.check_python((3, 10, 1)), WRONG, "Install Python 3.11"),
     "python too new": (lambda: device.check_python((3, 14, 0)), WARNING, "untested"),
-    "folder": (lambda: device.check_folder(FolderFacts(path="/data", exists=True)), OK, "/data"),
-    "no folder": (lambda: device.check_folder(FolderFacts(path="/data", exists=False)), WRONG, "meshnode init"),
-    "folder read-only": (
-        lambda: device.check_folder(FolderFacts(path="/data", exists=True, problem="read-only file system")),
-        WRONG,
-        "read-only file system",
-    ),
-    "folder open": (
-        lambda: device.check_folder(FolderFacts(path="/data", exists=True, mode=0o755)),
-        WARNING,
-        "chmod 700 /data",
-    ),
+    "folder": (folder, OK, "/data"),
+    "no folder": (lambda: folder(exists=False), WRONG, "meshnode init"),
+    "folder read-only": (lambda: folder(problem="read-only file system"), WRONG, "read-only file system"),
+    "folder open": (lambda: folder(mode=0o755), WARNING, "chmod 700 /data"),
     "disk": (lambda: disk(100 * GB), OK, "100GB free"),
     "disk: quota does not fit": (lambda: disk(5 * GB, used=2 * GB), WARNING, "content.quota"),
     "disk: what is used counts": (lambda: disk(5 * GB, used=16 * GB), OK, "16GB of the quota"),
     "disk: more than the quota": (lambda: disk(5 * GB, used=20 * GB, held=21 * GB), WARNING, "Raise content.quota"),
     "disk full": (lambda: disk(1000), WRONG, "Free some space"),
-    "key": (lambda: device.check_key(KeyFacts(path=KEY, exists=True, peer="12D3KooW")), OK, "12D3KooW"),
-    "key sealed": (lambda: device.check_key(KeyFacts(path=KEY, exists=True, sealed=True)), OK, "passphrase"),
-    "no key": (lambda: device.check_key(KeyFacts(path=KEY, exists=False)), WRONG, "meshnode join"),
-    "key damaged": (
-        lambda: device.check_key(KeyFacts(path=KEY, exists=True, problem="it is damaged")),
-        WRONG,
-        "backup",
-    ),
-    "permissions": (lambda: device.check_private_files([PrivateFile(path=KEY)]), OK, "1 secret files"),
-    "permissions: open": (
-        lambda: device.check_private_files([PrivateFile(path=KEY, mode=0o644)]),
-        WRONG,
-        f"chmod 600 {KEY}",
-    ),
-    "permissions: unreadable": (
-        lambda: device.check_private_files([PrivateFile(path=KEY, problem="permission denied")]),
-        WRONG,
-        "chown",
-    ),
-    "membership": (
-        lambda: device.check_membership(MembershipFacts(network="home", roles=("serve",)), NOW),
-        OK,
-        "does not expire",
-    ),
-    "membership for long": (
-        lambda: device.check_membership(MembershipFacts(network="home", expires_ms=NOW + 30 * DAY), NOW),
-        OK,
-        "30 days",
-    ),
-    "membership ends": (
-        lambda: device.check_membership(MembershipFacts(network="home", expires_ms=NOW + 2 * DAY), NOW),
-        WARNING,
-        "2.0 days",
-    ),
-    "no membership": (
-        lambda: device.check_membership(MembershipFacts(exists=False), NOW),
-        WRONG,
-        "meshnode join TICKET",
-    ),
-    "membership withdrawn": (
-        lambda: device.check_membership(MembershipFacts(problem="it was withdrawn"), NOW),
-        WRONG,
-        "Ask a member for a ticket",
-    ),
-    "config": (lambda: device.check_config("/data/config.toml", exists=True, problem=""), OK, "can be used"),
-    "config: none": (lambda: device.check_config("/data/config.toml", exists=False, problem=""), OK, "defaults"),
-    "config: wrong": (
-        lambda: device.check_config("/data/config.toml", exists=True, problem="no setting serve.memry."),
-        WRONG,
-        "serve.memry",
-    ),
+    "key": (lambda: key(peer="12D3KooW"), OK, "12D3KooW"),
+    "key sealed": (lambda: key(sealed=True), OK, "passphrase"),
+    "no key": (lambda: key(exists=False), WRONG, "meshnode join"),
+    "key damaged": (lambda: key(problem="it is damaged"), WRONG, "backup"),
+    "permissions": (secret, OK, "1 secret files"),
+    "permissions: open": (lambda: secret(mode=0o644), WRONG, f"chmod 600 {KEY}"),
+    "permissions: unreadable": (lambda: secret(problem="permission denied"), WRONG, "chown"),
+    "membership": (lambda: member(network="home", roles=("serve",)), OK, "does not expire"),
+    "membership for long": (lambda: member(network="home", expires_ms=NOW + 30 * DAY), OK, "30 days"),
+    "membership ends": (lambda: member(network="home", expires_ms=NOW + 2 * DAY), WARNING, "2.0 days"),
+    "no membership": (lambda: member(exists=False), WRONG, "meshnode join TICKET"),
+    "membership withdrawn": (lambda: member(problem="it was withdrawn"), WRONG, "Ask a member for a ticket"),
+    "config": (lambda: settings(exists=True, problem=""), OK, "can be used"),
+    "config: none": (lambda: settings(exists=False, problem=""), OK, "defaults"),
+    "config: wrong": (lambda: settings(exists=True, problem="no setting serve.memry."), WRONG, "serve.memry"),
     "swarm key": (lambda: device.check_swarm_key(""), OK, "can be used"),
     "swarm key: none": (lambda: device.check_swarm_key("can't read /k: no such file"), WRONG, "/k: no such file."),
     "state": (lambda: device.check_state("/data/state.sqlite", ""), OK, "state.sqlite"),
     "state: damaged": (lambda: device.check_state("/data/state.sqlite", "not a database"), WRONG, "move"),
-    "port": (lambda: device.check_port(PortFacts(address=PORT)), OK, "free"),
-    "port: ours": (
-        lambda: device.check_port(PortFacts(address=PORT, ours=True, problem="in use")),
-        OK,
-        "our running node",
-    ),
-    "port: taken": (
-        lambda: device.check_port(PortFacts(address=PORT, owner="nginx (process 7)", problem="in use")),
-        WRONG,
-        "by nginx (process 7)",
-    ),
+    "port": (port, OK, "free"),
+    "port: ours": (lambda: port(ours=True, problem="in use"), OK, "our running node"),
+    "port: taken": (lambda: port(owner="nginx (process 7)", problem="in use"), WRONG, "by nginx (process 7)"),
     "addresses": (lambda: device.check_addresses(["192.0.2.1", "127.0.0.1"], []), OK, "at 192.0.2.1"),
     "addresses: announced": (
         lambda: device.check_addresses([], ["/dns4/bootstrap/tcp/4331"]),
@@ -215,10 +191,10 @@ CASES: dict[str, tuple[Check, Level, str]] = {
     "leftovers: engine": (lambda: lock(orphans=(78,)), WARNING, "kill 78"),
     "reach": (lambda: device.check_reach("/ip4/192.0.2.1/tcp/4331", ""), OK, "accepts"),
     "reach: not": (lambda: device.check_reach("/ip4/192.0.2.1/tcp/4331", "no answer"), WARNING, "firewall"),
-    "node": (lambda: node.check_control("/data", running=True, took_ms=3), OK, "3 ms"),
-    "node: none": (lambda: node.check_control("/data", running=False), OK, "meshnode start --data /data"),
+    "node": (lambda: control(running=True, took_ms=3), OK, "3 ms"),
+    "node: none": (lambda: control(running=False), OK, "meshnode start --data /data"),
     "node: hung": (
-        lambda: node.check_control("/data", running=True, problem="It did not answer within 5 s.", pid=79),
+        lambda: control(running=True, problem="It did not answer within 5 s.", pid=79),
         WRONG,
         "kill -9 79",
     ),
@@ -433,15 +409,18 @@ async def test_the_engine_is_tried_in_a_process_of_its_own(kind: str) -> None:
 
 
 @pytest.mark.process
-async def test_an_engine_that_computes_something_else_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "_expected", lambda kind: trial.VOCABULARY)
-    assert f"{trial.VOCABULARY} is the right one" in (await trial.try_engine("onnx")).problem
-
-
-@pytest.mark.process
-async def test_an_engine_that_does_not_come_up_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "_write_model", lambda graph, weights: None)
-    assert "can't be read" in (await trial.try_engine("onnx")).problem
+@pytest.mark.parametrize(
+    ("part", "broken", "words"),
+    [
+        ("_expected", lambda kind: trial.VOCABULARY, f"{trial.VOCABULARY} is the right one"),
+        ("_write_model", lambda graph, weights: None, "can't be read"),
+    ],
+)
+async def test_an_engine_that_computes_something_else_or_does_not_come_up(
+    monkeypatch: pytest.MonkeyPatch, part: str, broken: Callable[..., Any], words: str
+) -> None:
+    monkeypatch.setattr(trial, part, broken)
+    assert words in (await trial.try_engine("onnx")).problem
 
 
 # ------------------------------------------------------------ the command

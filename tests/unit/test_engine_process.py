@@ -8,8 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +20,8 @@ from meshnode.engine.port import StageSpec
 from meshnode.engine.process import Deadlines, EngineProcess, load_request
 from protocols.enginewire.messages import ANSWERS, REQUESTS, Loaded, Step
 from protocols.frame import FrameReader, pack
-from tests.conformance.check_engine import PROMPT, changed, generate, ids, name
+from tests.conformance.check_engine import NULL, changed, enter, name, running, say
 from tests.conformance.tiny_model import tiny_models
-from tests.unit.test_engine_null import SPEC
-
-
-@asynccontextmanager
-async def started(spec: StageSpec = SPEC, deadlines: Deadlines | None = None) -> AsyncIterator[EngineProcess]:
-    engine = EngineProcess(spec, deadlines=deadlines)
-    await engine.start()
-    try:
-        yield engine
-    finally:
-        await engine.stop()
 
 
 def pid_of(engine: EngineProcess) -> int:
@@ -43,19 +30,19 @@ def pid_of(engine: EngineProcess) -> int:
 
 
 async def ask(engine: EngineProcess) -> None:
-    await engine.open(name(1), first=0, last=4, capacity=64, sampling=None, prompt=())
-    await engine.step(name(1), position=0, rows=2, data=ids(1, 2), sample=True)
+    await enter(engine, capacity=64)
+    await say(engine, (1, 2))
 
 
 async def test_report() -> None:
-    async with started() as engine:
+    async with running(NULL) as engine:
         report = engine.report
         assert report is not None and report.pid != os.getpid()
         assert report.decode_us > 0 and report.prefill_us >= 0 and report.weight_bytes == 0
 
 
 async def test_killed_while_idle() -> None:
-    async with started() as engine:
+    async with running(NULL) as engine:
         await ask(engine)
         os.kill(pid_of(engine), signal.SIGKILL)
         with trio.fail_after(1):
@@ -66,14 +53,14 @@ async def test_killed_while_idle() -> None:
 
 
 async def test_killed_during_a_step() -> None:
-    async with started() as engine:
+    async with running(NULL) as engine:
         await ask(engine)
         os.kill(pid_of(engine), signal.SIGSTOP)
         async with trio.open_nursery() as nursery:
 
             async def step() -> None:
                 with pytest.raises(EngineLost, match="SIGKILL"):
-                    await engine.step(name(1), position=2, rows=1, data=ids(3), sample=True)
+                    await say(engine, (3,), 2)
 
             nursery.start_soon(step)
             nursery.start_soon(step)  # waits for its turn
@@ -84,24 +71,24 @@ async def test_killed_during_a_step() -> None:
 
 
 async def test_a_step_that_hangs_is_killed_at_its_deadline() -> None:
-    async with started(deadlines=Deadlines(call=0.3)) as engine:
+    async with running(NULL, deadlines=Deadlines(call=0.3)) as engine:
         await ask(engine)
         os.kill(pid_of(engine), signal.SIGSTOP)
         with trio.fail_after(5), pytest.raises(EngineLost, match=r"not answered a Step after 0\.\d s and was killed"):
-            await engine.step(name(1), position=2, rows=1, data=ids(3), sample=True)
+            await say(engine, (3,), 2)
         with pytest.raises(EngineLost, match="not answered a Step"):
             await ask(engine)
 
 
 async def test_a_start_that_hangs_is_killed_at_its_deadline() -> None:
-    engine = EngineProcess(SPEC, deadlines=Deadlines(load=0.0))
+    engine = EngineProcess(NULL, deadlines=Deadlines(load=0.0))
     with trio.fail_after(5), pytest.raises(EngineLost, match=r"not answered a Load after 0\.0 s"):
         await engine.start()
     assert "Load" in await engine.wait_lost()
 
 
 async def test_a_cancelled_start_leaves_no_process() -> None:
-    engine = EngineProcess(SPEC)
+    engine = EngineProcess(NULL)
     with trio.CancelScope() as scope:
         scope.cancel()
         await engine.start()
@@ -112,19 +99,19 @@ async def test_a_cancelled_start_leaves_no_process() -> None:
 
 async def test_a_cancelled_caller_does_not_spare_a_hung_engine() -> None:
     """The time of a step that nobody waits for counts for the one who comes next."""
-    async with started(deadlines=Deadlines(call=0.3)) as engine:
+    async with running(NULL, deadlines=Deadlines(call=0.3)) as engine:
         await ask(engine)
         os.kill(pid_of(engine), signal.SIGSTOP)
         with trio.move_on_after(0.05):
-            await engine.step(name(1), position=2, rows=1, data=ids(3), sample=True)
+            await say(engine, (3,), 2)
         with trio.fail_after(5), pytest.raises(EngineLost, match="was killed"):
-            await engine.step(name(1), position=3, rows=1, data=ids(3), sample=True)
+            await say(engine, (3,), 3)
 
 
 async def test_the_next_caller_gets_its_own_answer() -> None:
     """A cancelled step leaves a large request and a large answer under way; both are carried away first."""
-    spec = changed(SPEC, last=2, architecture=dataclasses.replace(SPEC.architecture, hidden=4096, context=512))
-    async with started(spec) as engine:
+    spec = changed(NULL, last=2, architecture=dataclasses.replace(NULL.architecture, hidden=4096, context=512))
+    async with running(spec) as engine:
         await engine.open(name(1), first=1, last=2, capacity=512, sampling=None, prompt=())
         rows = np.arange(400 * 4096, dtype="<f4").reshape(400, 4096) % 1000  # 6.5 MB either way
         expected = await engine.step(name(1), position=0, rows=400, data=rows.tobytes(), sample=False)
@@ -143,13 +130,12 @@ async def cancel_after_turns(turns: int, scope: trio.CancelScope) -> None:
 
 
 async def test_stop_lets_a_running_step_end() -> None:
-    async with started() as engine:
+    async with running(NULL) as engine:
         await ask(engine)
         tokens: list[int | None] = []
 
         async def step() -> None:
-            result = await engine.step(name(1), position=2, rows=20, data=ids(*range(20)), sample=True)
-            tokens.append(result.token)
+            tokens.append((await say(engine, range(20), 2)).token)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(step)
@@ -180,9 +166,9 @@ def talk(sock: socket.socket, data: bytes) -> list[object]:
     return out
 
 
-LOAD = REQUESTS.encode(dataclasses.replace(load_request(SPEC), number=1))
+LOAD = REQUESTS.encode(dataclasses.replace(load_request(NULL), number=1))
 EARLY = REQUESTS.encode(Step(number=1, session=bytes(16), position=0, rows=1, sample=False, prefill=False))
-TWICE = REQUESTS.encode(dataclasses.replace(load_request(SPEC), number=2))
+TWICE = REQUESTS.encode(dataclasses.replace(load_request(NULL), number=2))
 SKIPPED = REQUESTS.encode(Step(number=9, session=bytes(16), position=0, rows=1, sample=False, prefill=False))
 
 
@@ -228,10 +214,10 @@ def test_a_child_that_comes_too_late_ends() -> None:
 PARENT = """
 import sys, time, trio
 from meshnode.engine.process import EngineProcess
-from tests.unit.test_engine_null import SPEC
+from tests.conformance.check_engine import NULL
 
 async def main():
-    engine = EngineProcess(SPEC)
+    engine = EngineProcess(NULL)
     report = await engine.start()
     print(report.pid, flush=True)
     await trio.sleep_forever()
@@ -291,13 +277,6 @@ async def test_files_that_cannot_be_used(tmp_path: Path) -> None:
 
 async def test_last_words() -> None:
     """stderr of a child that dies by itself is in the error, its last lines only."""
-    engine = EngineProcess(changed(SPEC, kind="unknown"))
+    engine = EngineProcess(changed(NULL, kind="unknown"))
     with pytest.raises(EngineLost, match=r"exit code 70\. Its last words: .*no engine of the kind 'unknown'"):
         await engine.start()
-
-
-async def test_two_engines_side_by_side() -> None:
-    async with started() as one, started() as two:
-        assert pid_of(one) != pid_of(two)
-        assert await generate([one], 3) == await generate([two], 3)
-        assert len(PROMPT) == 11

@@ -99,7 +99,3 @@ def test_a_damaged_file_is_one_sentence(tmp_path: Path, damage: str) -> None:
     )
     with pytest.raises(IdentityError, match=str(path)):
         Identity.load(tmp_path, "x")
-
-
-def test_two_nodes_never_share_a_key(tmp_path: Path) -> None:
-    assert Identity.create(tmp_path / "a").peer_id != Identity.create(tmp_path / "b").peer_id

@@ -27,6 +27,14 @@ def want(*, source: Span | None = None, leaves: bool = False, exclusive: bool = 
     return Want(target=span(4, 8), source=source, leaves=leaves, exclusive=exclusive, wait_s=1.0)
 
 
+def confirmed(want: Want) -> tuple[Mover, tuple[intent.Effect, ...]]:
+    """A mover whose wish held for its second, and what it does next."""
+    m = mover()
+    m.handle(want, 0.0)
+    m.handle(intent.Expired(), 1.0)
+    return m, m.handle(intent.Confirmed(), 1.0)
+
+
 def test_a_node_without_layers_goes_straight_to_its_place() -> None:
     m = mover()
     assert m.handle(want(), 10.0) == (intent.Announce(span(4, 8), 1),)
@@ -39,20 +47,15 @@ def test_a_node_without_layers_goes_straight_to_its_place() -> None:
 
 
 def test_make_before_break_asks_before_it_parts() -> None:
-    m = mover()
-    m.handle(want(source=span(0, 4), leaves=True), 0.0)
-    m.handle(intent.Expired(), 1.0)
-    assert m.handle(intent.Confirmed(), 1.0) == (intent.Load(span(4, 8)),)
+    m, effects = confirmed(want(source=span(0, 4), leaves=True))
+    assert effects == (intent.Load(span(4, 8)),)
     assert m.handle(intent.Loaded(), 5.0) == (intent.AskHolds(span(4, 8), False, 1),)
     assert m.state is State.PARTING
     assert m.handle(intent.Guarded(), 5.1) == (intent.Switch(span(4, 8)),)
 
 
 def test_without_promises_what_was_loaded_is_thrown_away() -> None:
-    m = mover()
-    m.handle(want(source=span(0, 4), leaves=True), 0.0)
-    m.handle(intent.Expired(), 1.0)
-    m.handle(intent.Confirmed(), 1.0)
+    m, _ = confirmed(want(source=span(0, 4), leaves=True))
     m.handle(intent.Loaded(), 5.0)
     assert m.handle(intent.Refused("nobody stays"), 6.0) == (intent.Discard(), intent.Withdraw("nobody stays"))
     assert (m.state, m.deadline) == (State.PAUSED, 16.0)
@@ -61,27 +64,20 @@ def test_without_promises_what_was_loaded_is_thrown_away() -> None:
 
 
 def test_break_before_make_asks_before_it_releases() -> None:
-    m = mover()
-    m.handle(want(source=span(0, 4), leaves=True, exclusive=True), 0.0)
-    m.handle(intent.Expired(), 1.0)
-    assert m.handle(intent.Confirmed(), 1.0) == (intent.AskHolds(span(4, 8), True, 1),)
+    m, effects = confirmed(want(source=span(0, 4), leaves=True, exclusive=True))
+    assert effects == (intent.AskHolds(span(4, 8), True, 1),)
     assert m.handle(intent.Guarded(), 2.0) == (intent.Vacate(), intent.Load(span(4, 8)))
     assert m.handle(intent.Loaded(), 3.0) == (intent.Switch(span(4, 8)),)
 
 
 def test_nothing_is_asked_when_nothing_is_at_risk() -> None:
-    m = mover()
-    m.handle(want(source=span(0, 4), exclusive=True), 0.0)
-    m.handle(intent.Expired(), 1.0)
-    assert m.handle(intent.Confirmed(), 1.0) == (intent.Vacate(), intent.Load(span(4, 8)))
+    _, effects = confirmed(want(source=span(0, 4), exclusive=True))
+    assert effects == (intent.Vacate(), intent.Load(span(4, 8)))
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
 def test_promises_that_do_not_come_end_the_move(exclusive: bool) -> None:
-    m = mover()
-    m.handle(want(source=span(0, 4), leaves=True, exclusive=exclusive), 0.0)
-    m.handle(intent.Expired(), 1.0)
-    m.handle(intent.Confirmed(), 1.0)
+    m, _ = confirmed(want(source=span(0, 4), leaves=True, exclusive=exclusive))
     if not exclusive:
         m.handle(intent.Loaded(), 1.0)
     assert m.deadline == 11.0
@@ -109,10 +105,7 @@ def test_failures_pause_longer_and_longer() -> None:
 
 
 def test_loading_for_ever_is_a_failure() -> None:
-    m = mover()
-    m.handle(want(), 0.0)
-    m.handle(intent.Expired(), 1.0)
-    m.handle(intent.Confirmed(), 1.0)
+    m, _ = confirmed(want())
     assert m.deadline == 601.0
     assert m.handle(intent.Expired(), 601.0)[0] == intent.Discard()
     assert m.failures == 1

@@ -44,12 +44,6 @@ def test_one_wrong_character_is_found(place: int) -> None:
         parse_ticket(wrong)
 
 
-@pytest.mark.parametrize("cut", [1, 2, 5, 40, 300])
-def test_a_cut_ticket_is_damaged(cut: int) -> None:
-    with pytest.raises(RemoteProtocolError, match="damaged"):
-        parse_ticket(format_ticket(TICKET)[:-cut])
-
-
 @pytest.mark.parametrize("text", ["", "hello", "meshnode2abc", "x" * 20_000, PREFIX + "é"])
 def test_what_is_no_ticket(text: str) -> None:
     with pytest.raises(RemoteProtocolError):

@@ -12,9 +12,10 @@ from meshnode.policy.moves import Move, decide, still_right, unserved
 from meshnode.policy.placement import Node, cover, plan, windows_of
 from meshnode.policy.precedence import outranked, rank
 from meshnode.policy.prediction import predict
-from protocols.advert.messages import DRAINING, INTENT, LOADING, SERVING, Advert, Serving, Span
+from protocols.advert.messages import DRAINING, INTENT, LOADING, SERVING, Serving, Span
 from protocols.ids import RAW, PeerId, cid_of
 from protocols.manifest.messages import FileRef
+from tests.adverts import advert_named
 from tests.manifests import manifest_of
 
 MB = 1 << 20
@@ -222,45 +223,24 @@ def test_the_fastest_chain_uses_the_fast_node_for_the_overlap() -> None:
 
 
 def test_adverts_become_nodes() -> None:
-    def advert(name: str, memory: int, serving: Serving | None, **fields: object) -> Advert:
-        return Advert(
-            **{  # type: ignore[arg-type]
-                "peer": name,
-                "incarnation": 1,
-                "sequence": 1,
-                "name": name,
-                "addresses": (),
-                "serving": serving,
-                "memory_bytes": memory,
-                **fields,
-            }
-        )
-
     def span(first: int, last: int, manifest: str = "m") -> Span:
         return Span(manifest=manifest, variant="int4", first=first, last=last)
 
-    view = {
-        PeerId(a.peer): a
-        for a in (
-            advert(
-                "a", 100, Serving(state=SERVING, span=span(0, 4), target=span(4, 8), epoch=3), layer_decode_us=500
-            ),
-            advert("b", 100, Serving(state=INTENT, span=None, target=span(4, 8))),
-            advert("c", 100, Serving(state=SERVING, span=span(0, 4, "old"), target=None)),
-            advert("d", 0, None),
-            advert("e", 100, None, leaving=True),
-            advert("f", 100, Serving(state=DRAINING, span=span(8, 12), target=None)),
-            advert("g", 100, Serving(state=LOADING, span=None, target=span(8, 99))),
-        )
+    moving = Serving(state=SERVING, span=span(0, 4), target=span(4, 8), epoch=3)
+    others = {
+        "b": Serving(state=INTENT, span=None, target=span(4, 8)),
+        "c": Serving(state=SERVING, span=span(0, 4, "old"), target=None),
+        "f": Serving(state=DRAINING, span=span(8, 12), target=None),
+        "g": Serving(state=LOADING, span=None, target=span(8, 99)),
     }
+    view = {PeerId(name): advert_named(name, memory_bytes=100, serving=serving) for name, serving in others.items()}
+    view[PeerId("a")] = advert_named("a", memory_bytes=100, serving=moving, layer_decode_us=500)
+    view[PeerId("d")] = advert_named("d", memory_bytes=0)
+    view[PeerId("e")] = advert_named("e", memory_bytes=100, leaving=True)
     nodes = {n.peer: n for n in nodes_of(view, "m", "int4", 12)}
     assert sorted(nodes) == ["a", "b", "c", "f", "g"]
-    assert (nodes["a"].span, nodes["a"].target, nodes["a"].epoch, nodes["a"].rate) == (
-        (0, 4),
-        (4, 8),
-        3,
-        1_000_000_000 // 512,
-    )
+    assert (nodes["a"].span, nodes["a"].target, nodes["a"].epoch) == ((0, 4), (4, 8), 3)
+    assert nodes["a"].rate == 1_000_000_000 // 512
     assert nodes["b"].tentative
     assert nodes["b"].rate == nodes["a"].rate, "not measured yet: the median of the others"
     assert nodes["c"].span is None

@@ -69,16 +69,6 @@ def test_the_scale_is_applied_in_float32() -> None:
     assert np.array_equal(Rotary("cos", SMOLLM2, 1.19, 300).table(), plain * np.float32(1.19))
 
 
-def test_a_placeholder_says_it_all() -> None:
-    tensor = Rotary("sin", SMOLLM2, 1.5, 8192).placeholder("model.rotary_emb.sin_cache")
-    assert tensor.ByteSize() < 500
-    again = onnx.TensorProto.FromString(tensor.SerializeToString())
-    assert is_placeholder(again)
-    read = parse(again)
-    assert (read.function, read.scale, read.positions) == ("sin", 1.5, 8192)
-    assert np.array_equal(read.frequencies, SMOLLM2)
-
-
 def test_other_tensors_are_none() -> None:
     inline = onnx.numpy_helper.from_array(np.zeros((4, 4), np.float32), "table")
     assert not is_placeholder(inline)

@@ -31,15 +31,13 @@ def test_only_the_owner_can_read_it(database: Database, path: Path) -> None:
     assert all(file.stat().st_mode & 0o077 == 0 for file in path.parent.iterdir())
 
 
-def test_a_file_that_is_no_database_is_one_sentence(path: Path) -> None:
+@pytest.mark.parametrize("what", ["no database", "a folder"])
+def test_what_is_in_its_place_is_one_sentence(path: Path, what: str) -> None:
     path.parent.mkdir()
-    path.write_bytes(b"this is no database, and long enough to be seen as one" * 100)
-    with pytest.raises(DiskError, match=str(path)):
-        Database(path)
-
-
-def test_a_folder_in_its_place_is_one_sentence(path: Path) -> None:
-    path.mkdir(parents=True)
+    if what == "a folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b"this is no database, and long enough to be seen as one" * 100)
     with pytest.raises(DiskError, match=str(path)):
         Database(path)
 

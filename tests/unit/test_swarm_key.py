@@ -27,14 +27,14 @@ def test_the_vector_of_the_paper() -> None:
 
 
 @given(key=st.binary(min_size=32, max_size=32), nonce=st.binary(min_size=24, max_size=24), data=st.binary())
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_the_stream_is_that_of_libsodium(key: bytes, nonce: bytes, data: bytes) -> None:
     """secretbox puts 16 bytes of authenticator before its text and uses the first 32 of the stream for that."""
     assert xsalsa20(key, nonce).encrypt(bytes(32) + data)[32:] == crypto_secretbox(data, nonce, key)[16:]
 
 
 @given(pieces=st.lists(st.binary(max_size=200)), cuts=st.lists(st.integers(1, 100), min_size=1))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_a_connection_can_be_cut_anywhere(pieces: list[bytes], cuts: list[int]) -> None:
     one, other = Cover(KEY), Cover(KEY)
     pieces = [GREETING, *pieces]
@@ -49,7 +49,7 @@ def test_a_connection_can_be_cut_anywhere(pieces: list[bytes], cuts: list[int]) 
 
 
 @given(sent=st.binary(min_size=44))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_another_key_or_none_is_told_by_the_first_bytes(sent: bytes) -> None:
     with pytest.raises(RemoteProtocolError, match="swarm key"):
         Cover(KEY).open(sent)

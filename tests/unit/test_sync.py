@@ -5,7 +5,6 @@ import pytest
 from protocols.codec import dumps
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import public_key_of
-from protocols.sync import machine as sync
 from protocols.sync.machine import TRANSITIONS, Finished, Key, Send, State, SyncMachine, Take, Version
 from protocols.sync.messages import (
     MAX_ENTRIES,
@@ -23,7 +22,6 @@ from protocols.sync.messages import (
 )
 from tests.adverts import peer_of
 from tests.vectors import PROTOCOLS, Case, hold
-from tests.wire import damaged, survives
 
 Snapshot = dict[Key, tuple[Version, bytes]]
 
@@ -225,14 +223,3 @@ def test_vectors() -> None:
         ],
         SYNC.decode,
     )
-
-
-def test_damaged_messages_are_refused_or_canonical() -> None:
-    for message in (Digest(held=(Held(name=name(1), incarnation=1, sequence=7),)), Wanted(names=(name(1),))):
-        for data in damaged(SYNC.encode(message)):
-            survives(data, SYNC.decode, SYNC.encode)
-
-
-def test_the_machine_is_generic() -> None:
-    """It knows nothing of what the records say."""
-    assert not {"Advert", "Announcement"} & set(vars(sync))
