@@ -100,7 +100,8 @@ class Heartbeat:
             nursery.start_soon(self._beat_forever)
             silence, heard, before = 0.0, self._peer.heard_at(), trio.current_time()
             while silence < self._rhythm.silence_s:
-                tick = min(self._rhythm.period_s, self._rhythm.silence_s - silence)
+                left, period = self._rhythm.silence_s - silence, self._rhythm.period_s
+                tick = left - period if left > 2 * period else min(period, left)  # a closer look towards the end
                 await trio.sleep(tick)
                 now, last = trio.current_time(), self._peer.heard_at()
                 awake = min(now - before, tick + LATE_S)

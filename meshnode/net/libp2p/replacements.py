@@ -152,14 +152,19 @@ class GuardedStream(IMuxedStream):  # type: ignore[misc]  # the library has no t
     def __init__(self, stream: YamuxStream, muxed_conn: GuardedMuxer) -> None:
         self.stream = stream
         self.muxed_conn = muxed_conn
+        self._unread = b""
 
     async def read(self, n: int | None = None) -> bytes:
-        try:
-            data = await self.stream.receive_some(READ_BYTES if n is None or n < 0 else n)
-        except PeerUnreachable as error:
-            raise MuxedStreamReset(str(error)) from error
-        if not data:
-            raise MuxedStreamEOF("the stream has ended")
+        """Up to n bytes. The library reads the length of a message byte by byte; each need not be a round of trio."""
+        if not self._unread:
+            try:
+                self._unread = await self.stream.receive_some(READ_BYTES)
+            except PeerUnreachable as error:
+                raise MuxedStreamReset(str(error)) from error
+            if not self._unread:
+                raise MuxedStreamEOF("the stream has ended")
+        size = len(self._unread) if n is None or n < 0 else n
+        data, self._unread = self._unread[:size], self._unread[size:]
         return data
 
     async def write(self, data: bytes) -> None:
@@ -541,7 +546,6 @@ class Libp2pStack:
         """Take part in a topic."""
 
         async def valid(forwarder: Any, message: Any) -> bool:
-            await trio.lowlevel.checkpoint()
             try:
                 return forwarder == self.pubsub.my_id or take(PeerId(str(forwarder)), message.data)
             except Exception:  # noqa: BLE001 - the border: a bug in a taker costs its message, not the process
