@@ -50,6 +50,8 @@ from tests.services.test_external_peers import noise
 from tests.services.test_external_peers import world as content_world
 from tests.unit.membership_actors import peer_of_key
 
+pytestmark = pytest.mark.slow  # waits in real time
+
 US, PROVIDER = peer_of_key("us"), peer_of_key("provider")
 CID = cid_of(RAW, b"a block")
 KEY = block_key(cid_to_bytes(CID))

@@ -52,6 +52,8 @@ from tests.refs import ref
 from tests.services.membership_mesh import ECHO, open_mesh
 from tests.unit.membership_actors import peer_of_key
 
+pytestmark = pytest.mark.slow  # waits in real time
+
 US, MEMBER, GUEST, OTHER = (peer_of_key(name) for name in ("us", "member", "guest", "other guest"))
 SIZE = (3 << 20) + 17
 

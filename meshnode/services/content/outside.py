@@ -49,11 +49,11 @@ class Search:
 
     @property
     def trouble(self) -> str:
-        """What the sources said last, or have said until now to the question that is under way."""
-        for cid in self._under_way:
-            if words := self._outside.so_far(cid):
-                return f"sources outside the mesh: {words}"
-        return self._said
+        """What the sources said to the last question that has ended; before, what they have said to one under way."""
+        if self._said:
+            return self._said
+        said = (self._outside.so_far(cid) for cid in self._under_way)
+        return next((f"sources outside the mesh: {words}" for words in said if words), "")
 
     async def run(self) -> None:
         """Search until cancelled."""
