@@ -304,6 +304,7 @@ async def test_engines_are_ended_with_the_node(autojump_clock: MockClock) -> Non
 
 
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.slow
 async def test_a_lossy_mesh_never_loses_a_layer_by_a_move(autojump_clock: MockClock, seed: int) -> None:
     """Random limits, loss, delays, crashes and leavers; the mesh heals whenever the survivors can hold the model."""
     rng = random.Random(seed)
@@ -335,6 +336,7 @@ def survivors_fit(mesh: Coverage) -> bool:
     return not plan(FACTS, [Node(peer=name, memory_bytes=size) for name, size in given.items()]).holes
 
 
+@pytest.mark.slow
 async def test_both_sides_of_a_partition_cover_themselves_and_find_together(
     mesh: Coverage, autojump_clock: MockClock
 ) -> None:

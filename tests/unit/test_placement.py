@@ -250,6 +250,7 @@ def test_adverts_become_nodes() -> None:
     assert alone[0].rate == 1_000_000_000 // coarse_us(UNMEASURED_LAYER_US)
 
 
+@pytest.mark.slow
 def test_the_planner_reaches_the_optimum_nearly() -> None:
     """A few of the seeded cases of `python -m meshnode.bench.placement`, with little time for the MILP."""
     result = measure(range(3), limit_s=1.0)
