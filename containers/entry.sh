@@ -39,7 +39,7 @@ make_network() {
 run_node() {
     if ! is_member; then
         [ -s "$ticket" ] || fail "this node is in no network, and there is no ticket in $ticket; run: docker compose up"
-        meshnode join "$(cat "$ticket")"
+        meshnode join --ticket-file "$ticket"  # an argument could be read by others
     fi
     exec meshnode start "$@"
 }

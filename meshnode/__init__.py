@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from meshnode import errors
     from meshnode.aclient import AsyncClient, AsyncStream, aconnect
     from meshnode.api.messages import Answer, Piece, Receipt, Status
-    from meshnode.api.question import Question
     from meshnode.client import Client, Stream, connect
     from meshnode.embed import LocalNode, open_node
+    from meshnode.text.question import Question
 
 __version__ = "0.1.0"
 
@@ -42,7 +42,7 @@ _HOMES = {
     "Client": "meshnode.client",
     "LocalNode": "meshnode.embed",
     "Piece": "meshnode.api.messages",
-    "Question": "meshnode.api.question",
+    "Question": "meshnode.text.question",
     "Receipt": "meshnode.api.messages",
     "Status": "meshnode.api.messages",
     "Stream": "meshnode.client",

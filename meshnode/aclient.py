@@ -8,7 +8,7 @@ async with meshnode.aconnect() as node:
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Protocol, Self, Unpack
@@ -16,11 +16,12 @@ from typing import Any, Final, Protocol, Self, Unpack
 import anyio
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from meshnode.api.messages import Answer, Json, Piece, Status
-from meshnode.api.question import Options, Prompt, Question, question
-from meshnode.client import gone, not_running, read_line, request_line
+from meshnode.api.messages import Answer, Embedding, Json, Judgement, Piece, ReleaseStatus, RolledBack, Status
+from meshnode.client import absolute, gone, judgement, not_running, read_line, request_line
 from meshnode.core.errors import Declined, NodeError
+from meshnode.core.listener_owner import check_listener
 from meshnode.core.paths import Paths, data_folder
+from meshnode.text.question import Options, Prompt, Question, question
 
 MAX_ANSWER_BYTES: Final = 1 << 26  # one line; a whole answer in tokens and text is far smaller
 
@@ -64,7 +65,7 @@ class AsyncStream(AsyncIterator[Piece]):
             elif "done" in answer:
                 self.answer = Answer.read(answer["done"])
             else:
-                return Piece(answer["text"], answer["token"])
+                return Piece.read(answer)
         raise StopAsyncIteration
 
     async def whole(self) -> Answer:
@@ -115,6 +116,15 @@ class AsyncClient:
         self._streams = [other for other in self._streams if other.answer is None] + [stream]
         return stream
 
+    async def embed(self, text: str | Sequence[int], *, adapter: str | None = None) -> Embedding:
+        """A text, or token ids, as one vector; see `Client.embed`. If cancelled: the work ends on every stage."""
+        asked = text if isinstance(text, str) else list(text)
+        return Embedding.read(await self._done("embed", input=asked, adapter=adapter))
+
+    async def feedback(self, answer: Answer | str, correct: bool, *, label: str = "") -> Judgement:
+        """Say whether an answer of this node was right; see `Client.feedback`."""
+        return Judgement.read(await self._done("feedback", **judgement(answer, correct, label)))
+
     async def status(self) -> Status:
         """Everything that `meshnode status` shows."""
         return Status.read(await self._done("status"))
@@ -128,6 +138,31 @@ class AsyncClient:
     async def serve(self, model: str, *, variant: str | None = None) -> None:
         """Have the network serve a model that this node knows; see `Client.serve`."""
         await self._done("serve", model=model, variant=variant)
+
+    async def retract(self) -> None:
+        """Take back this node's word about which model the network serves; see `Client.retract`."""
+        await self._done("retract")
+
+    async def releases(self) -> tuple[ReleaseStatus, ...]:
+        """Adapters that are proposed, rolled out, released or revoked, the newest first."""
+        return tuple(ReleaseStatus.read(one) for one in await self._done("releases"))
+
+    async def propose(self, adapter: str) -> ReleaseStatus:
+        """Propose an adapter in place of what is released; see `Client.propose`."""
+        return ReleaseStatus.read(await self._done("propose", adapter=adapter))
+
+    async def roll_back(self, release: str = "", *, why: str = "") -> RolledBack:
+        """Go back from an adapter; see `Client.roll_back`."""
+        return RolledBack.read(await self._done("roll-back", release=release, why=why))
+
+    async def learn_start(self, suite: str | os.PathLike[str], **options: object) -> Json:
+        """Have the network learn; see `Client.learn_start`."""
+        answer: Json = await self._done("learn-start", suite=absolute(suite), **options)
+        return answer
+
+    async def learn_stop(self) -> None:
+        """Take back the lesson that this node has given; see `Client.learn_stop`."""
+        await self._done("learn-stop")
 
     async def stop(self) -> None:
         """Have the node hand over its layers and stop. Returns as soon as it has begun to."""
@@ -164,7 +199,16 @@ class _Socket:
 
 
 async def _connect(folder: Path) -> anyio.abc.ByteStream:
+    """Raises NotRunning; DiskError when it is somebody else who listens."""
+    paths = Paths(folder)
+    paths.check_socket_folder()
     try:
-        return await anyio.connect_unix(Paths(folder).control_socket)
+        stream = await anyio.connect_unix(paths.control_socket)
     except OSError:
         raise not_running(folder) from None
+    try:
+        check_listener(stream.extra(anyio.abc.SocketAttribute.raw_socket), paths)
+    except BaseException:
+        await anyio.aclose_forcefully(stream)
+        raise
+    return stream

@@ -5,13 +5,15 @@ from __future__ import annotations
 import fcntl
 import os
 import random
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import psutil
 
+from meshnode.activity import Activity
 from meshnode.config.settings import Config
 from meshnode.core.clock import monotonic, wall_ms
 from meshnode.core.errors import ConfigError
@@ -24,12 +26,22 @@ from meshnode.ipfs.rpc import IpfsApi
 from meshnode.membership.identity import Identity
 from meshnode.membership.network import load_network
 from meshnode.net.libp2p.host import Libp2pHost
+from meshnode.net.multicast import Multicast
 from meshnode.net.swarm_key import load_swarm_key
 from meshnode.parts import Machine, Parts
+from meshnode.policy.idle import DeviceFacts
+from meshnode.state.budget import Budget, Limit
 from meshnode.state.database import Database
+from meshnode.state.open_samples import open_samples
+from meshnode.state.private_steps import PrivateSteps
+from meshnode.state.sealing import samples_key
 from meshnode.store.cipher import Cipher
 from meshnode.store.open import open_store
 from meshnode.store.os_files import remove_abandoned
+from meshnode.text.process import open_tokenizer
+
+if TYPE_CHECKING:
+    from meshnode.trainer.process import TrainerProcess
 
 
 def assemble(config: Config, identity: Identity, stack: ExitStack) -> Parts:
@@ -45,6 +57,12 @@ def assemble(config: Config, identity: Identity, stack: ExitStack) -> Parts:
     cipher = partial(Cipher, identity.seed, membership.network_id)
     content = config.content
     store = stack.enter_context(open_store(paths.content, content.quota, cipher, encrypt=content.encrypt))
+    learn = config.learn
+    key = partial(samples_key, identity.seed, membership.network_id)
+    samples = stack.enter_context(
+        open_samples(paths.samples, learn.max_samples, learn.max_size, key, encrypt=content.encrypt)
+    )
+    trainer = trainer_of(config)
     health = Health(monotonic)
     daemon = IpfsApi(config.content.ipfs_api, health) if config.content.ipfs_api else None
     gateways = tuple(Gateway(url, health) for url in config.content.gateways)
@@ -57,9 +75,16 @@ def assemble(config: Config, identity: Identity, stack: ExitStack) -> Parts:
             announce=config.network.announce,
             swarm_key=load_swarm_key(config.network.swarm_key),
         ),
+        local_network=Multicast() if config.network.local_discovery else None,
         store=store,
         state=database,
+        samples=samples,
+        trainer=trainer,
+        private=private_steps_of(config, stack),
+        activity=activity_of(trainer),
+        learned=paths.learned,
         engine=EngineProcess,
+        tokenizer=open_tokenizer,
         sources=gateways if daemon is None else (daemon, *gateways),
         daemon=daemon,
         machine=this_machine(config.node.name or membership.name or os.uname().nodename),
@@ -68,6 +93,34 @@ def assemble(config: Config, identity: Identity, stack: ExitStack) -> Parts:
         rng=random.Random(os.urandom(16)),
         workers=Threads(),
     )
+
+
+def trainer_of(config: Config) -> TrainerProcess | None:
+    """What trains here; nothing starts yet. None when the owner does not want that."""
+    if not config.learn.enabled:
+        return None
+    from meshnode.trainer.process import TrainerProcess  # brings numpy, which a node that only serves does not need
+
+    return TrainerProcess()
+
+
+def private_steps_of(config: Config, stack: ExitStack) -> PrivateSteps | None:
+    """None when the owner does not ask for differential privacy. Raises DiskError."""
+    learn = config.learn
+    if not (learn.enabled and learn.epsilon):
+        return None
+    budget = stack.enter_context(Budget(config.paths.privacy))
+    return PrivateSteps(budget, Limit(epsilon=learn.epsilon, delta=learn.delta), learn.privacy_steps)
+
+
+def activity_of(trainer: TrainerProcess | None) -> Callable[[], DeviceFacts]:
+    """How busy this device is with everything but its training."""
+    activity = Activity()
+
+    def read() -> DeviceFacts:
+        return activity.read(() if trainer is None else trainer.pids)
+
+    return read
 
 
 def this_machine(name: str) -> Machine:

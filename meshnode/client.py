@@ -9,16 +9,27 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, Unpack
 
-from meshnode.api.messages import Answer, Json, Piece, Status, read_error
-from meshnode.api.question import Options, Prompt, Question, question
-from meshnode.core.errors import Declined, NodeError, NotRunning
+from meshnode.api.messages import (
+    Answer,
+    Embedding,
+    Json,
+    Judgement,
+    Piece,
+    ReleaseStatus,
+    RolledBack,
+    Status,
+    read_error,
+)
+from meshnode.core.errors import BadRequest, Declined, NodeError, NotRunning
+from meshnode.core.listener_owner import check_listener
 from meshnode.core.paths import Paths, data_folder
+from meshnode.text.question import Options, Prompt, Question, question
 
 SECONDS: Final = 10.0  # for an answer that a node has at hand
 GRACE_S: Final = 10.0  # beside the time that a command itself takes
@@ -59,7 +70,7 @@ class Stream(Iterator[Piece]):
             elif "done" in answer:
                 self.answer = Answer.read(answer["done"])
             else:
-                return Piece(answer["text"], answer["token"])
+                return Piece.read(answer)
         raise StopIteration
 
     def whole(self) -> Answer:
@@ -119,6 +130,27 @@ class Client:
         """
         return Stream(self.request("generate", self._timeout, **question.as_json()), waiting)
 
+    def embed(self, text: str | Sequence[int], *, adapter: str | None = None) -> Embedding:
+        """A text, or token ids, as one vector: the mean of its tokens' hidden states after the last layer.
+
+        adapter: as in `Options`.
+
+        Raises as `generate`; Declined `no-pooling` when the served model gives no vectors.
+        """
+        asked = text if isinstance(text, str) else list(text)
+        return Embedding.read(self._done("embed", self._timeout, input=asked, adapter=adapter))
+
+    def feedback(self, answer: Answer | str, correct: bool, *, label: str = "") -> Judgement:
+        """Say whether an answer of this node was right, so that it can learn from that. The last word counts.
+
+        Args:
+          answer: what `generate` gave, or its id.
+          label: what would have been right; without one, a wrong answer is counted and nothing is learned from it.
+
+        Raises BadRequest: the answer is not kept (any more), or the label can't be one.
+        """
+        return Judgement.read(self._done("feedback", SECONDS, **judgement(answer, correct, label)))
+
     # ------------------------------------------------------------ the node
 
     def check(self) -> None:
@@ -152,6 +184,10 @@ class Client:
         """
         self._done("serve", SECONDS, model=model, variant=variant)
 
+    def retract(self) -> None:
+        """Take back this node's word about which model the network serves: that of others counts again."""
+        self._done("retract", SECONDS)
+
     def fetch_manifest(self, manifest: str) -> None:
         """Have the manifest of a model, by its CID, in the node's store. Raises ContentUnavailable."""
         self._done("fetch-manifest", FETCH_S, manifest=manifest)
@@ -169,13 +205,53 @@ class Client:
             progress(answer["fetched"], answer["total"])
         raise gone(self.folder)
 
+    def releases(self) -> tuple[ReleaseStatus, ...]:
+        """Adapters that are proposed, rolled out, released or revoked, the newest first."""
+        return tuple(ReleaseStatus.read(one) for one in self._done("releases", SECONDS))
+
+    def propose(self, adapter: str) -> ReleaseStatus:
+        """Propose an adapter, by the CID of its manifest, in place of what is released.
+
+        Raises Declined, with the role or the release that is missing; ContentUnavailable.
+        """
+        return ReleaseStatus.read(self._done("propose", FETCH_S, adapter=adapter))
+
+    def roll_back(self, release: str = "", *, why: str = "") -> RolledBack:
+        """Go back from an adapter, by its version or CID; empty: the one in use. This node's vote is told to all.
+
+        A founder's device ends its use everywhere; other voters do so together, when they are a third.
+        Raises Declined `no-release`.
+        """
+        return RolledBack.read(self._done("roll-back", SECONDS, release=release, why=why))
+
+    def learn_start(self, suite: str | os.PathLike[str], **options: object) -> Json:
+        """Have the network learn, judged on the samples of a file; what the lesson says.
+
+        Args:
+          suite: a file of lines {"input": ..., "label": ...}, which all nodes that learn will fetch. Hold it back
+            from what they train on.
+          options: as in `meshnode learn start --help`, with underscores.
+
+        Raises BadRequest, ModelError, DiskError; Declined `forbidden` without the role `publish`.
+        """
+        answer: Json = self._done("learn-start", FETCH_S, suite=absolute(suite), **options)
+        return answer
+
+    def learn_stop(self) -> None:
+        """Take back the lesson that this node has given. What was learned stays."""
+        self._done("learn-stop", SECONDS)
+
+    def members_changed(self) -> None:
+        """Tell the node that the state file has news about members: it acts on them, and tells everybody, now."""
+        self._done("members-changed", SECONDS)
+
     def stop(self) -> None:
         """Have the node hand over its layers and stop. Returns as soon as it has begun to."""
         self._done("stop", SECONDS)
 
     # ------------------------------------------------------------ the socket
 
-    def _done(self, name: str, timeout: float, **fields: Any) -> Any:
+    def _done(self, name: str, timeout: float | None, **fields: Any) -> Any:
         for answer in self.request(name, timeout, **fields):
             if "done" in answer:
                 return answer["done"]
@@ -220,6 +296,22 @@ class Client:
             pieces.append(rest)
 
 
+def absolute(path: str | os.PathLike[str]) -> str:
+    """A path that means the same to the node, which runs in another folder."""
+    return str(Path(path).absolute())
+
+
+def judgement(answer: Answer | str, correct: bool, label: str) -> Json:
+    """The fields of the command `feedback`. Raises BadRequest."""
+    given = answer.id if isinstance(answer, Answer) else answer
+    if not given:
+        raise BadRequest(
+            "this answer can't be judged, because the node did not keep it: it was asked in token ids, was empty or "
+            "too long, or answers are not kept there (learn.keep_answers)"
+        )
+    return {"answer": given, "correct": correct, "label": label}
+
+
 def request_line(name: str, fields: Mapping[str, Any]) -> bytes:
     """A command for the control socket."""
     return json.dumps({"do": name, **fields}).encode() + b"\n"
@@ -259,11 +351,18 @@ def not_within(folder: Path, seconds: float | None) -> NodeError:
 
 
 def _connect(folder: Path, timeout: float | None) -> socket.socket:
+    paths = Paths(folder)
+    paths.check_socket_folder()
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(timeout)
     try:
-        connection.connect(str(Paths(folder).control_socket))
+        connection.connect(str(paths.control_socket))
     except OSError:
         connection.close()
         raise not_running(folder) from None
+    try:
+        check_listener(connection, paths)
+    except BaseException:
+        connection.close()
+        raise
     return connection

@@ -22,8 +22,10 @@ from meshnode.config.load import load_config
 from meshnode.config.settings import Config
 from meshnode.core.errors import IdentityError
 from meshnode.core.paths import data_folder
+from meshnode.core.supervise import Service
 from meshnode.membership.identity import Identity
 from meshnode.node import Node
+from meshnode.parts import Parts
 from protocols.ids import PeerId
 
 
@@ -34,7 +36,10 @@ def no_passphrase() -> str:
 
 @asynccontextmanager
 async def open_node(
-    data: Config | str | os.PathLike[str] | None = None, *, passphrase: Callable[[], str] = no_passphrase
+    data: Config | str | os.PathLike[str] | None = None,
+    *,
+    passphrase: Callable[[], str] = no_passphrase,
+    change: Callable[[Parts], Parts] | None = None,
 ) -> AsyncIterator[LocalNode]:
     """Run the node of a data folder in this program, under trio. It answers its control socket, too.
 
@@ -45,6 +50,7 @@ async def open_node(
       data: the data folder (None: as `meshnode.connect` finds it), which `meshnode init` or `join` has made; or its
         configuration.
       passphrase: asked when the node key is protected.
+      change: gives other parts than the configuration asks for, for tries with nodes that misbehave.
 
     Raises FatalError: the folder is in use, no membership, no space; and whatever ends the node.
     """
@@ -52,23 +58,34 @@ async def open_node(
         data = load_config(data_folder(None if data is None else Path(data), os.environ), os.environ)
     identity = Identity.load(data.paths.folder, passphrase)
     with ExitStack() as files, _alone():
-        node = Node(assemble(data, identity, files), data)
-        commands = Commands(node)
+        parts = assemble(data, identity, files)
+        node = Node(parts if change is None else change(parts), data)
+        doors, api_url = _http(node)
+        commands = Commands(node, api_url)
         control = ControlService(data.paths.control_socket, commands.table, commands.name_peers)
         async with trio.open_nursery() as nursery:
-            await nursery.start(node.run, control)
-            async with LocalNode(node) as local:
+            await nursery.start(node.run, *doors, control)
+            async with LocalNode(node, commands) as local:
                 yield local
             local.leave()
             await local.wait_stopped()
 
 
+def _http(node: Node) -> tuple[tuple[Service, ...], str]:
+    """What answers HTTP, if the owner wants that, and where. Raises ConfigError: it can't listen there."""
+    if not node.config.http.enabled:
+        return (), ""
+    from meshnode.http.serve import http_service  # brings Starlette and Hypercorn
+
+    return http_service(node)
+
+
 class LocalNode(AsyncClient):
     """A node in this process: what a client of it can do, and more."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, commands: Commands) -> None:
         """`node`: runs already."""
-        super().__init__(_Direct(Commands(node)))
+        super().__init__(_Direct(commands))
         self._node = node
 
     @property

@@ -3,46 +3,53 @@
 Nesting is the shutdown order: what is opened last is cancelled first.
 
     ground    network host, content, membership, discovery, guests, directory, pipes
-    work      round trips, stage, releases, spans, placement, readiness, inventory, replication, control socket
+    work      what answers, learns, places and keeps; the control socket and the HTTP door
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import trio
 
-from meshnode import __version__
+from meshnode import __version__, outside
 from meshnode.config.settings import Config
 from meshnode.core.log import get_logger
 from meshnode.core.supervise import Service, supervise
-from meshnode.ipfs.fallback import Fallback
+from meshnode.ipfs.source_order import Fallback
+from meshnode.learning import learning_service, rollout_service
 from meshnode.membership.registry import Registry
+from meshnode.membership.rights import Rights
 from meshnode.net.pipes import Pipes
 from meshnode.parts import Parts, first_advert
 from meshnode.services.content.access import Access
 from meshnode.services.content.service import ContentService
 from meshnode.services.content.sources import Sources
-from meshnode.services.dht import DhtClient, DhtSettings
-from meshnode.services.directory.directory import DirectoryService, DirectorySettings, next_incarnation
-from meshnode.services.discovery import DiscoveryService
-from meshnode.services.external_peers import ExternalPeers, ExternalSettings
+from meshnode.services.dialling import DiallingService
+from meshnode.services.directory.author import next_incarnation
+from meshnode.services.directory.directory import DirectoryService, DirectorySettings
 from meshnode.services.holds import HoldAnswers, HoldQuestions
+from meshnode.services.inference.adapters import AdapterService
 from meshnode.services.inference.advertised_load import AdvertisedLoad
+from meshnode.services.inference.grammars import GrammarService
 from meshnode.services.inference.origin import OriginService
 from meshnode.services.inference.readiness import ReadinessService
 from meshnode.services.inference.router import Router
 from meshnode.services.inference.stage import StageService
 from meshnode.services.inference.text import TextService
 from meshnode.services.inventory import InventoryService
-from meshnode.services.ipfs_daemon import IpfsDaemonService, Publication
+from meshnode.services.local_discovery import LocalDiscovery
 from meshnode.services.membership import Introduction, MembershipService
-from meshnode.services.placement import PlacementService, PlacementSettings
+from meshnode.services.placement.service import OurStage, PlacementService, PlacementSettings
 from meshnode.services.releases import ReleasesService
 from meshnode.services.replication.copies import Duties, ReplicationService, ReplicationSettings
 from meshnode.services.replication.shelves import Shelves
 from meshnode.services.round_trips import RoundTripsService
+from meshnode.services.samples import SamplesService
 from meshnode.services.spans import SpansService, SpansSettings
-from protocols.bitswap import messages as bitswap
-from protocols.membership import messages as membership
+from meshnode.state.address_book import AddressBook
+from protocols.advert.messages import Advert
+from protocols.membership.messages import SERVE
 
 _log = get_logger("node")
 
@@ -63,18 +70,7 @@ class Node:
         self.host = parts.host
         self.began_ms = wall()
         self.incarnation = next_incarnation(self.database, identity.peer_id, self.began_ms)
-        anyone = config.content.share == "anyone"
-        self.external = ExternalPeers(
-            self.host,
-            ExternalSettings(
-                addresses=config.content.ipfs_peers,
-                protocols=(bitswap.PROTOCOL,),
-                offers=(bitswap.PROTOCOL,) if anyone else (),
-                entrance=membership.PROTOCOL,
-            ),
-            rng,
-            health=self.health,
-        )
+        self.external = outside.external_peers(parts, config)
         self.membership = MembershipService(
             self.host,
             Registry(identity, parts.membership, parts.state, wall),
@@ -83,6 +79,7 @@ class Node:
             wall,
             Introduction(name=parts.machine.name, software=__version__),
         )
+        self.rights = Rights(self.membership.roles_of, self.health)
         memory = config.serve.memory.of(parts.machine.free_memory_bytes)
         self.directory = DirectoryService(
             self.host,
@@ -93,55 +90,51 @@ class Node:
             wall,
             DirectorySettings(
                 topic=f"/meshnode/records/{self.membership_file.network_id}",
-                first=first_advert(parts, config, self.incarnation),
+                first=self._first_advert(),
                 rng=rng,
             ),
         )
-        self.discovery = DiscoveryService(
-            self.host, self.database, self.directory, config.network.bootstrap, self.health, rng, wall
+        self.nearby = (
+            None
+            if parts.local_network is None
+            else LocalDiscovery(self.host, parts.local_network, self.membership, rng)
+        )
+        self.dialling = DiallingService(
+            self.host,
+            AddressBook(self.database, config.network.bootstrap, wall, self.membership.was_put_out),
+            self.directory,
+            self.health,
+            rng,
+            self.nearby,
         )
         self.inventory = InventoryService(self.directory, self.store, self.health)
-        self.dht = (
-            DhtClient(
-                self.host,
-                self.external,
-                self.membership,
-                DhtSettings(seeds=config.content.dht, protocols=(bitswap.PROTOCOL,)),
-                rng,
-                shared=self.inventory if anyone else None,
-                health=self.health,
-            )
-            if config.content.dht
-            else None
-        )
-        outside = Fallback(parts.sources) if parts.sources else None
+        self.dht = outside.dht_client(parts, config, self.external, self.membership, self.inventory)
+        fallback = Fallback(parts.sources) if parts.sources else None
         self.content = ContentService(
             self.host,
             self.store,
             self.directory,
-            Sources(self.host, self.directory, self.external, finder=self.dht, outside=outside),
+            Sources(self.host, self.directory, self.external, finder=self.dht, outside=fallback),
             Access(config.content.share, self.membership, self.external),
             self.health,
             parts.workers,
         )
-        self.releases = ReleasesService(self.directory, self.content, self.store, self.database, self.health)
-        self.daemon = None
-        if parts.daemon is not None:
-            published = self.releases if config.content.ipfs_publish else None
-            publication = Publication(
-                parts.daemon, self.store, parts.state, self.health, held=self.inventory, releases=published
-            )
-            self.daemon = IpfsDaemonService(
-                parts.daemon, self.host, self.external, self.membership, publication, self.health
-            )
+        self.releases = ReleasesService(
+            self.directory, self.content, self.store, self.database, self.inventory, self.health
+        )
+        self.daemon = outside.ipfs_daemon(
+            parts, config, self.external, self.membership, self.inventory, self.releases
+        )
         self.pipes = Pipes(self.host)
+        self.host.on_flood(lambda peer, protocol: self.health.set("too-fast", peer=peer, what=protocol))
+        self.pipes.flooded = lambda peer: self.health.set("too-fast", peer=peer, what="steps of questions")
         self.spans = SpansService(
             self.content,
             self.store,
             parts.engine,
             self.health,
             SpansSettings(
-                incarnation=self.incarnation,
+                incarnation=lambda: self.directory.me().incarnation,
                 memory_bytes=memory,
                 rng=rng,
                 kind=config.serve.engine,
@@ -154,9 +147,9 @@ class Node:
         self.placement = PlacementService(
             self.directory,
             self.releases,
-            self.spans,
+            OurStage(self.spans, self.load),
             HoldQuestions(self.host),
-            self.load,
+            self.rights,
             self.health,
             PlacementSettings(
                 memory_bytes=memory,
@@ -166,12 +159,23 @@ class Node:
                 max_sessions=config.serve.sessions,
             ),
         )
-        HoldAnswers(self.host, self.placement)
-        self.stage = StageService(identity.peer_id, self.pipes, self.spans, self.load)
-        router = Router(identity.peer_id, self.directory, self.releases)
-        self.origin = OriginService(identity.peer_id, self.pipes, router, self.releases, rng)
+        HoldAnswers(self.host, self.placement, self.rights)
+        self.learning = learning_service(
+            parts, config, self.directory, self.content, self.membership, self.rights, self.load
+        )
+        self.rollout = rollout_service(
+            parts, config, self.directory, self.membership, self.releases, judge=self.learning
+        )
+        self.learning.propose_to(self.rollout)
+        self.adapters = AdapterService(self.content, self.spans, self.rollout)
+        self.grammars = GrammarService(self.releases, self.content, parts.tokenizer)
+        us = identity.peer_id
+        self.stage = StageService(us, self.pipes, self.spans, self.load, self.rights, self.adapters, self.grammars)
+        router = Router(us, self.directory, self.releases, self.health)
+        self.origin = OriginService(us, self.pipes, router, self.releases, self.rollout, self.rights, rng)
         self.readiness = ReadinessService(router, self.origin, self.host, self.pipes, self.health)
-        self.text = TextService(self.releases, self.content, self.origin, self.readiness, parts.workers)
+        self.text = TextService(self.releases, self.content, self.origin, self.readiness, rng, parts.tokenizer)
+        self.samples = SamplesService(parts.samples, self.text, self.health, wall, keep=config.learn.keep_answers)
         self.round_trips = RoundTripsService(self.host, self.directory)
         self.replication = ReplicationService(
             self.directory,
@@ -184,6 +188,11 @@ class Node:
         )
         self.stopping = trio.Event()
         self.ended = trio.Event()
+
+    def _first_advert(self) -> Advert:
+        """What we say about ourselves from the start: who may not serve promises no memory."""
+        advert = first_advert(self.parts, self.config, self.incarnation)
+        return advert if self.rights.has(self.identity.peer_id, SERVE) else replace(advert, memory_bytes=0)
 
     # ------------------------------------------------------------ running
 
@@ -198,24 +207,30 @@ class Node:
                 self.content,
                 self.directory,
                 self.membership,
-                self.discovery,
+                self.dialling,
                 self.external,
-                *(() if self.dht is None else (self.dht,)),
                 self.pipes,
                 *self.parts.sources,
-                *(() if self.daemon is None else (self.daemon,)),
+                *(one for one in (self.nearby, self.dht, self.daemon) if one is not None),
             ):
                 await ground.start(supervise, below)
             async with trio.open_nursery() as work:
                 for service in (
                     self.round_trips,
+                    self.rollout,
+                    self.adapters,
+                    self.grammars,
                     self.stage,
+                    self.origin,
                     self.releases,
                     self.spans,
                     self.placement,
                     self.readiness,
                     self.inventory,
                     self.replication,
+                    self.text,
+                    self.samples,
+                    self.learning,
                     *extra,
                 ):
                     await work.start(supervise, service)

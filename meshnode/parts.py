@@ -5,20 +5,29 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from meshnode.config.settings import Config
 from meshnode.core.clock import Wall
 from meshnode.core.health import Health
 from meshnode.core.workers import Workers
 from meshnode.engine.port import Engine, StageSpec
-from meshnode.ipfs.fallback import Source
 from meshnode.ipfs.rpc import IpfsApi
+from meshnode.ipfs.source_order import Source
 from meshnode.membership.identity import Identity
 from meshnode.membership.port import Membership
-from meshnode.net.port import Host
+from meshnode.net.port import Host, LocalNetwork
+from meshnode.policy.idle import DeviceFacts
 from meshnode.state.port import State
+from meshnode.state.samples_port import SampleBuffer
 from meshnode.store.port import Store
+from meshnode.text.port import OpenTokenizer
 from protocols.advert.messages import Advert
+
+if TYPE_CHECKING:
+    from meshnode.state.private_steps import PrivateSteps
+    from meshnode.trainer.port import Trainer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +46,16 @@ class Parts:
     identity: Identity
     membership: Membership  # our place in the network
     host: Host
+    local_network: LocalNetwork | None  # where members nearby are looked for; None: nowhere
     store: Store
     state: State
+    samples: SampleBuffer
+    trainer: Trainer | None  # None: this device does not learn
+    private: PrivateSteps | None  # None: training is not differentially private
+    activity: Callable[[], DeviceFacts]  # how busy this device is
+    learned: Path  # folder of what was learned here
     engine: Callable[[StageSpec], Engine]  # a new engine for a span
+    tokenizer: OpenTokenizer  # opens that of a model
     sources: tuple[Source, ...]  # asked for what no peer gives, in this order
     daemon: IpfsApi | None  # the operator's own, one of the sources
     machine: Machine

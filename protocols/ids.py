@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from functools import lru_cache
 from typing import Final, NewType
 
 from protocols.errors import RemoteProtocolError
@@ -21,6 +22,7 @@ RAW: Final = 0x55  # multicodec: raw binary
 DAG_PB: Final = 0x70  # multicodec: MerkleDAG protobuf (UnixFS inner nodes)
 DAG_CBOR: Final = 0x71  # multicodec: MerkleDAG CBOR (manifests, records)
 
+KEPT_IDS: Final = 4096  # ids of peers that are not worked out again: the same few come in every record
 _BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 _BASE58_INDEX = {c: i for i, c in enumerate(_BASE58)}
 _ED25519_PREFIX = bytes((0x00, 0x24, 0x08, 0x01, 0x12, 0x20))  # identity multihash, 36 bytes, KeyType Ed25519
@@ -49,6 +51,7 @@ def base58_decode(text: str) -> bytes:
     return b"\0" * zeros + number.to_bytes((number.bit_length() + 7) // 8, "big")
 
 
+@lru_cache(KEPT_IDS)
 def peer_id_of(public_key: bytes) -> PeerId:
     """The libp2p peer id of a 32-byte Ed25519 public key."""
     if len(public_key) != 32:
@@ -56,6 +59,7 @@ def peer_id_of(public_key: bytes) -> PeerId:
     return PeerId(base58_encode(_ED25519_PREFIX + public_key))
 
 
+@lru_cache(KEPT_IDS)
 def public_key_of(peer: str) -> bytes:
     """The Ed25519 public key inside a peer id. Raises RemoteProtocolError when there is none."""
     data = base58_decode(peer)

@@ -8,6 +8,7 @@ from typing import Final
 
 from protocols.errors import RemoteProtocolError
 
+MAX_DIGITS: Final = 20  # of a port; Python reads 4,300 at most
 _HOSTS: Final = ("ip4", "ip6", "dns", "dns4", "dns6")
 
 
@@ -33,9 +34,9 @@ def parse_address(text: str) -> Address:
         raise RemoteProtocolError(
             f"{text[:120]!r} is no address that can be used; one like /ip4/192.0.2.1/tcp/4331/p2p/12D3KooW... can"
         )
-    kind, host, port = parts[1], parts[2], int(parts[4])
-    if port > 65535:
-        raise RemoteProtocolError(f"{text[:120]!r} has the port {port}; 65535 is the highest")
+    kind, host, port = parts[1], parts[2], int(parts[4][:MAX_DIGITS])
+    if port > 65535 or len(parts[4]) > MAX_DIGITS:
+        raise RemoteProtocolError(f"{text[:120]!r} has the port {parts[4][:20]}; 65535 is the highest")
     if kind in ("ip4", "ip6") and not _is_ip(host, int(kind[2])):
         raise RemoteProtocolError(f"{text[:120]!r}: {host} is no IPv{kind[2]} address")
     return Address(kind, host, port, parts[6] if len(parts) == 7 else "")

@@ -22,6 +22,9 @@ def file_cid(name: str) -> Cid:
     return cid_of(RAW, name.encode())
 
 
+NOW_MS = 1_700_000_000_000  # when tests happen
+
+
 def key_of(number: int) -> SigningKey:
     return SigningKey(number.to_bytes(32, "big"))
 
@@ -52,7 +55,7 @@ def announcement_of(number: int, **fields: Any) -> Announcement:
         peer=peer_of(number),
         incarnation=1,
         sequence=1,
-        created_ms=1_700_000_000_000,
+        created_ms=NOW_MS,
         name="smollm2-135m-instruct",
         version="v1.0.0-0",
         manifest=MANIFEST,

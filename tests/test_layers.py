@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,13 +43,19 @@ ADAPTERS = {
         "ipfs.gateway",
         "state.database",
         "state.memory_state",
+        "state.samples",
+        "state.budget",
+        "text.process",
+        "text.in_process",
+        "text.tokenizer",
+        "trainer.process",
     )
 }
 
 
 def others(*but: str) -> dict[str, str]:
     """The folders of adapters, which do not know each other."""
-    folders = {"net", "store", "ipfs", "engine", "membership", "state", "text"} - set(but)
+    folders = {"net", "store", "ipfs", "engine", "membership", "state", "text", "trainer"} - set(but)
     return {f"meshnode.{name}": "one adapter does not know another" for name in folders}
 
 
@@ -75,9 +82,17 @@ BAD: dict[str, dict[str, str]] = {
     "meshnode/membership": {**LOW, **others("membership", "state", "net"), "meshnode.state.database": HANDED_IN},
     "meshnode/text": {**LOW, **others("text")},
     "meshnode/publisher": {**UP, "libp2p": "one adapter imports libp2p"},
+    "meshnode/trainer": {
+        **UP,
+        **others("trainer"),
+        "libp2p": "one adapter imports libp2p",
+        "onnxruntime": "only the engine process imports onnxruntime",
+        "meshnode.publisher.publish": "of the publisher it uses what reads a model, and publishes nothing",
+    },
     "meshnode/services": {**TOP, **NO_HEAVY, **ADAPTERS},
     "meshnode/doctor": {**NO_HEAVY, **ON_TOP},
     "meshnode/api": {**NO_HEAVY, **ADAPTERS, **ON_TOP},
+    "meshnode/http": {**NO_HEAVY, **ADAPTERS, **ON_TOP},
     "meshnode/harness": {**ON_TOP, "torch": "publishing runs in a process of its own"},
     "meshnode/sim": {**NO_HEAVY, **ON_TOP},
     "meshnode/bench": ON_TOP,
@@ -143,19 +158,65 @@ def test_only_the_adapter_imports_libp2p() -> None:
     }
     assert users <= {
         "meshnode/net/libp2p/host.py",
+        "meshnode/net/libp2p/gossip.py",
         "meshnode/net/libp2p/replacements.py",
         "meshnode/net/libp2p/dialler.py",
     }
 
 
-def test_only_the_codec_imports_cbor2() -> None:
+def test_onnxruntime_is_imported_where_its_telemetry_is_off() -> None:
+    users = {
+        str(path.relative_to(ROOT))
+        for folder in ("protocols", "meshnode", "tests", "scripts")
+        for path in (ROOT / folder).rglob("*.py")
+        if "onnxruntime" in imports(path)
+    }
+    assert users == {"meshnode/engine/runtime.py"}
+    program = "import os; from meshnode.engine.runtime import ort; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    program += "; print(len(os.listdir('/proc/self/task')) if os.path.exists('/proc/self/task') else 1)"
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+    )
+    assert result.stdout.split() == ["1", "1"], result.stderr
+
+
+def test_only_the_http_door_imports_a_web_server() -> None:
+    """A node without HTTP does not load it: `embed.py` imports the door when the owner wants it."""
+    users = {
+        path.relative_to(ROOT / "meshnode").parts[0]
+        for path in (ROOT / "meshnode").rglob("*.py")
+        if {"starlette", "hypercorn", "h11", "prometheus_client"} & imports(path)
+    }
+    assert users == {"http"}
+
+
+def test_only_the_codecs_import_cbor2() -> None:
     users = {
         str(path.relative_to(ROOT))
         for folder in ("protocols", "meshnode")
         for path in (ROOT / folder).rglob("*.py")
         if "cbor2" in imports(path)
     }
-    assert users <= {"protocols/codec.py", "protocols/manifest/codec.py"}
+    assert users <= {"protocols/codec.py", "protocols/dag_cbor.py"}
+
+
+def test_samples_do_not_reach_what_talks_to_others() -> None:
+    """Protocols and the network's adapters know no samples; of the services, the one that keeps them does, and those
+    that hand them to the trainer, a process on this device."""
+    rooms = ("protocols", "meshnode/net", "meshnode/ipfs", "meshnode/store", "meshnode/services")
+    users = {
+        str(path.relative_to(ROOT))
+        for room in rooms
+        for path in (ROOT / room).rglob("*.py")
+        if any(name.startswith("meshnode.state.sample") for name in imports(path))
+    }
+    learning = {f"meshnode/services/learning/{name}.py" for name in ("service", "worker")}
+    assert users == {"meshnode/services/samples.py", *learning}
 
 
 OUTSIDE = {"sqlite3", "socket", "ssl", "subprocess", "mmap", "libp2p", "onnxruntime", "onnx", "numpy", "torch"}
@@ -178,12 +239,28 @@ def test_services_see_adapters_through_their_ports() -> None:
     assert not broken, "\n".join(broken)
 
 
+# Adapters are vectors: these compute with them, and nothing else here needs numpy.
+VECTORS = {
+    "protocols.delta.frame",
+    "protocols.delta.layouts",
+    "protocols.delta.codec",
+    "protocols.delta.checks",
+    "protocols.cohort.events",
+    "protocols.cohort.machine",
+    "protocols.cohort.masking",
+    "meshnode.policy.mixing",
+    "meshnode.policy.robust",
+}
+
+
 def test_protocols_and_policy_run_without_heavy_libraries() -> None:
     """Imported in a fresh process, they load neither trio nor anything that computes or talks."""
     modules = [
-        str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
+        name
         for folder in ("protocols", "meshnode/policy")
         for path in sorted((ROOT / folder).rglob("*.py"))
+        if (name := str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"))
+        not in VECTORS
     ]
     heavy = ("trio", "libp2p", "torch", "onnxruntime", "onnx", "numpy", "structlog", "transformers", "scipy")
     program = (
@@ -193,3 +270,25 @@ def test_protocols_and_policy_run_without_heavy_libraries() -> None:
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"
+
+
+TRAINER_CHILD = {"base", "texts", "hidden", "adapted", "gradient", "optimiser", "private", "checkpoint", "training"}
+TRAINER_CHILD |= {"evaluation", "local", "workshop"}
+
+
+def test_a_node_imports_no_torch_to_have_a_trainer() -> None:
+    """Torch is in the trainer's process alone: what the node has of it is imported in a fresh process."""
+    nodes = ["meshnode.sim.trainer", *(f"meshnode.trainer.{name}" for name in ("port", "process", "wire", "child"))]
+    heavy = ("torch", "transformers", "peft", "safetensors", "tokenizers", "onnxruntime")
+    program = (
+        f"import importlib, sys\nfor name in {nodes!r}:\n    importlib.import_module(name)\n"
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "[]", result.stderr
+    users = {
+        path.stem
+        for path in (ROOT / "meshnode/trainer").glob("*.py")
+        if {"torch", "transformers", "peft", "safetensors", "tokenizers"} & imports(path)
+    }
+    assert users <= TRAINER_CHILD | {"child"}  # child.py imports torch when there is a job

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any, Final
 
 import trio
 
-from meshnode.api.messages import Answer, Json, Receipt, Stage, StageTimes, read
-from meshnode.api.question import Question, read_question
-from meshnode.api.releases import check_variant, find_release
+from meshnode.api import rollouts
+from meshnode.api.asking import ask, embed, judge, name_peers
+from meshnode.api.messages import Answer, Json, Piece, plain
+from meshnode.api.releases import check_servable, check_variant, find_release
 from meshnode.api.status import status_of
-from meshnode.core.errors import BadRequest, ModelError
+from meshnode.core.errors import BadRequest, Declined, ModelError
+from meshnode.core.sizes import format_size
+from meshnode.model.fit import facts_of
 from meshnode.node import Node
-from meshnode.services.inference import receipt, text
+from meshnode.policy.mesh_view import nodes_of
+from meshnode.policy.moves import wanted_plan
+from meshnode.services.inference.receipt import Waiting
+from meshnode.text.question import MAX_SHOWN, read_question
 from protocols.errors import RemoteProtocolError
-from protocols.ids import DAG_CBOR, Cid, cid_codec, short
+from protocols.ids import DAG_CBOR, Cid, cid_codec
 from protocols.manifest.codec import open_manifest
-from protocols.pipe.messages import Sampling
+from protocols.manifest.messages import Manifest
+from protocols.notice.messages import LESSON
 
 MAX_WAIT_S: Final = 86_400.0
 
@@ -27,68 +33,86 @@ MAX_WAIT_S: Final = 86_400.0
 class Commands:
     """The commands of one node."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, api_url: str = "") -> None:
+        """`api_url`: where the node answers HTTP."""
         self._node = node
+        self._api_url = api_url
         self.table: Final = {
             "status": self._status,
             "ready": self._ready,
             "generate": self._generate,
+            "embed": self._embed,
+            "feedback": self._feedback,
             "serve": self._serve,
+            "retract": self._retract,
             "fetch-manifest": self._fetch_manifest,
             "pin": self._pin,
+            "releases": self._releases,
+            "propose": self._propose,
+            "roll-back": self._roll_back,
+            "learn-start": self._learn_start,
+            "learn-stop": self._learn_stop,
+            "members-changed": self._members_changed,
             "stop": self._stop,
         }
 
     def name_peers(self, sentence: str) -> str:
-        """The sentence with the names of nodes beside their peer ids, which nobody can tell apart."""
-        for peer, advert in self._node.directory.live().items():
-            if advert.name:
-                sentence = sentence.replace(peer, f"{advert.name} ({short(peer)})")
-        return sentence
+        """See `asking.name_peers`."""
+        return name_peers(self._node, sentence)
 
     async def _status(self, _request: Json) -> AsyncGenerator[Json, None]:
-        yield {"done": status_of(self._node).as_json()}
+        yield {"done": status_of(self._node, self._api_url).as_json()}
 
     async def _ready(self, request: Json) -> AsyncGenerator[Json, None]:
         """Wait until a probe token has passed through the chain, or `seconds` are over."""
         seconds = request.get("seconds", 60)
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= MAX_WAIT_S:
-            raise BadRequest(f"seconds is {seconds!r}; it takes a number from 0 to {MAX_WAIT_S:.0f}")
+            raise BadRequest(f"seconds is {repr(seconds)[:MAX_SHOWN]}; it takes a number from 0 to {MAX_WAIT_S:.0f}")
         with trio.move_on_after(seconds):
             await self._node.readiness.wait_ready()
         ready = self._node.readiness.now
         yield {"done": {"ready": ready.ready, "readiness": ready.sentence}}
 
     async def _generate(self, request: Json) -> AsyncGenerator[Json, None]:
-        question = read_question(request)
-        tokens: list[int] = []
-        texts: list[str] = []
-        async with aclosing(self._node.text.answer(_in_tokens(question, self._node.parts.rng))) as pieces:
-            async for piece in pieces:
-                if isinstance(piece, text.Waiting):
-                    yield {"waiting": piece.why}
-                elif isinstance(piece, text.Text):
-                    texts.append(piece.text)
-                    if piece.token >= 0:
-                        tokens.append(piece.token)
-                    yield {"text": piece.text, "token": piece.token}
-                else:
-                    answer = Answer(
-                        text="".join(texts),
-                        reason=piece.reason,
-                        token_ids=tuple(tokens),
-                        prompt_token_ids=piece.prompt,
-                        receipt=_receipt(piece),
-                    )
-                    yield {"done": answer.as_json()}
+        async with aclosing(ask(self._node, read_question(request))) as events:
+            async for event in events:
+                match event:
+                    case Waiting(why):
+                        yield {"waiting": why}
+                    case Piece(text, token, likelihood, call):
+                        told: Json = {"text": text, "token": token}
+                        if likelihood is not None:
+                            told["likelihood"] = plain(likelihood)
+                        if call is not None:
+                            told["call"] = plain(call)
+                        yield told
+                    case Answer():
+                        yield {"done": event.as_json()}
+
+    async def _embed(self, request: Json) -> AsyncGenerator[Json, None]:
+        """A text, or token ids, as one vector."""
+        made = await embed(self._node, request.get("input", ""), adapter=request.get("adapter"))
+        yield {"done": made.as_json()}
+
+    async def _feedback(self, request: Json) -> AsyncGenerator[Json, None]:
+        """Whether a kept answer was right, and what would have been."""
+        judged = judge(self._node, request.get("answer"), request.get("correct"), request.get("label") or "")
+        yield {"done": judged.as_json()}
 
     async def _serve(self, request: Json) -> AsyncGenerator[Json, None]:
         """Have the network serve a model that this node knows."""
         node, wanted = self._node, str(request.get("model"))
-        cid, manifest, before = find_release(node.database, node.store, wanted)
+        cid, manifest, before = find_release(node.database, node.store, wanted, str(request.get("variant") or ""))
         variant = str(request.get("variant") or before or manifest.smallest_variant())
-        check_variant(manifest, variant)
+        check_servable(manifest, variant)
+        if node.readiness.now.ready:
+            _check_room(node, cid, manifest, variant)
         node.releases.announce(cid, variant)
+        yield {"done": True}
+
+    async def _retract(self, _request: Json) -> AsyncGenerator[Json, None]:
+        """Take back this node's word about which model the network serves."""
+        self._node.releases.retract()
         yield {"done": True}
 
     async def _fetch_manifest(self, request: Json) -> AsyncGenerator[Json, None]:
@@ -116,6 +140,34 @@ class Commands:
         yield {"fetched": total, "total": total}
         yield {"done": {"bytes": total}}
 
+    async def _releases(self, _request: Json) -> AsyncGenerator[Json, None]:
+        """Every release of an adapter that this node knows."""
+        yield {"done": rollouts.as_json(rollouts.releases_of(self._node))}
+
+    async def _propose(self, request: Json) -> AsyncGenerator[Json, None]:
+        """Propose an adapter to be served."""
+        yield {"done": await rollouts.propose(self._node, request.get("adapter"))}
+
+    async def _roll_back(self, request: Json) -> AsyncGenerator[Json, None]:
+        """Go back from a release."""
+        yield {"done": rollouts.roll_back(self._node, request.get("release"), request.get("why"))}
+
+    async def _learn_start(self, request: Json) -> AsyncGenerator[Json, None]:
+        """Have the network learn: a lesson in place of the one that this node has given before."""
+        from meshnode.api.lessons import give_lesson  # brings numpy
+
+        yield {"done": await give_lesson(self._node, request)}
+
+    async def _learn_stop(self, _request: Json) -> AsyncGenerator[Json, None]:
+        """Take back the lesson that this node has given."""
+        self._node.directory.notices.give(LESSON, b"")
+        yield {"done": True}
+
+    async def _members_changed(self, _request: Json) -> AsyncGenerator[Json, None]:
+        """A command has put news about members into the state file: act on it, and tell everybody, now."""
+        await self._node.membership.take_up()
+        yield {"done": True}
+
     async def _stop(self, _request: Json) -> AsyncGenerator[Json, None]:
         self._node.stopping.set()
         yield {"done": True}
@@ -128,32 +180,17 @@ def _manifest_cid(request: Mapping[str, Any]) -> Cid:
             return Cid(cid)
     except RemoteProtocolError:
         pass
-    raise BadRequest(f"manifest is {cid!r}; it takes the CID of a manifest, which begins with bafyrei")
+    raise BadRequest(f"manifest is {repr(cid)[:80]}; it takes the CID of a manifest, which begins with bafyrei")
 
 
-def _in_tokens(question: Question, rng: random.Random) -> text.Question:
-    """As the stages take it: whole numbers, so that every node computes the same bytes."""
-    return text.Question(
-        turns=question.messages,
-        text=question.prompt,
-        tokens=question.token_ids,
-        max_tokens=question.max_tokens,
-        sampling=Sampling(
-            seed=rng.getrandbits(62) if question.seed is None else question.seed,
-            temperature_milli=round(question.temperature * 1000),
-            top_k=question.top_k,
-            top_p_micro=max(1, round(question.top_p * 1_000_000)),
-            repetition_milli=round(question.repetition_penalty * 1000),
-        ),
-        stop=question.stop,
-    )
-
-
-def _receipt(figures: receipt.Receipt) -> Receipt:
-    return Receipt(
-        route=tuple(Stage(peer=hop.peer, first=hop.first, last=hop.last) for hop in figures.route),
-        ttft_ms=round(figures.first_token_ms, 2),
-        decode_tok_s=round(figures.decode_tokens_s, 2) if len(figures.arrivals) > 1 else None,
-        hops=tuple(read(StageTimes, hop) for hop in figures.hops()),
-        return_ms=figures.return_ms(),
-    )
+def _check_room(node: Node, cid: Cid, manifest: Manifest, variant: str) -> None:
+    """Raises Declined `does-not-fit`: a mesh that answers must not give up its model for one that it can't hold."""
+    facts = facts_of(manifest, variant)
+    holes = wanted_plan(facts, nodes_of(node.directory.live(), cid, variant, facts.layers)).holes
+    if holes:
+        missing = format_size(sum(facts.need(*hole) for hole in holes))
+        raise Declined(
+            "does-not-fit",
+            f"{manifest.name} in {variant} does not fit into the memory that the nodes give: {missing} are missing. "
+            "The network goes on with what it serves; start another node, or give a node more memory (serve.memory)",
+        )

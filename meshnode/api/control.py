@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import Final
@@ -31,6 +31,21 @@ LINGER_S: Final = 1.0  # for the client to read its answer and hang up
 _log = get_logger("control")
 
 Command = Callable[[Json], AsyncGenerator[Json, None]]
+
+
+def read_request(line: bytes | bytearray, names: Collection[str]) -> Json:
+    """One line of the socket as a request for one of these commands. Raises Declined `bad-request`."""
+    try:
+        request = json.loads(line)
+    except ValueError as error:
+        raise BadRequest(f"a request is one line of JSON: {error}") from error
+    except RecursionError as error:
+        raise BadRequest("a request is one line of JSON, but it is nested too deeply") from error
+    name = request.get("do") if isinstance(request, dict) else None
+    if not isinstance(name, str) or name not in names:
+        known = ", ".join(sorted(names))
+        raise BadRequest(f'a request is {{"do": NAME, ...}}; names are {known}')
+    return dict(request)
 
 
 class ControlService:
@@ -116,17 +131,7 @@ class ControlService:
                     raise BadRequest(f"a request has more than {MAX_REQUEST_BYTES} bytes")
         if silence.cancelled_caught:
             raise BadRequest(f"no whole line came within {REQUEST_S:.0f} s")
-        try:
-            request = json.loads(data[: data.index(b"\n")])
-        except ValueError as error:
-            raise BadRequest(f"a request is one line of JSON: {error}") from error
-        except RecursionError as error:
-            raise BadRequest("a request is one line of JSON, but it is nested too deeply") from error
-        name = request.get("do") if isinstance(request, dict) else None
-        if not isinstance(name, str) or name not in self._commands:
-            known = ", ".join(sorted(self._commands))
-            raise BadRequest(f'a request is {{"do": NAME, ...}}; names are {known}')
-        return dict(request)
+        return read_request(data[: data.index(b"\n")], self._commands)
 
     async def _finish(self, stream: trio.SocketStream) -> None:
         """Let the client hang up first: closing on what it still sends would break its reading of the answer."""

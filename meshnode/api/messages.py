@@ -27,12 +27,50 @@ STATUS_VERSION: Final = 1  # of the JSON that `meshnode status --json` prints
 # ---------------------------------------------------------------- an answer
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Likely:
+    """One of the most likely tokens. `bytes`: its text, of which it may be a part of a character."""
+
+    token: int
+    bytes: tuple[int, ...]
+    logprob: float  # natural logarithm of its probability, by the model alone
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Likelihood(Likely):
+    """How likely a token of the answer was. `top`: the most likely tokens in its place."""
+
+    top: tuple[Likely, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A call of a tool. `arguments`: a JSON object, as text."""
+
+    name: str
+    arguments: str
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A piece of an answer: a token, and the text that it completes, which may be empty. Token -1: only text."""
 
     text: str
     token: int
+    likelihood: Likelihood | None = None  # if the question asks for `logprobs`
+    call: ToolCall | None = None  # instead of text, where the answer calls a tool
+
+    @classmethod
+    def read(cls, document: Mapping[str, Any]) -> Piece:
+        """From such JSON."""
+        told = document.get("likelihood")
+        call = document.get("call")
+        return cls(
+            document["text"],
+            document["token"],
+            None if told is None else read(Likelihood, told),
+            None if call is None else read(ToolCall, call),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +92,23 @@ class StageTimes(Stage):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """A model as the network serves it."""
+
+    name: str = ""
+    version: str = ""
+    manifest: str = ""  # CID
+    variant: str = ""
+    layers: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
     """How an answer was computed."""
 
+    model: ServedModel = ServedModel()  # what has answered
     route: tuple[Stage, ...] = ()
+    adapter: str = ""  # CID of what was learned that answered; "": the bare model
     ttft_ms: float = 0.0  # from the question to the first token
     decode_tok_s: float | None = None  # tokens per second after the first; None below two tokens
     hops: tuple[StageTimes, ...] = ()
@@ -66,17 +117,25 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A whole answer. `reason`: why it ended: "eos", "length", or "stop" for a stop text."""
+    """A whole answer. `reason`: why it ended: "eos", "length", "stop" for a stop text, or
+    "tool_calls" for an end after calls of tools.
+
+    `id`: by which it can be judged (`feedback`); empty: the node does not keep it.
+    """
 
     text: str
     reason: str
+    stopped_by: str = ""  # the stop text
+    id: str = ""
     token_ids: tuple[int, ...] = ()
     prompt_token_ids: tuple[int, ...] = ()  # with the chat template
+    tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[Likelihood, ...] = ()  # of each token, if the question asks for them
     receipt: Receipt = Receipt()
 
     def as_json(self) -> Json:
         """What `meshnode generate --json` writes: the receipt's fields beside the answer's."""
-        document: Json = _plain(self)
+        document: Json = plain(self)
         receipt = document.pop("receipt")
         return {**document, **receipt}
 
@@ -86,19 +145,46 @@ class Answer:
         return read(cls, {**document, "receipt": document})
 
 
-# ---------------------------------------------------------------- the status of a node
-# Every field has a default: a node of another version may not have it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedding:
+    """A text as one vector of length 1. Those of two texts are compared by their product."""
+
+    vector: tuple[float, ...] = ()  # as many numbers as the model's hidden states have
+    prompt_token_ids: tuple[int, ...] = ()
+    receipt: Receipt = Receipt()
+
+    def as_json(self) -> Json:
+        """As it goes over the control socket."""
+        document: Json = plain(self)
+        return document
+
+    @classmethod
+    def read(cls, document: Mapping[str, Any]) -> Embedding:
+        """From such JSON."""
+        return read(cls, document)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServedModel:
-    """The model that the network serves."""
+class Judgement:
+    """What the node knows of an answer that was judged. `label`: the right one; empty: nobody knows."""
 
-    name: str = ""
-    version: str = ""
-    manifest: str = ""  # CID
-    variant: str = ""
-    layers: int = 0
+    answer: str = ""
+    correct: bool = False
+    label: str = ""
+
+    def as_json(self) -> Json:
+        """What `meshnode feedback --json` prints."""
+        document: Json = plain(self)
+        return document
+
+    @classmethod
+    def read(cls, document: Mapping[str, Any]) -> Judgement:
+        """From such JSON."""
+        return read(cls, document)
+
+
+# ---------------------------------------------------------------- the status of a node
+# Every field has a default: a node of another version may not have it.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +206,7 @@ class PeerStatus:
     layer_prefill_us: int = 0
     age_s: float | None = None  # of its last advert
     incarnation: int = 0
+    trouble: str = ""  # why it does not serve what it should, in its own words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,6 +283,96 @@ class CopiesStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SamplesStatus:
+    """What this device keeps to learn from. It stays there."""
+
+    samples: int = 0
+    labelled: int = 0  # can be trained on
+    fresh: int = 0  # of them, those that nothing was trained on yet
+    answers: int = 0  # that nobody has judged
+    classes: int = 0
+    size_bytes: int = 0
+    encrypted: bool = False
+    judged: int = 0  # of the last answers, those that were judged here
+    judged_wrong: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseStatus:
+    """An adapter that is proposed, rolled out, released or revoked, as this node sees it.
+
+    `phase`: open, rolling, held, released, replaced, refused, overtaken, revoked, left or foreign; `why`: a clause.
+    """
+
+    version: str = ""
+    adapter: str = ""  # CID of its manifest
+    candidate: str = ""  # id that votes name
+    phase: str = ""
+    why: str = ""
+    share_percent: float = 0.0  # of the nodes that may use it by now
+    in_use: bool = False  # by questions of this node
+    previous: str = ""  # adapter that it replaces; empty: the model alone
+    base: str = ""  # CID of the model release that it is for
+    frame: str = ""
+    suite: str = ""  # CID of the samples that it is judged on
+    round: int = 0
+    parents: tuple[str, ...] = ()
+    proposers: tuple[str, ...] = ()
+    votes: int = 0
+    in_favour: int = 0
+    voters: int = 0  # members with a vote that are there, or are heard
+    median: float | None = None  # of the votes: change in loss, nats per token
+    right: int = 0  # answers of this node with it
+    wrong: int = 0
+
+    @classmethod
+    def read(cls, document: Mapping[str, Any]) -> ReleaseStatus:
+        """From the JSON that `meshnode release show --json` prints."""
+        return read(cls, document)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolledBack:
+    """What a person's going back does."""
+
+    release: ReleaseStatus = ReleaseStatus()
+    effect: str = ""  # a sentence
+
+    @classmethod
+    def read(cls, document: Mapping[str, Any]) -> RolledBack:
+        """From the JSON that `meshnode release rollback --json` prints."""
+        return read(cls, document)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearningStatus:
+    """What this device learns with others. `losses`: of the last steps, oldest first."""
+
+    state: str = "off"  # off, waiting, preparing, gathering, training, publishing, exchanging, mixing, done
+    why: str = ""  # what it waits for, or what went wrong
+    lesson: str = ""  # CID
+    frame: str = ""  # CID; what was learned lies in a folder of this name
+    model: str = ""  # CID of the manifest
+    mode: str = ""
+    round: int = 0
+    rounds: int = 0
+    steps: int = 0
+    samples: int = 0
+    participants: tuple[str, ...] = ()
+    losses: tuple[float, ...] = ()
+    train_s: float = 0.0
+    sent_bytes: int = 0
+    fetched_bytes: int = 0
+    published: int = 0  # deltas
+    mixed: int = 0  # deltas of others
+    skipped: dict[str, int] = field(default_factory=dict)  # partners passed over, by reason
+    refused: dict[str, int] = field(default_factory=dict)  # deltas not used, by reason
+    refusals: tuple[str, ...] = ()  # the last ones, in words
+    paused: bool = False
+    adapter: str = ""  # CID of what this node made of the lesson
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HealthStatus:
     """One thing that is wrong, with what to do. `severity`: high, medium or low."""
 
@@ -225,6 +402,7 @@ class Status:
     pid: int = 0
     network: str = ""
     addresses: tuple[str, ...] = ()
+    api_url: str = ""  # where it answers HTTP; empty: nowhere
     uptime_s: float = 0.0
     ready: bool = False
     readiness: str = ""  # why not, or how long a probe token took
@@ -239,13 +417,16 @@ class Status:
     engine: EngineStatus | None = None
     content: ContentStatus = field(default_factory=ContentStatus)
     copies: CopiesStatus | None = None
+    samples: SamplesStatus = SamplesStatus()
+    releases: tuple[ReleaseStatus, ...] = ()  # of adapters, the newest first
+    learning: LearningStatus = field(default_factory=LearningStatus)
     health: tuple[HealthStatus, ...] = ()
     refusals: tuple[RefusalStatus, ...] = ()
     unreachable: dict[str, str] = field(default_factory=dict)  # peer or address -> why
 
     def as_json(self) -> Json:
         """What `meshnode status --json` prints."""
-        document: Json = _plain(self)
+        document: Json = plain(self)
         return document
 
     @classmethod
@@ -257,11 +438,11 @@ class Status:
 # ---------------------------------------------------------------- writing and reading
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """As JSON has it: objects, lists and scalars."""
     if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def read(kind: type[Message], document: Mapping[str, Any]) -> Message:

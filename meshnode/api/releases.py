@@ -35,8 +35,10 @@ def known_releases(state: Records, store: Blocks) -> tuple[dict[Cid, tuple[Manif
     return good, bad
 
 
-def find_release(state: Records, store: Blocks, wanted: str) -> tuple[Cid, Manifest, str]:
+def find_release(state: Records, store: Blocks, wanted: str, variant: str = "") -> tuple[Cid, Manifest, str]:
     """(manifest CID, manifest, variant) of the newest release with this CID, name, or name@version.
+
+    variant: releases that have it go before those that have not.
 
     Raises ModelError, with the names that there are.
     """
@@ -55,10 +57,20 @@ def find_release(state: Records, store: Blocks, wanted: str) -> tuple[Cid, Manif
     if not found:
         names = ", ".join(sorted({m.name for m, _ in known.values()})) or "none"
         raise ModelError(f"This node has no model {wanted!r}; it has: {names}. Add one with: meshnode model add PATH")
-    return max(found, key=lambda entry: entry[1].created_ms)
+    return max(found, key=lambda entry: (variant in entry[1].variants, entry[1].created_ms))
 
 
 def check_variant(manifest: Manifest, variant: str) -> None:
     """Raises ModelError, with the variants that there are."""
     if variant not in manifest.variants:
         raise ModelError(f"{manifest.name} has no variant {variant}; it has {', '.join(manifest.variants)}.")
+
+
+def check_servable(manifest: Manifest, variant: str) -> None:
+    """Raises ModelError unless the network can serve this variant, with those that it can."""
+    check_variant(manifest, variant)
+    if variant not in manifest.servable:
+        raise ModelError(
+            f"The variant {variant} of {manifest.name} is for training and can't be served; choose "
+            f"{' or '.join(manifest.servable)}."
+        )

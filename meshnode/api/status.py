@@ -15,24 +15,29 @@ from meshnode.api.messages import (
     DhtStatus,
     EngineStatus,
     HealthStatus,
+    LearningStatus,
     PeerStatus,
     ProgressStatus,
     RefusalStatus,
+    SamplesStatus,
     ServedModel,
     SpanStatus,
     Status,
 )
+from meshnode.api.rollouts import releases_of
+from meshnode.core.errors import DiskError
 from meshnode.model.release import ServedRelease
 from meshnode.node import Node
+from meshnode.services.inference.readiness import Readiness
 from protocols.advert.messages import Advert
 from protocols.ids import PeerId
 
 
-def status_of(node: Node) -> Status:
-    """Everything that `meshnode status` shows."""
+def status_of(node: Node, api_url: str = "") -> Status:
+    """Everything that `meshnode status` shows. `api_url`: where the node answers HTTP."""
     live = node.directory.live()
     served = node.releases.current
-    ready = node.readiness.now
+    ready = node.readiness.now if served is not None else Readiness(False, node.releases.why_none)
     prediction = node.placement.prediction
     peers = [_peer(node, advert) for peer, advert in live.items() if peer != node.identity.peer_id]
     return Status(
@@ -41,10 +46,11 @@ def status_of(node: Node) -> Status:
         pid=os.getpid(),
         network=node.membership_file.network.name,
         addresses=tuple(node.host.addresses),
+        api_url=api_url,
         uptime_s=round((node.parts.wall() - node.began_ms) / 1000, 1),
         ready=ready.ready,
         readiness=ready.sentence,
-        model=None if served is None else _model(served),
+        model=None if served is None else model_of(served),
         prediction="" if prediction is None else prediction.text,
         me=_peer(node, live[node.identity.peer_id]),
         peers=tuple(peers),
@@ -55,6 +61,9 @@ def status_of(node: Node) -> Status:
         engine=_engine(node),
         content=_content(node, served),
         copies=None if served is None else _copies(node, served),
+        samples=_samples(node),
+        releases=releases_of(node),
+        learning=_learning(node),
         health=tuple(
             HealthStatus(code=warning.code, severity=warning.severity.name.lower(), text=warning.text)
             for warning in node.health.current()
@@ -63,11 +72,11 @@ def status_of(node: Node) -> Status:
             RefusalStatus(at_ms=r.at_ms, peer=r.peer, code=r.code, text=r.sentence, by_us=r.by_us)
             for r in node.membership.refusals
         ),
-        unreachable={str(who): why for who, why in (node.discovery.failures() | node.external.failures()).items()},
+        unreachable={str(who): why for who, why in (node.dialling.failures() | node.external.failures()).items()},
     )
 
 
-def _model(served: ServedRelease) -> ServedModel:
+def model_of(served: ServedRelease) -> ServedModel:
     return ServedModel(
         name=served.manifest.name,
         version=served.manifest.version,
@@ -98,6 +107,7 @@ def _peer(node: Node, advert: Advert) -> PeerStatus:
         layer_prefill_us=advert.layer_prefill_us,
         age_s=node.directory.age_s(peer),
         incarnation=advert.incarnation,
+        trouble=advert.trouble,
     )
 
 
@@ -162,6 +172,52 @@ def _tiers(node: Node, served: ServedRelease) -> tuple[int, int, int]:
     hot = sum(size for cid, size in every.items() if cid in mapped)
     warm = sum(size for cid, size in every.items() if cid in here and cid not in mapped)
     return hot, warm, sum(every.values()) - hot - warm
+
+
+def _learning(node: Node) -> LearningStatus:
+    report = node.learning.report
+    return LearningStatus(
+        state=report.state,
+        why=report.why,
+        lesson=report.lesson,
+        frame=report.frame,
+        model=report.model,
+        mode=report.mode,
+        round=report.round,
+        rounds=report.rounds,
+        steps=report.steps,
+        samples=report.samples,
+        participants=report.participants,
+        losses=tuple(round(loss, 5) for loss in report.losses),
+        train_s=round(report.train_s, 2),
+        sent_bytes=report.sent_bytes,
+        fetched_bytes=report.fetched_bytes,
+        published=report.published,
+        mixed=report.mixed,
+        skipped=dict(report.skipped),
+        refused=dict(report.refused),
+        refusals=tuple(report.refusals),
+        paused=report.paused,
+        adapter=report.adapter,
+    )
+
+
+def _samples(node: Node) -> SamplesStatus:
+    try:
+        kept, drift = node.samples.buffer.summary(), node.samples.look()
+    except DiskError:  # the node says so in its health
+        return SamplesStatus()
+    return SamplesStatus(
+        samples=kept.samples,
+        labelled=kept.labelled,
+        fresh=kept.fresh,
+        answers=kept.answers,
+        classes=kept.classes,
+        size_bytes=kept.size_bytes,
+        encrypted=kept.encrypted,
+        judged=drift.judged,
+        judged_wrong=drift.wrong,
+    )
 
 
 def _copies(node: Node, served: ServedRelease) -> CopiesStatus | None:

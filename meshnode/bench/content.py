@@ -31,6 +31,7 @@ from meshnode.bench.provider import QUOTA_BYTES, Provider, host_from, providers
 from meshnode.core.log import set_up
 from meshnode.net.port import Host
 from meshnode.store.blob_store import BlobStore
+from protocols.bitswap.stalls import DOUBT_S
 from protocols.ids import Cid, PeerId
 from protocols.manifest.messages import FileRef
 from protocols.unixfs.builder import Builder
@@ -148,6 +149,8 @@ class Transfers:
         with opened as path:
             right = await trio.to_thread.run_sync(_cid_of, path) == self._cid
         await trio.to_thread.run_sync(self._store.remove, self._cid)
+        if "corrupt" in case.kinds:
+            await trio.sleep(DOUBT_S + 0.5)  # after which a peer is judged whose bytes hash to nothing
         dropped = self._service.bad_providers()
         growth = {pid: memory.peak_mb[pid] - before[pid] for pid in pids}
         return {

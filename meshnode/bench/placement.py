@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from meshnode.model.facts import ModelFacts
+from meshnode.model.fit import ModelFacts
 from meshnode.policy.placement import Node, plan
 
 LAYERS: Final = 24

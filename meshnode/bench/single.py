@@ -1,27 +1,32 @@
 """A whole model in one process, without a mesh: what the mesh is compared with.
 
-    python -m meshnode.bench.single FOLDER VARIANT
+    python -m meshnode.bench.single FOLDER VARIANT [confined]
 
-FOLDER is what the publisher writes. One JSON object per line on standard input, {"prompt": [token ids],
-"tokens": N}; one per line back, {"token_ids", "ttft_ms", "decode_tok_s"}. Greedy; the same prompt steps as in
-the mesh; no sockets and no other process.
+FOLDER is what the publisher writes; `confined`: as an engine is. One JSON object per line on standard input,
+{"prompt": [token ids], "tokens": N}; one per line back, {"token_ids", "ttft_ms", "decode_tok_s", "decode_cpu_ms"} (of
+the processor, per token). Greedy; the same prompt steps as in the mesh; no sockets and no other process.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
 
+from meshnode.core.confinement.environment import child_environment
+from meshnode.engine.backend import Stage
+from meshnode.engine.enclosed import open_enclosed
 from meshnode.engine.port import StageSpec
-from meshnode.engine.process import load_request
+from meshnode.engine.requests import load_request
 from meshnode.engine.sessions import Sessions
 from meshnode.policy.chunking import chunks
+from protocols.enginewire.messages import Load
 from protocols.manifest.messages import Architecture
 from protocols.pipe.messages import Sampling
 
@@ -32,15 +37,18 @@ _NAME = bytes(16)
 class Single:
     """The child process, seen from the benchmark."""
 
-    def __init__(self, folder: Path, variant: str) -> None:
+    def __init__(self, folder: Path, variant: str, *, confined: bool = False) -> None:
+        command = [sys.executable, "-P", "-m", "meshnode.bench.single", str(folder), variant]
         self._child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "meshnode.bench.single", str(folder), variant],
+            [*command, *(["confined"] if confined else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
+            env=child_environment(os.environ),
         )
         assert self._child.stdout is not None
-        self._child.stdout.readline()  # it is open
+        # parts of its confinement that hold, once it is open
+        self.confined = tuple(json.loads(self._child.stdout.readline())["confined"])
 
     @property
     def pid(self) -> int:
@@ -81,7 +89,7 @@ def stage_spec(folder: Path, variant: str, *, threads: int = 1) -> StageSpec:
     )
 
 
-def answer(sessions: Sessions, layers: int, prompt: list[int], tokens: int) -> Json:
+def answer(sessions: Sessions, layers: int, prompt: list[int], tokens: int, adapter: str = "") -> Json:
     """One greedy answer of `tokens` tokens; end-of-text tokens do not end it."""
     began = perf_counter()
     sessions.open(
@@ -91,43 +99,59 @@ def answer(sessions: Sessions, layers: int, prompt: list[int], tokens: int) -> J
         capacity=len(prompt) + tokens,
         sampling=Sampling(seed=0),
         prompt=np.asarray(prompt, np.int32),
+        adapter=adapter,
     )
-    position, out, times = 0, [], []
+    position, out, times, cpu = 0, [], [], 0.0
     for rows in chunks(len(prompt)):
         body = np.asarray(prompt[position : position + rows], "<i4").tobytes()
         position += rows
         wanted = position == len(prompt)
-        _, token = sessions.step(
+        token = sessions.step(
             _NAME, position=position - rows, rows=rows, body=body, sample_after=wanted, prefill=True
-        )
+        ).token
     while True:
         assert token is not None
         out.append(token)
         times.append(perf_counter())
+        cpu = cpu or process_time()  # at the first token
         if len(out) == tokens:
             break
         body = np.asarray([token], "<i4").tobytes()
-        _, token = sessions.step(_NAME, position=position, rows=1, body=body, sample_after=True, prefill=False)
+        token = sessions.step(_NAME, position=position, rows=1, body=body, sample_after=True, prefill=False).token
         position += 1
+    used_ms = (process_time() - cpu) * 1000
     sessions.close(_NAME)
-    decode = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
-    return {"token_ids": out, "ttft_ms": (times[0] - began) * 1000, "decode_tok_s": decode}
+    steps = len(times) - 1
+    return {
+        "token_ids": out,
+        "ttft_ms": (times[0] - began) * 1000,
+        "decode_tok_s": steps / (times[-1] - times[0]) if steps else None,
+        "decode_cpu_ms": used_ms / steps if steps else None,
+    }
 
 
 def main(arguments: list[str]) -> int:
-    from meshnode.engine.onnx_stage import OnnxStage
-
     spec = stage_spec(Path(arguments[0]), arguments[1])
     load = load_request(spec)
-    sessions = Sessions(OnnxStage(load), load)
+    stage, parts = _opened(load, confined=arguments[2:] == ["confined"])
+    sessions = Sessions(stage, load)
     sessions.measure()  # warms up, as an engine of the mesh does
-    sys.stdout.write("{}\n")
+    sys.stdout.write(json.dumps({"confined": parts}) + "\n")
     sys.stdout.flush()
     for line in sys.stdin:
         request = json.loads(line)
         sys.stdout.write(json.dumps(answer(sessions, spec.last, request["prompt"], request["tokens"])) + "\n")
         sys.stdout.flush()
     return 0
+
+
+def _opened(load: Load, *, confined: bool) -> tuple[Stage, tuple[str, ...]]:
+    if confined:
+        stage, held = open_enclosed(load)
+        return stage, held.parts
+    from meshnode.engine.onnx_stage import OnnxStage
+
+    return OnnxStage(load), ()
 
 
 if __name__ == "__main__":

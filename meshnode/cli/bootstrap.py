@@ -17,4 +17,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     Paths(folder_of(arguments)).create()
-    return run_node(settings(arguments, **{"serve.memory": 0}))
+    return run_node(settings(arguments, **{"serve.memory": 0, "http.enabled": False}))

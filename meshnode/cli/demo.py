@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Final
 from meshnode.cli.generate import add_sampling, asked_once, print_answer
 from meshnode.cli.harness import running, summary, write_receipt
 from meshnode.cli.model import VARIANTS
-from meshnode.core.sizes import format_size
+from meshnode.core.sizes import counted, format_size
+from protocols.words import layers
 
 if TYPE_CHECKING:
     from meshnode.harness.mesh import Mesh
@@ -64,11 +65,8 @@ def _show(mesh: Mesh) -> None:
         status = member.status()
         first, last = status.me.first, status.me.last
         found = sum(peer.connected for peer in status.peers)
-        held = "serves no layers" if first is None or last is None else f"serves layers {first} to {last - 1}"
+        held = "serves no layers" if first is None or last is None else f"serves {layers(first, last)}"
         fetched = f"fetched {format_size(status.content.fetched_bytes)}"
         source = "has the whole model" if member is mesh.serving[0] else fetched
-        print(
-            f"           {member.name:<10} found {found} peers, {held}, {source if member.serves else ''}".rstrip(
-                ", "
-            )
-        )
+        line = f"{member.name:<10} found {counted(found, 'peer')}, {held}"
+        print(f"           {line}, {source}" if member.serves else f"           {line}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import PASSPHRASE, folder_of, settings
+from meshnode.core.sizes import counted
 
 if TYPE_CHECKING:
     from meshnode.doctor.finding import Finding
@@ -49,14 +50,17 @@ def summary(findings: Sequence[Finding]) -> str:
     """The last line."""
     counts = Counter(finding.level.value for finding in findings)
     bad, odd = counts["wrong"], counts["warning"]
-    warnings = f"{odd} warning{'' if odd == 1 else 's'}"
+    warnings = counted(odd, "warning")
     if bad:
-        return f"{bad} thing{' is' if bad == 1 else 's are'} wrong, {warnings}."
+        return f"{counted(bad, 'thing is', 'things are')} wrong, {warnings}."
     return f"Nothing is wrong, {warnings}."
 
 
 def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
-    """`{version, wrong, warning, ok, checks: [{check, level, text, remedy}]}`."""
+    """`{version, wrong, warning, ok, checks: [{check, code, level, text, remedy}]}`."""
     counts = Counter(finding.level.value for finding in findings)
-    checks = [{"check": f.check, "level": f.level.value, "text": f.text, "remedy": f.remedy} for f in findings]
+    checks = [
+        {"check": f.check, "code": f.code, "level": f.level.value, "text": f.text, "remedy": f.remedy}
+        for f in findings
+    ]
     return {"version": JSON_VERSION, **{kind: counts[kind] for kind in ("wrong", "warning", "ok")}, "checks": checks}

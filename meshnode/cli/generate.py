@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from meshnode.api.messages import Answer
-from meshnode.api.question import Options, Prompt, Question, question
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import client_of
 from meshnode.client import Client
 from meshnode.core.errors import ConfigError, DiskError
+from meshnode.core.printable import printable
+from meshnode.core.reasons import cause
+from meshnode.core.sizes import counted
+from meshnode.text.question import Options, Prompt, Question, question
+from protocols.errors import MeshError
+from protocols.ids import short
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +38,16 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.7, metavar="X", help="default 0.7; 0 is greedy")
     parser.add_argument("--top-p", type=float, default=0.9, metavar="X", help="default 0.9; 1: off")
     parser.add_argument("--top-k", type=int, default=0, metavar="N", help="0: off")
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, metavar="X", help="share of the best one's probability; 0: off"
+    )
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1: off")
+    for name in ("presence", "frequency"):
+        parser.add_argument(f"--{name}-penalty", type=float, default=0.0, metavar="X", help="-2 to 2; 0: off")
     parser.add_argument("--seed", type=int, default=None, help="the same seed gives the same answer")
+    parser.add_argument(
+        "--adapter", metavar="CID", help="answer with this adapter, or none; default: the one that is released"
+    )
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
     )
@@ -47,11 +60,16 @@ def asked(arguments: argparse.Namespace, prompt: Prompt) -> Question:
         "temperature": 0 if arguments.greedy else arguments.temperature,
         "top_p": arguments.top_p,
         "top_k": arguments.top_k,
+        "min_p": arguments.min_p,
         "repetition_penalty": arguments.repetition_penalty,
+        "presence_penalty": arguments.presence_penalty,
+        "frequency_penalty": arguments.frequency_penalty,
         "seed": arguments.seed,
         "stop": arguments.stop,
         "raw": arguments.raw,
     }
+    if arguments.adapter is not None:
+        options["adapter"] = arguments.adapter
     return question(prompt, options)
 
 
@@ -69,12 +87,12 @@ def asked_once(arguments: argparse.Namespace) -> Question:
 
 
 def _read(path: Path) -> str:
+    source = "standard input" if str(path) == "-" else f"the prompt file {path}"
     try:
-        return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"the prompt file {path} can't be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"the prompt file {path} is not UTF-8 text (byte {error.start})") from error
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        return data.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source} can't be read: {cause(error)}") from error
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -85,13 +103,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         write_json(arguments.json, answer.as_json())
     receipt = answer.receipt
+    facts = [f"answer {answer.id}"] if answer.id else []
     if receipt.decode_tok_s:
-        stages = len(receipt.route)
-        print(
-            f"[{len(answer.token_ids)} tokens, {receipt.decode_tok_s} tok/s, first after {receipt.ttft_ms:.0f} ms, "
-            f"{stages} stage{'s' if stages != 1 else ''}]",
-            file=sys.stderr,
-        )
+        speed = f"{receipt.decode_tok_s} tok/s, first after {receipt.ttft_ms:.0f} ms"
+        facts[:0] = [counted(len(answer.token_ids), "token"), speed, counted(len(receipt.route), "stage")]
+    if receipt.adapter:
+        facts.append(f"adapter {short(receipt.adapter)}")
+    if facts:
+        print(f"[{', '.join(facts)}]", file=sys.stderr)
     return 0
 
 
@@ -99,12 +118,19 @@ def print_answer(node: Client, question: Question) -> Answer:
     """Print the pieces as they come; the whole answer."""
 
     def waiting(why: str) -> None:
-        print(f"Waiting for the mesh: {_safe(why)}.", file=sys.stderr)
+        print(f"Waiting for the mesh: {printable(why)}.", file=sys.stderr)
 
     with node.ask(question, waiting=waiting) as pieces:
-        for piece in pieces:
-            print(_safe(piece.text), end="", flush=True)
-        return pieces.whole()
+        shown = ""
+        try:
+            for piece in pieces:
+                shown = printable(piece.text, keep="\n\t") or shown
+                print(printable(piece.text, keep="\n\t"), end="", flush=True)
+            return pieces.whole()
+        except MeshError:
+            if shown and not shown.endswith("\n"):
+                print(flush=True)  # what was wrong is said on a line of its own
+            raise
 
 
 def write_json(path: Path, receipt: dict[str, Any]) -> None:
@@ -113,8 +139,3 @@ def write_json(path: Path, receipt: dict[str, Any]) -> None:
         path.write_text(json.dumps(receipt, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise DiskError(f"the receipt {path} can't be written: {error.strerror or error}") from error
-
-
-def _safe(text: str) -> str:
-    """No terminal control sequences out of a model's mouth; line ends and tabs stay."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

@@ -7,13 +7,17 @@ import json
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from meshnode.cli.learn import add_lesson, lesson_options
 from meshnode.cli.model import VARIANTS, StepProgress
 from meshnode.core.errors import ConfigError, DiskError
+from meshnode.core.sizes import counted
+from protocols.words import layers
 
 if TYPE_CHECKING:
     from meshnode.harness.mesh import Mesh
@@ -50,6 +54,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     logs.add_argument("node", nargs="?", metavar="NODE", help="only this node")
     _add_dir(logs)
     _add_dir(actions.add_parser("status", help="one line per node"))
+    learn = actions.add_parser("learn", help="nodes learn, each from a file of its own; how good each becomes")
+    learn.add_argument("--nodes", type=int, metavar="N", help="default: as many as there are files")
+    learn.add_argument(
+        "--train",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help='one for each node: lines {"input": ..., "label": ...}',
+    )
+    learn.add_argument("--heldout", type=Path, required=True, metavar="FILE", help="the same, that nobody trains on")
+    learn.add_argument("--hostile", type=int, default=0, metavar="K", help="the last K nodes attack (default 0)")
+    learn.add_argument("--attack", default="", metavar="NAME", help="what they do")
+    learn.add_argument("--no-comparison", action="store_true", help="do not train alone and by FedAvg, too")
+    learn.add_argument("--seed", type=int, default=1, metavar="S", help="of the frame and of batches (default 1)")
+    learn.add_argument("--json", type=Path, metavar="OUT", help="write the figures here")
+    learn.add_argument("--dir", type=Path, metavar="FOLDER", help="keep the data folders here (default: removed)")
+    learn.add_argument("--model", default="example:smollm2", metavar="PATH_OR_PACKAGE")
+    learn.add_argument("--variant", choices=VARIANTS, default="int4", help="that is published beside `train`")
+    learn.add_argument("--cache", type=Path, metavar="FOLDER", help="published models are kept here between runs")
+    add_lesson(learn)
+    shown = actions.add_parser("demo-learn", help="two tasks: four nodes learn, a fifth serves what they learned")
+    shown.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the curves and the figures")
+    shown.add_argument("--task", choices=("intents", "logs"), help="only this one (default: both)")
+    shown.add_argument("--cache", type=Path, metavar="FOLDER", help="models and data are kept here between runs")
     generate = actions.add_parser("generate", help="start a mesh, answer one prompt, stop it, write a receipt")
     generate.add_argument("prompt", nargs="*", help="what to answer (or --prompt-file)")
     generate.add_argument("--prompt-file", type=Path, metavar="FILE")
@@ -89,6 +118,8 @@ def run(arguments: argparse.Namespace) -> int:
         "logs": _logs,
         "status": _status,
         "generate": _generate,
+        "learn": _learn,
+        "demo-learn": _demo_learn,
     }
     return actions[arguments.action](arguments)
 
@@ -134,7 +165,7 @@ def _up(arguments: argparse.Namespace) -> int:
     if mesh.has_model():
         mesh.wait_ready(arguments.wait)
         mesh.save()
-    print(f"{len(mesh.members)} nodes run; {folder / FILE} says where. Stop them with:\n")
+    print(f"{counted(len(mesh.members), 'node runs', 'nodes run')}; {folder / FILE} says where. Stop them with:\n")
     print(f"    meshnode harness down --dir {folder}")
     return 0
 
@@ -144,7 +175,7 @@ def _down(arguments: argparse.Namespace) -> int:
 
     mesh = Mesh.open(arguments.dir.absolute())
     mesh.down()
-    print(f"{len(mesh.members)} nodes are stopped.")
+    print(f"{counted(len(mesh.members), 'node is', 'nodes are')} stopped.")
     return 0
 
 
@@ -223,7 +254,7 @@ def _status(arguments: argparse.Namespace) -> int:
             print(f"{member.name:<10} {error}")
             continue
         span = line["layers"]
-        held = "no layers" if span is None else f"layers {span[0]} to {span[1] - 1}"
+        held = "no layers" if span is None else layers(*span)
         print(f"{member.name:<10} {held:<16} {line['rss_mb']:6.0f} MB  process {line['pid']}  {member.folder}")
     return 0
 
@@ -243,6 +274,65 @@ def _generate(arguments: argparse.Namespace) -> int:
     print(receipt["text"])
     print(summary(receipt), file=sys.stderr)
     return 0
+
+
+def _learn(arguments: argparse.Namespace) -> int:
+    import os
+
+    from meshnode.harness.learn import Experiment, learn, table
+    from meshnode.harness.published import cache_folder, published
+    from protocols.manifest.messages import TRAIN
+
+    if arguments.nodes not in (None, len(arguments.train)):
+        raise ConfigError(f"--nodes {arguments.nodes} needs as many files; --train names {len(arguments.train)}")
+    cache = arguments.cache or cache_folder(os.environ)
+    source = published(arguments.model, (arguments.variant, TRAIN), cache.absolute(), StepProgress())
+    experiment = Experiment(
+        trains=[path.absolute() for path in arguments.train],
+        heldout=arguments.heldout.absolute(),
+        published=source,
+        variant=arguments.variant,
+        hostile=arguments.hostile,
+        attack=arguments.attack,
+        options={"seed": arguments.seed, **lesson_options(arguments)},
+        compared=() if arguments.no_comparison else ("alone", "fedavg"),
+    )
+    with tempfile.TemporaryDirectory(prefix="meshnode-") as temporary:
+        result = learn(experiment, (arguments.dir or Path(temporary)).absolute(), Since().say)
+    print(f"\n{table(result)}")
+    write_receipt(arguments.json, result)
+    return 0
+
+
+def _demo_learn(arguments: argparse.Namespace) -> int:
+    import os
+
+    from meshnode.harness.demo_learn import LESSONS, demo, draw
+    from meshnode.harness.published import cache_folder, published
+    from protocols.manifest.messages import TRAIN
+
+    cache = (arguments.cache or cache_folder(os.environ)).absolute()
+    since = Since()
+    since.say("Publishing SmolLM2 in int4 and for training, unless that was done before.")
+    source = published("example:smollm2", ("int4", TRAIN), cache, StepProgress())
+    lessons = [lesson for lesson in LESSONS if arguments.task in (None, lesson.name)]
+    with tempfile.TemporaryDirectory(prefix="meshnode-") as temporary:
+        results = demo(source, Path(temporary), cache, since.say, lessons)
+    out = arguments.out.absolute()
+    drawn = draw(results, out)
+    write_receipt(out / "learn.json", {"tasks": results})
+    since.say(f"The curves: {', '.join(str(path) for path in drawn)}; all figures: {out / 'learn.json'}")
+    return 0
+
+
+class Since:
+    """Says things with the seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self._began:5.1f} s] {text}", flush=True)
 
 
 @contextmanager
@@ -268,12 +358,12 @@ def write_receipt(path: Path | None, receipt: dict[str, Any]) -> None:
 def summary(receipt: dict[str, Any]) -> str:
     """A receipt in a few lines."""
     head = (
-        f"{len(receipt['token_ids'])} tokens, first after {receipt['ttft_ms']:.0f} ms, "
-        f"then {receipt['decode_tok_s'] or 0:.0f} tok/s through {len(receipt['route'])} stages:"
+        f"{counted(len(receipt['token_ids']), 'token')}, first after {receipt['ttft_ms']:.0f} ms, "
+        f"then {receipt['decode_tok_s'] or 0:.0f} tok/s through {counted(len(receipt['route']), 'stage')}:"
     )
     lines = [head]
     lines += [
-        f"  {hop['name']:<10} layers {hop['first']:>2} to {hop['last'] - 1:>2}  network {hop['network_ms']:.2f} ms  "
+        f"  {hop['name']:<10} {layers(hop['first'], hop['last']):<16}  network {hop['network_ms']:.2f} ms  "
         f"compute {hop['compute_ms']:.2f} ms"
         for hop in receipt["hops"]
     ]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from meshnode.cli.invite import knows_addresses, print_ticket
 from meshnode.cli.main import add_data
-from meshnode.cli.settings import add_settings, flags_given, folder_of, new_passphrase, settings
+from meshnode.cli.settings import add_settings, check_memory, flags_given, folder_of, new_passphrase, settings
 from meshnode.config.keep import keep_settings
 from meshnode.core.paths import Paths
 
@@ -24,9 +25,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     folder = folder_of(arguments)
     config = settings(arguments)
+    if arguments.memory is not None:
+        check_memory(config)
     Paths(folder).create()
     membership = init_network(
-        folder, arguments.network, node_name=config.node.name, passphrase=new_passphrase(arguments.passphrase)
+        folder,
+        arguments.network,
+        node_name=config.node.name or os.uname().nodename,
+        passphrase=new_passphrase(arguments.passphrase),
     )
     keep_settings(folder, flags_given(arguments))
     print(

@@ -15,25 +15,34 @@ from typing import Final
 from meshnode import __version__
 from meshnode.core.errors import EXIT_CODES, Declined
 from meshnode.core.paths import data_folder
+from meshnode.core.printable import printable
 from protocols.errors import MeshError
 
 # name, module, one line. Each module has `add_arguments(parser)` and `run(arguments) -> int`.
 COMMANDS: Final = (
     ("init", "meshnode.cli.init", "make a new private network and print a ticket for the next device"),
     ("join", "meshnode.cli.join", "enter a network with a ticket"),
-    ("invite", "meshnode.cli.invite", "print another ticket"),
+    ("invite", "meshnode.cli.invite", "print another ticket; list tickets, make one worthless"),
+    ("members", "meshnode.cli.members", "who belongs to the network; put somebody out"),
     ("start", "meshnode.cli.start", "run this node"),
     ("bootstrap", "meshnode.cli.bootstrap", "run this node as a meeting point that serves no layers"),
     ("stop", "meshnode.cli.stop", "hand over the layers, then stop the node"),
     ("status", "meshnode.cli.status", "what the mesh does now, one line per peer"),
+    ("top", "meshnode.cli.top", "the mesh as it changes, on a screen of its own"),
     ("doctor", "meshnode.cli.doctor", "find out what is wrong on this device, with remedies"),
     ("generate", "meshnode.cli.generate", "continue or answer one prompt"),
     ("chat", "meshnode.cli.chat", "talk to the model"),
+    ("feedback", "meshnode.cli.feedback", "say whether an answer was right, so that the mesh can learn from it"),
+    ("data", "meshnode.cli.data", "the samples that this device keeps to learn from"),
+    ("learn", "meshnode.cli.learn", "have the network learn from what its devices keep, and see how it goes"),
     ("model", "meshnode.cli.model", "add, list, show, verify and remove models"),
+    ("key", "meshnode.cli.key", "keys by which programs may ask this node over HTTP"),
+    ("release", "meshnode.cli.release", "adapters that were learned: what is served, propose one, go back from one"),
     ("demo", "meshnode.cli.demo", "a bootstrap peer and three nodes on this machine answer a question together"),
     ("harness", "meshnode.cli.harness", "a whole mesh on this machine, to try things out and to test"),
     ("bench", "meshnode.cli.bench", "how fast the mesh is on this machine"),
     ("config", "meshnode.cli.config", "print the effective settings and where they come from"),
+    ("completion", "meshnode.cli.completion", "what bash, zsh or fish needs to complete commands and flags"),
 )
 
 
@@ -116,8 +125,7 @@ def _known(group: BaseExceptionGroup[BaseException]) -> MeshError | None:
 
 
 def _say(error: MeshError) -> int:
-    text = "".join(c if c.isprintable() or c == "\n" else "?" for c in str(error))
-    print(f"meshnode: {text}", file=sys.stderr)
+    print(f"meshnode: {printable(str(error), keep=chr(10))}", file=sys.stderr)
     code = int(getattr(error, "exit_code", 1))
     if code == 9 and isinstance(error, Declined):
         print("`meshnode status` says what to do.", file=sys.stderr)

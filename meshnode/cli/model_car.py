@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 
 def add_actions(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from meshnode.cli.model import add_serve
+
     export = actions.add_parser("export", help="write a model into one CAR file, for a device that is never online")
     export.add_argument("model", metavar="NAME_OR_CID")
     export.add_argument("--car", required=True, type=Path, metavar="FILE", help="where to write it")
@@ -26,6 +28,7 @@ def add_actions(actions: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_data(export)
     bring_in = actions.add_parser("import", help="take a model out of a CAR file, every block verified")
     bring_in.add_argument("car", type=Path, metavar="FILE.car")
+    add_serve(bring_in)
     add_data(bring_in)
 
 
@@ -78,10 +81,12 @@ def _lacks(store: BlobStore, manifest: Manifest, files: list[FileRef], missing: 
 
 
 def import_model(arguments: argparse.Namespace) -> int:
-    """Verify and keep what is in the CAR, and have the network serve its smallest variant, or the one it served."""
-    from meshnode.cli.model import StepProgress, adopt, open_store
+    """Verify and keep what is in the CAR; its smallest variant is meant, or the one that was served."""
+    from meshnode.cli.model import StepProgress, adopt, check_may_publish, open_store
     from meshnode.ipfs.car_import import import_car
 
+    if arguments.serve:
+        check_may_publish(arguments)  # before the long work
     steps = StepProgress()
     with open_store(arguments, adds=True) as store:
         found = import_car(store, arguments.car, progress=lambda done, total: steps("import", "", done, total))
@@ -90,6 +95,9 @@ def import_model(arguments: argparse.Namespace) -> int:
     if others:
         print(f"Not in the file, or not whole: {', '.join(others)}.")
     variant = _served(folder_of(arguments), found.cid, found.variants)
+    if variant not in found.manifest.servable:
+        print(f"Nothing changes about what is served: the variant {variant} is for training.")
+        return 0
     adopt(arguments, found.cid, found.manifest, variant)
     return 0
 

@@ -60,9 +60,9 @@ def _no_cid(text: str, reason: str) -> str:
 
 
 def add_by_cid(arguments: argparse.Namespace, cid: Cid) -> int:
-    """Have the network serve the release, after its manifest was fetched; the node does that if it is not here."""
-    from meshnode.api.releases import check_variant
-    from meshnode.cli.model import adopt, open_store, print_model
+    """Fetch the manifest, which the running node does if it is not here; then see `adopt`."""
+    from meshnode.api.releases import check_servable
+    from meshnode.cli.model import VARIANTS, adopt, check_may_publish, open_store, print_model
     from protocols.errors import RemoteProtocolError
     from protocols.manifest.codec import open_manifest
 
@@ -72,6 +72,13 @@ def add_by_cid(arguments: argparse.Namespace, cid: Cid) -> int:
     if len(variants) > 1:
         raise ConfigError("a model that is added by its CID is served in one variant; give --variant once, or not")
     variant = variants[0]
+    if variant and variant not in VARIANTS:
+        raise ConfigError(
+            f"the variant {variant} can't be served; add the model in another one, then have this one here as well: "
+            f"meshnode model pin NAME --variant {variant}"
+        )
+    if arguments.serve:
+        check_may_publish(arguments)
     with open_store(arguments) as store:
         block = store.block(cid)
     if block is None:
@@ -89,18 +96,27 @@ def add_by_cid(arguments: argparse.Namespace, cid: Cid) -> int:
     except RemoteProtocolError as error:
         raise ModelError(f"{cid} is not the manifest of a model: {error}") from error
     variant = variant or manifest.smallest_variant()
-    check_variant(manifest, variant)
-    adopt(arguments, cid, manifest, variant)
+    check_servable(manifest, variant)
+    with open_store(arguments) as store:
+        missing = sum(ref.size for ref in manifest.files_of(variant) if store.path(ref.cid) is None)
+    adopt(arguments, cid, manifest, variant, missing=missing)
     print_model(cid, manifest)
     return 0
 
 
 def _later(arguments: argparse.Namespace, cid: Cid, variant: str) -> int:
+    from meshnode.cli.model import check_may_publish
     from meshnode.state import releases
     from meshnode.state.database import Database
 
     folder = folder_of(arguments)
+    check_may_publish(arguments)
     with Database(Paths(folder).state) as database:
+        if releases.served(database) is not None and not arguments.serve:
+            raise ConfigError(
+                "this node does not run, so it can't fetch the model, and the network served another one when it ran "
+                "last; start the node first (meshnode start), or say that this model is to replace it (--serve)"
+            )
         releases.serve_later(database, cid, variant)
     print(f"The model {cid} is fetched and served as soon as this node starts.")
     content = settings(arguments).content

@@ -9,7 +9,7 @@ from meshnode.cli.main import add_data
 from meshnode.cli.settings import client_of, folder_of
 from meshnode.core.errors import ConfigError
 from meshnode.core.paths import Paths
-from meshnode.core.sizes import format_size
+from meshnode.core.sizes import counted, format_size
 
 
 def add_actions(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -82,8 +82,9 @@ def remove_model(arguments: argparse.Namespace) -> int:
         last = files & store.pins().get(LAST_PIN, frozenset()) - {cid}
         if last and not arguments.force:
             raise ConfigError(
-                f"This node keeps {len(last)} files of {manifest.name} for the network, and other nodes may not hold "
-                "them. Have the network serve another model first (meshnode model serve NAME), or add --force."
+                f"This node keeps {counted(len(last), 'file')} of {manifest.name} for the network, and other nodes "
+                "may not hold them. Have the network serve another model first (meshnode model serve NAME), or add "
+                "--force."
             )
         store.unpin(cid)
         store.drop_pins(files)

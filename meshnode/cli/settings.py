@@ -29,6 +29,7 @@ FLAGS: Final = {
     "threads": "serve.threads",
     "sessions": "serve.sessions",
     "engine": "serve.engine",
+    "learn": "learn.enabled",
     "log_level": "log.level",
     "log_format": "log.format",
 }
@@ -53,6 +54,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=int, metavar="N", help="threads of one engine step")
     group.add_argument("--sessions", type=int, metavar="N", help="answers that this node computes at the same time")
     group.add_argument("--engine", choices=("onnx", "null"), help="null computes deterministic nonsense, for tests")
+    group.add_argument(
+        "--learn",
+        action="store_true",
+        default=None,
+        help="train on this device's samples while it is idle, and give others what was learned",
+    )
     group.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
     group.add_argument("--log-format", choices=("auto", "console", "json"))
 
@@ -61,6 +68,16 @@ def settings(arguments: argparse.Namespace, **overrides: object) -> Config:
     """The configuration of the data folder, with this command's flags on top. Raises ConfigError."""
     environ: Mapping[str, str] = {k: v for k, v in os.environ.items() if k != PASSPHRASE}
     return load_config(folder_of(arguments), environ, {**flags_given(arguments), **overrides})
+
+
+def check_memory(config: Config) -> None:
+    """Say on standard error what is odd about the memory that this device is to give; the doctor's words."""
+    from meshnode.doctor import device_checks, facts
+    from meshnode.doctor.finding import Level
+
+    finding = device_checks.check_memory(facts.memory_facts(config, running=False))
+    if finding.level is not Level.OK:
+        print(f"meshnode: note: {finding.text} {finding.remedy}", file=sys.stderr)
 
 
 def flags_given(arguments: argparse.Namespace) -> dict[str, object]:

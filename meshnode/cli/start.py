@@ -9,9 +9,10 @@ import sys
 from collections.abc import AsyncIterator
 
 from meshnode.cli.main import add_data
-from meshnode.cli.settings import add_settings, ask_passphrase, folder_of, settings
+from meshnode.cli.settings import add_settings, ask_passphrase, check_memory, folder_of, settings
 from meshnode.config.settings import Config
 from meshnode.core.paths import Paths
+from meshnode.core.sizes import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     Paths(folder_of(arguments)).create()
-    return run_node(settings(arguments))
+    config = settings(arguments)
+    check_memory(config)
+    _check_tickets(arguments, config)
+    return run_node(config)
+
+
+def _check_tickets(arguments: argparse.Namespace, config: Config) -> None:
+    """Tickets that were made before name the addresses of the settings, which `--listen` overrides this time."""
+    from meshnode.core.clock import wall_ms
+    from meshnode.state.database import Database
+
+    if arguments.listen is None or config.network.announce or not config.paths.state.exists():
+        return
+    usual = settings(argparse.Namespace(folder=config.paths.folder)).network.listen
+    with Database(config.paths.state) as state:
+        usable = sum(invite.usable(wall_ms()) for invite in state.invites())
+    if usable and usual != config.network.listen:
+        print(
+            f"meshnode: note: {counted(usable, 'ticket')} may name {', '.join(usual)}, where this node does not "
+            f"listen now ({', '.join(config.network.listen)}). Make new ones while it runs (meshnode invite), or "
+            f"keep the address in {config.paths.config}: network.listen.",
+            file=sys.stderr,
+        )
 
 
 def run_node(config: Config) -> int:

@@ -7,8 +7,12 @@ import json
 from typing import Final
 
 from meshnode.api.messages import ContentStatus, CopiesStatus, PeerStatus, Status
+from meshnode.cli.learn import learning_line
 from meshnode.cli.main import add_data
+from meshnode.cli.release import line
 from meshnode.cli.settings import client_of
+from meshnode.core.printable import printable
+from meshnode.core.sizes import counted, format_size
 
 COUNTED_AFTER_S: Final = 10.0  # a node that has just started does not know yet what the others hold
 
@@ -28,26 +32,43 @@ def run(arguments: argparse.Namespace) -> int:
 def describe(status: Status) -> str:
     """The status for people, in lines."""
     model = status.model
-    served = f"model {model.name} {model.version} {model.variant}, {model.layers} layers" if model else "no model yet"
+    served = (
+        f"model {model.name} {model.version} {model.variant}, {counted(model.layers, 'layer')}"
+        if model
+        else "no model"
+    )
     lines = [
         f"network {status.network}   {served}",
         ("ready: " if status.ready else "not ready: ") + status.readiness,
     ]
+    if status.api_url:
+        lines.append(f"programs ask at {status.api_url}/v1 (OpenAI), {status.api_url} (Anthropic, Ollama)")
     if status.prediction:
         lines.append(f"predicted: {status.prediction}")
     lines += ["", _line("you", status.me), *(_line("peer", peer) for peer in status.peers)]
     if progress := status.progress:
-        share, total = 100 * progress.bytes_done // max(1, progress.bytes_total), _mb(progress.bytes_total)
+        share, total = 100 * progress.bytes_done // max(1, progress.bytes_total), format_size(progress.bytes_total)
         lines.append(f"\n{progress.phase} {_layers(progress.span.first, progress.span.last)}: {share} % of {total}")
+    lines += [
+        f"adapter {line(one)}" for one in status.releases if one.in_use or one.phase in ("open", "rolling", "held")
+    ]
     if status.copies:
         lines += ["", _copies(status, status.copies), _tiers(status.content)]
+    if status.learning.lesson:
+        lines.append(f"learning: {learning_line(status.learning)}")
+    if status.samples.labelled:
+        kept = status.samples
+        lines.append(f"samples: {kept.labelled} to learn from, {kept.fresh} of them new")
     if guests := status.content.guests:
         lines += [] if status.copies else [""]
         lines.append(f"ipfs: {sum(guests.values())} of {len(guests)} peers connected")
-    if status.health:
+    troubles = [
+        f"#  - {peer.name or _short(peer.peer)} says: {peer.trouble}" for peer in status.peers if peer.trouble
+    ]
+    if status.health or troubles:
         lines.append("\n# Health")
-        lines += [f"#  - {warning.text}" for warning in status.health]
-    return "\n".join(_shown(line) for line in lines)
+        lines += [*(f"#  - {warning.text}" for warning in status.health), *troubles]
+    return printable("\n".join(lines), keep="\n")
 
 
 def _copies(status: Status, copies: CopiesStatus) -> str:
@@ -70,20 +91,21 @@ def _copies(status: Status, copies: CopiesStatus) -> str:
 
 
 def _tiers(content: ContentStatus) -> str:
-    hot, warm, cold = (_mb(size) for size in (content.hot_bytes, content.warm_bytes, content.cold_bytes))
+    hot, warm, cold = (format_size(size) for size in (content.hot_bytes, content.warm_bytes, content.cold_bytes))
     covered = ", encrypted on the disk" if content.encrypted else ""
     return f"files: {hot} in use (hot), {warm} more on this disk (warm), {cold} elsewhere (cold){covered}"
 
 
 def _line(kind: str, row: PeerStatus) -> str:
-    where = "" if kind == "you" else _where(row)
-    return f"{kind:<5}{_short(row.peer)}  {row.name[:20]:<20}  {_does(row):<34}{where}".rstrip()
+    reached = "" if kind == "you" else where(row)
+    return f"{kind:<5}{_short(row.peer)}  {row.name[:20]:<20}  {does(row):<34}{reached}".rstrip()
 
 
-def _does(row: PeerStatus) -> str:
+def does(row: PeerStatus) -> str:
+    """What a node does."""
     layers = "" if row.first is None or row.last is None else _layers(row.first, row.last)
     target = "" if row.target is None else _layers(*row.target)
-    sessions = f", {row.sessions} session{'s' if row.sessions > 1 else ''}" if row.sessions else ""
+    sessions = f", {counted(row.sessions, 'session')}" if row.sessions else ""
     match row.state:
         case "serving":
             return f"serving {layers}{sessions}"
@@ -96,7 +118,8 @@ def _does(row: PeerStatus) -> str:
             return "serves no layers" if row.memory_bytes else "meeting point, serves no layers"
 
 
-def _where(row: PeerStatus) -> str:
+def where(row: PeerStatus) -> str:
+    """How it is reached from here."""
     if not row.connected:
         return f"not connected, last heard of {row.age_s or 0:.0f} s ago"
     return "connected" if row.round_trip_ms is None else f"direct {row.round_trip_ms:.1f} ms"
@@ -108,12 +131,3 @@ def _layers(first: int, last: int) -> str:
 
 def _short(peer: str) -> str:
     return f"{peer[:4]}…{peer[-4:]}"
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
-
-
-def _shown(text: str) -> str:
-    """Texts of peers may hold anything; a terminal sees printable characters only."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)

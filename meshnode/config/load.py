@@ -18,6 +18,7 @@ from meshnode.config.settings import Config
 from meshnode.config.values import IPFS_API_EXAMPLE, Amount
 from meshnode.core.errors import ConfigError
 from meshnode.core.paths import Paths
+from meshnode.core.reasons import cause
 
 PREFIX: Final = "MESHNODE_"
 
@@ -75,10 +76,17 @@ def _read_file(path: Path) -> dict[str, object]:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except NotADirectoryError as error:
+        raise ConfigError(
+            f"{path.parent} is a file, or lies in one, so it can't be a data folder; choose another with --data or "
+            "$MESHNODE_DATA."
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} can't be read: {error}.") from error
-    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} can't be read: {cause(error)}.") from error
+    except ValueError as error:  # a number of 5,000 digits is a plain one
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} is not valid TOML: it is nested too deeply.") from error
     found: dict[str, object] = {}
     for section, table in document.items():
         if not isinstance(table, dict):

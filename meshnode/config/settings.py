@@ -8,17 +8,24 @@ from typing import Final
 
 from meshnode.config.values import (
     GATEWAY_EXAMPLE,
+    HOURS_EXAMPLE,
+    HTTP_EXAMPLE,
     IPFS_API_EXAMPLE,
     LISTEN_EXAMPLE,
     NAME_EXAMPLE,
+    ORIGIN_EXAMPLE,
     PEER_EXAMPLE,
     Amount,
     gateway_urls,
+    host_port,
+    hours,
     multiaddrs,
     number,
     one_of,
+    origins,
     parse_amount,
     path,
+    real,
     rpc_address,
     setting,
     text,
@@ -52,6 +59,11 @@ class NetworkSection:
         multiaddrs("/p2p/[1-9A-HJ-NP-Za-km-z]{40,64}", PEER_EXAMPLE),
         "peers to dial at the start, beside those of the ticket and those met before",
     )
+    local_discovery: bool = setting(
+        True,
+        yes_or_no,
+        "find members on the local network by mDNS; others there see that a node is there, not whose it is",
+    )
     swarm_key: str = setting(
         "",
         path,
@@ -81,6 +93,24 @@ class ServeSection:
         "onnx",
         one_of("onnx", "null"),
         "null computes deterministic nonsense without a model, for tests of the mesh itself",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpSection:
+    enabled: bool = setting(
+        True, yes_or_no, "answer programs that speak to OpenAI, Anthropic or Ollama, on this machine alone by default"
+    )
+    listen: str = setting(
+        HTTP_EXAMPLE,
+        host_port,
+        "where; when the port is taken, the next free one; any address but loopback needs keys (meshnode key add)",
+    )
+    require_keys: bool = setting(False, yes_or_no, "ask for a key on loopback, too")
+    tls_cert: str = setting("", path, "file with the certificate and its chain (PEM), for https; empty: http")
+    tls_key: str = setting("", path, "file with the certificate's private key (PEM)")
+    cors: tuple[str, ...] = setting(
+        (), origins, f"web pages of others that may ask, like {ORIGIN_EXAMPLE}; empty: none but the node's own"
     )
 
 
@@ -138,6 +168,71 @@ class ContentSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LearnSection:
+    enabled: bool = setting(
+        False,
+        yes_or_no,
+        "train on this device's samples while it is idle, and give others what was learned; samples never leave it",
+    )
+    keep_answers: bool = setting(
+        True,
+        yes_or_no,
+        "keep the last 256 answers with their questions on this device, so that `meshnode feedback` can judge them",
+    )
+    max_samples: int = setting(
+        10_000, number(16, 1_000_000), "samples kept; the least useful of the largest classes go first, oldest first"
+    )
+    max_size: Amount = setting(
+        Amount(size_bytes=100_000_000), parse_amount, "bytes, or share of the free disk, for all samples"
+    )
+    power: str = setting("mains", one_of("mains", "any"), "mains: train while it is plugged in; any: on battery, too")
+    battery: int = setting(60, number(0, 100), "percent below which nothing is trained, with learn.power = any")
+    load: int = setting(30, number(1, 100), "percent of all cores that other work may take while this node trains")
+    owner_idle: int = setting(
+        5, number(0, 1440), "minutes since somebody last typed, where that can be seen; 0: whoever works on it"
+    )
+    hours: str = setting("", hours, f"part of the day in which it trains, like {HOURS_EXAMPLE}; empty: all day")
+    schedule: str = setting(
+        "experience",
+        one_of("experience", "interval"),
+        "experience: when, how long and with whom by what it has brought so far; interval: every learn.interval",
+    )
+    interval: int = setting(30, number(1, 10_080), "minutes from one round to the next, and between looks otherwise")
+    steps: int = setting(10, number(1, 1000), "training steps of an ordinary round, of 8 samples each")
+    mode: str = setting(
+        "pairwise",
+        one_of("pairwise", "noloco", "elastic", "allreduce", "hierarchical", "broadcast"),
+        "how nodes mix what they have learned; the same on all; broadcast is for slow links",
+    )
+    epsilon: float = setting(
+        0.0,
+        real(0, 1000),
+        "most that differential privacy may let out about one sample, for good; 8 is common, less is safer and "
+        "learns less; 0: no differential privacy",
+    )
+    delta: float = setting(
+        1e-5, real(1e-12, 0.1), "chance that learn.epsilon does not hold; well below one by the number of samples"
+    )
+    privacy_steps: int = setting(
+        1000,
+        number(1, 10_000_000),
+        "training steps that learn.epsilon is to last for: more steps, more noise in each",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseSection:
+    collect: int = setting(
+        120, number(0, 86_400), "seconds in which votes on an adapter are collected before the first node uses it"
+    )
+    soak: int = setting(
+        900,
+        number(0, 604_800),
+        "seconds from one step of a roll-out to the next: 5, 25, 50, 100 percent of the nodes; the same on all nodes",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LogSection:
     level: str = setting(
         "info", one_of("debug", "info", "warning", "error"), "info is about one line a minute when nothing happens"
@@ -154,6 +249,9 @@ class Config:
     node: NodeSection = NodeSection()
     network: NetworkSection = NetworkSection()
     serve: ServeSection = ServeSection()
+    http: HttpSection = HttpSection()
     content: ContentSection = ContentSection()
+    learn: LearnSection = LearnSection()
+    release: ReleaseSection = ReleaseSection()
     log: LogSection = LogSection()
     origins: Mapping[str, str] = field(default_factory=dict)  # "serve.memory" -> "the command line"; absent: default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,11 @@ from protocols.multiaddr import parse_address
 T = TypeVar("T")
 
 MAX_GATEWAYS: Final = 16
+MAX_ORIGINS: Final = 64
 
+_HOURS = re.compile(r"([0-9]{1,2})(?::([0-5][0-9]))?\s*-\s*([0-9]{1,2})(?::([0-5][0-9]))?")
+_ORIGIN = re.compile(r"https?://(?:[a-z0-9.\-]{1,253}|\[[0-9a-f:.]{2,45}\])(?::[0-9]{1,5})?")
+_HOST_PORT = re.compile(r"([0-9a-z.]{1,253}|\[[0-9a-fA-F:.]{2,45}\]):([0-9]{1,5})")
 _PERCENT = re.compile(r"([0-9]{1,3})\s*%")
 _URL = re.compile(
     r"https?://(?:[a-z0-9.\-]{1,253}|\[[0-9a-f:.]{2,45}\])(?::[0-9]{1,5})?(?:/[a-z0-9._~\-/]{0,200})?", re.I
@@ -27,6 +32,9 @@ _TRANSPORTS = frozenset(
 )
 LISTEN_EXAMPLE = "/ip4/0.0.0.0/tcp/4331"
 IPFS_API_EXAMPLE = "/ip4/127.0.0.1/tcp/5001"
+HOURS_EXAMPLE = "22:00-6:30"
+HTTP_EXAMPLE = "127.0.0.1:4333"
+ORIGIN_EXAMPLE = "https://chat.example"
 GATEWAY_EXAMPLE = "https://gateway.example"
 NAME_EXAMPLE = "/dns4/node.example/tcp/4331"
 PEER_EXAMPLE = "/ip4/192.0.2.7/tcp/4331/p2p/12D3KooW..."
@@ -107,6 +115,32 @@ def number(low: int, high: int) -> Callable[[object], int]:
     return read
 
 
+def real(low: float, high: float) -> Callable[[object], float]:
+    def read(value: object) -> float:
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}(\.[0-9]{1,18})?(e-?[0-9]{1,3})?", value.strip()):
+            value = float(value)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError(f"{_said(value)} is not a number from {low:g} to {high:g}")
+        return float(value)
+
+    return read
+
+
+def hours(value: object) -> str:
+    if value == "" or (isinstance(value, str) and hours_of(value)):
+        return value
+    raise ValueError(f"{_said(value)} is not a part of the day like {HOURS_EXAMPLE}")
+
+
+def hours_of(text: str) -> tuple[int, int] | None:
+    """ "22:00-6:30" as minutes of the day, from and to; None for the whole day and for what is no part of one."""
+    match = _HOURS.fullmatch(text.strip())
+    if match is None:
+        return None
+    first, last = (int(match[at]) * 60 + int(match[at + 1] or 0) for at in (1, 3))
+    return (first, last % 1440) if first < 1440 and last <= 1440 and first != last % 1440 else None
+
+
 def one_of(*choices: str) -> Callable[[object], str]:
     def read(value: object) -> str:
         if value not in choices:
@@ -163,6 +197,31 @@ def _no_multiaddr(item: object, example: str) -> str:
 def rpc_address(value: object) -> str:
     items = multiaddrs("", IPFS_API_EXAMPLE, lowest_port=1)([value] if value else [])
     return items[0] if items else ""
+
+
+def host_port(value: object) -> str:
+    match = _HOST_PORT.fullmatch(value) if isinstance(value, str) else None
+    if match is None or int(match[2]) > 65535:
+        raise ValueError(f"{_said(value)} is not an address like {HTTP_EXAMPLE}")
+    try:
+        host = ipaddress.ip_address(match[1].strip("[]"))
+    except ValueError:
+        if match[1] != "localhost":
+            raise ValueError(f"{_said(value)}: {match[1]} is no IP address; write one, like {HTTP_EXAMPLE}") from None
+        return str(value)
+    if (host.version == 6) != match[1].startswith("["):
+        raise ValueError(f"{_said(value)}: write an IPv6 address in brackets, and only that")
+    return str(value)
+
+
+def origins(value: object) -> tuple[str, ...]:
+    items = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)) or len(items) > MAX_ORIGINS:
+        raise ValueError(f"{_said(value)} is not a list of at most {MAX_ORIGINS} origins like {ORIGIN_EXAMPLE}")
+    for item in items:
+        if not isinstance(item, str) or not _ORIGIN.fullmatch(item):
+            raise ValueError(f"{item!r} is no origin like {ORIGIN_EXAMPLE}: a scheme, a host and maybe a port")
+    return tuple(dict.fromkeys(items))
 
 
 def gateway_urls(value: object) -> tuple[str, ...]:

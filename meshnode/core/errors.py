@@ -5,7 +5,9 @@ MeshError                          protocols/errors.py
 ├── TransientError                 the world: retried, then reported
 │   ├── PeerUnreachable            dial failed, stream reset, no answer in time
 │   ├── ContentUnavailable         nobody gave the bytes of this CID in time
-│   └── EngineLost                 the engine process died or was killed
+│   ├── EngineLost                 the engine process died or was killed
+│   ├── TokenizerLost              the process of the tokenizer died or was killed
+│   └── TrainerLost                the process that trains died or was killed
 ├── Declined                       a peer or a policy said no, with a code: nobody's fault
 │   └── BadRequest                 what was asked for can't be done as it was asked
 └── FatalError                     a person must act
@@ -30,7 +32,7 @@ EXIT_CODES: Final = {
     0: "it worked",
     1: "a bug, or `meshnode doctor` found something wrong",
     2: "a flag, a setting or a question can't be used as it is written",
-    3: "the node key or the membership can't be used",
+    3: "the node key, the membership or a ticket can't be used, or a role is missing",
     4: "a model can't be used: damaged, unknown, or not one of ours",
     5: "files can't be written: no space, no permission, or the quota is reached",
     6: "the running node gave no answer: it hangs, stopped, or has a bug",
@@ -69,8 +71,27 @@ class EngineLost(TransientError):
     """The engine process died, or missed its deadline and was killed."""
 
 
-# exit codes of what is declined, where it is not 8
-_DECLINED_EXIT: Final = {"too-long": 2, "not-ready": 9, "no-route": 9, "no-model": 9}
+class TokenizerLost(TransientError):
+    """The process of the tokenizer died, whoever killed it."""
+
+
+class TrainerLost(TransientError):
+    """The process that trains died, whoever killed it; what it had reached is kept."""
+
+
+# exit codes of what is declined, where it is not 8: the same cause ends with the same code, whoever notices it
+DECLINED_EXIT: Final = {
+    "too-long": 2,
+    "forbidden": 3,
+    "invite-expired": 3,
+    "invite-used": 3,
+    "other-network": 3,
+    "stranger": 3,
+    "bad-adapter": 4,
+    "not-ready": 9,
+    "no-route": 9,
+    "no-model": 9,
+}
 
 
 class Declined(MeshError):
@@ -78,7 +99,7 @@ class Declined(MeshError):
 
     Codes: `fenced` (we don't serve exactly that), `busy` (retry after `retry_ms`), `too-long`, `no-route`,
     `forbidden`, `invite-expired`, `invite-used`, `stranger`, `other-network`, `not-ready`, `no-model`,
-    `bad-request`.
+    `bad-request`, `no-adapter` (can't be fetched), `bad-adapter` (damaged, or for another model).
     """
 
     exit_code = 8
@@ -86,7 +107,7 @@ class Declined(MeshError):
     def __init__(self, code: str, text: str, *, retry_ms: int = 0, peer: PeerId | None = None) -> None:
         super().__init__(text)
         self.code = code
-        self.exit_code = _DECLINED_EXIT.get(code, self.exit_code)
+        self.exit_code = DECLINED_EXIT.get(code, self.exit_code)
         self.retry_ms = retry_ms
         self.peer = peer
 

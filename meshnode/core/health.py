@@ -12,6 +12,8 @@ from enum import IntEnum
 from typing import Final
 
 from meshnode.core.clock import Monotonic, monotonic
+from meshnode.core.printable import printable
+from protocols.words import shortened
 
 
 class Severity(IntEnum):
@@ -39,8 +41,10 @@ class HealthCode:
     lasts_s: float | None = None
 
 
+MAX_PER_CODE: Final = 32  # entries of one code; a further one takes the place of the least recently touched
 _H, _M, _L = Severity.HIGH, Severity.MEDIUM, Severity.LOW
 _EVENT_S: Final = 600.0  # how long a report of something that happened stays on the screen
+_ROLLED_BACK_S: Final = 86_400.0  # somebody should see it, who may look once a day
 
 _REGISTRY: Final = (
     HealthCode(
@@ -56,6 +60,12 @@ _REGISTRY: Final = (
         "Nobody else is in this network yet. Let another device in with `meshnode invite`.",
     ),
     HealthCode(
+        "put-out",
+        _H,
+        "This node is no member of the network any more: {reason} With one, stop this node and run "
+        "`meshnode join TICKET --anew` here.",
+    ),
+    HealthCode(
         "no-model",
         _M,
         "The network has no model. Add one with `meshnode model add example:smollm2` on a node that may publish.",
@@ -68,10 +78,58 @@ _REGISTRY: Final = (
         "for by itself; name an IPFS node that has it in content.ipfs_peers, or add another model.",
     ),
     HealthCode(
+        "model-refused",
+        _M,
+        "The model {manifest}, which was chosen here while this node did not run, is not served: {reason}",
+        lasts_s=_EVENT_S,
+    ),
+    HealthCode(
+        "learning-failed",
+        _M,
+        "This node can't follow the lesson of the network: {reason} It tries again by itself.",
+    ),
+    HealthCode(
+        "release-missing",
+        _M,
+        "{announced}, which {peer} has announced, has not arrived yet, so {served} is served. Start a node that has "
+        "it, or have another model served there (meshnode model serve).",
+        after_s=10,
+    ),
+    HealthCode(
+        "adapter-rolled-back",
+        _M,
+        "The adapter {version} ({adapter}) is not used any more: {reason} {instead} answers. "
+        "`meshnode release show {version}` tells more.",
+        per="adapter",
+        lasts_s=_ROLLED_BACK_S,
+    ),
+    HealthCode(
+        "adapter-held",
+        _L,
+        "The roll-out of the adapter {version} does not go on: {reason} Nothing has to be done; to end it, "
+        "`meshnode release rollback {version}`.",
+        per="version",
+    ),
+    HealthCode(
+        "adapter-not-judged",
+        _L,
+        "This node may vote, but could not judge the adapter {version}: {reason} It is tried again by itself.",
+        per="version",
+        lasts_s=_EVENT_S,
+    ),
+    HealthCode(
+        "release-words",
+        _L,
+        "What {peer} says of adapters ({kind}) can't be used and does not count: {reason} Update meshnode there or "
+        "here, so that both have the same version.",
+        per="peer",
+        lasts_s=_EVENT_S,
+    ),
+    HealthCode(
         "not-covered",
         _H,
-        "Nobody serves layers {first} to {last} of {model}. Start another node, or give a node more memory "
-        "(serve.memory): {missing} are missing.",
+        "Nobody serves {layers} of {model}. Start another node, or give a node more memory "
+        "(serve.memory): {missing} of memory are missing.",
         after_s=10,
     ),
     HealthCode(
@@ -82,21 +140,50 @@ _REGISTRY: Final = (
     HealthCode(
         "span-failed",
         _M,
-        "Layers {first} to {last} of {model} could not be fetched or opened: {reason} It is tried again by itself.",
+        "Of {model}, {layers} could not be fetched or opened: {reason} It is tried again by itself.",
         after_s=5,
     ),
-    HealthCode("loading", _L, "This node is loading layers {first} to {last} of {model}: {progress}.", after_s=3),
+    HealthCode(
+        "model-unusable",
+        _H,
+        "This node can't run {model}: {reason} It is not tried again before this node starts anew, or the network "
+        "serves another model.",
+    ),
+    HealthCode("loading", _L, "This node is loading {layers} of {model}: {progress}.", after_s=3),
     HealthCode(
         "engine-restarting",
         _M,
-        "The engine failed {failures} times; the last reason: {reason} It is started again; "
-        "`meshnode doctor` shows its log.",
+        "The engine failed {times}; the last reason: {reason} It is started again; `meshnode doctor` shows its log.",
     ),
     HealthCode(
         "probe-failed",
         _H,
         "A test token did not pass through the chain: {reason} `meshnode doctor` tests every hop.",
         after_s=5,
+    ),
+    HealthCode(
+        "slow-peer",
+        _M,
+        "{peer} takes {times} times as long for its layers as it says, so answers come slower than predicted: it is "
+        "busy with something else, or the way to it is bad. `meshnode doctor` there and here tells more.",
+        per="peer",
+        lasts_s=_EVENT_S,
+    ),
+    HealthCode(
+        "too-fast",
+        _M,
+        "{peer} asks us faster than any node needs to ({what}), so it waits, or is not heard. Look at that device; "
+        "if it is not to be trusted, put it out of the network.",
+        per="peer",
+        lasts_s=_EVENT_S,
+    ),
+    HealthCode(
+        "peer-avoided",
+        _M,
+        "{peer} failed questions of this node and is asked by it only where there is no other way, for {seconds} s: "
+        "{reason} It is forgiven when it answers again; if this goes on, look at that device.",
+        per="peer",
+        lasts_s=_EVENT_S,
     ),
     HealthCode(
         "disk-low",
@@ -114,7 +201,7 @@ _REGISTRY: Final = (
     HealthCode(
         "few-copies",
         _M,
-        "{count} files of {model} have too few copies in the mesh (the fewest: {fewest}; wanted: {wanted}): {reason} "
+        "Too few copies in the mesh of {files} of {model} (the fewest: {fewest}; wanted: {wanted}): {reason} "
         "Give a node more room (content.quota), or start another node; if a device dies, they may have to be "
         "published again.",
         after_s=60,
@@ -128,6 +215,29 @@ _REGISTRY: Final = (
         lasts_s=_EVENT_S,
     ),
     HealthCode("refused-peer", _L, "{peer} was refused: {reason}", per="peer", lasts_s=_EVENT_S),
+    HealthCode(
+        "may-not-serve",
+        _L,
+        "This node holds no layers: its certificate lacks the role serve. Let it join again with a ticket that gives "
+        "it (`meshnode invite --roles serve`), or set serve.memory to 0.",
+    ),
+    HealthCode(
+        "dated-ahead",
+        _M,
+        "{peer} passes on word of a model that is dated more than 10 min ahead of the clock here, so it does not "
+        "count. Set the clocks of both devices (timedatectl set-ntp true); if ours is right, who signed it is up to "
+        "no good.",
+        per="peer",
+        lasts_s=_EVENT_S,
+    ),
+    HealthCode(
+        "role-missing",
+        _M,
+        "{peer} {deed}, but lacks the role {role}: nothing of that counts. Give it the role with a new ticket "
+        "(`meshnode invite --roles {role}`), or put it out (`meshnode members remove`).",
+        per="peer",
+        lasts_s=_EVENT_S,
+    ),
     HealthCode(
         "bad-provider",
         _M,
@@ -172,6 +282,18 @@ _REGISTRY: Final = (
         "content.ipfs_api; the mesh goes on without it.",
     ),
     HealthCode(
+        "drift",
+        _M,
+        "{wrong} of the last {judged} answers that were judged on this device were wrong ({percent} %): "
+        "`meshnode data list --wrong` shows them. Let the mesh learn from them (learn.enabled = true), or, if they "
+        "became worse with a release, go back to the one before (`meshnode release rollback`).",
+    ),
+    HealthCode(
+        "samples-unusable",
+        _M,
+        "Answers are not kept, and nothing is learned from this device's samples: {reason}",
+    ),
+    HealthCode(
         "bad-gateway",
         _M,
         "{gateway} sent something else than the block {cid}, so it is not asked again until the next start. It is "
@@ -190,8 +312,8 @@ _REGISTRY: Final = (
     HealthCode(
         "two-writers",
         _H,
-        "{peer} signed two different records with the same number, so its records are ignored. Two nodes may run "
-        "with the same key: never copy a data folder, run `meshnode join` on each device.",
+        "Two nodes run with the key of {peer}, so nobody relies on either until one has stopped. Stop the copy: "
+        "never copy a data folder, run `meshnode join` on each device.",
         per="peer",
         lasts_s=_EVENT_S,
     ),
@@ -243,6 +365,9 @@ class Health:
         for over in [k for k, entry in self._entries.items() if now >= entry.touched + _lasts_s(CODES[k[0]])]:
             del self._entries[over]
         key = (code, facts[known_code.per] if known_code.per else None)
+        others = [other for other in self._entries if other[0] == code and other != key]
+        if len(others) >= MAX_PER_CODE:
+            del self._entries[min(others, key=lambda other: self._entries[other].touched)]
         entry = self._entries.setdefault(key, _Entry(now, now, facts))
         entry.facts, entry.touched = facts, now
 
@@ -266,7 +391,7 @@ class Health:
                     Shown(
                         code=name,
                         severity=code.severity,
-                        text=code.sentence.format(**entry.facts),
+                        text=printable(shortened(code.sentence.format(**entry.facts))),
                         since_s=at - entry.began,
                         facts=dict(entry.facts),
                     )

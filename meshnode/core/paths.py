@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,6 +61,21 @@ class Paths:
         return self.folder / "state.sqlite"
 
     @property
+    def samples(self) -> Path:
+        """What this device keeps to learn from (SQLite)."""
+        return self.folder / "samples.sqlite"
+
+    @property
+    def privacy(self) -> Path:
+        """What differentially private training has spent (SQLite)."""
+        return self.folder / "privacy.sqlite"
+
+    @property
+    def learned(self) -> Path:
+        """What this device learned, a folder for each lineage, and what the trainer keeps."""
+        return self.folder / "learned"
+
+    @property
     def content(self) -> Path:
         """Content-addressed files and their index."""
         return self.folder / "content"
@@ -112,14 +128,22 @@ class Paths:
                 f"The data folder {self.folder} can't be used: {error.strerror or error} ({error.filename}). "
                 f"Choose another with --data or {DATA_VARIABLE}."
             ) from error
-        if socket_folder != self.folder:
-            self._check_owner(socket_folder)
+        self.check_socket_folder()
 
-    def _check_owner(self, folder: Path) -> None:
-        # The temporary directory is shared: somebody else may have made this folder to listen in.
-        status = folder.lstat()
-        if folder.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:
+    def check_socket_folder(self) -> None:
+        """Raise DiskError when the control socket's folder is there, and somebody else could have made it.
+
+        The data folder is the user's own choice; the other one is in a place where all may write.
+        """
+        folder = self.control_socket.parent
+        if folder == self.folder:
+            return
+        try:
+            status = folder.lstat()
+        except OSError:
+            return
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
             raise DiskError(
-                f"{folder} is not a folder that only you can use, so the control socket can't lie there. "
-                f"Remove it, or choose a data folder with a shorter path than {self.folder}."
+                f"{folder}, where the control socket lies, is not a folder that only you can use: somebody else may "
+                f"listen there. Remove it, or choose a data folder with a shorter path than {self.folder}."
             )

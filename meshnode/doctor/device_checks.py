@@ -5,12 +5,13 @@ Nothing is read here; `meshnode/doctor/facts.py` collects the facts. Sizes are b
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from meshnode.core.sizes import format_size
+from meshnode.core.sizes import counted, format_size
 from meshnode.doctor.finding import Finding, ok, warning, wrong
 
 PYTHON: Final = ((3, 11), (3, 14))  # from, below
@@ -25,12 +26,14 @@ ENOUGH_FILES: Final = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderFacts:
-    """The data folder. `problem`: why nothing can be written there, empty when it can."""
+    """The data folder. `problem`: why nothing can be written there, empty when it can; `error`: its errno."""
 
     path: str
     exists: bool
     mode: int = 0o700
     problem: str = ""
+    error: int = 0
+    ours: bool = True  # this user owns it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +75,7 @@ class PortFacts:
     ours: bool = False  # our own running node has it
     owner: str = ""
     problem: str = ""
+    elsewhere: bool = False  # no interface of this machine has the address
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +122,7 @@ def check_folder(facts: FolderFacts) -> Finding:
         return wrong(
             "data folder",
             f"Nothing can be written in {facts.path}: {facts.problem}.",
-            f"Give this user write access to it (chown -R $USER {facts.path}), or choose another with --data.",
+            _way_to_write(facts),
         )
     if facts.mode & 0o077:
         return warning(
@@ -129,13 +133,30 @@ def check_folder(facts: FolderFacts) -> Finding:
     return ok("data folder", f"{facts.path} can be written and is closed to other users")
 
 
+def _way_to_write(facts: FolderFacts) -> str:
+    """What lets this user write in the folder."""
+    match facts.error:
+        case errno.EROFS:
+            return "Its file system is read-only: mount it so that it can be written, or choose another with --data."
+        case errno.ENOSPC | errno.EDQUOT:
+            return "Free some space there, or choose another folder with --data."
+        case errno.ENOTDIR:
+            return "It is a file, or lies in one: choose another with --data."
+        case errno.EACCES | errno.EPERM if facts.ours:
+            return f"Let its owner, who is this user, write in it (chmod u+rwx {facts.path})."
+        case errno.EACCES | errno.EPERM:
+            return f"Give it to this user (chown -R $USER {facts.path}), or choose another with --data."
+        case _:
+            return "Choose another with --data; the log of the system may tell more."
+
+
 def check_disk(path: str, *, free: int, used: int, held: int, quota: int, reserve: int) -> Finding:
     """`used`: by model files on the disk; `held`: their bytes, as the quota counts them; `quota`: content.quota;
     `reserve`: what the node always leaves free."""
     if free <= reserve:
         return wrong(
             "disk",
-            f"Only {format_size(free)} are free on the disk of {path}; below {format_size(reserve)} the node takes "
+            f"Only {format_size(free)} is free on the disk of {path}; below {format_size(reserve)} the node takes "
             "no files.",
             "Free some space, or move the data folder to another disk.",
         )
@@ -191,7 +212,8 @@ def check_private_files(files: Sequence[PrivateFile]) -> list[Finding]:
                     f"Close it with: chmod 600 {file.path}",
                 )
             )
-    return found or [ok("permissions", f"{len(files)} secret files are closed to other users")]
+    closed = counted(len(files), "secret file is", "secret files are")
+    return found or [ok("permissions", f"{closed} closed to other users")]
 
 
 def check_membership(facts: MembershipFacts, now_ms: int) -> Finding:
@@ -205,19 +227,18 @@ def check_membership(facts: MembershipFacts, now_ms: int) -> Finding:
         return wrong(
             "membership",
             f"{facts.problem.rstrip('.')}.",
-            "Ask a member for a ticket (`meshnode invite`) and run `meshnode join TICKET`.",
+            "Ask a member for a ticket (`meshnode invite` there) and run `meshnode join TICKET --anew` here.",
         )
     roles = f"member of {facts.network!r} with the roles {', '.join(facts.roles) or 'none'}"
     if not facts.expires_ms:
         return ok("membership", f"{roles}; it does not expire")
-    days = (facts.expires_ms - now_ms) / 86_400_000
     if facts.expires_ms - now_ms < SOON_MS:
         return warning(
             "membership",
-            f"The membership of {facts.network!r} ends in {days:.1f} days.",
-            "Ask a member for a ticket (`meshnode invite`) and run `meshnode join TICKET` before.",
+            f"The membership of {facts.network!r} ends in {_duration(facts.expires_ms - now_ms)}.",
+            "Ask a member for a ticket (`meshnode invite` there) and run `meshnode join TICKET --anew` here before.",
         )
-    return ok("membership", f"{roles}; it ends in {days:.0f} days")
+    return ok("membership", f"{roles}; it ends in {_duration(facts.expires_ms - now_ms)}")
 
 
 def check_config(path: str, *, exists: bool, problem: str) -> Finding:
@@ -236,7 +257,7 @@ def check_swarm_key(problem: str) -> Finding:
 def check_state(path: str, problem: str) -> Finding:
     """The state file: invites, remembered peers, withdrawals."""
     if problem:
-        return wrong("state", f"{problem.rstrip('.')}.", f"Stop the node and move {path} away if it is damaged.")
+        return wrong("state", problem, "The node does not start without it.")
     return ok("state", f"{path} can be used")
 
 
@@ -245,6 +266,12 @@ def check_port(facts: PortFacts) -> Finding:
         return ok("port", f"{facts.address} is used by our running node")
     if not facts.problem:
         return ok("port", f"{facts.address} is free")
+    if facts.elsewhere:
+        return wrong(
+            "port",
+            f"{facts.address} can't be used: no interface of this machine has this address.",
+            "Set network.listen to an address that it has, or to /ip4/0.0.0.0/tcp/4331 for all of them.",
+        )
     user = f" by {facts.owner}" if facts.owner else ""
     return wrong(
         "port",
@@ -313,7 +340,7 @@ def check_memory(facts: MemoryFacts) -> Finding:
     if facts.wanted < LEAST_BYTES:
         return warning(
             "memory",
-            f"serve.memory comes to {wanted}; hardly a layer fits into that.",
+            f"serve.memory comes to {wanted}; only layers of small models fit into that.",
             "Raise serve.memory, or set it to 0 for a node that only asks.",
         )
     return ok("memory", f"serve.memory comes to {wanted}; {format_size(facts.available)} are free")
@@ -323,23 +350,11 @@ def check_cores(cores: int, threads: int) -> Finding:
     if threads > cores:
         return warning(
             "cores",
-            f"serve.threads is {threads}, but this process may use {cores} cores; threads will wait for each other.",
+            f"serve.threads is {threads}, but this process may use {counted(cores, 'core')}; threads will wait for "
+            "each other.",
             f"Set serve.threads to at most {max(1, cores - 1)}.",
         )
-    return ok("cores", f"{cores} cores, {threads} of them for an engine step")
-
-
-def check_engine(kind: str, *, took_ms: int, rss: int, problem: str) -> Finding:
-    if problem:
-        return wrong(
-            "engine",
-            f"A trial of the {kind} engine failed: {problem}",
-            "Install meshnode again into a fresh environment; if that does not help, report this line.",
-        )
-    return ok(
-        "engine",
-        f"the {kind} engine started, computed the right token and stopped in {took_ms} ms ({format_size(rss)})",
-    )
+    return ok("cores", f"{counted(cores, 'core')}, {threads} of them for an engine step")
 
 
 def check_publishing(*, possible: bool) -> Finding:
@@ -394,5 +409,5 @@ def check_reach(address: str, problem: str) -> Finding:
 def _duration(milliseconds: int) -> str:
     minutes = milliseconds / 60_000
     if minutes < 120:
-        return f"{minutes:.0f} minutes"
-    return f"{minutes / 60:.0f} hours" if minutes < 2880 else f"{minutes / 1440:.0f} days"
+        return counted(round(minutes), "minute")
+    return counted(round(minutes / 60), "hour") if minutes < 2880 else counted(round(minutes / 1440), "day")

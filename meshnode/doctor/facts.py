@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import socket
 import stat
 import tempfile
@@ -12,12 +13,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, TypedDict
 
 import psutil
 
 import meshnode
 from meshnode.config.settings import Config
+from meshnode.core.confinement import landlock, seccomp
 from meshnode.core.errors import ConfigError, DiskError, IdentityError
 from meshnode.core.paths import Paths
 from meshnode.doctor.device_checks import (
@@ -47,18 +49,28 @@ _ENGINE: Final = "meshnode.engine.child"
 _LIMITS: Final = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
+class ConfinementMeans(TypedDict):
+    """Arguments of `check_confinement`."""
+
+    system: str
+    landlock: int
+    filtered: bool
+
+
 def folder_facts(folder: Path) -> FolderFacts:
     try:
-        mode = stat.S_IMODE(folder.stat().st_mode)
+        status = folder.stat()
     except FileNotFoundError:
         return FolderFacts(path=str(folder), exists=False)
     except OSError as error:
-        return FolderFacts(path=str(folder), exists=True, problem=_reason(error))
+        return FolderFacts(path=str(folder), exists=True, problem=_reason(error), error=error.errno or 0)
+    mode, ours = stat.S_IMODE(status.st_mode), status.st_uid == os.getuid()
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"meshnode")
     except OSError as error:
-        return FolderFacts(path=str(folder), exists=True, mode=mode, problem=_reason(error))
+        problem, number = _reason(error), error.errno or 0
+        return FolderFacts(path=str(folder), exists=True, mode=mode, problem=problem, error=number, ours=ours)
     return FolderFacts(path=str(folder), exists=True, mode=mode)
 
 
@@ -212,7 +224,13 @@ def _port(address: Address, owner: int | None, node_pid: int | None) -> PortFact
     except OSError as error:
         # The system tells other users' processes from ours only by hiding them.
         ours = node_pid is not None and owner in (node_pid, None) and error.errno == errno.EADDRINUSE
-        return PortFacts(address=str(address), ours=ours, owner=_program(owner), problem=_reason(error))
+        return PortFacts(
+            address=str(address),
+            ours=ours,
+            owner=_program(owner),
+            problem=_reason(error),
+            elsewhere=error.errno == errno.EADDRNOTAVAIL,
+        )
     return PortFacts(address=str(address))
 
 
@@ -310,6 +328,11 @@ def open_file_limits() -> tuple[int, int]:
         endless if soft == resource.RLIM_INFINITY else soft,
         endless if hard == resource.RLIM_INFINITY else hard,
     )
+
+
+def confinement_means() -> ConfinementMeans:
+    """What this system has for confining processes."""
+    return {"system": platform.system(), "landlock": landlock.abi(), "filtered": seccomp.known_processor()}
 
 
 def can_publish() -> bool:

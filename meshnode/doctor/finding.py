@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+from meshnode.core.printable import one_line
+
 
 class Level(Enum):
     """OK: nothing to do. WARNING: it works, somebody should look. WRONG: it can't work like this."""
@@ -23,6 +25,7 @@ class Finding:
     level: Level
     text: str
     remedy: str = ""
+    code: str = ""  # of the health registry, where the node itself says it
 
 
 def ok(check: str, text: str) -> Finding:
@@ -30,16 +33,26 @@ def ok(check: str, text: str) -> Finding:
 
 
 def warning(check: str, text: str, remedy: str) -> Finding:
-    return Finding(check, Level.WARNING, one_line(text), one_line(remedy))
+    return Finding(check, Level.WARNING, sentence(text), _remedy(remedy))
 
 
 def wrong(check: str, text: str, remedy: str) -> Finding:
-    return Finding(check, Level.WRONG, one_line(text), one_line(remedy))
+    return Finding(check, Level.WRONG, sentence(text), _remedy(remedy))
 
 
-def one_line(text: str) -> str:
-    """Texts of peers may hold anything; a finding is one line of characters that can be shown."""
-    return "".join(c if c.isprintable() else " " if c in "\r\n\t" else "?" for c in text).strip()
+def sentence(text: str) -> str:
+    """The words of an error as a sentence of its own, for another one follows."""
+    text = one_line(text)
+    head, space, rest = text.partition(" ")
+    if head.isalpha() and head.islower():
+        text = f"{head.capitalize()}{space}{rest}"
+    return text if not text or text.endswith((".", "!", "?")) else f"{text}."
+
+
+def _remedy(text: str) -> str:
+    """A sentence, or one that ends with a command, which is to be typed as it stands."""
+    text = one_line(text)
+    return text if ": " in text.rpartition(". ")[2] else sentence(text)
 
 
 def exit_code(findings: Iterable[Finding]) -> int:

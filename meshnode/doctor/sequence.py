@@ -17,13 +17,15 @@ from meshnode.config.settings import Config
 from meshnode.core.clock import wall_ms
 from meshnode.core.errors import ConfigError, NotRunning
 from meshnode.core.paths import Paths
+from meshnode.doctor import child_checks as child
 from meshnode.doctor import device_checks as device
 from meshnode.doctor import facts
-from meshnode.doctor import node_checks as node
+from meshnode.doctor import status_checks as node
 from meshnode.doctor.device_checks import LockFacts
 from meshnode.doctor.finding import Finding, Level
 from meshnode.engine.trial import try_engines
 from meshnode.store.eviction import RESERVE_BYTES
+from meshnode.text.trial import try_text_now
 from protocols.errors import MeshError
 
 STATUS_S: Final = 5.0
@@ -48,7 +50,13 @@ def examine(folder: Path, read_config: Callable[[], Config], passphrase: str | N
     yield from _data_folder(config, lock, passphrase, now_ms)
     yield from _machine(config, lock, status)
     for trial in try_engines():
-        yield device.check_engine(trial.kind, took_ms=trial.took_ms, rss=trial.rss_bytes, problem=trial.problem)
+        yield child.check_engine(trial.kind, took_ms=trial.took_ms, rss=trial.rss_bytes, problem=trial.problem)
+        if trial.kind == "onnx" and not trial.problem:
+            yield child.check_confinement(child.Confined.ENGINE, trial.confined, **facts.confinement_means())
+    text = try_text_now()
+    yield child.check_text(text.problem)
+    if not text.problem:
+        yield child.check_confinement(child.Confined.TEXT, text.confined, **facts.confinement_means())
     yield device.check_publishing(possible=facts.can_publish())
     yield control
     if status is not None:

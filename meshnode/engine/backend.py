@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
+from meshnode.model.adapter_file import Pair
+
 Array = np.ndarray[Any, Any]
+
+
+class Factors(Protocol):
+    """What an adapter adds to one layer, as the stage that made it keeps it."""
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 class Track(Protocol):
@@ -21,8 +31,13 @@ class Track(Protocol):
           wanted: after the last layer, whether the logits are needed.
 
         Returns:
-          float32 (rows, hidden); after the last layer float32 (vocab,) of the last row, or empty if not wanted.
+          float32 (rows, hidden), also after the final norm; after the head float32 (vocab,) of the last row, or
+          empty if not wanted.
           Valid until the next call.
+
+        Raises:
+          MemoryError: the process may not take what the step needs.
+          ModelError: the layers can't be computed.
         """
 
 
@@ -33,5 +48,30 @@ class Stage(Protocol):
     def weight_bytes(self) -> int:
         """Bytes of the distinct group files."""
 
-    def open(self, first: int, last: int, capacity: int) -> Track:
-        """A new session over the layers [first, last) of the span, with room for `capacity` positions."""
+    def open(
+        self, first: int, last: int, capacity: int, factors: Mapping[int, Factors] = ..., *, normed: bool = False
+    ) -> Track:
+        """A new session over the layers [first, last) of the span, with room for `capacity` positions.
+
+        Args:
+          factors: by layer, of the adapter that it runs with; they live as long as the track.
+          normed: behind the last layer, only the final norm is run, and not the head.
+
+        Raises:
+          MemoryError: the process may not take what it needs.
+          ModelError: the graph has no final norm of its own.
+        """
+
+    def adapt(self, first: int, last: int, targets: Collection[str]) -> None:
+        """Have these linear layers of the layers [first, last) take factors from now on. Tracks go on as before.
+
+        Raises:
+          Declined: `bad-adapter` (the graph has no such linear layer there, or can't be opened so) or `busy` (no
+            memory); the stage is as it was.
+        """
+
+    def factors(self, layer: int, pairs: Mapping[str, Pair], scale: float) -> Factors:
+        """What `adapt` was called for, made ready for tracks.
+
+        Raises Declined `bad-adapter`: not the sizes of the linear layers.
+        """

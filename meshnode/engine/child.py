@@ -1,8 +1,8 @@
 """The engine process: `python -m meshnode.engine.child FD PARENT` serves one span over a socket pair.
 
-It has no event loop, no threads of its own but ONNX Runtime's, and never imports trio, libp2p or torch. It ends
-when the node closes the socket, when the node dies (whatever the way), or with a sentence on stderr when the
-node breaks the protocol.
+It has no event loop, no threads of its own but ONNX Runtime's, and never imports trio, libp2p or torch. When it has
+opened its files it gives up all but computing (`enclosed.py`). It ends when the node closes the socket, when the node
+dies (whatever the way), or with a sentence on stderr when the node breaks the protocol.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from meshnode.core.errors import Declined, FatalError
 from meshnode.core.memory import give_back
-from meshnode.engine.backend import Stage
+from meshnode.engine.enclosed import open_enclosed
 from meshnode.engine.link import Link
 from meshnode.engine.sessions import Sessions
 from protocols.enginewire.machine import EngineSide
@@ -28,9 +28,12 @@ from protocols.enginewire.messages import (
     ANSWERS,
     MAX_REASON,
     REQUESTS,
+    Adapt,
+    AdapterLayer,
     Answer,
     Close,
     Done,
+    Drop,
     Failed,
     Load,
     Loaded,
@@ -47,6 +50,10 @@ _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 _TRIM_ROWS: Final = 64  # rows of a step that take long enough (30 ms and more) for a trim (1 ms) not to matter
 _EXIT_PROTOCOL: Final = 70
 _EXIT_MODEL: Final = 71
+_NO_MEMORY: Final = (
+    "The layers need more memory than their size allows for, so this graph is not run. If the device is short of "
+    "memory, close other programs or lower serve.memory; else serve another model."
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -60,6 +67,8 @@ def main(arguments: list[str]) -> int:
             return _serve(link)
         except RemoteProtocolError as error:
             return _end(f"engine: the node broke the protocol: {error}", _EXIT_PROTOCOL)
+        except FatalError as error:  # in a step: a graph that opened, and can't be computed
+            return _end(f"engine: {error}", _EXIT_MODEL)
         except (BrokenPipeError, ConnectionResetError):
             return 0  # the node is gone: nobody is left to be told
 
@@ -93,6 +102,9 @@ def _serve(link: Link) -> int:
                 except FatalError as error:
                     link.send(ANSWERS.encode(Failed(number=request.number, reason=str(error)[:MAX_REASON])))
                     return _end(f"engine: {error}", _EXIT_MODEL)
+                except MemoryError:
+                    link.send(ANSWERS.encode(Failed(number=request.number, reason=_NO_MEMORY)))
+                    return _end(f"engine: {_NO_MEMORY}", _EXIT_MODEL)
             case _ if sessions is None:
                 raise RemoteProtocolError(f"a {type(request).__name__} came before the Load")
             case Open():
@@ -102,17 +114,24 @@ def _serve(link: Link) -> int:
             case Close():
                 sessions.close(request.session)
                 answer = Done(number=request.number)
+            case Adapt() | AdapterLayer():
+                answer = _adapt(sessions, request, frame)
+            case Drop():
+                sessions.adapters.drop(request.adapter)
+                answer = Done(number=request.number)
         link.send(ANSWERS.encode(answer), body)
         if isinstance(request, Load):
             gc.freeze()  # what is there now stays: collections need not look at it in the middle of a step
-        if isinstance(request, Load | Close) or (isinstance(request, Step) and request.rows >= _TRIM_ROWS):
+        if isinstance(request, Load | Close | Adapt | Drop) or (
+            isinstance(request, Step) and request.rows >= _TRIM_ROWS
+        ):
             give_back()
     return 0
 
 
 def _load(load: Load) -> tuple[Sessions, Loaded]:
     begin = perf_counter_ns()
-    stage = _stage(load)
+    stage, held = open_enclosed(load)
     sessions = Sessions(stage, load)
     load_ms = (perf_counter_ns() - begin) // 1_000_000
     decode_us, prefill_us = sessions.measure()
@@ -122,19 +141,8 @@ def _load(load: Load) -> tuple[Sessions, Loaded]:
         weight_bytes=stage.weight_bytes,
         decode_us=decode_us,
         prefill_us=prefill_us,
+        confined=held.parts,
     )
-
-
-def _stage(load: Load) -> Stage:
-    if load.kind == "null":
-        from meshnode.engine.null_stage import NullStage
-
-        return NullStage(layers=load.layers, hidden=load.hidden, vocab=load.vocab)
-    if load.kind == "onnx":
-        from meshnode.engine.onnx_stage import OnnxStage
-
-        return OnnxStage(load)
-    raise RemoteProtocolError(f"there is no engine of the kind {load.kind!r}; known are onnx and null")
 
 
 def _open(sessions: Sessions, request: Open, frame: Frame) -> Answer:
@@ -148,7 +156,20 @@ def _open(sessions: Sessions, request: Open, frame: Frame) -> Answer:
             capacity=request.capacity,
             sampling=request.sampling,
             prompt=np.frombuffer(frame.body, "<i4"),
+            adapter=request.adapter,
+            pooled=request.pooled,
         )
+    except Declined as no:
+        return _refused(request.number, no)
+    return Done(number=request.number)
+
+
+def _adapt(sessions: Sessions, request: Adapt | AdapterLayer, frame: Frame) -> Answer:
+    try:
+        if isinstance(request, Adapt):
+            sessions.adapters.announce(request)
+        else:
+            sessions.adapters.fill(request.adapter, request.layer, frame.body)
     except Declined as no:
         return _refused(request.number, no)
     return Done(number=request.number)
@@ -156,19 +177,24 @@ def _open(sessions: Sessions, request: Open, frame: Frame) -> Answer:
 
 def _step(sessions: Sessions, request: Step, frame: Frame) -> tuple[Answer, bytes | memoryview]:
     begin = perf_counter_ns()
+    if request.mask > len(frame.body):
+        raise RemoteProtocolError(f"a Step has {len(frame.body)} bytes, {request.mask} of them for its mask")
+    end = len(frame.body) - request.mask
     try:
-        out, token = sessions.step(
+        out = sessions.step(
             request.session,
             position=request.position,
             rows=request.rows,
-            body=frame.body,
+            body=frame.body[:end] if request.mask else frame.body,
             sample_after=request.sample,
             prefill=request.prefill,
+            mask=frame.body[end:],
         )
     except Declined as no:
         return _refused(request.number, no), b""
     compute_us = (perf_counter_ns() - begin) // 1000
-    return Stepped(number=request.number, token=token, compute_us=compute_us), out.data.cast("B") if out.size else b""
+    answer = Stepped(number=request.number, token=out.token, compute_us=compute_us, chances=out.chances)
+    return answer, out.hidden.data.cast("B") if out.hidden.size else b""
 
 
 def _refused(number: int, no: Declined) -> Refused:

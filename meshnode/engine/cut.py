@@ -1,17 +1,16 @@
 """Cuts a segment out of the weightless graph of a model.
 
-A segment is the run of layers [first, last), or the head alone. Its graph holds no weights: every initializer
-that is more than a few bytes is named with the place of its bytes, and handed to onnxruntime as a view of the
-mapped file. Rotary tables are handed over the same way; most graphs say only how to compute them (`rotary.py`).
+A segment is the run of layers [first, last), or the head alone. Its graph holds no weights and no path of a file:
+every initializer that is more than a few bytes is only named, and handed to onnxruntime as a view of the mapped file.
+Rotary tables are handed over the same way; most graphs say only how to compute them (`rotary.py`).
 Works on the protobuf itself: onnx_ir would cost the engine process 50 MB.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -19,10 +18,16 @@ import onnx
 
 from meshnode.core.errors import ModelError
 from meshnode.engine.backend import Array
-from meshnode.engine.graph_file import read_graph
+from meshnode.engine.graph_check import HANDED_OVER, check_graph
+from meshnode.engine.graph_file import GraphFile
+from meshnode.engine.graph_wire import Refused
+from meshnode.engine.lora import Product, Widths, insert, products
 from meshnode.engine.rotary import is_placeholder, parse
 
 _INLINE_BYTES: Final = 1024  # smaller constants stay in the graph: onnxruntime folds them
+_LOGIT_STEPS: Final = 8  # of scaling and capping, behind the product that makes logits
+_PRODUCTS: Final = frozenset({"MatMulNBits", "FusedMatMul", "MatMul", "Gemm"})
+_ROWS: Final = ("batch", "sequence", "hidden")
 _TYPES: Final[dict[int, np.dtype[Any]]] = {
     onnx.TensorProto.FLOAT: np.dtype("<f4"),
     onnx.TensorProto.UINT8: np.dtype("u1"),
@@ -51,37 +56,63 @@ class Cut:
     outputs: tuple[str, ...]  # here too
     views: dict[str, View]  # initializer -> its bytes in a group file
     tables: dict[str, Callable[[], Array]]  # rotary table -> computes or reads it; worth doing once
+    products: tuple[Product, ...]  # those that take factors of adapters, as optional inputs (`lora.py`)
 
 
 class WeightlessGraph:
     """The graph of a whole model, read from a file. Costs a few MB: let it go after cutting."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises ModelError when the file is no ONNX graph."""
-        self._model = read_graph(path)
+    def __init__(self, file: GraphFile) -> None:
+        """Raises ModelError when there is no graph in the file that may be run."""
+        self._model = file.model()
         graph = self._model.graph
-        self._path = path
+        self._source = file.source
         self._nodes = list(graph.node)
         self._producer = {name: i for i, node in enumerate(self._nodes) for name in node.output if name}
         self._initializers = {t.name: t for t in graph.initializer}
         self._values = {v.name: v for v in (*graph.value_info, *graph.output, *graph.input)}
         self._inputs = {v.name for v in graph.input} - self._initializers.keys()
 
-    def layers(self, first: int, last: int) -> Cut:
-        """The segment of the layers [first, last): input_ids or hidden states in, hidden states out."""
+    def products(self, widths: Widths) -> list[Product]:
+        """The matrix products of its layers that can take factors of adapters."""
+        return products(self._nodes, self._initializers, widths)
+
+    def layers(self, first: int, last: int, adapted: Collection[Product] = ()) -> Cut:
+        """The segment of the layers [first, last): input_ids or hidden states in, hidden states out.
+
+        adapted: of `products`; those of these layers take factors.
+        """
         start = "input_ids" if first == 0 else f"hidden_states.{first - 1}"
         outputs = [f"hidden_states.{last - 1}"]
         outputs += [f"present.{i}.{part}" for i in range(first, last) for part in ("key", "value")]
-        return self._cut(start, outputs)
+        return self._cut(start, outputs, tuple(p for p in adapted if first <= p.layer < last))
 
     def head(self, layers: int) -> Cut:
         """The final norm and the head: hidden states of the last layer in, logits out."""
         return self._cut(f"hidden_states.{layers - 1}", ["logits"])
 
-    def _cut(self, start: str, outputs: list[str]) -> Cut:
+    def norm(self, layers: int) -> Cut:
+        """The final norm: hidden states of the last layer in, what the head makes logits of out.
+
+        Raises ModelError where the graph makes its logits in another way.
+        """
+        name = "logits"
+        for _ in range(_LOGIT_STEPS):
+            index = self._producer.get(name)
+            node = None if index is None else self._nodes[index]
+            if node is None or not node.input:
+                break
+            name = node.input[0]
+            if node.op_type in _PRODUCTS:
+                self._values[name] = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, _ROWS)
+                return self._cut(f"hidden_states.{layers - 1}", [name])
+        raise ModelError(f"The graph {self._source} has no final norm before its logits, so it gives no embeddings.")
+
+    def _cut(self, start: str, outputs: list[str], adapted: tuple[Product, ...] = ()) -> Cut:
         wanted, inputs, initializers = self._behind(start, outputs)
         graph = onnx.GraphProto(name="segment")
-        graph.node.extend(self._nodes[i] for i in sorted(wanted))  # the order of the file is topological
+        order = sorted(wanted)  # that of the file, which is topological
+        graph.node.extend(self._nodes[i] for i in order)
         names = [start, *sorted(inputs - {start})]
         graph.input.extend(self._value(name) for name in names)
         graph.output.extend(self._value(name) for name in outputs)
@@ -94,14 +125,19 @@ class WeightlessGraph:
                 graph.initializer.append(_placeholder(tensor))
             elif tensor.data_location == onnx.TensorProto.EXTERNAL:
                 views[name] = self._view(tensor)
-                graph.initializer.append(tensor)
+                graph.initializer.append(_placeholder(tensor))
             elif tensor.ByteSize() > _INLINE_BYTES:
                 tables[name] = partial(_inline, tensor)
                 graph.initializer.append(_placeholder(tensor))
             else:
                 graph.initializer.append(tensor)
+        insert(graph, adapted, {index: place for place, index in enumerate(order)})
         model = onnx.ModelProto(ir_version=self._model.ir_version, opset_import=self._model.opset_import, graph=graph)
-        return Cut(model.SerializeToString(), tuple(names), tuple(outputs), views, tables)
+        try:
+            check_graph(model, cut=True)
+        except Refused as error:
+            raise ModelError(f"A part of the graph {self._source} is not run: {error}.") from error
+        return Cut(model.SerializeToString(), tuple(names), tuple(outputs), views, tables, adapted)
 
     def _behind(self, start: str, outputs: list[str]) -> tuple[set[int], set[str], set[str]]:
         """Nodes, graph inputs and initializers that `outputs` need when `start` is given."""
@@ -125,12 +161,12 @@ class WeightlessGraph:
                     nodes.add(index)
                     queue.extend(self._nodes[index].input)
             else:
-                raise ModelError(f"The graph {self._path} has no {name}: it was made for another model or version.")
+                raise ModelError(f"The graph {self._source} has no {name}: it was made for another model or version.")
         return nodes, inputs, initializers
 
     def _value(self, name: str) -> onnx.ValueInfoProto:
         if name not in self._values:
-            raise ModelError(f"The graph {self._path} does not say what {name} is: it was made by another version.")
+            raise ModelError(f"The graph {self._source} does not say what {name} is: it was made by another version.")
         return self._values[name]
 
     def _view(self, tensor: onnx.TensorProto) -> View:
@@ -140,10 +176,10 @@ class WeightlessGraph:
             view = View(where["location"], int(where["offset"]), int(where["length"]), dtype, tuple(tensor.dims))
         except (KeyError, ValueError) as error:
             raise ModelError(
-                f"The graph {self._path} describes {tensor.name} in an unknown way ({error})."
+                f"The graph {self._source} describes {tensor.name} in an unknown way ({error})."
             ) from error
         if int(np.prod(view.shape)) * dtype.itemsize != view.length:
-            raise ModelError(f"The graph {self._path} gives {tensor.name} {view.length} bytes for {view.shape}.")
+            raise ModelError(f"The graph {self._source} gives {tensor.name} {view.length} bytes for {view.shape}.")
         return view
 
 
@@ -157,5 +193,5 @@ def _placeholder(tensor: onnx.TensorProto) -> onnx.TensorProto:
     out = onnx.TensorProto(
         name=tensor.name, dims=tensor.dims, data_type=tensor.data_type, data_location=onnx.TensorProto.EXTERNAL
     )
-    out.external_data.add(key="location", value="table")
+    out.external_data.add(key="location", value=HANDED_OVER)
     return out

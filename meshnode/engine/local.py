@@ -9,8 +9,8 @@ import trio
 
 from meshnode.core.errors import Declined, EngineLost
 from meshnode.engine.null_stage import NullStage
-from meshnode.engine.port import StageReport, StageSpec, StepResult
-from meshnode.engine.process import load_request
+from meshnode.engine.port import AdapterSpec, StageReport, StageSpec, StepResult
+from meshnode.engine.requests import adapt_request, load_request
 from meshnode.engine.sessions import Sessions
 from protocols.enginewire.messages import BAD_INPUT
 from protocols.errors import RemoteProtocolError
@@ -62,26 +62,63 @@ class LocalEngine:
         capacity: int,
         sampling: Sampling | None,
         prompt: tuple[int, ...],
+        adapter: str = "",
+        pooled: bool = False,
     ) -> None:
         async with self._one_at_a_time:
             await self._pass_time()
-            tokens = np.asarray(prompt, np.int32)
-            self._sessions.open(session, first=first, last=last, capacity=capacity, sampling=sampling, prompt=tokens)
+            self._sessions.open(
+                session,
+                first=first,
+                last=last,
+                capacity=capacity,
+                sampling=sampling,
+                prompt=np.asarray(prompt, np.int32),
+                adapter=adapter,
+                pooled=pooled,
+            )
+
+    async def adapt(self, adapter: AdapterSpec) -> None:
+        async with self._one_at_a_time:
+            await self._pass_time()
+            self._sessions.adapters.announce(adapt_request(adapter))
+            for layer, path in adapter.layers.items():
+                self._sessions.adapters.fill(adapter.name, layer, path.read_bytes())
+
+    async def drop(self, adapter: str) -> None:
+        async with self._one_at_a_time:
+            self._sessions.adapters.drop(adapter)
+        await trio.lowlevel.checkpoint()
 
     async def step(
-        self, session: SessionId, *, position: int, rows: int, data: bytes, sample: bool, prefill: bool = False
+        self,
+        session: SessionId,
+        *,
+        position: int,
+        rows: int,
+        data: bytes,
+        sample: bool,
+        prefill: bool = False,
+        mask: bytes = b"",
     ) -> StepResult:
         async with self._one_at_a_time:
             await self._pass_time()
             try:
-                out, token = self._sessions.step(
-                    session, position=position, rows=rows, body=data, sample_after=sample, prefill=prefill
+                out = self._sessions.step(
+                    session,
+                    position=position,
+                    rows=rows,
+                    body=data,
+                    sample_after=sample,
+                    prefill=prefill,
+                    mask=mask,
                 )
             except Declined as error:
                 if error.code == BAD_INPUT:
                     raise RemoteProtocolError(str(error)) from None
                 raise
-        return StepResult(data=out.tobytes(), token=token, compute_us=round(self._step_s * 1e6))
+        spent_us = round(self._step_s * 1e6)
+        return StepResult(data=out.hidden.tobytes(), token=out.token, compute_us=spent_us, chances=out.chances)
 
     async def close(self, session: SessionId) -> None:
         async with self._one_at_a_time:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import trio
 
 from meshnode.engine.port import Engine, StageReport
@@ -11,16 +13,21 @@ from protocols.advert.messages import Span
 class OpenSpan:
     """Layers that are loaded and compute. Sessions enter and leave; a span that was replaced ends when they have."""
 
-    def __init__(self, engine: Engine, span: Span, incarnation: int, report: StageReport) -> None:
-        """`incarnation`: of the node, as routes name it."""
+    def __init__(self, engine: Engine, span: Span, incarnation: Callable[[], int], report: StageReport) -> None:
+        """`incarnation`: of the node now, as routes name it."""
         self.engine = engine
         self.span = span
-        self.incarnation = incarnation
+        self._incarnation = incarnation
         self.report = report
         self.lost = ""  # why its engine is gone; empty while it is not
         self._sessions = 0
         self._empty = trio.Event()
         self._empty.set()
+
+    @property
+    def incarnation(self) -> int:
+        """Of the node, as routes name it."""
+        return self._incarnation()
 
     @property
     def memory_bytes(self) -> int:

@@ -5,13 +5,14 @@ Implemented by `process.py` (a child process that runs `onnx_stage.py` or `null_
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from protocols.ids import SessionId
 from protocols.manifest.messages import Architecture
-from protocols.pipe.messages import Sampling
+from protocols.pipe.messages import Chance, Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,7 @@ class StageSpec:
 
     kind: str  # "onnx" or "null"
     graph: Path  # weightless graph of the whole model
+    graph_name: str = ""  # its CID, for people
     groups: dict[str, Path]  # "embed", "layer.0", ..., "head" -> safetensors file (only those of the span)
     first: int
     last: int
@@ -38,15 +40,30 @@ class StageReport:
     weight_bytes: int
     decode_us: int  # median microseconds of a one-row step over the whole span
     prefill_us: int  # median microseconds per row of a 64-row step over the whole span
+    confined: tuple[str, ...] = ()  # parts of the confinement that hold (`core/confinement/confine.py`)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSpec:
+    """The part of an adapter that a span needs."""
+
+    name: str  # its CID
+    first: int  # its layers inside the span: [first, last)
+    last: int
+    rank: int
+    alpha: int
+    targets: tuple[str, ...]
+    layers: Mapping[int, Path]  # the file of each of them (`model/adapter_file.py`)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """Either the hidden states for the next stage or, from the last stage when asked to sample, a token."""
 
-    data: bytes  # float32 little endian (rows, hidden); empty when sampled or not wanted
+    data: bytes  # float32 little endian (rows, hidden), or (hidden,) if pooled; empty when sampled or not wanted
     token: int | None
     compute_us: int
+    chances: tuple[Chance, ...] = ()  # of the token, as the sampling of its session wants them
 
 
 class Engine(Protocol):
@@ -65,16 +82,44 @@ class Engine(Protocol):
         capacity: int,
         sampling: Sampling | None,
         prompt: tuple[int, ...],
+        adapter: str = "",
+        pooled: bool = False,
     ) -> None:
         """Reserve KV for `capacity` tokens of one session that runs layers [first, last) of this span.
 
-        `sampling` and `prompt` (for the repetition penalty) only on the last stage.
+        `adapter`: the name of one that `adapt` has brought; the session keeps it to its end. "" is none.
+
+        `pooled`: the last stage gives the mean of all rows (after the final norm, of length 1) instead of a token.
+
+        `sampling` and `prompt` (for the penalties) only on the last stage.
         Raises Declined `busy` (no slot or no KV memory), `too-long` (above the context, or all of
-        that memory), `fenced` (not our span).
+        that memory), `fenced` (not our span, no such adapter), `no-pooling` (this model gives no vectors).
+        """
+
+    async def adapt(self, adapter: AdapterSpec) -> None:
+        """Load an adapter beside those that are there; one of the same name is replaced.
+
+        The first one with new targets has the engine open its layers anew, which holds up all sessions meanwhile.
+        Raises Declined `bad-adapter` (damaged, or not for this model), `busy` (no memory), `fenced` (not our span);
+        EngineLost, ModelError (a file can't be read). If cancelled, or not loaded: `drop` it.
+        """
+
+    async def drop(self, adapter: str) -> None:
+        """Forget an adapter; sessions that run with it keep it. Unknown ones are ignored, and a lost engine has none.
+
+        If cancelled: it is forgotten before the next request.
         """
 
     async def step(
-        self, session: SessionId, *, position: int, rows: int, data: bytes, sample: bool, prefill: bool = False
+        self,
+        session: SessionId,
+        *,
+        position: int,
+        rows: int,
+        data: bytes,
+        sample: bool,
+        prefill: bool = False,
+        mask: bytes = b"",
     ) -> StepResult:
         """Run `rows` positions from `position` on: int32 token ids when first == 0, else float32 hidden states.
 
@@ -82,7 +127,8 @@ class Engine(Protocol):
         sessions are run one after the other in the order of the calls. One row is the decode kernel, which
         rounds differently from the others; `prefill` marks rows of a prompt, where one row is padded inside, so
         that results do not depend on how a prompt is cut into steps.
-        `sample`: the last stage samples the token that follows the last row.
+        `sample`: the last stage samples the token that follows the last row; `mask`: which tokens it may draw, a bit
+        for each, the lowest bit of the first byte for token 0; empty: all of them.
         Raises EngineLost (killed after its deadline), Declined `fenced` (unknown session, a gap in positions) or
         `too-long` (above the session's capacity), RemoteProtocolError (rows of a wrong size, no token ids, hidden
         states that lead to no numbers).

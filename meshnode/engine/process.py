@@ -18,26 +18,29 @@ import tempfile
 from collections import deque
 from dataclasses import dataclass
 from io import FileIO
-from pathlib import Path
 from typing import Final
 
 import psutil
 import trio
 
-import meshnode
+from meshnode.core.children import exited
+from meshnode.core.confinement.environment import child_environment
 from meshnode.core.errors import Declined, EngineLost, ModelError
-from meshnode.engine.port import StageReport, StageSpec, StepResult
+from meshnode.core.printable import one_line
+from meshnode.core.reasons import cause
+from meshnode.engine.port import AdapterSpec, StageReport, StageSpec, StepResult
+from meshnode.engine.requests import adapt_request, load_request, weight_bytes
 from protocols.enginewire.machine import NodeSide
 from protocols.enginewire.messages import (
     ANSWERS,
     BAD_INPUT,
     MAX_MESSAGE_BYTES,
     REQUESTS,
+    AdapterLayer,
     Answer,
     Close,
+    Drop,
     Failed,
-    GroupFile,
-    Load,
     Loaded,
     Open,
     Refused,
@@ -49,6 +52,7 @@ from protocols.errors import RemoteProtocolError
 from protocols.frame import Frame, FrameReader, pack
 from protocols.ids import SessionId
 from protocols.pipe.messages import Sampling
+from protocols.words import layers
 
 _READ_BYTES: Final = 1 << 18
 _TAIL_BYTES: Final = 4096  # of stderr, shown with the reason
@@ -86,7 +90,7 @@ class EngineProcess:
         self._frames: deque[Frame] = deque()
         self._unsent = memoryview(b"")
         self._deadline = 0.0  # of everything that was asked and is not answered
-        self._closing: list[SessionId] = []  # sessions to free before the next request
+        self._owed: list[Close | Drop] = []  # what is to be freed before the next request
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._log: FileIO | None = None
@@ -121,9 +125,9 @@ class EngineProcess:
         try:
             self._spawn()
         except OSError as error:
-            raise EngineLost(f"The engine process can't be started: {error}.") from error
+            raise EngineLost(f"The engine process can't be started: {cause(error)}.") from error
         try:
-            seconds = self._deadlines.of_load(_size_of(self._spec))
+            seconds = self._deadlines.of_load(weight_bytes(self._spec))
             answer, _ = await self._ask(load_request(self._spec), seconds=seconds)
         except BaseException:
             await self._bury("its start was given up")
@@ -135,6 +139,7 @@ class EngineProcess:
             weight_bytes=answer.weight_bytes,
             decode_us=answer.decode_us,
             prefill_us=answer.prefill_us,
+            confined=answer.confined,
         )
         return self._report
 
@@ -147,34 +152,88 @@ class EngineProcess:
         capacity: int,
         sampling: Sampling | None,
         prompt: tuple[int, ...],
+        adapter: str = "",
+        pooled: bool = False,
     ) -> None:
         """See port.py. If cancelled: the session may be open."""
-        request = Open(number=0, session=session, first=first, last=last, capacity=capacity, sampling=sampling)
+        request = Open(
+            number=0,
+            session=session,
+            first=first,
+            last=last,
+            capacity=capacity,
+            sampling=sampling,
+            adapter=adapter,
+            pooled=pooled,
+        )
         await self._ask(request, struct.pack(f"<{len(prompt)}i", *prompt), seconds=self._deadlines.call)
 
     async def step(
-        self, session: SessionId, *, position: int, rows: int, data: bytes, sample: bool, prefill: bool = False
+        self,
+        session: SessionId,
+        *,
+        position: int,
+        rows: int,
+        data: bytes,
+        sample: bool,
+        prefill: bool = False,
+        mask: bytes = b"",
     ) -> StepResult:
         """See port.py."""
         if self._report is None:
             raise EngineLost("The engine was not started.")
-        request = Step(number=0, session=session, position=position, rows=rows, sample=sample, prefill=prefill)
+        request = Step(
+            number=0,
+            session=session,
+            position=position,
+            rows=rows,
+            sample=sample,
+            prefill=prefill,
+            mask=len(mask),
+        )
         seconds = self._deadlines.of_step(rows, self._report)
-        answer, body = await self._ask(request, data, seconds=seconds)
+        answer, body = await self._ask(request, data + mask if mask else data, seconds=seconds)
         assert isinstance(answer, Stepped)  # the machine lets nothing else through
-        return StepResult(data=body, token=answer.token, compute_us=answer.compute_us)
+        shape = self._spec.architecture
+        tokens = (answer.token or 0, *(chance.token for chance in answer.chances))
+        sizes = (0, 4 * rows * shape.hidden, 4 * shape.hidden if sample else 0)
+        if len(body) not in sizes or not 0 <= min(tokens) <= max(tokens) < shape.vocab:
+            # what runs there was made by others: what it says goes on to our peers only in the form that is due
+            await self._bury(f"it answered a step of {rows} rows with {len(body)} bytes and the token {answer.token}")
+            raise self._lost()
+        return StepResult(data=body, token=answer.token, compute_us=answer.compute_us, chances=answer.chances)
 
     async def close(self, session: SessionId) -> None:
         """See port.py. A lost engine has no sessions: no error.
 
         If cancelled: the session is freed before the next request, whoever makes it.
         """
+        await self._free(Close(number=0, session=session))
+
+    async def adapt(self, adapter: AdapterSpec) -> None:
+        """See port.py."""
+        await self._ask(adapt_request(adapter), seconds=self._deadlines.of_load(weight_bytes(self._spec)))
+        for layer, path in adapter.layers.items():
+            try:
+                content = await trio.to_thread.run_sync(path.read_bytes)
+            except OSError as error:
+                raise ModelError(
+                    f"The file {path} of an adapter can't be read: {error.strerror or error}."
+                ) from error
+            seconds = self._deadlines.call + len(content) / self._deadlines.load_bytes
+            await self._ask(AdapterLayer(number=0, adapter=adapter.name, layer=layer), content, seconds=seconds)
+
+    async def drop(self, adapter: str) -> None:
+        """See port.py."""
+        await self._free(Drop(number=0, adapter=adapter))
+
+    async def _free(self, request: Close | Drop) -> None:
         try:
-            await self._ask(Close(number=0, session=session), seconds=self._deadlines.call)
+            await self._ask(request, seconds=self._deadlines.call)
         except EngineLost:
             return
         except trio.Cancelled:
-            self._closing.append(session)
+            self._owed.append(request)
             raise
 
     async def stop(self) -> None:
@@ -191,7 +250,7 @@ class EngineProcess:
     async def wait_lost(self) -> str:
         """Wait until the process is gone, whyever; gives the reason. If cancelled: nothing has happened."""
         if self._process is not None:
-            await _exited(self._process)
+            await exited(self._process)
             await self._bury("")
         return self._end
 
@@ -202,8 +261,6 @@ class EngineProcess:
         ours.setblocking(False)
         self._socket = ours
         self._log = tempfile.TemporaryFile("a+b", buffering=0, prefix="meshnode-engine-")  # noqa: SIM115 lives on
-        root = str(Path(meshnode.__file__).parent.parent)
-        path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
         with theirs:
             # Not trio's open_process: it starts children from a worker thread, and the kernel counts the end of
             # that thread (10 s idle) as the death of the parent (PR_SET_PDEATHSIG).
@@ -213,7 +270,7 @@ class EngineProcess:
                 stdout=self._log,
                 stderr=self._log,
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": path},
+                env=child_environment(os.environ),
             )
 
     async def _bury(self, why: str) -> None:
@@ -236,13 +293,13 @@ class EngineProcess:
     async def _reap(self, seconds: float) -> None:
         assert self._process is not None
         with trio.move_on_after(seconds):
-            await _exited(self._process)
+            await exited(self._process)
 
     def _lost(self) -> EngineLost:
         """The error that tells how the process ended."""
-        span = f"{self._spec.first} to {self._spec.last - 1}"
+        span = layers(self._spec.first, self._spec.last)
         said = f" Its last words: {self._last_words}" if self._last_words else ""
-        return EngineLost(f"The engine of the layers {span} is gone: {self._end or 'it was not started'}.{said}")
+        return EngineLost(f"The engine of {span} is gone: {self._end or 'it was not started'}.{said}")
 
     # ------------------------------------------------------------ one request
 
@@ -262,12 +319,12 @@ class EngineProcess:
             self._turn.release()
         match answer:
             case Refused(code=code) if code == BAD_INPUT:
-                raise RemoteProtocolError(answer.reason)
+                raise RemoteProtocolError(one_line(answer.reason))
             case Refused():
-                raise Declined(answer.code, answer.reason, retry_ms=answer.retry_ms)
+                raise Declined(answer.code, one_line(answer.reason), retry_ms=answer.retry_ms)
             case Failed():
                 await self._bury("it could not load the model")
-                raise ModelError(answer.reason)
+                raise ModelError(one_line(answer.reason))
         return answer, out
 
     async def _take_turn(self) -> None:
@@ -283,9 +340,9 @@ class EngineProcess:
         self._deadline = max(self._deadline, trio.current_time()) + seconds
         with trio.CancelScope(deadline=self._deadline) as scope:
             try:
-                while self._closing:
-                    await self._exchange(Close(number=0, session=self._closing[0]), b"")
-                    del self._closing[0]
+                while self._owed:
+                    await self._exchange(self._owed[0], b"")
+                    del self._owed[0]
                 result = await self._exchange(request, body)
             except (OSError, EOFError, trio.ClosedResourceError):
                 await self._reap(_REAP_S)
@@ -343,28 +400,6 @@ class EngineProcess:
             os.ftruncate(self._log.fileno(), 0)
 
 
-def load_request(spec: StageSpec) -> Load:
-    """The request that opens the span of a specification; its number is set when it is sent."""
-    arch = spec.architecture
-    return Load(
-        number=0,
-        kind=spec.kind,
-        graph=str(spec.graph),
-        groups=tuple(GroupFile(name=name, path=str(path)) for name, path in sorted(spec.groups.items())),
-        first=spec.first,
-        last=spec.last,
-        layers=arch.layers,
-        hidden=arch.hidden,
-        kv_heads=arch.kv_heads,
-        head_dim=arch.head_dim,
-        vocab=arch.vocab,
-        context=arch.context,
-        threads=spec.threads,
-        max_sessions=spec.max_sessions,
-        max_kv_bytes=spec.max_kv_bytes,
-    )
-
-
 def _ended(code: int | None) -> str:
     """How a process ended, from its exit code."""
     if code is None:
@@ -379,28 +414,4 @@ def _tail(log: int) -> str:
     size = os.fstat(log).st_size
     data = os.pread(log, _TAIL_BYTES, max(0, size - _TAIL_BYTES))
     lines = [line.strip() for line in data.decode(errors="replace").splitlines() if line.strip()]
-    return " / ".join(lines[-3:])
-
-
-async def _exited(process: subprocess.Popen[bytes]) -> None:
-    """Wait until a child has ended, and reap it."""
-    if process.poll() is not None:
-        return
-    if hasattr(os, "pidfd_open"):
-        descriptor = os.pidfd_open(process.pid)
-        try:
-            await trio.lowlevel.wait_readable(descriptor)
-        finally:
-            os.close(descriptor)
-        process.wait()
-    else:
-        await trio.to_thread.run_sync(process.wait, abandon_on_cancel=True)
-
-
-def _size_of(spec: StageSpec) -> int:
-    """Bytes of the distinct group files; what is missing is the child's to report."""
-    sizes = {}
-    for path in set(spec.groups.values()):
-        with contextlib.suppress(OSError):
-            sizes[path] = path.stat().st_size
-    return sum(sizes.values())
+    return one_line(" / ".join(lines[-3:]))

@@ -1,6 +1,8 @@
 """Picks a token from logits: the same (seed, position, logits, history) gives the same token on every node.
 
-Order and meaning follow transformers' logits processors: repetition penalty, temperature, top-k, top-p.
+Order and meaning follow transformers' logits processors: repetition penalty, temperature, top-k, top-p, min-p.
+Presence and frequency penalties are those of the OpenAI API: they come after the repetition penalty and count the
+answer alone.
 Random numbers are counter-based (Philox 4x64-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
 2011), keyed by the seed and counted by the position, so a replayed step draws the same number. Everything that
 decides is made of additions, multiplications and comparisons of float64, which IEEE 754 rounds the same
@@ -13,8 +15,11 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
+import numpy.ma  # `np.unique` imports it when it is first called: too late in a confined engine
 
-from protocols.pipe.messages import Sampling
+from meshnode.core.errors import Declined
+from protocols.enginewire.messages import BAD_INPUT
+from protocols.pipe.messages import Chance, Sampling
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -22,6 +27,7 @@ _MASK: Final = (1 << 64) - 1
 _MULTIPLIERS: Final = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 _WEYL: Final = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 _REACH: Final = 32.0  # nats below the best: a token there has 1e-14 of its chance and is left out
+_MOST_NATS: Final = 1e9  # of a chance; a logit may be -infinity
 
 _LOG2E: Final = 1.4426950408889634
 _LN2_HIGH: Final = 0.693147180369123816490  # fdlibm's split of ln 2: n * high is exact for |n| < 2**20
@@ -68,8 +74,27 @@ def penalise(logits: Floats, history: Sequence[int], penalty: float) -> Floats:
     return out
 
 
+def discourage(logits: Floats, answer: Sequence[int], presence: float, frequency: float) -> Floats:
+    """Presence and frequency penalty: off the logits of what the answer has, once and for each time it has it."""
+    known, counts = np.unique(np.asarray([t for t in answer if 0 <= t < logits.size], np.int64), return_counts=True)
+    out = logits.copy()
+    out[known] -= presence + frequency * counts
+    return out
+
+
+def needs_history(sampling: Sampling | None) -> bool:
+    """Whether the tokens before a token have a say in it."""
+    return sampling is not None and (
+        sampling.repetition_milli != 1000 or sampling.presence_milli != 0 or sampling.frequency_milli != 0
+    )
+
+
 def sample(
-    logits: np.ndarray[Any, np.dtype[np.float32]], sampling: Sampling | None, position: int, history: Sequence[int]
+    logits: np.ndarray[Any, np.dtype[np.float32]],
+    sampling: Sampling | None,
+    position: int,
+    history: Sequence[int],
+    answer: Sequence[int] = (),
 ) -> int:
     """The token at `position`.
 
@@ -78,15 +103,18 @@ def sample(
       sampling: None is greedy.
       position: of the token that is picked, counted from the start of the prompt.
       history: the tokens before it (prompt and answer), for the repetition penalty.
+      answer: those of them that were sampled, for the presence and frequency penalties.
     """
     if sampling is None:
         return int(logits.argmax())
-    penalised = sampling.repetition_milli != 1000 and len(history) > 0
+    penalised = needs_history(sampling) and len(history) > 0
     if sampling.temperature_milli == 0 and not penalised:
         return int(logits.argmax())
     scores: Floats = logits.astype(np.float64)
     if penalised:
-        scores = penalise(scores, history, sampling.repetition_milli / 1000)
+        if sampling.repetition_milli != 1000:
+            scores = penalise(scores, history, sampling.repetition_milli / 1000)
+        scores = discourage(scores, answer, sampling.presence_milli / 1000, sampling.frequency_milli / 1000)
     if sampling.temperature_milli == 0:
         return int(scores.argmax())
     scores = scores / (sampling.temperature_milli / 1000)
@@ -94,9 +122,49 @@ def sample(
     weights = exp(scores[tokens] - scores.max())
     if sampling.top_p_micro < 1_000_000:
         tokens, weights = _nucleus(tokens, weights, sampling.top_p_micro / 1_000_000)
+    if sampling.min_p_micro:
+        likely = weights >= sampling.min_p_micro / 1_000_000 * weights.max()
+        tokens, weights = tokens[likely], weights[likely]
     sums = np.cumsum(weights)
     drawn = np.searchsorted(sums, sums[-1] * uniform(sampling.seed, position), side="right")
     return int(tokens[min(int(drawn), len(tokens) - 1)])
+
+
+def masked(logits: np.ndarray[Any, np.dtype[np.float32]], mask: bytes) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The logits of the tokens that may be drawn; -infinity for all others.
+
+    mask: a bit for each token, the lowest bit of the first byte for token 0; those beyond the vocabulary are ignored.
+
+    Raises Declined `bad-input`: it is too short, or allows no token that has a chance.
+    """
+    bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
+    if bits.size < logits.size:
+        raise Declined(BAD_INPUT, f"A mask has {bits.size} bits for a vocabulary of {logits.size} tokens.")
+    allowed = np.where(bits[: logits.size] == 1, logits, np.float32(-np.inf))
+    if not np.isfinite(allowed.max()):
+        raise Declined(BAD_INPUT, "A mask allows none of the tokens.")
+    return allowed
+
+
+def chances(logits: np.ndarray[Any, np.dtype[np.float32]], token: int, most: int) -> tuple[Chance, ...]:
+    """How probable the model alone held `token`, then its most - 1 best tokens; with `most` 0 nothing.
+
+    logits: float32 (vocab,), finite.
+    """
+    if not most:
+        return ()
+    scores: Floats = logits.astype(np.float64)
+    best = scores.max()
+    total = best + np.log(
+        np.exp(scores - best).sum()
+    )  # numpy's own: nothing is drawn by it, and it is 20 times as fast
+    few = min(most - 1, scores.size)
+    chosen = np.argpartition(-scores, few - 1)[:few] if few else np.empty(0, np.int64)
+    chosen = chosen[np.lexsort((chosen, -scores[chosen]))]  # ties: the lower token first
+    return tuple(
+        Chance(token=int(t), nano_nats=max(0, round(min(total - scores[t], _MOST_NATS) * 1e9)))
+        for t in (token, *chosen)
+    )
 
 
 def _candidates(scores: Floats, top_k: int) -> np.ndarray[Any, np.dtype[np.int64]]:

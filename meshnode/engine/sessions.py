@@ -9,15 +9,29 @@ from typing import Final
 
 import numpy as np
 
-from meshnode.core.errors import Declined
+from meshnode.core.errors import Declined, ModelError
+from meshnode.engine.adapters import Adapter, Adapters
 from meshnode.engine.backend import Array, Stage, Track
-from meshnode.engine.sampling import sample
-from protocols.enginewire.messages import BAD_INPUT, BUSY, FENCED, TOO_LONG, Load
-from protocols.pipe.messages import Sampling
+from meshnode.engine.pooling import Pool
+from meshnode.engine.sampling import chances, masked, needs_history, sample
+from meshnode.policy.shares import PROBE_SESSIONS, PROBE_TOKENS
+from protocols.enginewire.messages import BAD_INPUT, BUSY, FENCED, NO_POOLING, TOO_LONG, Load
+from protocols.pipe.messages import Chance, Sampling
+from protocols.words import layers
 
 _RETRY_MS: Final = 1000
 _PROBE_ROWS: Final = 64
 _PROBES: Final = 5
+_NOTHING: Final = np.empty(0, np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOut:
+    """What came of a step."""
+
+    hidden: Array  # float32 (rows, hidden) for the next stage; after the last layer (hidden,) if pooled, or empty
+    token: int | None = None  # after the last layer, if one was sampled
+    chances: tuple[Chance, ...] = ()
 
 
 @dataclass(slots=True)
@@ -28,7 +42,10 @@ class _Session:
     capacity: int  # tokens
     kv_bytes: int
     sampling: Sampling | None
+    adapter: Adapter | None  # held as long as the session: it counts while it is used
     tokens: list[int]  # what is known of the text: the prompt, then what was sampled here
+    prompt: int  # how many of them are the prompt
+    pool: Pool | None = None  # of one that wants no tokens
     rows: int = 0  # positions that hold KV
 
 
@@ -37,38 +54,49 @@ class Sessions:
         self._stage = stage
         self._load = load
         self._open: dict[bytes, _Session] = {}
+        self.adapters = Adapters(stage, load, lambda: sum(session.kv_bytes for session in self._open.values()))
 
     def open(
-        self, name: bytes, *, first: int, last: int, capacity: int, sampling: Sampling | None, prompt: Array
+        self,
+        name: bytes,
+        *,
+        first: int,
+        last: int,
+        capacity: int,
+        sampling: Sampling | None,
+        prompt: Array,
+        adapter: str = "",
+        pooled: bool = False,
     ) -> None:
         """Reserve a session; one of the same name is replaced.
 
         Args:
+          pooled: after the last layer, the mean of all rows is wanted (`pooling.py`), and no token.
           prompt: int32 (tokens,).
+          adapter: the name of the one that it runs with to its end; "" for none.
 
         Raises:
-          Declined: `fenced` (layers outside the span), `too-long` (above the context or our memory), `busy`.
+          Declined: `fenced` (layers outside the span, no such adapter), `too-long` (above the context or our
+            memory), `busy`, `no-pooling` (this model gives no vectors).
         """
         load = self._load
         if not load.first <= first < last <= load.last:
             raise Declined(
                 FENCED,
-                f"This engine holds the layers {load.first} to {load.last - 1}; "
-                f"a session wants {first} to {last - 1}.",
+                f"This engine holds {layers(load.first, load.last)}; a session wants {layers(first, last)}.",
             )
+        used_adapter = self.adapters.of(adapter, first, last)
         if capacity > load.context:
             raise Declined(
                 TOO_LONG,
                 f"A session of {capacity} tokens is too long: the model's context is {load.context}. "
                 f"Shorten the prompt or ask for fewer tokens.",
             )
-        others = [s for known, s in self._open.items() if known != name]
-        if len(others) >= load.max_sessions:
-            raise Declined(
-                BUSY,
-                f"All {load.max_sessions} sessions of this engine are taken. Try again soon.",
-                retry_ms=_RETRY_MS,
-            )
+        probe = capacity <= PROBE_TOKENS  # few and tiny, and beside the sessions (`policy/shares.py`)
+        others = [s for known, s in self._open.items() if known != name and (s.capacity <= PROBE_TOKENS) == probe]
+        most = PROBE_SESSIONS if probe else load.max_sessions
+        if len(others) >= most:
+            raise Declined(BUSY, f"All {most} sessions of this engine are taken. Try again soon.", retry_ms=_RETRY_MS)
         wanted = kv_bytes(load, first, last, capacity)
         if wanted > load.max_kv_bytes:
             fits = load.max_kv_bytes // kv_bytes(load, first, last, 1)
@@ -77,34 +105,52 @@ class Sessions:
                 f"A session of {capacity} tokens needs {wanted / 1e6:.1f} MB for its keys and values; this node has "
                 f"room for {fits} tokens ({load.max_kv_bytes / 1e6:.1f} MB). Ask for fewer, or give it more memory.",
             )
-        used = sum(s.kv_bytes for s in others)
-        if used + wanted > load.max_kv_bytes:
+        used = sum(s.kv_bytes for s in others) + self.adapters.nbytes
+        if used + wanted > load.max_kv_bytes and not probe:
             raise Declined(
                 BUSY,
                 f"The session needs {wanted / 1e6:.1f} MB for its keys and values; "
-                f"{used / 1e6:.1f} of {load.max_kv_bytes / 1e6:.1f} MB are taken. Try again soon.",
+                f"{used / 1e6:.1f} of {load.max_kv_bytes / 1e6:.1f} MB are taken by sessions and adapters. "
+                "Try again soon.",
                 retry_ms=_RETRY_MS,
             )
         try:
-            track = self._stage.open(first, last, capacity)
+            factors = {} if used_adapter is None else used_adapter.factors
+            track = self._stage.open(first, last, capacity, factors, normed=pooled)
+        except ModelError as error:
+            if not pooled:
+                raise
+            raise Declined(NO_POOLING, str(error)) from error
         except MemoryError:
             raise Declined(
                 BUSY, f"The device has no {wanted / 1e6:.1f} MB of memory left for the session.", retry_ms=_RETRY_MS
             ) from None
-        self._open[name] = _Session(track, first, last, capacity, wanted, sampling, prompt.tolist())
+        pool = Pool(load.hidden) if pooled and last == load.layers else None
+        self._open[name] = _Session(
+            track, first, last, capacity, wanted, sampling, used_adapter, prompt.tolist(), len(prompt), pool
+        )
 
     def step(
-        self, name: bytes, *, position: int, rows: int, body: bytes, sample_after: bool, prefill: bool
-    ) -> tuple[Array, int | None]:
-        """Run rows: (hidden states for the next stage, no token), or after the last layer (empty, token or None).
+        self,
+        name: bytes,
+        *,
+        position: int,
+        rows: int,
+        body: bytes,
+        sample_after: bool,
+        prefill: bool,
+        mask: bytes = b"",
+    ) -> StepOut:
+        """Run rows.
 
         Args:
           body: int32 (rows,) token ids into layer 0, else float32 (rows, hidden).
           sample_after: whether to sample the token after the last row, if this is the last stage.
+          mask: a bit for each token that may be drawn, the lowest bit of the first byte for token 0; empty: all.
 
         Raises:
           Declined: `fenced` (unknown session, gap), `too-long` (above its capacity), `bad-input` (wrong size, no
-            token id, logits that are no numbers).
+            token id, logits that are no numbers, a mask that fits no token), `busy` (no memory for the rows).
         """
         session = self._open.get(name)
         if session is None:
@@ -120,22 +166,33 @@ class Sessions:
             )
         data = self._tensor(session, rows, body)
         ends = session.last == self._load.layers
-        if sample_after and ends:
+        pool = session.pool
+        if sample_after and ends and pool is None:
             self._require_history(session, end)
-        out = session.track.run(position, data, prefill=prefill, wanted=sample_after)
+        try:
+            out = session.track.run(position, data, prefill=prefill, wanted=sample_after)
+        except MemoryError:
+            raise Declined(
+                BUSY, f"This node has no memory left for a step of {rows} rows. Try again soon.", retry_ms=_RETRY_MS
+            ) from None
         session.rows = end
+        if pool is not None:
+            pool.add(position, out)
+            return StepOut(pool.mean() if sample_after else _NOTHING)
         if not ends:
-            return out, None
+            return StepOut(out)
         if not sample_after:
-            return np.empty(0, np.float32), None
+            return StepOut(_NOTHING)
         if not np.isfinite(out.max()):
             raise Declined(
                 BAD_INPUT,
                 "The last layer gave logits that are no numbers: the hidden states that came in were wrong.",
             )
-        token = sample(out, session.sampling, end, session.tokens[:end])
+        sampling = session.sampling
+        allowed = masked(out, mask) if mask else out
+        token = sample(allowed, sampling, end, session.tokens[:end], session.tokens[session.prompt : end])
         session.tokens[end:] = [token]
-        return np.empty(0, np.float32), token
+        return StepOut(_NOTHING, token, chances(out, token, 0 if sampling is None else sampling.chances))
 
     def close(self, name: bytes) -> None:
         self._open.pop(name, None)
@@ -155,11 +212,10 @@ class Sessions:
 
     @staticmethod
     def _require_history(session: _Session, end: int) -> None:
-        penalised = session.sampling is not None and session.sampling.repetition_milli != 1000
-        if penalised and len(session.tokens) < end:
+        if needs_history(session.sampling) and len(session.tokens) < end:
             raise Declined(
                 FENCED,
-                f"The repetition penalty needs the {end} tokens before this one; the session was opened with "
+                f"A penalty on tokens needs the {end} before this one; the session was opened with "
                 f"{len(session.tokens)}.",
             )
 

@@ -39,6 +39,7 @@ class Trial:
     kind: str  # "onnx" or "null"
     took_ms: int = 0
     rss_bytes: int = 0
+    confined: tuple[str, ...] = ()  # parts of the engine's confinement that hold
     problem: str = ""
 
 
@@ -49,7 +50,7 @@ async def try_engine(kind: str) -> Trial:
         try:
             spec = _spec(kind, Path(name))
             engine = EngineProcess(spec, deadlines=Deadlines(load=_SECONDS))
-            await engine.start()
+            report = await engine.start()
             try:
                 token, rss = await _ask(engine), engine.rss_bytes
             finally:
@@ -60,7 +61,7 @@ async def try_engine(kind: str) -> Trial:
     wanted = _expected(kind)
     if token != wanted:
         return Trial(kind=kind, took_ms=took_ms, problem=f"It computed the token {token}; {wanted} is the right one.")
-    return Trial(kind=kind, took_ms=took_ms, rss_bytes=rss)
+    return Trial(kind=kind, took_ms=took_ms, rss_bytes=rss, confined=report.confined)
 
 
 async def _ask(engine: EngineProcess) -> int | None:

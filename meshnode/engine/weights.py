@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 
 from meshnode.core.errors import ModelError
+from meshnode.core.reasons import cause
 from meshnode.engine.backend import Array
 from meshnode.engine.cut import View
 
@@ -31,7 +32,7 @@ class Weights:
                 with path.open("rb") as file:
                     self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except (OSError, ValueError) as error:
-                raise ModelError(f"The weights {name} at {path} can't be read: {error}.") from error
+                raise ModelError(f"The weights {name} at {path} can't be read: {cause(error)}.") from error
 
     @property
     def size(self) -> int:

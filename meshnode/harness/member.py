@@ -45,8 +45,10 @@ class Member:
     peer_id: str
     address: str
     serves: bool = True  # False: a bootstrap peer
+    program: tuple[str, ...] = ()  # module and arguments that run the node; () is `meshnode start`
     pid: int | None = None
     started: float | None = None
+    api_url: str = ""  # where it answered HTTP when it was last started
 
     @property
     def client(self) -> Client:
@@ -87,6 +89,8 @@ class Member:
         if self.process() is not None:
             raise HarnessError(f"{self.name} runs already (process {self.pid})")
         command = [sys.executable, "-P", "-m", "meshnode", "start" if self.serves else "bootstrap"]
+        if self.program:
+            command[3:] = self.program
         with self.log.open("ab") as log:
             child = subprocess.Popen(
                 [*command, "--data", str(self.folder)],
@@ -108,6 +112,7 @@ class Member:
             if time.monotonic() > ends:
                 raise HarnessError(f"{self.name} did not answer within {seconds:.0f} s: {self.last_words()}")
             time.sleep(_LOOK_S)
+        self.api_url = self.status().api_url
 
     def wait_ready(self, seconds: float) -> None:
         """Until a probe token of this node has passed through the chain. Raises HarnessError with the reason."""

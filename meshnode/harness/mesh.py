@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -22,14 +22,17 @@ from meshnode.core.paths import Paths
 from meshnode.harness.member import HarnessError, Member, clean_environment
 from meshnode.membership.enrolment import create_invite, init_network, open_identity
 from meshnode.membership.identity import Identity
-from meshnode.membership.network import has_network, load_network
-from meshnode.model.facts import facts_of, tight_memory
+from meshnode.membership.network import has_network, load_founder, load_network, save_network
+from meshnode.model.fit import facts_of, tight_memory
 from meshnode.publisher.release import release
 from meshnode.state import releases
 from meshnode.state.database import Database
 from meshnode.store.blob_store import BlobStore
 from protocols.ids import Cid, PeerId, short
 from protocols.manifest.messages import Manifest
+from protocols.membership import ROLES
+from protocols.membership.messages import Certificate
+from protocols.membership.trust import sign_certificate
 
 FILE: Final = "mesh.json"
 MAX_NODES: Final = 64
@@ -125,8 +128,10 @@ class Mesh:
                     peer_id=entry["peer_id"],
                     address=entry["addresses"][0],
                     serves=entry["serves"],
+                    program=tuple(entry.get("program", ())),
                     pid=entry["pid"],
                     started=entry["started"],
+                    api_url=entry.get("api_url") or "",
                 )
                 for entry in document["nodes"]
             ]
@@ -148,8 +153,9 @@ class Mesh:
                 "pids": [process.pid for process in member.processes()],
                 "data": str(member.folder),
                 "addresses": [member.address],
-                "api_url": None,
+                "api_url": member.api_url or None,
                 "serves": member.serves,
+                "program": member.program,
                 "started": member.started,
                 "log": str(member.log),
             }
@@ -235,7 +241,10 @@ class Mesh:
         )
         self._join(self.members[0], [member])
         self.members.append(member)
-        self.up()
+        with ExitStack() as undo:
+            self._launch([member], undo)
+            member.wait_answers()
+            undo.pop_all()
         return member
 
     def down(self) -> None:
@@ -285,11 +294,11 @@ class Mesh:
         with Database(Paths(founder.folder).state) as state:
             network = load_network(founder.folder)
             ticket = create_invite(network, state, uses=0, ttl_s=TICKET_S, addresses=[founder.address])
-        command = [sys.executable, "-P", "-m", "meshnode", "join", ticket, "--data"]
+        command = [sys.executable, "-P", "-m", "meshnode", "join", "-", "--data"]
         running = [
             subprocess.Popen(
                 [*command, str(member.folder)],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 encoding="utf-8",
@@ -301,7 +310,7 @@ class Mesh:
         failed = []
         for member, child in zip(members, running, strict=True):
             try:
-                _, errors = child.communicate(timeout=JOIN_S)
+                _, errors = child.communicate(ticket, timeout=JOIN_S)
             except subprocess.TimeoutExpired:
                 child.kill()
                 _, errors = child.communicate()
@@ -310,6 +319,21 @@ class Mesh:
                 failed.append(f"{member.name} could not join: {errors.strip()}")
         if failed:
             raise HarnessError("; ".join(failed))
+        for member in members:
+            own(founder.folder, member)
+
+
+def own(founder: Path, member: Member) -> None:
+    """Make a member a founder's device, with every role: all nodes of a harness are one owner's own.
+
+    `founder`: the data folder of the node that made the network.
+    """
+    key, membership = load_founder(founder), load_network(member.folder)
+    assert key is not None, f"{founder} did not make this network"
+    certificate = Certificate(
+        network=membership.network_id, peer=member.peer_id, roles=ROLES, issued_ms=wall_ms(), serial=1
+    )
+    save_network(member.folder, replace(membership, chain=(sign_certificate(key, certificate),)))
 
 
 def free_ports(count: int) -> list[int]:

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from glob import escape
 from pathlib import Path
 from typing import Final
 
@@ -63,7 +64,10 @@ def _of_source(source: str) -> str:
         digest.update(importlib.metadata.version(_EXAMPLES[source]).encode())
     else:
         path = Path(source).absolute()
-        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        folder, pattern = path, "**/*"
+        if path.is_file():  # a GGUF file may be one part of several, which lie beside it
+            folder, pattern = path.parent, f"{escape(path.name.partition('-0')[0])}*"
+        for file in sorted(folder.glob(pattern)):
             status = file.stat()
             digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
     return digest.hexdigest()[:12]

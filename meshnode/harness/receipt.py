@@ -7,9 +7,9 @@ from typing import Any
 import psutil
 
 from meshnode.api.messages import Answer
-from meshnode.api.question import Question
 from meshnode.harness.member import Member
 from meshnode.harness.mesh import Mesh
+from meshnode.text.question import Question
 
 Json = dict[str, Any]
 

@@ -139,7 +139,7 @@ class _Import:
         for cid in (root, *sorted(set().union(*(needed[name] for name in whole)))):
             self._store.pin(cid, root)
         layers = manifest.architecture.layers
-        whole.sort(key=lambda name: manifest.variants[name].span_bytes(0, layers))
+        whole.sort(key=lambda name: (name not in manifest.servable, manifest.variants[name].span_bytes(0, layers)))
         return Imported(root, manifest, tuple(whole))
 
     def close(self) -> None:

@@ -12,8 +12,8 @@ import trio
 
 from meshnode.core.errors import ContentUnavailable
 from meshnode.core.sizes import format_size
-from meshnode.ipfs.fallback import OnBlock, SourceFailed, WrongBlock
 from meshnode.ipfs.http import Body, HttpTrouble
+from meshnode.ipfs.source_order import OnBlock, SourceFailed, WrongBlock
 from protocols.car.machine import Reader
 from protocols.car.messages import Block, DamagedBlock, Header
 from protocols.errors import RemoteProtocolError

@@ -15,8 +15,8 @@ from meshnode.core.errors import ContentUnavailable
 from meshnode.core.health import Health
 from meshnode.core.log import get_logger
 from meshnode.ipfs.car_tree import BEGIN_S, CONTENT_TYPE, UnusableCar, take_tree
-from meshnode.ipfs.fallback import OnBlock, SourceFailed
 from meshnode.ipfs.http import MAX_REDIRECTS, Answer, HttpTrouble, ask, http_client, opened
+from meshnode.ipfs.source_order import OnBlock, SourceFailed
 from protocols.bitswap.messages import MAX_BLOCK_BYTES
 from protocols.ids import Cid, short
 

@@ -11,6 +11,7 @@ import httpx
 import trio
 
 from meshnode.core.errors import TransientError
+from meshnode.core.printable import one_line
 from meshnode.core.sizes import format_size
 
 MAX_REDIRECTS: Final = 3
@@ -156,7 +157,7 @@ def _in_words() -> Iterator[None]:
 
 def clip(words: object) -> str:
     """What an error says, for people; a library quotes what the server sent, however long that is."""
-    return "".join(c if c.isprintable() else " " for c in str(words)[:MAX_WORDS])
+    return one_line(str(words)[:MAX_WORDS])
 
 
 def _next(url: httpx.URL, response: httpx.Response) -> httpx.URL:

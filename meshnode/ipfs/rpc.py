@@ -21,8 +21,8 @@ import trio
 from meshnode.core.errors import ConfigError, ContentUnavailable, ModelError, TransientError
 from meshnode.core.health import Health
 from meshnode.ipfs.car_tree import BEGIN_S, take_tree
-from meshnode.ipfs.fallback import OnBlock, SourceFailed
 from meshnode.ipfs.http import HttpTrouble, Refusal
+from meshnode.ipfs.source_order import OnBlock, SourceFailed
 from protocols.bitswap.messages import MAX_BLOCK_BYTES
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import DAG_CBOR, Cid, PeerId, base58_decode, cid_codec, cid_from_bytes, cid_of_old

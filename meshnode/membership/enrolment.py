@@ -13,14 +13,17 @@ from nacl.signing import SigningKey
 from meshnode.core.clock import Wall, wall_ms
 from meshnode.core.errors import ConfigError, IdentityError
 from meshnode.membership.identity import Identity
-from meshnode.membership.keyfile import SEED_BYTES, Passphrase
+from meshnode.membership.keyfile import SEED_BYTES, Passphrase, load_key
 from meshnode.membership.network import has_network, load_founder, load_network, save_founder, save_network
+from meshnode.membership.place import not_a_member
 from meshnode.membership.port import Invite, Membership
-from meshnode.membership.withdrawals import keep_withdrawal, restore_withdrawals
+from meshnode.membership.rights import demand
+from meshnode.membership.secrets import keep_secrets, known_secrets
+from meshnode.membership.withdrawals import keep_withdrawal, restore_withdrawals, successions
 from meshnode.state.port import Records, State
 from protocols.codec import decode
 from protocols.errors import LocalProtocolError, RemoteProtocolError
-from protocols.ids import PeerId, public_key_of, short
+from protocols.ids import PeerId, peer_id_of, public_key_of, short
 from protocols.membership import (
     ROLES,
     Network,
@@ -35,24 +38,23 @@ from protocols.membership import (
     sign_network,
 )
 from protocols.membership.messages import (
-    ADMIN,
+    INVITE,
     INVITE_BYTES,
     INVITE_SECRET_BYTES,
     MAX_CHAIN,
     MEMBER,
     NONCE_BYTES,
-    PUBLISH,
     SECRET_BYTES,
     SERVE,
-    TRAIN,
-    VOTE,
     Certificate,
     Chain,
     Withdrawal,
 )
-from protocols.membership.trust import ordered_roles, sign_certificate, sign_withdrawal
+from protocols.membership.renewal import sign_renewal
+from protocols.membership.succession import by_old_key
+from protocols.membership.trust import implied, ordered_roles, sign_certificate, sign_withdrawal
 
-DEFAULT_ROLES: Final = (SERVE, TRAIN, PUBLISH, VOTE)  # everything but letting others in
+DEFAULT_ROLES: Final = (SERVE,)  # of a ticket
 DEFAULT_TTL_S: Final = 24 * 3600.0
 MAX_ADDRESSES: Final = 16
 
@@ -135,7 +137,7 @@ def create_invite(
       addresses: multiaddrs with /p2p/<peer id> where this node listens; bootstrap peers after them.
       member_ttl_s: seconds until the certificates expire that it gives; 0 is never.
 
-    Raises IdentityError (not an admin, too far from the founders), ConfigError (a value), DiskError.
+    Raises IdentityError (may not invite, too far from the founders), ConfigError (a value), DiskError.
     """
     now = clock()
     if not 0 <= uses <= 1_000_000 or ttl_s < 0 or member_ttl_s < 0:
@@ -150,11 +152,12 @@ def create_invite(
         wanted = ordered_roles(roles)
     except LocalProtocolError as error:
         raise ConfigError(str(error)) from error
-    if ADMIN not in standing.roles:
+    if INVITE not in standing.roles:
         raise IdentityError(
-            "this node may not invite: its certificate lacks the role admin. Make the ticket on an admin's node."
+            "this node may not invite: its certificate lacks the role invite. Make the ticket on a node that has it "
+            "(`meshnode members` shows which do)."
         )
-    if missing := set(wanted) - standing.roles:
+    if missing := implied(wanted) - standing.roles:
         raise IdentityError(f"this node can't give the role {min(missing)!r}: it does not have it itself")
     if standing.distance >= MAX_CHAIN:
         raise IdentityError(
@@ -193,6 +196,16 @@ def create_invite(
     return text
 
 
+def require_role(folder: Path, state: Records, role: str, deed: str, *, clock: Wall = wall_ms) -> None:
+    """For commands that a running node would refuse later: `deed` is what this node may not do ("publish models").
+
+    Raises IdentityError (no member of any network), Declined `forbidden` (see `rights.demand`).
+    """
+    now = clock()
+    membership = load_network(folder)
+    demand(own_standing(membership, restored_trust(membership, state, now), now).roles, role, deed)
+
+
 def own_peer(folder: Path, *, clock: Wall = wall_ms) -> PeerId:
     """The peer id of a data folder's node, read from its certificate (no key needed). Raises IdentityError."""
     membership = load_network(folder)
@@ -214,20 +227,22 @@ def describe_ticket(text: str, *, clock: Wall = wall_ms) -> str:
 
 def withdraw_member(
     folder: Path,
-    state: Records,
+    state: State,
     peer: str,
     *,
     keeps: Iterable[str] = (),
     reason: str = "",
     passphrase: Passphrase = None,
+    founder_key: Path | None = None,
     clock: Wall = wall_ms,
-) -> bytes:
-    """Take roles from a member, or (nothing kept) put it out. The signed record, kept in this node's state.
+) -> None:
+    """Take roles from a member, or (nothing kept) put it out: a signed record, kept in this node's state.
 
-    Signed by the founder's key where this folder has it, else by the node key. A running node takes it up
-    within `services.membership.REVIEW_S` and passes it on.
+    Signed by the founder's key where this folder has it or `founder_key` names its file, else by the node key. A
+    running node takes it up within `services.membership.REVIEW_S` and passes it on. Tickets that the member has used
+    let nobody in any more.
 
-    Raises IdentityError (not an admin, the peer is nearer to the founder than we are), ConfigError, DiskError.
+    Raises IdentityError (may not do it, the peer is nearer to the founder than we are), ConfigError, DiskError.
     """
     membership = load_network(folder)
     now = clock()
@@ -236,30 +251,80 @@ def withdraw_member(
         kept = ordered_roles(keeps)
     except (RemoteProtocolError, LocalProtocolError) as error:
         raise ConfigError(str(error)) from error
-    founder = load_founder(folder, passphrase)
-    key = founder or Identity.load(folder, passphrase).signing_key
+    founder = founder_of(folder, membership, state, founder_key, passphrase)
     trust = restored_trust(membership, state, now)
     if founder is None:
         _check_authority(own_standing(membership, trust, now), trust, PeerId(peer), state, now)
-    record = sign_withdrawal(
-        key,
-        Withdrawal(
-            network=trust.id,
-            peer=peer,
-            keeps=kept,
-            issued_ms=now,
-            reason=reason[:200],
-            chain=() if founder else membership.chain,
-        ),
-    )
-    trust.withdraw(record, now)
-    keep_withdrawal(state, record)
-    return record
+    key, chain = founder or (Identity.load(folder, passphrase).signing_key, membership.chain)
+    for subject in (peer, *trust.predecessors(peer)):  # its older keys, for those who don't know of its new one
+        word = Withdrawal(network=trust.id, peer=subject, keeps=kept, issued_ms=now, reason=reason[:200], chain=chain)
+        record = sign_withdrawal(key, word)
+        trust.withdraw(record, now)
+        keep_withdrawal(state, record)
+    for ousted, at_ms in trust.ousted().items():
+        state.revoke_redeemed(ousted, at_ms)
+
+
+def renew_secret(
+    folder: Path,
+    state: State,
+    *,
+    passphrase: Passphrase = None,
+    founder_key: Path | None = None,
+    clock: Wall = wall_ms,
+    random_bytes: RandomBytes = secrets.token_bytes,
+) -> None:
+    """Give the network a new secret, kept in this node's state. A running node hands it to the members.
+
+    Signed by the founder's key where this folder has it or `founder_key` names its file, else by the node key.
+
+    Raises IdentityError (no founder's device, or it may not invite), DiskError.
+    """
+    membership = load_network(folder)
+    now = clock()
+    founder = founder_of(folder, membership, state, founder_key, passphrase)
+    if founder is None:
+        standing = own_standing(membership, restored_trust(membership, state, now), now)
+        if not standing.is_founder or INVITE not in standing.roles:
+            raise IdentityError(
+                "only a founder's device that may invite, or whoever has the founder's key, can renew the secret of "
+                "this network. Do it on the device that made the network, or give --founder-key FILE."
+            )
+    known = known_secrets(membership, state, now)
+    issued_ms = max(now, known.present.issued_ms + 1)  # a clock that was ahead must not undo it
+    key, chain = founder or (Identity.load(folder, passphrase).signing_key, membership.chain)
+    new = sign_renewal(key, membership.network_id, random_bytes(SECRET_BYTES), issued_ms, chain)
+    keep_secrets(state, known.plus(new))
+
+
+def founder_of(
+    folder: Path, membership: Membership, state: Records, file: Path | None, passphrase: Passphrase
+) -> tuple[SigningKey, tuple[bytes, ...]] | None:
+    """The founder's key of the network, if it is here, and the successions that lead to it.
+
+    Raises IdentityError when `file`, or what lies in the data folder, is not the present key of a founder.
+    """
+    if file is None:
+        key = load_founder(folder, passphrase)
+    else:
+        key = SigningKey(load_key(file, what="the founder's key of the network", passphrase=passphrase))
+    if key is None:
+        return None
+    trust, peer = membership.trust(), peer_id_of(bytes(key.verify_key))
+    records = {**by_old_key(membership.chain), **successions(state)}
+    trust.succeed(records.values())
+    path = trust.founder_path(peer, records)
+    where = file or "the founder's key in the data folder"
+    if peer in records:
+        raise IdentityError(f"{where} was replaced by a newer one (meshnode members new-founder-key); use that")
+    if not path and bytes(key.verify_key) not in membership.network.founders:
+        raise IdentityError(f"{where} is no founder's key of the network {membership.network.name!r}")
+    return key, path
 
 
 def _check_authority(ours: Standing, trust: Trust, peer: PeerId, state: Records, now_ms: int) -> None:
-    if ADMIN not in ours.roles:
-        raise IdentityError("this node may not withdraw memberships: its certificate lacks the role admin")
+    if INVITE not in ours.roles:
+        raise IdentityError("this node may not withdraw memberships: its certificate lacks the role invite")
     data = state.record(MEMBER, peer)
     if data is None:
         return
@@ -286,7 +351,7 @@ def own_standing(membership: Membership, trust: Trust, now_ms: int, peer: PeerId
     try:
         standing = trust.check(membership.chain, now_ms)
     except Untrusted as error:
-        raise IdentityError(f"the membership of this node does not hold: {error}") from error
+        raise not_a_member(error) from error
     if peer is not None and standing.peer != peer:
         raise IdentityError(
             f"the certificate in this data folder is of {short(standing.peer)}, the node key of {short(peer)}. "

@@ -27,6 +27,7 @@ from protocols.membership.messages import (
     Join,
     Message,
 )
+from protocols.membership.renewal import open_renewal
 from protocols.membership.sealing import open_secret
 from protocols.membership.trust import day
 
@@ -38,11 +39,13 @@ async def join(
     folder: Path,
     name: str,
     software: str,
+    anew: bool = False,
     clock: Wall = wall_ms,
 ) -> Membership:
     """Redeem a ticket over a running host and keep the membership in the data folder.
 
-    A node that is a member of this network already, with the roles of the ticket, keeps what it has.
+    A node that is a member of this network already, with the roles of the ticket, keeps what it has; unless `anew`,
+    because it was put out, say: then it gets what the ticket gives, and no more.
 
     Raises:
       IdentityError: no ticket, or the folder belongs to another network.
@@ -51,7 +54,8 @@ async def join(
     If cancelled: the ticket may have been used; the same node may redeem it again.
     """
     ticket = open_ticket(ticket_text)
-    if (known := _known(folder, ticket, host.peer_id, clock())) is not None:
+    known = _known(folder, ticket, host.peer_id, clock())
+    if known is not None and not anew:
         return known
     # The issuer's clock decides about expiry; ours is asked only when the issuer can't be.
     failures: list[str] = []
@@ -154,6 +158,14 @@ def _checked(granted: Granted, ticket: Ticket, peer: PeerId, name: str, now_ms: 
         if standing.peer != peer:
             raise RemoteProtocolError(f"its certificate is of {short(standing.peer)}")
         secret = open_secret(granted.sealed, invite=ticket.invite, invite_secret=ticket.secret, joiner=peer)
+        if granted.renewal:
+            open_renewal(granted.renewal, secret, Trust(network), now_ms)
     except RemoteProtocolError as error:
         raise IdentityError(f"the answer to the ticket does not hold: {error}. Ask for a new ticket.") from error
-    return Membership(network_record=granted.network, secret=secret, chain=granted.chain, name=name[:64])
+    return Membership(
+        network_record=granted.network,
+        secret=secret,
+        chain=granted.chain,
+        name=name[:64],
+        renewal=granted.renewal,
+    )

@@ -19,7 +19,7 @@ from nacl.signing import SigningKey
 
 from meshnode.core.errors import IdentityError
 from meshnode.membership.files import read_private, write_private
-from protocols.ids import peer_id_of
+from protocols.ids import PeerId, peer_id_of
 
 Passphrase = str | Callable[[], str] | None
 
@@ -71,6 +71,19 @@ def load_key(path: Path, *, what: str, passphrase: Passphrase = None) -> bytes:
     except (ValueError, IndexError):
         raise IdentityError(f"{path} is damaged: it does not hold {what}. Restore it from a backup.") from None
     return seed
+
+
+def is_protected(path: Path) -> bool:
+    """Whether a key file needs a passphrase. Raises IdentityError when it can't be read."""
+    return b"\nargon2id " in read_private(path, "a key")
+
+
+def peer_of_key(path: Path) -> PeerId:
+    """Whose key a file holds, which needs no passphrase. Raises IdentityError."""
+    try:
+        return PeerId(_words(read_private(path, "a key").decode("utf-8", "replace").split("\n")[1], "peer", 1)[0])
+    except (ValueError, IndexError):
+        raise IdentityError(f"{path} is damaged: it holds no key. Remove it.") from None
 
 
 def _words(line: str, head: str, count: int) -> list[str]:

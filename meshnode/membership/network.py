@@ -1,8 +1,9 @@
 """The network membership of a data folder.
 
-`network/network.cbor` (0600): canonical CBOR {1: network record, 2: network secret, 3: chain, 4: node name}.
-`network/founder.key` (0600): the founder's key, in the format of `keyfile.py`; needed only to withdraw an admin
-who was certified by it, so it may be moved to a safe place.
+`network/network.cbor` (0600): canonical CBOR {1: network record, 2: network secret, 3: chain, 4: node
+name, 5: the record that renewed the secret}; secrets that came later are in the state file (`secrets.py`).
+`network/founder.key` (0600): the founder's key, in the format of `keyfile.py`; needed only to put out a device
+that it has certified itself, so it may be moved to a safe place.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from meshnode.membership.keyfile import Passphrase, load_key, save_key
 from meshnode.membership.port import Membership
 from protocols.codec import at, decode, encode
 from protocols.errors import RemoteProtocolError
-from protocols.membership.messages import MAX_CHAIN, MAX_NETWORK_BYTES, SECRET_BYTES
+from protocols.membership.messages import MAX_LINKS, MAX_NETWORK_BYTES, MAX_RENEWAL_BYTES, SECRET_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Stored:
     network: bytes = at(1, limit=MAX_NETWORK_BYTES)
     secret: bytes = at(2, size=SECRET_BYTES)
-    chain: tuple[bytes, ...] = at(3, limit=MAX_CHAIN)
+    chain: tuple[bytes, ...] = at(3, limit=MAX_LINKS)
     name: str = at(4, limit=64)
+    renewal: bytes = at(5, limit=MAX_RENEWAL_BYTES, default=b"")
 
 
 def network_path(folder: Path) -> Path:
@@ -42,7 +44,11 @@ def founder_path(folder: Path) -> Path:
 def save_network(folder: Path, membership: Membership) -> None:
     """Write the membership of a data folder. Raises DiskError."""
     stored = _Stored(
-        network=membership.network_record, secret=membership.secret, chain=membership.chain, name=membership.name
+        network=membership.network_record,
+        secret=membership.secret,
+        chain=membership.chain,
+        name=membership.name,
+        renewal=membership.renewal,
     )
     write_private(network_path(folder), encode(stored))
 
@@ -62,7 +68,11 @@ def load_network(folder: Path) -> Membership:
     try:
         stored = decode(_Stored, data)
         membership = Membership(
-            network_record=stored.network, secret=stored.secret, chain=stored.chain, name=stored.name
+            network_record=stored.network,
+            secret=stored.secret,
+            chain=stored.chain,
+            name=stored.name,
+            renewal=stored.renewal,
         )
         membership.trust()
     except RemoteProtocolError as error:

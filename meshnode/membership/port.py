@@ -19,9 +19,10 @@ class Membership:
     """Our place in a network."""
 
     network_record: bytes = field(repr=False)  # signed by a founder
-    secret: bytes = field(repr=False)  # the network secret, 32 bytes
+    secret: bytes = field(repr=False)  # the network secret, 32 bytes, when we entered
     chain: tuple[bytes, ...] = field(repr=False)  # ends with our certificate
     name: str = ""  # of this node, as it asked to be called
+    renewal: bytes = field(default=b"", repr=False)  # signed word for that secret; empty for the network's first
 
     @property
     def network(self) -> Network:
@@ -58,6 +59,16 @@ class Invite:
     expires_ms: int  # of the ticket; 0: never
     member_ms: int = 0  # how long a certificate lasts that it gives, milliseconds; 0: for ever
     used: int = 0  # different peers that redeemed it
+    revoked_ms: int = 0  # when it was made worthless, UTC milliseconds; 0: it was not
+
+    @property
+    def used_up(self) -> bool:
+        """Whether it lets in nobody new, however long it lasts."""
+        return 0 < self.uses <= self.used
+
+    def usable(self, wall_ms: int) -> bool:
+        """Whether it lets somebody in who comes at `wall_ms` (UTC)."""
+        return not self.revoked_ms and not self.used_up and not 0 < self.expires_ms <= wall_ms
 
 
 class Ledger(Protocol):
@@ -68,8 +79,11 @@ class Ledger(Protocol):
     def invites(self) -> tuple[Invite, ...]:
         """Oldest first."""
 
-    def revoke_invite(self, invite: bytes) -> bool:
-        """Strike an invite from the ledger; whether it was there."""
+    def revoke_invite(self, invite: bytes, wall_ms: int) -> bool:
+        """Make an invite worthless, which stays in the ledger; whether it was not so before."""
+
+    def revoke_redeemed(self, peer: PeerId, made_by_ms: int) -> int:
+        """The same for every invite made by then that `peer` has redeemed, whoever else it was for; how many."""
 
     def redeem(self, invite: bytes, secret: bytes, peer: PeerId, wall_ms: int, *, not_before_ms: int = 0) -> Invite:
         """Use an invite once for `peer`; the same peer may do it again while the invite has not expired.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from meshnode.model.facts import ModelFacts, Range
+from meshnode.model.fit import ModelFacts, Range
 from protocols.advert.messages import Span
 from protocols.ids import Cid
 from protocols.manifest.messages import Manifest, Variant
@@ -27,6 +27,12 @@ class ServedRelease:
     def title(self) -> str:
         """For people: "smollm2-135m-instruct int4"."""
         return f"{self.manifest.name} {self.variant_name}"
+
+    @property
+    def token_space(self) -> tuple[object, ...]:
+        """What decides how text becomes token ids, and where an answer ends; equal where ids mean the same."""
+        shape = self.manifest.architecture
+        return self.manifest.files.get("tokenizer.json"), shape.vocab, shape.context, shape.bos_ids, shape.eos_ids
 
     def span(self, layers: Range) -> Span:
         return Span(manifest=self.cid, variant=self.variant_name, first=layers[0], last=layers[1])

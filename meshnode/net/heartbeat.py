@@ -6,6 +6,9 @@ from the peer count as life, its numbers too, so that two idle peers take turns 
 doubt; only our own measure of time that we were really awake counts as silence, so that an event loop that was held
 up for a while accuses nobody.
 
+Not everybody watches everybody so closely, which would cost a large mesh more than all else: in a ring of all whom a
+host is connected to, it watches its two neighbours, and the others calmly until something is in doubt (`follow`).
+
 A guest does not know our protocol; it is asked by libp2p's ping, which returns bytes in the same way, and given
 more time: it may be a large daemon that is busy with others.
 """
@@ -23,12 +26,17 @@ import trio
 
 from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.net.port import Stream
+from protocols.bucket import Buckets
 
 PROTOCOL: Final = "/meshnode/heartbeat/1"
 LATE_S: Final = 0.25  # a sleep that ends later than this means that we were held up, not the peer
 KEPT_S: Final = 60.0
 FEW_TRIPS: Final = 3  # below, every second is measured
+FIRST_S: Final = 1.0
 MAX_UNANSWERED: Final = 60
+BEATS_PER_S: Final = 10.0  # returned to one peer, over all its streams; ours ask once a second
+BEAT_BURST: Final = 100.0
+BEAT_WAIT_S: Final = 10.0  # the longest pause of one stream
 MOVE: Final = 0.3
 MOVE_US: Final = 500
 
@@ -44,6 +52,7 @@ class Rhythm:
 
 
 MEMBER: Final = Rhythm(beat_bytes=8, period_s=1.0, measure_s=5.0, silence_s=4.0)
+CALM: Final = Rhythm(beat_bytes=8, period_s=8.0, measure_s=8.0, silence_s=20.0)
 # 32 bytes: github.com/libp2p/specs/blob/master/ping/ping.md
 GUEST: Final = Rhythm(beat_bytes=32, period_s=5.0, measure_s=5.0, silence_s=15.0)
 
@@ -64,10 +73,18 @@ class Watched(Protocol):
         """Its round trip was measured for the first time, or has moved by `MOVE` and `MOVE_US`."""
 
 
-async def answer(stream: Stream) -> None:
-    """Return every byte; the serving side of the protocol."""
-    while data := await stream.receive_some(MEMBER.beat_bytes):
-        await stream.send_all(data)
+class Answers:
+    """The serving side of the protocol."""
+
+    def __init__(self) -> None:
+        self._beats = Buckets(BEATS_PER_S, BEAT_BURST)
+
+    async def answer(self, stream: Stream) -> None:
+        """Return every byte, no faster than a peer has reason to ask."""
+        while data := await stream.receive_some(MEMBER.beat_bytes):
+            await stream.send_all(data)
+            now = trio.current_time()
+            await trio.sleep(self._beats.of(stream.peer, now).spend(1.0, now, BEAT_WAIT_S))
 
 
 class Heartbeat:
@@ -81,6 +98,14 @@ class Heartbeat:
         self._sent_at = -math.inf
         self._told_us: int | None = None
         self._waits = False  # something was sent that the peer has to answer
+        self._changed = trio.Event()  # the rhythm has
+
+    def follow(self, rhythm: Rhythm) -> None:
+        """Ask in another rhythm from now on. A closer one begins by asking, and silence counts anew."""
+        if rhythm != self._rhythm:
+            self._rhythm = rhythm
+            self._changed.set()
+            self._changed = trio.Event()
 
     @property
     def lost(self) -> str:
@@ -102,10 +127,12 @@ class Heartbeat:
             while silence < self._rhythm.silence_s:
                 left, period = self._rhythm.silence_s - silence, self._rhythm.period_s
                 tick = left - period if left > 2 * period else min(period, left)  # a closer look towards the end
-                await trio.sleep(tick)
+                changed = self._changed
+                with trio.move_on_after(tick):
+                    await changed.wait()
                 now, last = trio.current_time(), self._peer.heard_at()
                 awake = min(now - before, tick + LATE_S)
-                if not self._waits:
+                if not self._waits or changed.is_set():
                     silence = 0.0
                 elif last != heard:
                     silence = min(now - last, awake)
@@ -149,9 +176,11 @@ class Heartbeat:
 
     async def _wait_due(self) -> None:
         """Until the next number is to be sent."""
-        due = self._sent_at + self._rhythm.period_s
+        due = self._sent_at + min(FIRST_S, self._rhythm.period_s)
         while trio.current_time() < due:
-            await trio.sleep_until(due)
+            changed = self._changed
+            with trio.move_on_at(due):
+                await changed.wait()
             if len(self._trips) >= FEW_TRIPS:
                 quiet = self._peer.heard_at() + self._rhythm.period_s
                 due = min(quiet, self._sent_at + self._rhythm.measure_s)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
 import trio
@@ -17,10 +17,11 @@ from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.core.log import get_logger
 from meshnode.core.tasks import Tasks
 from meshnode.net.port import Host, Lane, PeerEvent, Stream
+from protocols.bucket import Buckets
 from protocols.errors import RemoteProtocolError
 from protocols.frame import FrameReader, pack
 from protocols.ids import PeerId, short
-from protocols.pipe.messages import PIPE, Message, Ping, Pong, Step, Token
+from protocols.pipe.messages import PIPE, Message, Open, Ping, Pong, Step, Token
 
 PROTOCOL: Final = "/meshnode/pipe/1"
 PING_S: Final = 1.0  # between pings while messages flow; doubles while none do
@@ -31,6 +32,12 @@ PIECE_BYTES: Final = 1 << 16  # a link that takes less than 6.5 KB/s is none
 OFFSET_SAMPLES: Final = 16
 OFFSET_US: Final = 20_000_000  # clocks of two devices part by a millisecond in that time
 READ_BYTES: Final = 1 << 18
+# What one peer may send, in steps and tokens; eight sessions of a fast model need a third of it. Beyond, it is read
+# more slowly. An opening takes room in the engine, a ping is answered.
+MESSAGES_PER_S: Final = 1000.0
+MESSAGE_BURST: Final = 5000.0
+COSTS: Final[Mapping[type, float]] = {Open: 20.0, Ping: 10.0}
+SLOW_S: Final = 1.0  # the longest pause
 MOST_UNDER_WAY_US: Final = 3_600_000_000  # an hour: whatever a peer says about its clock
 
 M = TypeVar("M", bound=Message)
@@ -103,6 +110,8 @@ class Pipes:
         self._handlers: dict[type, Handler[Any]] = {}
         self._listeners: list[Listener] = []
         self._tasks = Tasks()
+        self._allowances = Buckets(MESSAGES_PER_S, MESSAGE_BURST)
+        self.flooded: Callable[[PeerId], None] = lambda peer: None  # told who is read more slowly than it sends
         self.pings = 0  # sent so far
         host.handle(PROTOCOL, self._serve)
 
@@ -251,6 +260,7 @@ class Pipes:
             received_us = now_us()
             for frame in reader.feed(data):
                 message = PIPE.decode(frame.header)
+                await self._slow_down(peer, COSTS.get(type(message), 1.0))
                 if isinstance(message, Ping):
                     self._answer_soon(pipe, message, received_us)
                 elif isinstance(message, Pong):
@@ -262,6 +272,14 @@ class Pipes:
                     self._hand_over(peer, message, frame.body, pipe.clock.under_way_us(sent_us, received_us))
         if reader.pending:
             raise RemoteProtocolError(f"the pipe of {peer} was cut off inside a frame")
+
+    async def _slow_down(self, peer: PeerId, cost: float) -> None:
+        """Leave what a peer sends beyond its allowance in its own buffers for a while."""
+        now = trio.current_time()
+        wait_s = self._allowances.of(peer, now).spend(cost, now, SLOW_S)
+        if wait_s:
+            self.flooded(peer)
+            await trio.sleep(wait_s)
 
     def _answer_soon(self, pipe: _Pipe, ping: Ping, received_us: int) -> None:
         """Answer from a task of its own; while one answer waits for its pipe, further pings get none."""

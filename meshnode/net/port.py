@@ -71,6 +71,22 @@ class PeerEvent:
     reason: str = ""
 
 
+class LocalNetwork(Protocol):
+    """Datagrams to and from whoever is on the same local networks, friend or foe. Nothing raises."""
+
+    async def renew(self) -> None:
+        """Take part in the networks that there are now."""
+
+    async def send(self, data: bytes) -> None:
+        """To everybody on each of them, as far as it is up."""
+
+    async def receive(self) -> bytes:
+        """The next datagram of anybody, our own ones too. If cancelled: nothing was taken."""
+
+    def close(self) -> None:
+        """Nothing is sent or received any more."""
+
+
 class Host(Protocol):
     """One node's place on the network."""
 
@@ -79,7 +95,8 @@ class Host(Protocol):
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Multiaddrs where we listen, each ending in /p2p/<our peer id>. Known once `run` has started."""
+        """Multiaddrs where we listen, each ending in /p2p/<our peer id>. Known once `run` has started; see
+        `surroundings`."""
 
     @property
     def peers(self) -> tuple[PeerId, ...]:
@@ -95,14 +112,21 @@ class Host(Protocol):
         Raises ConfigError before `started()` if an address can't be used (the port is taken, say).
         """
 
-    def handle(self, protocol: str, handler: Handler, *, open_to_strangers: bool = False) -> None:
+    def handle(
+        self, protocol: str, handler: Handler, *, open_to_strangers: bool = False, bounded: bool = True
+    ) -> None:
         """Serve a protocol id. Call before `run`.
+
+        bounded: a peer that opens more than `STREAMS_PER_S` (protocol_table.py) has them reset.
 
         A stream of a peer that is not admitted (see `admit`) is refused unless `open_to_strangers`; only the
         membership protocol sets that. The handler runs in the host's own nursery: MeshError ends the stream,
         any other exception is logged with its traceback and ends the stream, never the process. The stream
         is closed when the handler returns.
         """
+
+    def on_flood(self, listener: Callable[[PeerId, str], None]) -> None:
+        """Tell a listener (peer, protocol) of streams that were reset because they came too fast."""
 
     def admit(self, peer: PeerId, admitted: bool) -> None:
         """Membership of a peer was proven (or withdrawn: its connections are closed)."""
@@ -122,6 +146,9 @@ class Host(Protocol):
 
     async def disconnect(self, peer: PeerId, reason: str) -> None:
         """Close every connection to the peer."""
+
+    def doubt(self, peer: PeerId) -> None:
+        """Somebody else has lost a peer: see soon whether it still answers us. Nothing happens if it is not here."""
 
     async def open_stream(self, peer: PeerId, protocol: str, lane: Lane = Lane.CONTROL) -> Stream:
         """Open a stream to a connected peer. Raises PeerUnreachable, or Declined if the peer does not
@@ -146,6 +173,10 @@ class Host(Protocol):
     @property
     def links(self) -> Changes:
         """Whenever somebody connects or goes, and when a round trip is first measured or moves by a third."""
+
+    @property
+    def surroundings(self) -> Changes:
+        """Whenever `addresses` may have changed, or the network may be back: what failed before may work now."""
 
     def round_trip_us(self, peer: PeerId) -> int | None:
         """The heartbeat's median round trip of the last minute, in microseconds; None when unknown."""

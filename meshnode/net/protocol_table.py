@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Final
 
 import trio
@@ -10,12 +10,15 @@ import trio
 from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.core.log import get_logger
 from meshnode.net.port import Handler, Stream
+from protocols.bucket import Buckets
 from protocols.errors import LocalProtocolError, MeshError
 from protocols.ids import PeerId
 
 NOT_SERVED: Final = "not-served"
 STRANGER: Final = "stranger"
 CLOSE_S: Final = 2.0
+STREAMS_PER_S: Final = 10.0  # that one peer may open of one protocol: ours open one for a question, or for ever
+STREAM_BURST: Final = 100.0
 
 _log = get_logger("net")
 
@@ -26,14 +29,19 @@ class ProtocolTable:
     def __init__(self) -> None:
         self._handlers: dict[str, Handler] = {}
         self._open: set[str] = set()
+        self._unbounded: set[str] = set()
+        self._streams = Buckets(STREAMS_PER_S, STREAM_BURST)
+        self.on_flood: Callable[[PeerId, str], None] = lambda peer, protocol: None
 
-    def add(self, protocol: str, handler: Handler, *, open_to_strangers: bool = False) -> None:
+    def add(self, protocol: str, handler: Handler, *, open_to_strangers: bool = False, bounded: bool = True) -> None:
         """Raises LocalProtocolError when the protocol is served already."""
         if protocol in self._handlers:
             raise LocalProtocolError(f"{protocol} has a handler already")
         self._handlers[protocol] = handler
         if open_to_strangers:
             self._open.add(protocol)
+        if not bounded:
+            self._unbounded.add(protocol)
 
     def __contains__(self, protocol: str) -> bool:
         return protocol in self._handlers
@@ -52,7 +60,16 @@ class ProtocolTable:
         return sorted(name for name in self._handlers if self.serves(name, peer, admitted))
 
     async def run(self, protocol: str, stream: Stream) -> None:
-        """Run the handler of a stream and close it. Nothing a handler raises comes out, but cancellation does."""
+        """Run the handler of a stream and close it. Nothing a handler raises comes out, but cancellation does.
+
+        A peer that opens streams of one protocol faster than anybody needs to has them reset.
+        """
+        now = trio.current_time()
+        if protocol not in self._unbounded and not self._streams.take((stream.peer, protocol), now):
+            _log.warning("stream.flooded", protocol=protocol, peer=stream.peer)
+            self.on_flood(stream.peer, protocol)
+            await _end(stream, clean=False)
+            return
         try:
             await self._handlers[protocol](stream)
         except PeerUnreachable as error:

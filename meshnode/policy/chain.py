@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from meshnode.model.facts import Range
+from meshnode.model.fit import Range
 
 START: Final = ""  # stands for the asker before the first stage
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from meshnode.model.facts import ModelFacts, Range
+from meshnode.model.fit import ModelFacts, Range
 from meshnode.policy.placement import Node, runs
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from statistics import median_low
 from typing import Final
 
-from meshnode.model.facts import Range
+from meshnode.model.fit import Range
 from meshnode.policy.placement import Node
 from protocols.advert.messages import DRAINING, INTENT, SERVING, Advert, Span
 from protocols.ids import PeerId
@@ -14,11 +14,18 @@ from protocols.ids import PeerId
 UNMEASURED_LAYER_US: Final = 1000  # assumed for a layer while nobody has measured one
 
 
+BELIEVED: Final = 16  # a peer counts as no more than so many times as fast as the median: it may lie, or err
+
+
 def layer_us_of(view: Mapping[PeerId, Advert]) -> dict[PeerId, int]:
-    """Microseconds per layer and row of each peer; who has not measured yet counts as the median of the others."""
+    """Microseconds per layer and row of each peer; who has not measured yet counts as the median of the others.
+
+    The same for everybody who sees the same adverts, so nobody's own measurements are in it (`experience.py`).
+    """
     known = [a.layer_decode_us for _, a in sorted(view.items()) if a.layer_decode_us]
     usual = median_low(known) if known else UNMEASURED_LAYER_US
-    return {peer: advert.layer_decode_us or usual for peer, advert in sorted(view.items())}
+    least = usual // BELIEVED
+    return {peer: max(least, advert.layer_decode_us or usual) for peer, advert in sorted(view.items())}
 
 
 def coarse_us(layer_us: int) -> int:

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from meshnode.model.facts import ModelFacts, Range
+from meshnode.model.fit import ModelFacts, Range
 from meshnode.policy.guards import abandoned, guards_of, is_exclusive
 from meshnode.policy.placement import Node, Plan, coverage_of, plan, runs, windows_of
 from meshnode.policy.precedence import movers, outranked
+from protocols.words import layers
 
 KEEP_MILLI: Final = 850  # stay while the bottleneck is at least this part (thousandths) of the planned one
 
@@ -122,7 +123,7 @@ def still_right(facts: ModelFacts, nodes: Sequence[Node], me: str, epoch: int, *
     if protect:
         missing = guards_of(nodes, me, mine.span, mine.target, exclusive=exclusive).missing
         if missing:
-            return f"nobody else keeps layers {missing[0][0]} to {missing[0][1] - 1}"
+            return f"nobody else keeps {layers(*missing[0])}"
         rival = outranked(nodes, me, epoch, leaving)
         if rival is not None:
             return f"{rival} leaves some of the same layers and comes first"

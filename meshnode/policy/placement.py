@@ -16,7 +16,7 @@ from functools import lru_cache
 from hashlib import sha256
 from typing import Final
 
-from meshnode.model.facts import ModelFacts, Range
+from meshnode.model.fit import ModelFacts, Range
 
 EXACT_NODES: Final = 16  # the exact search looks at the orders of this many nodes (the largest ones)
 SEARCH_NODES: Final = 64  # above, the neighbourhood search costs more time than its last percent is worth

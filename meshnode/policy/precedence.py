@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from typing import Final
 
-from meshnode.model.facts import ModelFacts, Range
+from meshnode.model.fit import ModelFacts, Range
 from meshnode.policy.guards import guards_of, is_exclusive
 from meshnode.policy.placement import Node, Plan, coverage_of
 

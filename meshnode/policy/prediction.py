@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from meshnode.model.facts import ModelFacts, Range
+from meshnode.model.fit import ModelFacts, Range
 from meshnode.policy.chain import cheapest
 from meshnode.policy.mesh_view import UNMEASURED_LAYER_US
 from meshnode.policy.placement import Node

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final
 
-from meshnode.model.facts import Range
+from meshnode.core.sizes import counted
+from meshnode.model.fit import Range
 from meshnode.policy.chain import START, cheapest
 from meshnode.policy.mesh_view import layer_us_of
 from meshnode.policy.placement import runs
@@ -23,6 +24,7 @@ from protocols.advert.messages import INTENT, LOADING, SERVING, Advert, Serving,
 from protocols.ids import PeerId, short
 from protocols.multiaddr import is_loopback
 from protocols.pipe.messages import MAX_STAGES, Hop
+from protocols.words import layers
 
 CANDIDATES: Final = 2  # peers looked at per boundary
 UNKNOWN_ROUND_TRIP_US: Final = 150_000  # Petals' value for a link that nobody has measured
@@ -73,6 +75,14 @@ def _is_local(advert: Advert) -> bool:
     return bool(advert.addresses) and all(map(is_loopback, advert.addresses))
 
 
+def claimed_us(advert: Advert) -> int:
+    """Microseconds of a row through a layer of what the peer serves, as it says; 0 when it does not."""
+    serving = advert.serving
+    if serving is None or serving.span is None:
+        return 0
+    return serving.decode_us // (serving.span.last - serving.span.first)
+
+
 def _serves(serving: Serving | None, model: Span) -> bool:
     if serving is None or serving.state != SERVING or serving.span is None:
         return False
@@ -104,6 +114,7 @@ def plan_route(
     *,
     in_flight: Mapping[PeerId, int] | None = None,
     avoid: Collection[PeerId] = (),
+    least_us: Mapping[PeerId, int] | None = None,
     row_bytes: int = ROW_BYTES,
 ) -> tuple[Hop, ...] | NoRoute:
     """The chain of stages for a new session, or why there is none.
@@ -114,6 +125,7 @@ def plan_route(
       seed: draws the candidates; another seed spreads load differently.
       in_flight: our own sessions per peer that run now.
       avoid: peers that failed us a moment ago.
+      least_us: per peer, below which its word on the time of a layer is not believed.
       row_bytes: size of one hidden state.
     """
     busy = in_flight or {}
@@ -125,7 +137,7 @@ def plan_route(
             continue
         assert serving.span is not None
         first, last = serving.span.first, serving.span.last
-        layer_us = max(1, serving.decode_us // (last - first) if serving.decode_us else speed[peer])
+        layer_us = max(1, claimed_us(advert) or speed[peer], (least_us or {}).get(peer, 0))
         mine = busy.get(peer, 0)
         wait = serving.queue_us + mine * layer_us * (last - first)
         if serving.max_sessions and max(serving.sessions, mine) >= serving.max_sessions:
@@ -172,7 +184,7 @@ def _cheapest(
 
 def in_words(ranges: Collection[Range]) -> str:
     """Layer ranges for people, last layer included: "layers 0 to 9 and layer 12"."""
-    parts = [f"layer {a}" if b - a == 1 else f"layers {a} to {b - 1}" for a, b in ranges]
+    parts = [layers(a, b) for a, b in ranges]
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + f" and {parts[-1]}"
 
 
@@ -202,7 +214,8 @@ def _why_not(
     if shunned:
         names = ", ".join(short(peer) for peer in shunned)
         return NoRoute(f"{words} {verb} held only by peers that failed a moment ago ({names})", 5_000)
+    said = next((f"; {a.name or short(p)} says: {a.trouble}" for p, a in sorted(view.items()) if a.trouble), "")
     if loading:
-        nodes = "1 node is loading" if loading == 1 else f"{loading} nodes are loading"
-        return NoRoute(f"{words} {verb} held by nobody; {nodes}", 2_000)
-    return NoRoute(f"{words} {verb} held by nobody, and no node is loading", 10_000)
+        nodes = counted(loading, "node is", "nodes are")
+        return NoRoute(f"{words} {verb} held by nobody; {nodes} loading{said}", 2_000)
+    return NoRoute(f"{words} {verb} held by nobody, and no node is loading{said}", 10_000)

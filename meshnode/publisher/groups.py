@@ -22,7 +22,12 @@ from meshnode.core.errors import DiskError, ModelError
 from meshnode.publisher.expression import Array
 
 ALIGN: Final = 64  # bytes: a cache line, and what vector kernels like
-_TYPES: Final[dict[str, np.dtype[Any]]] = {"F32": np.dtype("<f4"), "U8": np.dtype("u1"), "I64": np.dtype("<i8")}
+_TYPES: Final[dict[str, np.dtype[Any]]] = {
+    "F32": np.dtype("<f4"),
+    "BF16": np.dtype("<u2"),  # its bits: numpy has no such type
+    "U8": np.dtype("u1"),
+    "I64": np.dtype("<i8"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,7 @@ class Stored:
     """One tensor of a group file."""
 
     name: str
-    dtype: str  # safetensors name: "F32", "U8", "I64"
+    dtype: str  # safetensors name: "F32", "BF16", "U8", "I64"
     shape: tuple[int, ...]
 
     @property

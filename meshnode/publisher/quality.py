@@ -7,122 +7,80 @@ has lost.
 
 from __future__ import annotations
 
-import mmap
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import onnx
 
-from meshnode.core.errors import ModelError
-from meshnode.engine.graph_file import read_graph
-from meshnode.engine.rotary import is_placeholder, parse
 from meshnode.publisher.expression import Array
+from meshnode.publisher.model_text import tokens_of
+from meshnode.publisher.stages import GroupFiles, Stages
 
 TEXT_NAME: Final = "origin-of-species-1859-introduction"
 MOST_TOKENS: Final = 768
+FEWEST_TOKENS: Final = 192
+_WORK: Final = 10**12  # weights times tokens
+_LOGITS: Final = 1 << 26  # float32 values that are held at a time
+_MOST_LOSS: Final = 30.0  # natural logarithm of the largest perplexity that is told apart
 _QUALITY_FILE: Final = "quality_text.txt"
 _CALIBRATION_FILE: Final = "calibration_text.txt"  # our own; must share nothing with the text that is measured
-_TYPES: Final[dict[int, np.dtype[Any]]] = {
-    onnx.TensorProto.FLOAT: np.dtype("<f4"),
-    onnx.TensorProto.UINT8: np.dtype("u1"),
-}
 
 
-def sample_tokens(tokenizer: Path, context: int) -> list[int]:
-    """Token ids of the fixed text, at most `MOST_TOKENS` and the model's context."""
-    return _tokens(_QUALITY_FILE, tokenizer, context)
+def text_length(weights: int, vocabulary: int, context: int) -> int:
+    """How many tokens of the texts are looked at, so that a large model takes minutes and not hours."""
+    by_work = max(FEWEST_TOKENS, _WORK // max(weights, 1))
+    by_logits = max(FEWEST_TOKENS, _LOGITS // max(vocabulary, 1))
+    return min(MOST_TOKENS, by_work, by_logits, context)
 
 
-def calibration_tokens(tokenizer: Path, context: int) -> list[int]:
+def sample_tokens(tokenizer: Path, most: int) -> list[int]:
+    """Token ids of the fixed text, at most `MOST_TOKENS` and `most`."""
+    return _tokens(_QUALITY_FILE, tokenizer, most)
+
+
+def calibration_tokens(tokenizer: Path, most: int) -> list[int]:
     """Token ids of the mixed text that shows which inputs matter."""
-    return _tokens(_CALIBRATION_FILE, tokenizer, context)
+    return _tokens(_CALIBRATION_FILE, tokenizer, most)
 
 
-def _tokens(name: str, tokenizer: Path, context: int) -> list[int]:
-    import tokenizers
-
+def _tokens(name: str, tokenizer: Path, most: int) -> list[int]:
     text = files("meshnode.publisher").joinpath(name).read_text(encoding="utf-8")
-    try:
-        loaded = tokenizers.Tokenizer.from_file(str(tokenizer))
-    except Exception as error:
-        raise ModelError(f"tokenizer.json of the model can't be read: {error}.") from error
-    return list(loaded.encode(text).ids[: min(MOST_TOKENS, context)])
+    return list(tokens_of(text, tokenizer)[: min(MOST_TOKENS, most)])
 
 
 def perplexity_milli(logits: Array, tokens: list[int]) -> int:
     """exp(mean negative log likelihood of the next token) * 1000. `logits` is [rows, vocabulary]."""
-    rows = np.asarray(logits[:-1], np.float64)
-    peak = rows.max(axis=1)
-    norm = peak + np.log(np.exp(rows - peak[:, None]).sum(axis=1))
-    likelihood = rows[np.arange(len(rows)), tokens[1:]] - norm
-    return round(float(np.exp(-likelihood.mean())) * 1000)
+    likelihood = np.empty(len(tokens) - 1)
+    for at, following in enumerate(tokens[1:]):  # a token at a time: logits are large, in float64 twice as much
+        row = np.asarray(logits[at], np.float64)
+        peak = row.max()
+        likelihood[at] = row[following] - peak - np.log(np.exp(row - peak).sum())
+    return round(float(np.exp(min(-likelihood.mean(), _MOST_LOSS))) * 1000)
 
 
-def open_uncut(folder: Path, variant: dict[str, Any], *, threads: int = 0, level: str = "all") -> Any:
-    """An onnxruntime session over the whole graph of one variant of `index.json`.
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A variant beside the checkpoint in transformers."""
+
+    perplexity_milli: int
+    deviation: float  # root mean square of the difference of the logits, relative to their standard deviation
+
+
+def measure_variant(folder: Path, variant: dict[str, Any], tokens: list[int], reference: Array) -> Measured:
+    """Look at one variant, from its published files, a layer at a time.
 
     Args:
-      folder: where index.json lies.
-      variant: its entry under "variants".
-      threads: intra-op threads, 0 for all cores.
-      level: graph optimisation of onnxruntime: "basic", "extended" or "all".
+      variant: its entry in index.json.
+      reference: what transformers says, float32 [tokens, vocabulary].
     """
-    import onnxruntime
-
-    where = {"embed": variant["embed"], "head": variant["head"]}
-    where |= {f"layer.{k}": entry for k, entry in enumerate(variant["layers"])}
-    maps = {name: _mapped(folder / entry["path"]) for name, entry in where.items()}
-    model = read_graph(folder / variant["graph"]["path"])
-    names, values = [], []
-    for tensor in model.graph.initializer:
-        if is_placeholder(tensor):
-            names.append(tensor.name)
-            values.append(onnxruntime.OrtValue.ortvalue_from_numpy(parse(tensor).table()))
-        elif tensor.data_location == onnx.TensorProto.EXTERNAL:
-            external = {e.key: e.value for e in tensor.external_data}
-            kind = _TYPES[tensor.data_type]
-            raw = maps[external["location"]][int(external["offset"]) :][: int(external["length"])]
-            names.append(tensor.name)
-            values.append(
-                onnxruntime.OrtValue.ortvalue_from_numpy(raw.view(np.dtype(kind)).reshape(tuple(tensor.dims)))
-            )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    options.graph_optimization_level = {
-        "disable": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
-        "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-        "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
-        "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
-    }[level]
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_external_initializers(names, values)
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    stages = Stages(folder / variant["graph"]["path"], len(variant["layers"]), GroupFiles(folder, variant))
+    logits = stages.run(tokens)
+    return Measured(perplexity_milli(logits, tokens), deviation(logits, reference))
 
 
-def _mapped(path: Path) -> Array:
-    with path.open("rb") as file:
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-
-
-def uncut_logits(session: Any, tokens: list[int]) -> Array:
-    """Run a whole prompt from the start: logits [rows, vocabulary]."""
-    rows = len(tokens)
-    feeds: dict[str, Array] = {}
-    for entry in session.get_inputs():
-        if entry.name == "input_ids":
-            feeds[entry.name] = np.array([tokens], np.int64)
-        elif entry.name == "attention_mask":
-            feeds[entry.name] = np.ones((1, rows), np.int64)
-        elif entry.name == "position_ids":
-            feeds[entry.name] = np.arange(rows, dtype=np.int64)[None]
-        else:
-            feeds[entry.name] = np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
-    return np.asarray(session.run(["logits"], feeds)[0][0])
-
-
-def measure_graph(folder: Path, variant: dict[str, Any], tokens: list[int]) -> int:
-    """Perplexity (in thousandths) of one variant on the uncut graph."""
-    return perplexity_milli(uncut_logits(open_uncut(folder, variant), tokens), tokens)
+def deviation(logits: Array, reference: Array) -> float:
+    """Root mean square of the difference, relative to the standard deviation of the reference."""
+    square = float(np.mean([np.square(a - b).mean() for a, b in zip(logits, reference, strict=True)]))
+    return float(square**0.5 / max(float(reference.std()), 1e-30))

@@ -18,6 +18,7 @@ from typing import Any, Final
 from nacl.signing import SigningKey
 
 from meshnode.core.errors import ConfigError, DiskError, FatalError, ModelError
+from meshnode.core.reasons import cause
 from meshnode.store.port import Content
 from protocols.errors import LocalProtocolError
 from protocols.ids import DAG_CBOR, Cid, PeerId
@@ -39,7 +40,7 @@ def run_publisher(source: str, out: Path, variants: Sequence[str], progress: Pro
     Args:
       source: a Hugging Face folder, a .gguf file, or "example:smollm2".
       out: a folder on the disk of the content store (files are then linked, not copied).
-      variants: "int4", "int8", "fp32".
+      variants: "int4", "int8", "fp32", "train".
       progress: called for every step, from this thread.
 
     Raises:
@@ -165,8 +166,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / "index.json"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} can't be read: {error}. Run `meshnode model add` again.") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} can't be read: {cause(error)}. Run `meshnode model add` again.") from error
     if not isinstance(index, dict):
         raise ModelError(f"{path} is damaged. Run `meshnode model add` again.")
     return index

@@ -11,10 +11,13 @@ from meshnode.core.errors import Declined, PeerUnreachable, TransientError
 from meshnode.model.release import ServedRelease
 from meshnode.net.port import Host, Stream
 from meshnode.policy.guards import Guard
+from meshnode.services.port import Rights
 from protocols.errors import ProtocolError, RemoteProtocolError
 from protocols.frame import FrameReader, pack
 from protocols.ids import PeerId, short
 from protocols.intent.messages import HOLD_MS, HOLDS, MAX_MESSAGE_BYTES, PROTOCOL, Answer, Hold, NotHeld
+from protocols.membership.messages import FORBIDDEN, SERVE
+from protocols.words import layers
 
 ANSWER_S: Final = 5.0
 
@@ -48,9 +51,9 @@ class HoldQuestions:
             try:
                 answer = await self.ask(PeerId(guard.peer), hold)
             except (TransientError, Declined, ProtocolError) as error:
-                return f"{short(guard.peer)} could not be asked to keep layers {first} to {last - 1}: {error}"
+                return f"{short(guard.peer)} could not be asked to keep {layers(first, last)}: {error}"
             if isinstance(answer, NotHeld):
-                return f"{short(guard.peer)} does not keep layers {first} to {last - 1}: {answer.reason}"
+                return f"{short(guard.peer)} does not keep {layers(first, last)}: {answer.reason}"
         return None
 
     async def ask(self, peer: PeerId, hold: Hold) -> Answer:
@@ -74,9 +77,10 @@ class HoldQuestions:
 class HoldAnswers:
     """Answers the questions of members."""
 
-    def __init__(self, host: Host, keeper: Keeper) -> None:
+    def __init__(self, host: Host, keeper: Keeper, rights: Rights) -> None:
         """Registers the protocol: make it before the host runs."""
         self._keeper = keeper
+        self._rights = rights
         host.handle(PROTOCOL, self._handle)
 
     async def _handle(self, stream: Stream) -> None:
@@ -84,7 +88,10 @@ class HoldAnswers:
             question = HOLDS.decode(await _one_frame(stream))
             if not isinstance(question, Hold):
                 raise RemoteProtocolError(f"{short(stream.peer)} sent a {type(question).__name__} as a question")
-            await stream.send_all(pack(HOLDS.encode(self._keeper.answer_hold(stream.peer, question))))
+            answer: Answer = NotHeld(code=FORBIDDEN, reason="you lack the role serve, so you have no layers to leave")
+            if self._rights.may(stream.peer, SERVE, "asks others to keep layers"):
+                answer = self._keeper.answer_hold(stream.peer, question)
+            await stream.send_all(pack(HOLDS.encode(answer)))
             await stream.send_eof()
         if limit.cancelled_caught:
             raise PeerUnreachable(f"{short(stream.peer)} asked nothing within {ANSWER_S:.0f} s", peer=stream.peer)

@@ -15,7 +15,7 @@ from meshnode.core.signal import Changes
 from meshnode.core.sizes import format_size
 from meshnode.services.port import Directory
 from meshnode.store.port import Content, StoreUsage
-from protocols.advert.messages import Announcement, Holding
+from protocols.advert.messages import Holding
 from protocols.errors import RemoteProtocolError
 from protocols.ids import Cid, cid_to_bytes
 from protocols.manifest.codec import open_manifest
@@ -42,14 +42,19 @@ class InventoryService:
         self._store = store
         self._health = health
         self._releases: dict[Cid, dict[Cid, bytes]] = {}
+        self._current: tuple[Cid, str] | None = None  # served now, announced or not
         self._served: tuple[str, str, frozenset[bytes]] = ("", "", frozenset())
         self._seen: object = None  # what `_holdings` was made of
         self._holdings: tuple[Holding, ...] = ()
         self.changes = Changes()  # of `holdings`
 
     def holdings(self) -> tuple[Holding, ...]:
-        """What we hold of every release that is announced, and whose manifest is here; a second old at most."""
+        """What we hold of every release that is announced or served, if its manifest is here. A second old."""
         return self._holdings
+
+    def serve(self, release: tuple[Cid, str] | None) -> None:
+        """This release (manifest, variant) is served from now on, whatever is announced."""
+        self._current = release
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the advert right until cancelled."""
@@ -59,7 +64,7 @@ class InventoryService:
         looked_at = -math.inf
         while True:
             version = self._directory.changes.version
-            now = (self._store.version(), self._announced(), self._directory.announcement())
+            now = (self._store.version(), self._announced(), self._current)
             if now != seen or trio.current_time() - looked_at >= ROOM_S:
                 seen, looked_at = now, trio.current_time()
                 self.look()
@@ -89,7 +94,8 @@ class InventoryService:
         self._watch_room(usage)
 
     def _announced(self) -> list[str]:
-        return sorted({head.manifest for head in self._directory.announcements().values()})
+        served = () if self._current is None else (self._current[0],)
+        return sorted({*served, *(head.manifest for head in self._directory.announcements().values())})
 
     def _watch_room(self, usage: StoreUsage) -> None:
         """The quota was lowered, or its share of the disk shrank, below what may not go; or the disk is full."""
@@ -108,9 +114,8 @@ class InventoryService:
         names = [len(holding.cids) for holding in holdings]
         if sum(names) <= MAX_NAMES and max(names, default=0) <= MAX_FILES and len(names) <= MAX_MANIFESTS:
             return holdings
-        head = self._directory.announcement()
-        served = "" if head is None else head.manifest
-        needed = frozenset[bytes]() if head is None else self._needed(head)
+        served = "" if self._current is None else self._current[0]
+        needed = frozenset[bytes]() if self._current is None else self._needed(*self._current)
         out: list[Holding] = []
         left = MAX_NAMES
         for holding in sorted(holdings, key=lambda holding: holding.manifest != served)[:MAX_MANIFESTS]:
@@ -120,14 +125,14 @@ class InventoryService:
                 out.append(Holding(manifest=holding.manifest, cids=tuple(sorted(first))))
         return tuple(sorted(out, key=lambda holding: holding.manifest))
 
-    def _needed(self, head: Announcement) -> frozenset[bytes]:
+    def _needed(self, cid: Cid, variant: str) -> frozenset[bytes]:
         """Files of the served variant, as far as its manifest is here."""
-        if self._served[:2] != (head.manifest, head.variant):
-            manifest = self._manifest(Cid(head.manifest))
-            if manifest is None or head.variant not in manifest.variants:
+        if self._served[:2] != (cid, variant):
+            manifest = self._manifest(cid)
+            if manifest is None or variant not in manifest.variants:
                 return frozenset()
-            needed = frozenset(cid_to_bytes(ref.cid) for ref in manifest.files_of(head.variant))
-            self._served = (head.manifest, head.variant, needed)
+            needed = frozenset(cid_to_bytes(ref.cid) for ref in manifest.files_of(variant))
+            self._served = (cid, variant, needed)
         return self._served[2]
 
     def _files_of(self, cid: Cid) -> Mapping[Cid, bytes]:

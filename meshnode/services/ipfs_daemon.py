@@ -18,7 +18,7 @@ from meshnode.core.errors import DiskError, ModelError, TransientError
 from meshnode.core.health import Health
 from meshnode.core.log import get_logger
 from meshnode.core.signal import Changes
-from meshnode.ipfs.fallback import SourceFailed
+from meshnode.ipfs.source_order import SourceFailed
 from meshnode.model.release import ServedRelease
 from meshnode.net.port import Host, PeerEvent
 from meshnode.services.port import ExternalPeers, Inventory, Members, Releases

@@ -20,14 +20,17 @@ from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.core.health import Health
 from meshnode.core.log import get_logger
 from meshnode.core.signal import Changes
+from meshnode.membership.admissions import Admissions
+from meshnode.membership.place import Place
 from meshnode.membership.refusals import Refusal, Refusals
 from meshnode.membership.registry import Registry, packed
+from meshnode.net.bounded_taker import BoundedTaker
 from meshnode.net.message_stream import CLOSE_S, MessageStream, open_messages
 from meshnode.net.port import Host, PeerEvent, Stream
 from meshnode.services.port import Strangers
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import PeerId, short
-from protocols.membership import Credentials, HelloMachine, Member, Standing, Untrusted
+from protocols.membership import Credentials, HelloMachine, Member, Secrets, Standing, Untrusted
 from protocols.membership.machine import (
     CLOSED,
     Begin,
@@ -40,6 +43,7 @@ from protocols.membership.machine import (
     Redeem,
     Rejected,
     RosterReceived,
+    SecretReceived,
     Send,
     Trusted,
     refusal_of,
@@ -54,16 +58,15 @@ from protocols.membership.messages import (
     TOPIC,
     Join,
     Message,
+    NewSecret,
     Roster,
 )
-from protocols.membership.trust import ordered_roles
 
 ASK_ANYWAY_S: Final = 1.5  # the larger id waits this long for the smaller one's hello
 RETRY_S: Final = 0.5  # between hellos that broke off
 REDEEMED: Final = "the ticket was redeemed; a member comes back on a new connection"
 SETTLE_S: Final = HELLO_S + CLOSE_S + 0.5  # a hello that ran out of time says so first
 REVIEW_S: Final = 5.0  # expiry, and withdrawals that a command has put into the state file
-CLOCK_WARNING_MS: Final = 2_000  # intents are ranked by UTC milliseconds; more than this is worth a word
 MAX_STREAMS: Final = 2  # hellos that one peer may have open with us
 
 _log = get_logger("membership")
@@ -99,30 +102,39 @@ class MembershipService:
         self._us = registry.us
         self._registry = registry
         self._strangers = strangers
-        self._health = health
         self._wall = wall
         self._credentials = Credentials(
             peer=self._us,
             name=introduction.name[:64],
             software=introduction.software[:32],
             chain=registry.membership.chain,
-            secret=registry.membership.secret,
+            secrets=registry.secrets,
         )
-        self.changes = Changes()
-        self._members: dict[PeerId, Member] = {}  # connected and mutually admitted
-        self._proven: dict[PeerId, Member] = {}  # admitted at the host
+        self.renewed = Changes()  # our present secret
+        self._admissions = Admissions(host, registry, health, wall)
+        self._place = Place(lambda: registry.standing, health)
         self._granted: set[PeerId] = set()  # redeemed a ticket on its present connection
         self._refusals = Refusals(self._us, health, wall)
         self._greeting: dict[PeerId, trio.CancelScope] = {}
         self._streams: Counter[PeerId] = Counter()
         host.handle(PROTOCOL, self._answer, open_to_strangers=True)
-        host.subscribe(TOPIC, self._take_gossip)
+        host.subscribe(TOPIC, BoundedTaker(self._take_gossip, per_s=1.0, burst=64.0))
 
     # What others read
 
+    @property
+    def changes(self) -> Changes:
+        """See services/port.py; refusals count, too."""
+        return self._admissions.changes
+
     def members(self) -> dict[PeerId, Member]:
         """Peers that are connected and have accepted us, as we have accepted them."""
-        return dict(self._members)
+        return dict(self._admissions.members)
+
+    @property
+    def secrets(self) -> Secrets:
+        """Of our network, the present one first."""
+        return self._registry.secrets
 
     @property
     def standing(self) -> Standing:
@@ -133,6 +145,18 @@ class MembershipService:
         """Roles of any peer whose certificate we have seen and that holds now; empty for everybody else."""
         return self._registry.roles_of(peer)
 
+    def is_founder(self, peer: PeerId) -> bool:
+        """Whether the peer is a device for which a founder's key itself vouches."""
+        return self._registry.is_founder(peer)
+
+    def was_put_out(self, peer: PeerId) -> bool:
+        """Whether the membership of a peer was withdrawn, and it has no newer one."""
+        return self._registry.was_put_out(peer)
+
+    def branch_of(self, peer: PeerId) -> PeerId:
+        """Who answers for a peer where votes are weighed (see services/port.py)."""
+        return self._registry.branch_of(peer)
+
     @property
     def refusals(self) -> tuple[Refusal, ...]:
         """Oldest first; repeats of the same peer and code are counted in one entry."""
@@ -140,16 +164,18 @@ class MembershipService:
 
     async def admitted(self, peer: PeerId) -> Member:
         """Wait until a peer is a connected member. If cancelled: nothing happened."""
-        while peer not in self._members:
+        while peer not in self._admissions.members:
             await self.changes.wait()
-        return self._members[peer]
+        return self._admissions.members[peer]
 
     # The service
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Say hello to whoever connects, until cancelled."""
+        self._registry.note_seen(self._us, self._credentials.name, self._wall())
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._review_forever)
+            nursery.start_soon(self._pass_on_secrets)
             events = self._host.events()
             task_status.started()
             async for event in events:
@@ -163,10 +189,7 @@ class MembershipService:
             nursery.start_soon(self._greet, event.peer)
             return
         self._granted.discard(event.peer)
-        # The host keeps the admission: the id is proven anew by every connection, and we say hello again.
-        if self._members.pop(event.peer, None) is not None:
-            _log.info("member.left", peer=event.peer, reason=event.reason)
-            self.changes.notify()
+        self._admissions.left(event.peer, event.reason)
 
     async def _greet(self, peer: PeerId) -> None:
         """One connection: until the peer is a member, is refused, or its time is over."""
@@ -177,7 +200,7 @@ class MembershipService:
                 if self._us > peer:
                     with trio.move_on_after(ASK_ANYWAY_S):
                         await self.admitted(peer)
-                while peer not in self._members:
+                while peer not in self._admissions.members:
                     try:
                         rejected = await self._ask(peer)
                     except (PeerUnreachable, Declined) as error:
@@ -190,7 +213,7 @@ class MembershipService:
                             return
                     with trio.move_on_after(RETRY_S):
                         await self.admitted(peer)
-            if peer not in self._members:
+            if peer not in self._admissions.members:
                 reason = f"it did not prove its membership within {HELLO_S:.0f} s; ask a member for a ticket"
                 if broken:
                     reason += f" ({broken})"
@@ -233,6 +256,7 @@ class MembershipService:
             trust=self._registry.trust,
             nonce=self._registry.random_bytes(NONCE_BYTES),
             now=trio.current_time(),
+            remembers=self._registry.remembers,
         )
         rejected: Rejected | None = None
         try:
@@ -281,10 +305,16 @@ class MembershipService:
                 case Send(message):
                     out.append(message)
                 case Trusted():
-                    self._admit(effect.member, effect.clock_offset_ms)
-                case MutuallyAdmitted():
-                    self._complete(peer)
-                    out += self._registry.rosters(self._members)
+                    self._admissions.admit(effect.member, effect.clock_offset_ms)
+                case MutuallyAdmitted(behind):
+                    if self._admissions.complete(peer):
+                        self._refusals.clear(peer)
+                    present = self._registry.secrets.present
+                    if behind and present.renewal:
+                        out.append(NewSecret(renewal=present.renewal, secret=present.secret))
+                    out += self._registry.rosters(self._admissions.members)
+                case SecretReceived(message):
+                    self._take_secret(peer, message)
                 case Redeem():
                     pending.extend(machine.handle(self._decide(peer, effect.join), *self._times()))
                 case RosterReceived():
@@ -300,36 +330,10 @@ class MembershipService:
 
     # Admission
 
-    def _admit(self, member: Member, offset_ms: int) -> None:
-        """It proved its membership; whether it takes ours for proven we do not know yet."""
-        self._proven[member.peer] = member
-        if self._registry.keep(member.peer, member.chain):
-            self.changes.notify()
-        self._host.admit(member.peer, True)
-        if abs(offset_ms) > CLOCK_WARNING_MS:
-            self._health.set("clock-off", peer=short(member.peer), seconds=round(abs(offset_ms) / 1000))
-        else:
-            self._health.clear("clock-off", peer=short(member.peer))
-
-    def _complete(self, peer: PeerId) -> None:
-        """Both sides have admitted each other."""
-        member = self._proven[peer]
-        if self._members.get(peer) != member:
-            self._members[peer] = member
-            _log.info("member.admitted", peer=peer, name=member.name, roles=ordered_roles(member.standing.roles))
-            self._refusals.clear(peer)
-            self.changes.notify()
-
     async def _reject(self, peer: PeerId, rejected: Rejected) -> None:
         redeemed = peer in self._granted and rejected.by_us
-        self._drop(peer)
+        self._admissions.drop(peer)
         await self._host.disconnect(peer, REDEEMED if redeemed else rejected.reason)
-
-    def _drop(self, peer: PeerId) -> None:
-        if self._members.pop(peer, None) is not None:
-            self.changes.notify()
-        if self._proven.pop(peer, None) is not None:
-            self._host.admit(peer, False)
 
     def _note_refusal(self, peer: PeerId, rejected: Rejected) -> None:
         """Keep it for people. A peer whose ticket was redeemed a moment ago is no stranger, only early."""
@@ -358,6 +362,39 @@ class MembershipService:
             self.changes.notify()
         return withdrawals
 
+    def _take_secret(self, peer: PeerId, new: NewSecret) -> None:
+        try:
+            changed = self._registry.take_secret(new)
+        except Untrusted as no:
+            _log.warning("secret.refused", peer=peer, reason=str(no))
+            return
+        if changed:
+            _log.info("secret.renewed", giver=peer)
+            self._use_secrets()
+
+    def _use_secrets(self) -> None:
+        """From now on we prove the present secret, and pass it on to members that are connected."""
+        self._credentials = replace(self._credentials, secrets=self._registry.secrets)
+        self.renewed.notify()
+
+    async def _pass_on_secrets(self) -> None:
+        """Another hello with every member, in which they learn what they lack."""
+        while True:
+            version = self.renewed.version
+            await self.renewed.wait(version)
+            async with trio.open_nursery() as nursery:
+                for peer in self._admissions.members:
+                    nursery.start_soon(self._greet_again, peer)
+
+    async def _greet_again(self, peer: PeerId) -> None:
+        try:
+            rejected = await self._ask(peer)
+        except (PeerUnreachable, Declined) as error:
+            _log.debug("hello.failed", peer=peer, reason=str(error))  # at the next connection it learns it
+        else:
+            if rejected is not None:
+                await self._reject(peer, rejected)
+
     async def _publish(self, withdrawals: tuple[bytes, ...]) -> None:
         for roster in packed(withdrawals):
             await self._host.publish(TOPIC, HELLO.encode(roster))
@@ -367,41 +404,34 @@ class MembershipService:
 
         Raises IdentityError when this node may not do that, LocalProtocolError for a word that is no role.
         """
-        withdrawal = self._registry.withdrawal(peer, keeps, reason)
-        await self._publish(self._learn(Roster(withdrawals=(withdrawal,))))
+        for roster in packed(self._registry.withdrawal(peer, keeps, reason)):
+            await self._publish(self._learn(roster))
 
     def _take_gossip(self, peer: PeerId, data: bytes) -> bool:
-        try:
-            roster = HELLO.decode(data)
-        except RemoteProtocolError:
+        roster = HELLO.decode(data)
+        if not isinstance(roster, Roster) or not self._admissions.has_proved(peer):
             return False
-        if not isinstance(roster, Roster) or peer not in self._proven:
-            return False
-        self._learn(roster)
-        return True
+        return bool(self._learn(roster))  # what we knew, we have passed on before
 
     async def _review_forever(self) -> None:
         while True:
             await trio.sleep(REVIEW_S)
-            withdrawals = self._registry.reload()
-            if withdrawals:
-                self.changes.notify()
-                await self._publish(withdrawals)
+            await self.take_up()
             self._review()
 
+    async def take_up(self) -> None:
+        """Take what a command has put into the state file, without waiting for the next look, and tell everybody."""
+        withdrawals = self._registry.reload()
+        if self._registry.reload_secrets():
+            self._use_secrets()
+        if withdrawals:
+            self._review()
+            self.changes.notify()
+            await self._publish(withdrawals)
+
     def _review(self) -> None:
-        """Judge every connected member anew: certificates expire, roles are withdrawn."""
-        now = self._wall()
-        for peer, member in list(self._proven.items()):
-            try:
-                standing = self._registry.trust.check(member.chain, now)
-            except Untrusted as no:
-                self._note_refusal(peer, Rejected(code=no.code, reason=refusal_of(peer, str(no)), by_us=True))
-                self._drop(peer)
-                continue
-            if standing.roles != member.standing.roles:
-                _log.info("member.changed", peer=peer, roles=ordered_roles(standing.roles))
-                self._proven[peer] = replace(member, standing=standing)
-                if peer in self._members:
-                    self._members[peer] = self._proven[peer]
-                    self.changes.notify()
+        """Judge every connected member anew, and ourselves."""
+        self._place.look()
+        for peer, no in self._admissions.fallen().items():
+            self._note_refusal(peer, Rejected(code=no.code, reason=refusal_of(peer, str(no)), by_us=True))
+            self._admissions.drop(peer)

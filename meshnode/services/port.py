@@ -20,6 +20,7 @@ from protocols.advert.messages import Advert, Announcement, Holding, Span
 from protocols.ids import Cid, PeerId
 from protocols.manifest.messages import FileRef
 from protocols.pipe.messages import Message
+from protocols.rollout.messages import Candidate
 
 M = TypeVar("M", bound=Message)
 Progress = Callable[[int, int], None]  # (bytes verified and written, bytes in all)
@@ -39,6 +40,17 @@ class Adverts(Protocol):
         """Peers that say they have a file or block, never ourselves; the best first."""
 
 
+class Nearby(Protocol):
+    """Members on the same local network (`local_discovery.py`)."""
+
+    @property
+    def changes(self) -> Changes:
+        """Whenever `found` may say something else."""
+
+    def found(self) -> Mapping[PeerId, Sequence[str]]:
+        """Members that were heard there lately, and where they listen."""
+
+
 class Directory(Adverts, Protocol):
     """The same, what we say about ourselves, and what is announced (`directory/`)."""
 
@@ -52,7 +64,10 @@ class Directory(Adverts, Protocol):
         """
 
     def announcement(self) -> Announcement | None:
-        """Which release the network is told to serve: the newest word of a publisher that is not taken back."""
+        """Which release the network is told to serve: the first of `ranked`."""
+
+    def ranked(self) -> Sequence[Announcement]:
+        """Words of publishers that are not taken back: those of founders' devices first, then the newest."""
 
     def announcements(self) -> Mapping[PeerId, Announcement]:
         """The newest announcement of every publisher, those taken back too, sorted by publisher."""
@@ -61,6 +76,26 @@ class Directory(Adverts, Protocol):
         self, *, name: str, version: str, manifest: Cid, variant: str, retired: bool = False
     ) -> Announcement:
         """Say that the network serves this release from now on, or no longer. Raises Declined `forbidden`."""
+
+
+class Notices(Protocol):
+    """What members tell everybody beside their adverts: one notice of each kind (`directory/notices.py`)."""
+
+    @property
+    def changes(self) -> Changes:
+        """Whenever a notice says something else."""
+
+    def all(self, kind: str) -> Mapping[PeerId, bytes]:
+        """The newest notice of that kind of everybody who may give one, our own included, sorted by peer.
+
+        The bytes are signed and of a member with the role; what they say is for the caller to check.
+        """
+
+    def give(self, kind: str, content: bytes) -> None:
+        """Tell everybody, in place of our notice of that kind before; empty takes it back. It outlives a restart.
+
+        Raises Declined `forbidden` without the role, LocalProtocolError for more than 16 KiB.
+        """
 
 
 class Releases(Protocol):
@@ -73,6 +108,10 @@ class Releases(Protocol):
     @property
     def current(self) -> ServedRelease | None:
         """None until an announcement and its manifest are here."""
+
+    @property
+    def previous(self) -> ServedRelease | None:
+        """What was served before `current`, and may still be while that is loaded."""
 
     @property
     def why_none(self) -> str:
@@ -93,6 +132,59 @@ class Content(Protocol):
 
     async def block(self, cid: Cid) -> bytes:
         """One small block (a manifest); it is kept in the store. Raises ContentUnavailable, DiskError."""
+
+
+class ReleasedAdapter(Protocol):
+    """Which adapter the network answers with, where a question names none."""
+
+    @property
+    def changes(self) -> Changes:
+        """Whenever `current` may say something else."""
+
+    def current(self, base: Cid) -> Cid | None:
+        """The adapter that is released for a release (the CID of its manifest); None: the bare model answers."""
+
+    def kept(self, base: Cid) -> Sequence[Cid]:
+        """Adapters for a release that questions may name now, the current one first: both sides of a roll-out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What a candidate is worth beside what it is to replace. Losses in nats per token."""
+
+    samples: int
+    loss_new: float
+    loss_old: float
+    ci95: float  # half the 95 % confidence interval of the difference
+    hardware: str = ""  # for people
+
+
+class Judge(Protocol):
+    """Compares adapters on the held-out samples of the network's lesson (`learning/`)."""
+
+    @property
+    def changes(self) -> Changes:
+        """Whenever `suite` changes, or what could not be judged can be."""
+
+    @property
+    def suite(self) -> str:
+        """CID of the held-out samples; empty: the network has no lesson."""
+
+    async def compare(self, candidate: Candidate, seed: int) -> Comparison:
+        """On the samples that `seed` draws. It waits until the device is idle.
+
+        Raises MeshError when it can't be judged now. If cancelled: nothing happened.
+        """
+
+
+class Proposals(Protocol):
+    """Where an adapter is proposed to be served (`rollout/`)."""
+
+    def propose(self, adapter: Cid, base: Cid, frame: Cid, *, round: int, parents: tuple[str, ...]) -> object:
+        """Raises Declined `not-ready` when it can't be done now, and others."""
+
+    def proposed(self, frame: Cid) -> bool:
+        """Whether an adapter of this lineage is proposed and was not refused."""
 
 
 class Pipes(Protocol):
@@ -233,6 +325,18 @@ class Load(Protocol):
         """How long a step waits for the engine, a moving average; small moves are not told."""
 
 
+class Attention(Protocol):
+    """Whether questions are answered here (`inference/`)."""
+
+    @property
+    def counted(self) -> Changes:
+        """Whenever `sessions` changes, at once."""
+
+    @property
+    def sessions(self) -> int:
+        """That are open."""
+
+
 class Members(Protocol):
     """Who belongs to our network (`membership.py`)."""
 
@@ -242,6 +346,33 @@ class Members(Protocol):
 
     def roles_of(self, peer: PeerId) -> frozenset[str]:
         """Roles of any peer whose certificate we have seen and that holds now; empty for everybody else."""
+
+
+class Ranks(Members, Protocol):
+    """The same, and whose word goes before that of others (`membership.py`)."""
+
+    def is_founder(self, peer: PeerId) -> bool:
+        """Whether the peer is a device for which a founder's key itself vouches."""
+
+
+class Electors(Ranks, Protocol):
+    """The same, and who is one party where votes are weighed (`membership.py`)."""
+
+    def branch_of(self, peer: PeerId) -> PeerId:
+        """The inviter that let a peer in and is no founder's device, or the peer itself."""
+
+
+class Rights(Protocol):
+    """Who may do what (`membership/rights.py`)."""
+
+    def has(self, peer: PeerId, role: str) -> bool:
+        """Whether a peer has a role, at this moment."""
+
+    def demand(self, us: PeerId, role: str, deed: str) -> None:
+        """For what this node wants to do itself ("ask questions"). Raises Declined `forbidden`, with what to do."""
+
+    def may(self, peer: PeerId, role: str, deed: str) -> bool:
+        """The same for something that the peer does; a member that may not is named to people with its deed."""
 
 
 class Strangers(Protocol):

@@ -14,11 +14,11 @@ from typing import Any, Final, Protocol
 
 import trio
 
-from meshnode.core.errors import Declined, DiskError, EngineLost, FatalError, TransientError
+from meshnode.core.errors import Declined, DiskError, EngineLost, FatalError, ModelError, TransientError
 from meshnode.core.health import Health
 from meshnode.core.log import get_logger
 from meshnode.core.signal import Changes
-from meshnode.core.sizes import format_size
+from meshnode.core.sizes import counted, format_size
 from meshnode.core.tasks import Tasks
 from meshnode.engine.open_span import OpenSpan
 from meshnode.engine.port import Engine, StageSpec
@@ -30,6 +30,7 @@ from protocols.advert.messages import Span
 from protocols.errors import ProtocolError
 from protocols.ids import Cid
 from protocols.manifest.messages import FileRef
+from protocols.words import layers
 
 FETCHES_AT_ONCE: Final = 4  # files; each is fetched from several peers at once by itself
 GOODBYE_S: Final = 5.0  # for ending the engines when the node stops
@@ -55,14 +56,14 @@ class Files(Protocol):
 class SpansSettings:
     """What this node gives to its engines."""
 
-    incarnation: int  # of the node
+    incarnation: Callable[[], int]  # of the node now
     memory_bytes: int  # for weights and KV
     rng: random.Random
     kind: str = "onnx"  # of engine
     threads: int = 1  # of each engine
     max_sessions: int = 8
     kv_bytes: int = 0  # most KV of all sessions; 0: what the weights leave of memory_bytes
-    retire_s: float = 30.0  # most time that sessions of an old span may take to end
+    retire_s: float = 120.0  # most time that sessions of an old span may take to end
 
 
 class SpansService:
@@ -141,6 +142,7 @@ class SpansService:
                     StageSpec(
                         kind=self._settings.kind,
                         graph=paths[named["graph"].cid],
+                        graph_name=str(named["graph"].cid),
                         groups={name: paths[file.cid] for name, file in named.items() if name != "graph"},
                         first=span.first,
                         last=span.last,
@@ -153,8 +155,9 @@ class SpansService:
                 )
         except (TransientError, Declined, FatalError, ProtocolError) as error:
             _log.warning("span.failed", first=span.first, last=span.last, reason=str(error))
-            facts = {"first": span.first, "last": span.last - 1, "reason": str(error)}
-            self._health.set("span-failed", model=release.title, **facts)
+            if not isinstance(error, ModelError):  # which is for good, and placement says so
+                words = layers(span.first, span.last)
+                self._health.set("span-failed", model=release.title, layers=words, reason=str(error))
             raise
         except trio.Cancelled:
             self._unpin(span)
@@ -230,7 +233,7 @@ class SpansService:
         quota = self._files.usage().quota_bytes
         if total > quota and not self._files.files() >= files.keys():
             raise DiskError(
-                f"layers {span.first} to {span.last - 1} need {format_size(total)}, content.quota is "
+                f"{layers(span.first, span.last)} need {format_size(total)}, content.quota is "
                 f"{format_size(quota)}; raise content.quota, or have this node serve fewer layers (serve.layers)"
             )
         try:
@@ -263,7 +266,7 @@ class SpansService:
         fetching = loading.phase == "fetching"
         words = f"{percent} % of {format_size(loading.bytes_total)}" if fetching else "opening"
         span = loading.span
-        self._health.set("loading", model=loading.model, first=span.first, last=span.last - 1, progress=words)
+        self._health.set("loading", model=loading.model, layers=layers(span.first, span.last), progress=words)
 
     # Engines
 
@@ -316,7 +319,7 @@ class SpansService:
             self._serving = None
         self._restarts.lost(trio.current_time(), self._settings.rng.random())
         _log.error("engine.lost", first=opened.span.first, last=opened.span.last, reason=reason)
-        self._health.set("engine-restarting", failures=self._restarts.failures, reason=reason)
+        self._health.set("engine-restarting", times=counted(self._restarts.failures, "time"), reason=reason)
         self._retire(opened, 0)
         self._changes.notify()
 

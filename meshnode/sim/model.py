@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from nacl.signing import SigningKey
 
 from protocols.ids import PeerId, peer_id_of
 from protocols.manifest.codec import sign_manifest
-from protocols.manifest.messages import Architecture, FileRef, Manifest, Variant
+from protocols.manifest.messages import TRAIN, Architecture, FileRef, Manifest, Variant
 from protocols.unixfs.builder import file_cid
 
 WORDS: Final = 256  # the vocabulary: "w0" to "w255"
@@ -28,6 +28,7 @@ class ModelSpec:
     hidden: int = 32
     context: int = 4096
     seed: int = 7
+    learns: bool = False  # it has the variant `train`, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,11 @@ def make_model(spec: ModelSpec, publisher: SigningKey, created_ms: int) -> ToyMo
         head=file(noise.randbytes(spec.end_bytes)),
         quality=None,
     )
+    variants = {variant.name: variant}
+    shared = {"tokenizer.json": file(_tokenizer())}
+    if spec.learns:
+        variants[TRAIN] = replace(variant, name=TRAIN, graph=file(b"{}"))
+        shared["config.json"] = file(json.dumps({"intermediate_size": 2 * spec.hidden}).encode())
     manifest = Manifest(
         name=spec.name,
         version="v1.0.0-0",
@@ -74,8 +80,8 @@ def make_model(spec: ModelSpec, publisher: SigningKey, created_ms: int) -> ToyMo
             bos_ids=(),
             eos_ids=(),
         ),
-        files={"tokenizer.json": file(_tokenizer())},
-        variants={variant.name: variant},
+        files=shared,
+        variants=variants,
     )
     return ToyModel(manifest, sign_manifest(publisher, manifest), tuple(files))
 

@@ -6,7 +6,7 @@
         await world.publish("n1", ModelSpec(layers=24))
         await world.until(world.all_ready)
 
-Only the edges are simulated: `net/memory_host.py`, `state/memory_state.py`, `engine/local.py`. The stores are real,
+Only the edges are simulated: `sim/network.py`, `state/memory_state.py`, `engine/local.py`. The stores are real,
 in a temporary folder, and are used without threads. Time is trio's: under a MockClock an hour takes as long as what
 happens in it.
 """
@@ -17,6 +17,7 @@ import random
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -25,7 +26,7 @@ import structlog
 import trio
 from nacl.signing import SigningKey
 
-from meshnode.config.settings import Config, ContentSection, NetworkSection, ServeSection
+from meshnode.config.settings import Config, ContentSection, NetworkSection, ReleaseSection, ServeSection
 from meshnode.config.values import Amount
 from meshnode.core.clock import VirtualWall, monotonic
 from meshnode.core.health import Health
@@ -36,18 +37,24 @@ from meshnode.engine.local import LocalEngine
 from meshnode.engine.port import StageSpec
 from meshnode.membership.identity import Identity
 from meshnode.membership.port import Membership
-from meshnode.net.memory_host import MemoryNetwork
 from meshnode.node import Node
 from meshnode.parts import Machine, Parts
-from meshnode.services.inference.text import Question, Text
+from meshnode.policy.idle import DeviceFacts
+from meshnode.services.inference.text import Text
 from meshnode.sim.model import ModelSpec, ToyModel, make_model
+from meshnode.sim.network import MemoryNetwork
 from meshnode.state.memory_state import MemoryState
+from meshnode.state.samples import Samples
+from meshnode.state.samples_port import Limits
 from meshnode.store.blob_store import BlobStore
+from meshnode.text.in_process import open_in_process
+from meshnode.text.question import Question
+from meshnode.trainer.port import Trainer
 from protocols.ids import DAG_CBOR, Cid, PeerId
 from protocols.membership import ROLES, Network, network_id, sign_network
 from protocols.membership.messages import Certificate
 from protocols.membership.trust import sign_certificate
-from protocols.pipe.messages import Sampling
+from protocols.words import layers
 
 IN_MEMORY: Final = Path("/dev/shm")  # where Linux keeps files that never reach a disk
 LOOK_S: Final = 0.05  # between two looks at a condition, virtual seconds
@@ -66,10 +73,13 @@ class Device:
     content: ContentSection
     folder: Path  # of its store
     state: MemoryState
+    samples: Samples
     layers: int = 0  # serve.layers
     layer_s: float = 0.0  # of one step through one layer; 0: every step takes `World.engine_step_s`
     broken: str = ""  # why its engines don't start
+    trainer: Trainer | None = None  # set before it starts, to have it learn
     engines: list[LocalEngine] = field(default_factory=list)  # of the present run
+    copied: bool = False  # somebody has copied another device's data folder
     node: Node | None = None
     store: BlobStore | None = None  # while the node runs
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -97,6 +107,9 @@ class World:
         self.devices: dict[str, Device] = {}
         self.engine_step_s = 0.001
         self.engine_load_s = 0.1
+        self.one_lan = False  # all are on one local network, where members are looked for
+        self.release = ReleaseSection()  # of every node that starts
+        self.seeds = 2  # devices that everybody has as bootstrap peers
         self._nursery = nursery
         self._founder = SigningKey(self.rng.randbytes(32))
         self._description = Network(
@@ -113,8 +126,11 @@ class World:
         """A new world; every node is gone when the block ends. Raises whatever ends a node."""
         with tempfile.TemporaryDirectory(dir=IN_MEMORY if IN_MEMORY.is_dir() else None) as folder:
             async with trio.open_nursery() as nursery:
-                yield cls(seed, Path(folder), nursery)
+                world = cls(seed, Path(folder), nursery)
+                yield world
                 nursery.cancel_scope.cancel()
+            for device in world.devices.values():
+                device.samples.close()
 
     # ------------------------------------------------------------ devices
 
@@ -124,6 +140,7 @@ class World:
         *,
         memory: str = "1MB",
         roles: tuple[str, ...] = ROLES,
+        by: str = "",
         content: ContentSection = ContentSection(),
         layers: int = 0,
         layer_s: float = 0.0,
@@ -131,6 +148,7 @@ class World:
         """New devices n1, n2, ...: members already, with the first ones as their bootstrap peers.
 
         Args:
+          by: the device that has invited them; empty: the founder's key itself, so that they are founder's devices.
           layers: most layers to hold; 0: as many as the memory takes.
           layer_s: seconds of one step through one layer; 0: every step takes as long.
         """
@@ -149,15 +167,45 @@ class World:
             membership = Membership(
                 network_record=sign_network(self._founder, self._description),
                 secret=self._secret,
-                chain=(sign_certificate(self._founder, certificate),),
+                chain=(
+                    (*self[by].membership.chain, sign_certificate(self[by].identity.signing_key, certificate))
+                    if by
+                    else (sign_certificate(self._founder, certificate),)
+                ),
                 name=name,
             )
             device = Device(
-                name, identity, membership, memory, content, self._folder / name, MemoryState(), layers, layer_s
+                name,
+                identity,
+                membership,
+                memory,
+                content,
+                self._folder / name,
+                MemoryState(),
+                no_samples(),
+                layers,
+                layer_s,
             )
             self.devices[name] = device
             added.append(device)
         return added
+
+    def copy(self, name: str) -> Device:
+        """A further device with the data folder of another one as it is now, but its files."""
+        whole = self.devices[name]
+        copied = f"{name}-copy"
+        self.devices[copied] = Device(
+            copied,
+            whole.identity,
+            whole.membership,
+            whole.memory,
+            whole.content,
+            self._folder / copied,
+            deepcopy(whole.state),
+            no_samples(),
+            copied=True,
+        )
+        return self.devices[copied]
 
     def __getitem__(self, name: str) -> Device:
         return self.devices[name]
@@ -193,7 +241,8 @@ class World:
     async def crash(self, *names: str) -> None:
         """End nodes at once, as a power cut does. Their stores and states stay."""
         for name in names:
-            self.network.kill(self.devices[name].peer_id)
+            if not self.devices[name].copied:
+                self.network.kill(self.devices[name].peer_id)
             self.devices[name].scope.cancel()
         for name in names:
             await self.devices[name].ended.wait()
@@ -207,6 +256,11 @@ class World:
     def split(self, one: Iterable[str], other: Iterable[str]) -> None:
         """Cut every link between two groups of devices; `network.heal()` joins them again."""
         self.network.partition([self[name].peer_id for name in one], [self[name].peer_id for name in other])
+
+    def unplug(self) -> None:
+        """Every link between devices is dead, as with a switch without power; `network.heal()` brings it back."""
+        peers = [device.peer_id for device in self.devices.values()]
+        self.network.unplug(peers, peers)
 
     def _parts(self, device: Device, store: BlobStore) -> Parts:
         device.engines.clear()
@@ -222,10 +276,17 @@ class World:
         return Parts(
             identity=device.identity,
             membership=device.membership,
-            host=self.network.host(device.peer_id),
+            host=self.network.twin(device.peer_id) if device.copied else self.network.host(device.peer_id),
+            local_network=self.network.local(device.peer_id) if self.one_lan else None,
             store=store,
             state=device.state,
+            samples=device.samples,
+            trainer=device.trainer,
+            private=None,
+            activity=DeviceFacts,
+            learned=device.folder / "learned",
             engine=engine,
+            tokenizer=open_in_process,
             sources=(),
             daemon=None,
             machine=Machine(name=device.name, free_memory_bytes=1 << 30, tags=("cpu",)),
@@ -236,7 +297,7 @@ class World:
         )
 
     def _config(self, device: Device) -> Config:
-        others = [other for other in self.devices.values() if other is not device][:2]
+        others = [other for other in self.devices.values() if other is not device][: self.seeds]
         return Config(
             paths=Paths(Path("/nowhere") / device.name),
             network=NetworkSection(
@@ -246,6 +307,7 @@ class World:
                 memory=Amount(size_bytes=parse_size(device.memory)), layers=device.layers, engine="null"
             ),
             content=device.content,
+            release=self.release,
         )
 
     # ------------------------------------------------------------ what people do
@@ -261,7 +323,7 @@ class World:
 
     async def ask(self, name: str, prompt: tuple[int, ...] = (5, 6, 7), *, max_tokens: int = 12) -> list[int]:
         """The answer tokens that one node gets to a prompt. Raises Declined, PeerUnreachable."""
-        question = Question(tokens=prompt, max_tokens=max_tokens, sampling=Sampling(seed=0))
+        question = Question(token_ids=prompt, max_tokens=max_tokens, temperature=0)
         tokens = []
         async with aclosing(self.devices[name].running.text.answer(question)) as pieces:
             async for piece in pieces:
@@ -292,6 +354,11 @@ class World:
         peers = {device.peer_id for device in self.up}
         return all(peers <= device.running.directory.live().keys() for device in self.up)
 
+    def joined(self) -> bool:
+        """Every node that runs has a connection to every other one."""
+        peers = {device.peer_id for device in self.up}
+        return all(set(device.running.host.peers) == peers - {device.peer_id} for device in self.up)
+
     def describe(self) -> str:
         """One line per device, for people."""
         lines = []
@@ -300,9 +367,14 @@ class World:
                 lines.append(f"{device.name}: down")
                 continue
             span = device.node.spans.serving
-            layers = "idle" if span is None else f"layers {span.span.first} to {span.span.last - 1}"
-            lines.append(f"{device.name}: {layers}; {device.node.readiness.now.sentence}")
+            holds = "idle" if span is None else layers(span.span.first, span.span.last)
+            lines.append(f"{device.name}: {holds}; {device.node.readiness.now.sentence}")
         return "\n".join(lines)
+
+
+def no_samples() -> Samples:
+    """Room for samples, in memory and in the clear."""
+    return Samples(None, Limits(samples=10_000, size_bytes=1 << 24), lambda: b"")
 
 
 def give(store: BlobStore, model: ToyModel, folder: Path) -> Cid:

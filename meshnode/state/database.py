@@ -2,26 +2,20 @@
 
 Calls block, shortly: one indexed statement or transaction on a file of some kilobytes, well under a
 millisecond on a disk and a few milliseconds where a commit is flushed. Services call them directly. Several
-processes may open the file at the same time (`meshnode invite` beside a running node): WAL, and a writer waits
-for another one for at most two seconds.
+processes may open the file at the same time (`sqlite_file.py`).
 """
 
 from __future__ import annotations
 
-import os
-import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from meshnode.core.errors import ConfigError, DiskError
 from meshnode.membership.port import Invite
 from meshnode.state.invites import check_invite
 from meshnode.state.port import MAX_ADDRESSES, MAX_PEERS
+from meshnode.state.sqlite_file import SqliteFile
 from protocols.ids import PeerId
-
-BUSY_S: Final = 2.0
 
 # Numbered from 1, append only: a file written by any earlier version is brought up to date when it is opened.
 MIGRATIONS: Final = (
@@ -42,86 +36,33 @@ MIGRATIONS: Final = (
         kind TEXT NOT NULL, signer TEXT NOT NULL, data BLOB NOT NULL, PRIMARY KEY (kind, signer)
     ) WITHOUT ROWID;
     """,
+    "ALTER TABLE invites ADD COLUMN revoked_ms INTEGER NOT NULL DEFAULT 0",
 )
-_COLUMNS: Final = "id, secret_hash, roles, uses, created_ms, expires_ms, member_ms"
+_COLUMNS: Final = "id, secret_hash, roles, uses, created_ms, expires_ms, member_ms, revoked_ms"
 
 
-class Database:
-    """One open state file. Close it with `close` or use it in a `with` block. For one thread."""
+class Database(SqliteFile):
+    """The open state file. Close it with `close` or use it in a `with` block. For one thread."""
 
     def __init__(self, path: Path) -> None:
         """Open or make the file, mode 0600, and bring it up to date.
 
         Raises DiskError (can't be opened or is no database), ConfigError (written by a newer version).
         """
-        self.path = path
-        try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite's side files take the mode of this one
-            self._db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
-        except (OSError, sqlite3.Error) as error:
-            raise DiskError(f"the state file {path} can't be opened: {error}") from error
-        try:
-            with self._guard():
-                self._db.execute("PRAGMA journal_mode=WAL")
-                self._db.execute("PRAGMA synchronous=NORMAL")
-                self._db.execute("PRAGMA foreign_keys=ON")
-                self._migrate()
-        except BaseException:
-            self._db.close()
-            raise
-
-    def close(self) -> None:
-        self._db.close()
-
-    def __enter__(self) -> Database:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.close()
-
-    @contextmanager
-    def _guard(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise DiskError(
-                f"the state file {self.path} can't be used: {error}. Free some disk space; if it is damaged, move it "
-                "away while the node is stopped (open invites and remembered addresses are lost with it)"
-            ) from error
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with self._guard():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:  # a full disk may have ended it already
-                    self._db.execute("ROLLBACK")
-                raise
-
-    def _migrate(self) -> None:
-        self._db.execute("CREATE TABLE IF NOT EXISTS migrations (number INTEGER PRIMARY KEY)")
-        with self._transaction():
-            (done,) = self._db.execute("SELECT coalesce(max(number), 0) FROM migrations").fetchone()
-            if done > len(MIGRATIONS):
-                raise ConfigError(
-                    f"{self.path} was written by a newer meshnode (format {done}, this one knows {len(MIGRATIONS)}). "
-                    "Update meshnode on this device."
-                )
-            for number in range(done + 1, len(MIGRATIONS) + 1):
-                for statement in MIGRATIONS[number - 1].split(";"):
-                    self._db.execute(statement)
-                self._db.execute("INSERT INTO migrations VALUES (?)", (number,))
+        super().__init__(
+            path,
+            MIGRATIONS,
+            what="state file",
+            lost="open tickets and remembered addresses are lost with it, and who was put out is learned again from "
+            "others",
+        )
 
     # Invites
 
     def add_invite(self, invite: Invite) -> None:
         with self._transaction():
             self._db.execute(
-                f"INSERT INTO invites ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                f"INSERT INTO invites ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     invite.id,
                     invite.secret_hash,
@@ -130,6 +71,7 @@ class Database:
                     invite.created_ms,
                     invite.expires_ms,
                     invite.member_ms,
+                    invite.revoked_ms,
                 ),
             )
 
@@ -141,9 +83,22 @@ class Database:
             ).fetchall()
         return tuple(_invite(row) for row in rows)
 
-    def revoke_invite(self, invite: bytes) -> bool:
+    def revoke_invite(self, invite: bytes, wall_ms: int) -> bool:
         with self._transaction():
-            return self._db.execute("DELETE FROM invites WHERE id = ?", (invite,)).rowcount > 0
+            return (
+                self._db.execute(
+                    "UPDATE invites SET revoked_ms = ? WHERE id = ? AND revoked_ms = 0", (wall_ms, invite)
+                ).rowcount
+                > 0
+            )
+
+    def revoke_redeemed(self, peer: PeerId, made_by_ms: int) -> int:
+        with self._transaction():
+            return self._db.execute(
+                "UPDATE invites SET revoked_ms = ?1 WHERE revoked_ms = 0 AND created_ms <= ?1 "
+                "AND id IN (SELECT invite FROM redemptions WHERE peer = ?2)",
+                (made_by_ms, peer),
+            ).rowcount
 
     def redeem(self, invite: bytes, secret: bytes, peer: PeerId, wall_ms: int, *, not_before_ms: int = 0) -> Invite:
         """See `membership/port.py`. One transaction, flushed to the disk: a power cut does not give a use back."""
@@ -196,6 +151,10 @@ class Database:
                 (MAX_PEERS,),
             )
 
+    def forget_peer(self, peer: PeerId) -> None:
+        with self._transaction():
+            self._db.execute("DELETE FROM peers WHERE peer = ?", (peer,))
+
     def known_peers(self) -> dict[PeerId, tuple[str, ...]]:
         with self._guard():
             rows = self._db.execute("SELECT peer, address FROM peers ORDER BY seen_ms DESC, peer, address").fetchall()
@@ -229,8 +188,8 @@ class Database:
             self._db.execute("DELETE FROM records WHERE kind = ? AND signer = ?", (kind, signer))
 
 
-def _invite(row: tuple[bytes, bytes, str, int, int, int, int, int]) -> Invite:
-    id_, secret_hash, roles, uses, created_ms, expires_ms, member_ms, used = row
+def _invite(row: tuple[bytes, bytes, str, int, int, int, int, int, int]) -> Invite:
+    id_, secret_hash, roles, uses, created_ms, expires_ms, member_ms, revoked_ms, used = row
     return Invite(
         id=id_,
         secret_hash=secret_hash,
@@ -240,4 +199,5 @@ def _invite(row: tuple[bytes, bytes, str, int, int, int, int, int]) -> Invite:
         expires_ms=expires_ms,
         member_ms=member_ms,
         used=used,
+        revoked_ms=revoked_ms,
     )

@@ -15,8 +15,12 @@ def check_invite(
     invite: Invite | None, secret: bytes, peer: PeerId, wall_ms: int, *, not_before_ms: int, again: bool
 ) -> Invite:
     """The invite, if `peer` may redeem it now; `again`: it has done so before. See `Ledger.redeem` for the errors."""
-    # One sentence for "unknown" and "wrong secret": a guesser learns nothing.
-    if invite is None or not hmac.compare_digest(invite.secret_hash, hashlib.sha256(secret).digest()):
+    # One sentence for "unknown", "revoked" and "wrong secret": a guesser learns nothing.
+    if (
+        invite is None
+        or invite.revoked_ms
+        or not hmac.compare_digest(invite.secret_hash, hashlib.sha256(secret).digest())
+    ):
         raise Declined(
             "forbidden",
             "this node has no such invite. It may have been revoked, or made on another node: a ticket is "
@@ -36,7 +40,7 @@ def check_invite(
             "new ticket can give it new ones",
             peer=peer,
         )
-    if not again and invite.uses and invite.used >= invite.uses:
+    if not again and invite.used_up:
         times = "once" if invite.uses == 1 else f"{invite.uses} times"
         raise Declined(
             "invite-used",

@@ -31,9 +31,16 @@ class MemoryState:
         invites = (replace(invite, used=len(self._redeemed[invite.id])) for invite in self._invites.values())
         return tuple(sorted(invites, key=lambda invite: (invite.created_ms, invite.id)))
 
-    def revoke_invite(self, invite: bytes) -> bool:
-        self._redeemed.pop(invite, None)
-        return self._invites.pop(invite, None) is not None
+    def revoke_invite(self, invite: bytes, wall_ms: int) -> bool:
+        known = self._invites.get(invite)
+        if known is None or known.revoked_ms:
+            return False
+        self._invites[invite] = replace(known, revoked_ms=wall_ms)
+        return True
+
+    def revoke_redeemed(self, peer: PeerId, made_by_ms: int) -> int:
+        old = [invite.id for invite in self.invites() if invite.created_ms <= made_by_ms]
+        return sum(self.revoke_invite(invite, made_by_ms) for invite in old if peer in self._redeemed[invite])
 
     def redeem(self, invite: bytes, secret: bytes, peer: PeerId, wall_ms: int, *, not_before_ms: int = 0) -> Invite:
         peers = self._redeemed.get(invite, set())
@@ -60,6 +67,9 @@ class MemoryState:
         self._seen[peer] = {address: seen[address] for address in newest}
         for old in sorted(self._seen, key=self._rank)[MAX_PEERS:]:
             del self._seen[old]
+
+    def forget_peer(self, peer: PeerId) -> None:
+        self._seen.pop(peer, None)
 
     def known_peers(self) -> dict[PeerId, tuple[str, ...]]:
         return {peer: tuple(self._seen[peer]) for peer in sorted(self._seen, key=self._rank)}

@@ -36,6 +36,9 @@ class Peers(Protocol):
     def remember_peer(self, peer: PeerId, addresses: Sequence[str], wall_ms: int) -> None:
         """Note where a peer was met just now. What was seen longest ago above the limits is dropped."""
 
+    def forget_peer(self, peer: PeerId) -> None:
+        """Nothing happens when it is not known."""
+
     def known_peers(self) -> Mapping[PeerId, tuple[str, ...]]:
         """Addresses by peer, last seen first."""
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Final
 
 from meshnode.state.port import Records
-from protocols.ids import Cid
+from protocols.advert.messages import HEAD, Announcement
+from protocols.codec import decode
+from protocols.envelope import open_record
+from protocols.ids import Cid, PeerId
 
 _KNOWN: Final = "release"
 _WAITING: Final = "release.waiting"
+_SERVED: Final = "release.served"
 
 
 def remember(state: Records, manifest: Cid, variant: str) -> None:
@@ -43,7 +47,36 @@ def waiting(state: Records) -> tuple[Cid, str] | None:
     return None
 
 
+def take_over(state: Records, before: PeerId) -> bool:
+    """This node had another key, whose word about the served release counts no more: it is said again at the next
+    start. Whether there was one."""
+    data = state.record(HEAD, before)
+    if data is None:
+        return False
+    state.remove_record(HEAD, before)
+    said = decode(Announcement, open_record(data, domain=HEAD).payload)
+    if not said.retired and waiting(state) is None:
+        serve_later(state, Cid(said.manifest), said.variant)
+    return not said.retired
+
+
 def wait_no_longer(state: Records) -> None:
     """It was announced, another one was, or it can't be."""
     for cid in state.records(_WAITING):
         state.remove_record(_WAITING, cid)
+
+
+def set_served(state: Records, publisher: str, manifest: Cid, variant: str) -> None:
+    """This release is served, by the word of this publisher."""
+    for other in state.records(_SERVED):
+        if other != publisher:
+            state.remove_record(_SERVED, other)
+    state.put_record(_SERVED, publisher, f"{manifest} {variant}".encode())
+
+
+def served(state: Records) -> tuple[str, Cid, str] | None:
+    """(publisher, manifest, variant) of what was served last."""
+    for publisher, data in state.records(_SERVED).items():
+        manifest, _, variant = data.decode().partition(" ")
+        return publisher, Cid(manifest), variant
+    return None

@@ -33,7 +33,7 @@ from meshnode.store.encryption import SUFFIX, check_key, is_sealed
 from meshnode.store.eviction import Room
 from meshnode.store.index import Index
 from meshnode.store.os_files import disk_errors, is_locked, open_locked, sync_folder, write_all
-from meshnode.store.partial import READ_ONLY, PartialFile, leaf_block
+from meshnode.store.partial import READ_ONLY, PartialFile, Place, Row, leaf_block
 from meshnode.store.port import OpenFile, StoreUsage
 from protocols.errors import MeshError, RemoteProtocolError
 from protocols.ids import RAW, Cid, cid_from_bytes, cid_of, cid_to_bytes, short
@@ -244,11 +244,8 @@ class BlobStore:
             return PartialFile(
                 cid,
                 size,
-                index=self.index,
-                number=number,
-                part=part,
-                final=self.file(name),
-                descriptor=descriptor,
+                row=Row(self.index, number),
+                place=Place(part, self.file(name), descriptor),
                 held=self._read_block,
                 cover=lambda data, offset: self._cover(name, data, offset),
             )

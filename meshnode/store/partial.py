@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -30,6 +31,23 @@ def leaf_block(cid: bytes, data: bytes) -> bytes:
     return data if cid[1] == RAW else wrap(data)
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Of a file in the index."""
+
+    index: Index
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a file lies: while it is fetched, open and locked, and when it is whole."""
+
+    part: Path
+    final: Path
+    descriptor: int
+
+
 class PartialFile:
     """Implements the port `Partial`. Owns the locked descriptor of its `.part`."""
 
@@ -38,18 +56,15 @@ class PartialFile:
         cid: Cid,
         size: int,
         *,
-        index: Index,
-        number: int,
-        part: Path,
-        final: Path,
-        descriptor: int,
+        row: Row,
+        place: Place,
         held: Callable[[bytes], bytes | None],
         cover: Callable[[Buffer, int], Buffer],
     ) -> None:
         """Take up what an earlier fetch left, after hashing it.
 
         Args:
-          number: row of the file in the index.
+          row: of this file; `place`: whose descriptor is ours from now on.
           held: bytes of a block that the store has anyhow, by binary CID; saves fetching it.
           cover: (piece, offset) -> as it stands on the disk, and back.
         Raises:
@@ -58,17 +73,15 @@ class PartialFile:
         """
         self.cid = cid
         self.size = size
-        self._index = index
-        self._number = number
-        self._part = part
-        self._final = final
+        self._index, self._number = row.index, row.number
+        self._part, self._final = place.part, place.final
         self._held = held
         self._cover = cover
         self._assembly = Assembly(cid, size)
-        self._descriptor: int | None = descriptor
-        with disk_errors(part, "write"):
-            os.ftruncate(descriptor, size)
-        self._resume(descriptor)
+        self._descriptor: int | None = place.descriptor
+        with disk_errors(place.part, "write"):
+            os.ftruncate(place.descriptor, size)
+        self._resume(place.descriptor)
 
     @property
     def done_bytes(self) -> int:

@@ -11,15 +11,17 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(s for s in stops if s)
         self._held = ""
+        self.met = ""  # the stop string that ended the text
 
     def feed(self, text: str) -> tuple[str, bool]:
         """Text that may be shown, and whether a stop string was met (it and what follows are dropped)."""
         if not self._stops:
             return text, False
         self._held += text
-        met = [i for i in (self._held.find(s) for s in self._stops) if i >= 0]
+        met = [(i, s) for s in self._stops if (i := self._held.find(s)) >= 0]
         if met:
-            shown, self._held = self._held[: min(met)], ""
+            at, self.met = min(met)
+            shown, self._held = self._held[:at], ""
             return shown, True
         keep = max(self._overlaps(), default=0)
         cut = len(self._held) - keep

@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -20,13 +20,22 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 def compile_template(text: str) -> jinja2.Template:
     """Raises jinja2.TemplateError for a text that is no template."""
+    return _environment().from_string(text)
+
+
+def variables_of(text: str) -> set[str]:
+    """What a template wants to be given. Raises jinja2.TemplateError."""
+    return meta.find_undeclared_variables(_environment().parse(text))
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = _today
-    return environment.from_string(text)
+    return environment
 
 
 class _Generation(Extension):

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import inf
 from typing import Final
 
-from protocols.advert.messages import ADVERT, HEAD
+from protocols.advert.messages import HEAD, LEASE_MS, LEASE_PER_NODE_MS, MAX_LEASE_MS, Advert, Announcement
+from protocols.notice.messages import HOLDS_S, Notice
 
-LEASE_MS: Final = 12_000  # an advert that is not renewed for this long (receiver's clock) is dead
 LEASE_S: Final = LEASE_MS / 1000
 SUSPECT_S: Final = 3.0  # a peer that disconnected is dead after this, unless somebody relays a newer advert
+HEARSAY_S: Final = 10.0  # between two losses of one peer that are believed on the word of others
 
-_LEASES_S: Final[Mapping[str, float]] = {ADVERT: LEASE_S, HEAD: inf}
+
+def lease_ms(nodes: int) -> int:
+    """The lease of adverts in a mesh of so many nodes; milliseconds."""
+    return min(MAX_LEASE_MS, max(LEASE_MS, nodes * LEASE_PER_NODE_MS))
 
 
-def end_of(domain: str, since: float) -> float:
-    """When the lease of a record ends whose version was new at `since`; infinite for an announcement."""
-    return since + _LEASES_S[domain]
+def end_of(body: Advert | Announcement | Notice, since: float) -> float:
+    """When a record ends whose version was new at `since`; infinite for an announcement."""
+    match body:
+        case Advert():
+            return since + body.lease_ms / 1000
+        case Announcement():
+            return inf
+        case Notice():
+            return since + HOLDS_S
 
 
 def end_of_suspect(end: float, now: float) -> float:

@@ -13,8 +13,13 @@ from protocols.codec import at
 
 ADVERT: Final = "advert"
 HEAD: Final = "head"
+LOSS: Final = "loss"
 
-RENEW_MS: Final = 3_000  # how often an unchanged advert is renewed
+MAX_TROUBLE: Final = 240  # characters
+LEASE_MS: Final = 16_000  # least lease of an advert
+MAX_LEASE_MS: Final = 900_000
+LEASE_PER_NODE_MS: Final = 8_000  # of the lease, for each node of the mesh: so all together renew as often as ever
+RENEWALS: Final = 4  # in the time of a lease
 
 # States of a served span. IDLE: no span. INTENT: announced. LOADING: fetching and opening.
 # SERVING: answers steps. DRAINING: no new sessions, leaving in good order.
@@ -45,6 +50,7 @@ class Serving:
     sessions: int = at(6, default=0)  # open sessions
     max_sessions: int = at(7, default=0)
     queue_us: int = at(8, default=0)  # moving average of the wait for the engine
+    ready: bool = at(9, default=False)  # the target is open beside the span, and served when all of its release is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +72,7 @@ class Holding:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advert:
     peer: str = at(1, limit=64)
-    incarnation: int = at(2)  # start of the node, UTC milliseconds
+    incarnation: int = at(2)  # start of the node, UTC milliseconds, or since when it outbids another one with its key
     sequence: int = at(3)
     name: str = at(4, limit=64)  # for people
     addresses: tuple[str, ...] = at(5, limit=16)
@@ -80,15 +86,28 @@ class Advert:
     serving: Serving | None = at(13)
     holdings: tuple[Holding, ...] = at(14, limit=16, default=())
     round_trips: tuple[RoundTrip, ...] = at(15, limit=64, default=())
+    trouble: str = at(16, limit=MAX_TROUBLE, default="")  # why the node does not serve what it should, for people
+    contested: bool = at(17, default=False)  # another node signs with the same key: not to be planned with
+    lease_ms: int = at(18, low=LEASE_MS, high=MAX_LEASE_MS, default=LEASE_MS)  # it is dead that long after this
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """A witness's word: its connection to another node broke, and this is the newest advert that it has of it."""
+
+    peer: str = at(1, limit=64)  # the witness, the signer of the record
+    lost: str = at(2, limit=64)
+    incarnation: int = at(3)
+    sequence: int = at(4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Announcement:
-    """A publisher's word: the network serves this release. Does not expire; the newest one wins
-    (created_ms, then the lower manifest CID)."""
+    """A publisher's word: the network serves this release. Does not expire; the word of a founder's device goes
+    before a member's, then the newest one wins (created_ms, then the lower manifest CID)."""
 
     peer: str = at(1, limit=64)  # the publisher, the signer of the record
-    incarnation: int = at(2)
+    incarnation: int = at(2)  # UTC milliseconds of about when it was written, like `created_ms`
     sequence: int = at(3)
     created_ms: int = at(4)
     name: str = at(5, limit=64)

@@ -18,13 +18,19 @@ from protocols.advert.messages import (
     Advert,
     Announcement,
     Holding,
+    Loss,
     Serving,
     Span,
 )
 from protocols.errors import RemoteProtocolError
 from protocols.ids import DAG_CBOR, DAG_PB, RAW, PeerId, cid_codec, public_key_of
+from protocols.notice.messages import Notice
 
 MAX_ADDRESS: Final = 256  # characters of a multiaddr
+MAX_AHEAD_MS: Final = (
+    600_000  # how far ahead of our clock an announcement may be dated: as far as members' clocks differ
+)
+MAX_SEQUENCE: Final = 1 << 32  # of announcements: nobody makes as many, and there is always room for one more
 
 _WORD: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _VARIANT: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
@@ -36,14 +42,29 @@ _PORT: Final = re.compile(r"/(?:tcp|udp)(?:/([^/]*)|$)")
 _CID_STARTS: Final = tuple(bytes((1, codec, 0x12, 32)) for codec in (RAW, DAG_PB, DAG_CBOR))
 
 
+class Early(RemoteProtocolError):
+    """An announcement or a notice is dated in the future: by the receiver's clock it is not to be believed yet."""
+
+
+def check_date(said: Announcement | Notice, wall_ms: int) -> None:
+    """Raise Early unless it may have been written by `wall_ms` (UTC milliseconds)."""
+    ahead = max(said.created_ms if isinstance(said, Announcement) else 0, said.incarnation) - wall_ms
+    if ahead > MAX_AHEAD_MS:
+        what = "announcement" if isinstance(said, Announcement) else said.kind
+        raise Early(
+            f"the {what} of {said.peer} is dated {ahead // 60_000} min ahead of the clock here; "
+            f"{MAX_AHEAD_MS // 60_000} are allowed"
+        )
+
+
 def check_advert(advert: Advert, signer: PeerId) -> None:
     """Raise RemoteProtocolError unless the advert is the signer's own and everything in it can be used."""
     if advert.peer != signer:
         raise RemoteProtocolError(f"{signer} signed an advert of {advert.peer}; a node speaks for itself alone")
     if not advert.incarnation:
         raise RemoteProtocolError(f"the advert of {signer} has no incarnation")
-    if not advert.name.isprintable():
-        raise RemoteProtocolError(f"the advert of {signer} has a name that can't be printed")
+    if not advert.name.isprintable() or not advert.trouble.isprintable():
+        raise RemoteProtocolError(f"the advert of {signer} has a name or a trouble that can't be printed")
     for word in advert.tags:
         if not _WORD.fullmatch(word):
             raise RemoteProtocolError(f"the advert of {signer} has {word[:40]!r} among its tags")
@@ -63,6 +84,15 @@ def check_advert(advert: Advert, signer: PeerId) -> None:
         public_key_of(other)
 
 
+def check_loss(loss: Loss, signer: PeerId) -> None:
+    """Raise RemoteProtocolError unless it is the signer's own and about somebody else."""
+    if loss.peer != signer:
+        raise RemoteProtocolError(f"{signer} signed a loss that {loss.peer} saw; a witness speaks for itself alone")
+    if loss.lost == signer:
+        raise RemoteProtocolError(f"{signer} says that it has lost itself")
+    public_key_of(loss.lost)
+
+
 def check_announcement(announcement: Announcement, signer: PeerId) -> None:
     """Raise RemoteProtocolError unless it is the signer's own and names a release."""
     if announcement.peer != signer:
@@ -71,6 +101,8 @@ def check_announcement(announcement: Announcement, signer: PeerId) -> None:
         )
     if not announcement.incarnation or not announcement.created_ms:
         raise RemoteProtocolError(f"the announcement of {signer} has no incarnation or no date")
+    if announcement.sequence > MAX_SEQUENCE:
+        raise RemoteProtocolError(f"the announcement of {signer} has a sequence number above {MAX_SEQUENCE}")
     if not _NAME.fullmatch(announcement.name):
         raise RemoteProtocolError(
             f"{announcement.name!r} is no model name (lower case letters, digits, dots, dashes)"

@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from math import inf
 
 from protocols.bitswap.choice import END_GAME_S, Choice
-from protocols.bitswap.conduct import STALL_S, Conduct
 from protocols.bitswap.ledger import Ledger, Peer, Session
 from protocols.bitswap.messages import Buffer, Entry, Message, PresenceType
+from protocols.bitswap.stalls import STALL_S, Conduct
 from protocols.ids import PeerId
 
 
@@ -100,11 +101,16 @@ class Misbehaved:
 
 
 @dataclass(frozen=True, slots=True)
+class Contested:
+    """Another node has our key: nobody is accused for what comes unasked, for a while."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Nothing happened until `deadline`."""
 
 
-Event = PeerUp | PeerDown | Forget | Want | Offer | Close | Progress | Arrived | Found | Misbehaved | Tick
+Event = PeerUp | PeerDown | Forget | Want | Offer | Close | Progress | Arrived | Found | Misbehaved | Contested | Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +196,11 @@ class Client:
                     self._ledger.forget(cid, want, None, cancels)
             case Misbehaved(peer, reason):
                 self._ban(peer, reason, out)
+            case Contested():
+                self._conduct.trust(now)
             case Tick():
+                for peer, reason in self._conduct.find_liars(now):
+                    self._ban(peer, reason, out, unasked=True)
                 out += [Stalled(peer, given_up) for peer, given_up in self._conduct.find_stalled(now, cancels)]
         self._ask(now, out, cancels)
         self._set_deadline(now)
@@ -210,6 +220,11 @@ class Client:
         """Bytes that are asked from a peer and have not come."""
         return self._peers[peer].owed_bytes if peer in self._peers else 0
 
+    def awaited(self, peer: PeerId) -> bool:
+        """Whether something of a peer is still to come: blocks, or what shows whether it lies."""
+        state = self._peers.get(peer)
+        return state is not None and bool(state.owes or state.doubted_until < inf)
+
     def rate(self, peer: PeerId) -> float:
         """Measured bytes per second of a peer; 0 when unknown."""
         return self._peers[peer].rate if peer in self._peers else 0.0
@@ -227,10 +242,10 @@ class Client:
         state.lacks.clear()
         self._spread.changed()
 
-    def _ban(self, peer: PeerId, reason: str, out: list[Effect]) -> None:
+    def _ban(self, peer: PeerId, reason: str, out: list[Effect], *, unasked: bool = False) -> None:
         if peer in self.banned:
             return
-        self._conduct.ban(peer, reason)
+        self._conduct.ban(peer, reason, unasked=unasked)
         out.append(Banned(peer, reason))
 
     def _arrived(self, event: Arrived, now: float, out: list[Effect], cancels: dict[PeerId, list[bytes]]) -> None:
@@ -240,17 +255,18 @@ class Client:
         state = self._peers.setdefault(peer, Peer())
         state.heard = now
         for cid, data in event.blocks:
-            reason = self._conduct.fault(state, cid, len(data))
+            reason = self._conduct.fault(peer, state, cid, len(data), now)
             if reason is not None:
-                self._ban(peer, reason, out)
+                self._ban(peer, reason, out, unasked=True)
                 return
-            if cid is None:
+            want = None if cid is None else self._wants.get(cid)
+            if cid is None or (want is None and cid not in state.credit):
+                self.wasted_bytes += len(data)
                 continue
             state.strikes = 0
             state.rests_until = 0.0
             state.measure(len(data), now)
             self._spread.arrived(len(data))
-            want = self._wants.get(cid)
             if want is None:
                 self.wasted_bytes += len(data)
                 continue
@@ -281,6 +297,8 @@ class Client:
     def _set_deadline(self, now: float) -> None:
         times = []
         for state in self._peers.values():
+            if state.doubted_until < inf:
+                times.append(state.doubted_until)
             if state.up and (state.owes or state.haves):
                 times.append(max(state.heard, state.busy_since) + STALL_S)
             if state.up and self._wants:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from math import inf
 from typing import Final
 
 from protocols.bitswap.width import Spread
@@ -39,6 +40,8 @@ class Peer:
     heard: float = 0.0
     strikes: int = 0
     rests_until: float = 0.0
+    strange_bytes: int = 0  # of the block that hashes to nothing it was asked for, while it is in doubt
+    doubted_until: float = inf  # then it is judged
 
     def ready(self, now: float) -> bool:
         return self.up and now >= self.rests_until
@@ -143,6 +146,7 @@ class Ledger:
         state.haves.clear()
         state.owed_bytes = 0
         if forget:
+            state.doubted_until = inf
             self.spread.changed()
             state.up = False
             state.rate = 0.0

@@ -16,9 +16,12 @@ from enum import Enum
 from typing import Final
 
 from protocols.enginewire.messages import (
+    Adapt,
+    AdapterLayer,
     Answer,
     Close,
     Done,
+    Drop,
     Failed,
     Load,
     Loaded,
@@ -45,6 +48,9 @@ NODE: Final[Mapping[tuple[State, type], State]] = {
     (State.READY, Open): State.READY,
     (State.READY, Step): State.READY,
     (State.READY, Close): State.READY,
+    (State.READY, Adapt): State.READY,
+    (State.READY, AdapterLayer): State.READY,
+    (State.READY, Drop): State.READY,
     (State.READY, Done): State.READY,
     (State.READY, Stepped): State.READY,
     (State.READY, Refused): State.READY,
@@ -55,6 +61,9 @@ ENGINE: Final[Mapping[tuple[State, type], State]] = {
     (State.READY, Open): State.READY,
     (State.READY, Step): State.READY,
     (State.READY, Close): State.READY,
+    (State.READY, Adapt): State.READY,
+    (State.READY, AdapterLayer): State.READY,
+    (State.READY, Drop): State.READY,
 }
 # Which answers a request can get; Failed can come to any of them.
 ANSWERED_BY: Final[Mapping[type, tuple[type, ...]]] = {
@@ -62,6 +71,9 @@ ANSWERED_BY: Final[Mapping[type, tuple[type, ...]]] = {
     Open: (Done, Refused, Failed),
     Step: (Stepped, Refused, Failed),
     Close: (Done, Failed),
+    Adapt: (Done, Refused, Failed),
+    AdapterLayer: (Done, Refused, Failed),
+    Drop: (Done, Failed),
 }
 
 

@@ -12,17 +12,24 @@ from typing import Final
 
 from protocols.codec import Union, at, message
 from protocols.ids import SESSION_BYTES
-from protocols.pipe.messages import MAX_POSITION, Sampling
+from protocols.pipe.messages import MAX_ADAPTER_NAME, MAX_CHANCES, MAX_POSITION, Chance, Sampling
 
 MAX_MESSAGE_BYTES: Final = 1 << 18  # bytes: a Load that names 1026 group files is the largest
 MAX_ROWS: Final = 1 << 16
 MAX_LAYERS: Final = 1024
 MAX_PATH: Final = 4096  # characters
+MAX_NAME: Final = 200  # characters
 MAX_REASON: Final = 2000  # characters
+MAX_PARTS: Final = 16
+MAX_RANK: Final = 64
+MAX_ALPHA: Final = 4096
+MAX_TARGETS: Final = 7
+MAX_MASK_BYTES: Final = 1 << 21  # a bit for each token id that a message can hold
 
-# Codes of Refused. The first three are answers to the person who asked; `bad-input` blames the sender of the rows.
-BUSY, TOO_LONG, FENCED, BAD_INPUT = "busy", "too-long", "fenced", "bad-input"
-CODES: Final = (BUSY, TOO_LONG, FENCED, BAD_INPUT)
+# Codes of Refused. `bad-input` blames the sender of the rows, the others are answers to the person who asked.
+BUSY, TOO_LONG, FENCED, BAD_INPUT, BAD_ADAPTER = "busy", "too-long", "fenced", "bad-input", "bad-adapter"
+NO_POOLING: Final = "no-pooling"
+CODES: Final = (BUSY, TOO_LONG, FENCED, BAD_INPUT, BAD_ADAPTER, NO_POOLING)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +60,8 @@ class Load:
     threads: int = at(13, low=1, high=1024)
     max_sessions: int = at(14, low=1, high=1 << 16)
     max_kv_bytes: int = at(15)
+    heads: int = at(16, low=1, high=1 << 16)  # of attention
+    graph_name: str = at(17, limit=MAX_NAME)  # for people: its CID
 
 
 @message(tag=2)
@@ -66,6 +75,8 @@ class Open:
     last: int = at(4, low=1, high=MAX_LAYERS)
     capacity: int = at(5, low=1, high=MAX_POSITION)  # tokens
     sampling: Sampling | None = at(6)
+    adapter: str = at(7, limit=MAX_ADAPTER_NAME, default="")  # that it runs with; "": none
+    pooled: bool = at(8, default=False)  # after the last layer, the mean of all rows is wanted, and no token
 
 
 @message(tag=3)
@@ -79,6 +90,9 @@ class Step:
     rows: int = at(4, low=1, high=MAX_ROWS)
     sample: bool = at(5)
     prefill: bool = at(6)  # use the many-row kernels even for one row
+    mask: int = at(
+        7, high=MAX_MASK_BYTES, default=0
+    )  # bytes at the end of the body: a bit for each token that may be
 
 
 @message(tag=4)
@@ -88,6 +102,39 @@ class Close:
 
     number: int = at(1)
     session: bytes = at(2, size=SESSION_BYTES)
+
+
+@message(tag=5)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapt:
+    """Node -> engine: an adapter is coming, one AdapterLayer for each of its layers. One of that name is replaced."""
+
+    number: int = at(1)
+    adapter: str = at(2, limit=MAX_ADAPTER_NAME)
+    first: int = at(3, high=MAX_LAYERS)  # its layers inside the span: [first, last)
+    last: int = at(4, low=1, high=MAX_LAYERS)
+    rank: int = at(5, low=1, high=MAX_RANK)
+    alpha: int = at(6, low=1, high=MAX_ALPHA)  # B (A x) is multiplied by alpha / rank
+    targets: tuple[str, ...] = at(7, limit=MAX_TARGETS)  # "q_proj", ...
+
+
+@message(tag=6)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterLayer:
+    """Node -> engine: the factors of one layer. Body: its file (`meshnode/model/adapter_file.py`)."""
+
+    number: int = at(1)
+    adapter: str = at(2, limit=MAX_ADAPTER_NAME)
+    layer: int = at(3, high=MAX_LAYERS)
+
+
+@message(tag=7)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drop:
+    """Node -> engine: forget an adapter; sessions that run with it keep it. Unknown ones are ignored."""
+
+    number: int = at(1)
+    adapter: str = at(2, limit=MAX_ADAPTER_NAME)
 
 
 @message(tag=16)
@@ -100,12 +147,13 @@ class Loaded:
     weight_bytes: int = at(3)
     decode_us: int = at(4)  # median microseconds of a one-row step over the whole span
     prefill_us: int = at(5)  # median microseconds per row of a 64-row step over the whole span
+    confined: tuple[str, ...] = at(6, limit=MAX_PARTS)  # what of its confinement holds: "memory", "files", ...
 
 
 @message(tag=17)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
-    """Engine -> node: an Open or Close was carried out."""
+    """Engine -> node: a request without a result of its own was carried out."""
 
     number: int = at(1)
 
@@ -113,11 +161,13 @@ class Done:
 @message(tag=18)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stepped:
-    """Engine -> node: a step was run. Body: hidden states for the next stage, or nothing after the last layer."""
+    """Engine -> node: a step was run. Body: hidden states for the next stage; after the last layer nothing, or
+    float32 (hidden,), the mean of all rows."""
 
     number: int = at(1)
     token: int | None = at(2, high=1 << 24)  # only where a sample was asked for
     compute_us: int = at(3)
+    chances: tuple[Chance, ...] = at(4, limit=MAX_CHANCES, default=())  # of the token, as its Sampling wants them
 
 
 @message(tag=19)
@@ -140,9 +190,11 @@ class Failed:
     reason: str = at(2, limit=MAX_REASON)
 
 
-Request = Load | Open | Step | Close
+Request = Load | Open | Step | Close | Adapt | AdapterLayer | Drop
 Answer = Loaded | Done | Stepped | Refused | Failed
-REQUESTS: Final[Union[Request]] = Union("enginewire requests", Load, Open, Step, Close, limit=MAX_MESSAGE_BYTES)
+REQUESTS: Final[Union[Request]] = Union(
+    "enginewire requests", Load, Open, Step, Close, Adapt, AdapterLayer, Drop, limit=MAX_MESSAGE_BYTES
+)
 ANSWERS: Final[Union[Answer]] = Union(
     "enginewire answers", Loaded, Done, Stepped, Refused, Failed, limit=MAX_MESSAGE_BYTES
 )

@@ -37,6 +37,29 @@ class Opened:
     payload: bytes
 
 
+class ClaimedRecord:
+    """A record whose signature nobody has checked yet: whom it names may have nothing to do with it."""
+
+    def __init__(self, data: bytes) -> None:
+        """Raises RemoteProtocolError: too large, or badly encoded."""
+        if len(data) > MAX_RECORD_BYTES:
+            raise RemoteProtocolError(f"a record of {len(data)} bytes; the limit is {MAX_RECORD_BYTES}")
+        self._record = decode(SignedRecord, data)
+        self.domain = self._record.domain
+        self.signer = peer_id_of(self._record.signer)
+
+    def open(self) -> Opened:
+        """Check the signature. Raises RemoteProtocolError when it does not hold."""
+        record = self._record
+        try:
+            VerifyKey(record.signer).verify(_signed_bytes(record.domain, record.payload), record.signature)
+        except (BadSignatureError, ValueError) as error:
+            raise RemoteProtocolError(
+                f"the signature on a {self.domain!r} record of {self.signer} is wrong"
+            ) from error
+        return Opened(self.domain, self.signer, record.payload)
+
+
 def _signed_bytes(domain: str, payload: bytes) -> bytes:
     name = domain.encode()
     return b"".join((_CONTEXT, len(name).to_bytes(2, "big"), name, payload))
@@ -64,15 +87,7 @@ def open_record(data: bytes, *, domain: str | None = None) -> Opened:
     Raises:
       RemoteProtocolError: too large, badly encoded, of another domain, or the signature does not hold.
     """
-    if len(data) > MAX_RECORD_BYTES:
-        raise RemoteProtocolError(f"a record of {len(data)} bytes; the limit is {MAX_RECORD_BYTES}")
-    record = decode(SignedRecord, data)
+    record = ClaimedRecord(data)
     if domain is not None and record.domain != domain:
         raise RemoteProtocolError(f"a record of the kind {record.domain!r} where {domain!r} is expected")
-    try:
-        VerifyKey(record.signer).verify(_signed_bytes(record.domain, record.payload), record.signature)
-    except (BadSignatureError, ValueError) as error:
-        raise RemoteProtocolError(
-            f"the signature on a {record.domain!r} record of {peer_id_of(record.signer)} is wrong"
-        ) from error
-    return Opened(record.domain, peer_id_of(record.signer), record.payload)
+    return record.open()

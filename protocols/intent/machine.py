@@ -15,6 +15,7 @@ from typing import Final
 from protocols.advert.messages import Span
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.intent.messages import HOLD_MS, Answer, Held, Hold, NotHeld
+from protocols.words import layers
 
 GOSSIP_S: Final = 1.0  # an advert that changed reaches everybody within a few of these periods
 LEAST_WAIT_PERIODS: Final = 4
@@ -322,7 +323,7 @@ class Keeper:
         if span is None or (span.manifest, span.variant) != (hold.manifest, hold.variant):
             return NotHeld(code="fenced", reason="this node does not serve that release")
         if not (span.first <= hold.first and hold.last <= span.last):
-            reason = f"this node serves layers {span.first} to {span.last - 1} only"
+            reason = f"this node serves {layers(span.first, span.last)} only"
             return NotHeld(code="fenced", reason=reason)
         if standing.leaving and not hold.returns:
             return NotHeld(code="leaving", reason="this node is leaving")

@@ -160,7 +160,8 @@ class MessageReader:
         """Add bytes, yield every message that is complete.
 
         Raises:
-          RemoteProtocolError: a length above the limit (before anything of that size is buffered), or no varint.
+          RemoteProtocolError: a length of 0, or above the limit (before anything of that size is buffered), or no
+            varint.
         """
         self._buffer += data
         while self._buffer:
@@ -170,8 +171,8 @@ class MessageReader:
                     raise RemoteProtocolError("the length of a DHT message is above every limit")
                 return
             length, _ = take_varint(self._buffer, 0, head)
-            if length > MAX_MESSAGE_BYTES:
-                raise RemoteProtocolError(f"a DHT message of {length} bytes; the limit is {MAX_MESSAGE_BYTES}")
+            if not 0 < length <= MAX_MESSAGE_BYTES:  # none is empty, and empty ones could go on without end
+                raise RemoteProtocolError(f"a DHT message of {length} bytes; 1 to {MAX_MESSAGE_BYTES} are possible")
             if len(self._buffer) < head + length:
                 return
             message = bytes(self._buffer[head : head + length])

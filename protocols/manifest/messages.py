@@ -16,6 +16,7 @@ from protocols.ids import Cid, PeerId
 SCHEMA: Final = 1
 MAX_LAYERS: Final = 1024
 MAX_MANIFEST_BYTES: Final = 1 << 20
+TRAIN: Final = "train"  # the variant that adapters are trained on; no engine runs it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +55,9 @@ class Quality:
 class Variant:
     """One precision of the model."""
 
-    name: str  # "fp32", "int8", "int4"
+    name: str  # "fp32", "int8", "int4"; "train" can't be served
     kernel_class: str  # exactness is promised within one class, e.g. "ort-cpu-int4-b32-a4/1"
-    graph: FileRef  # weightless ONNX graph
+    graph: FileRef  # weightless ONNX graph; of "train" the names of its tensors
     embed: FileRef  # group of the first stage's end
     layers: tuple[FileRef, ...]  # one group per layer
     head: FileRef  # group of the last stage's end: final norm and head
@@ -90,9 +91,14 @@ class Manifest:
     files: dict[str, FileRef]  # "config.json", "tokenizer.json", "chat_template.jinja", "LICENSE", ...
     variants: dict[str, Variant]
 
+    @property
+    def servable(self) -> list[str]:
+        """Names of the variants that can be served. There is one at least (`codec.py`)."""
+        return [name for name in self.variants if name != TRAIN]
+
     def smallest_variant(self) -> str:
-        """The name of the variant with the fewest bytes of weights."""
-        return min(self.variants, key=lambda name: self.variants[name].span_bytes(0, self.architecture.layers))
+        """The name of the variant that can be served with the fewest bytes of weights."""
+        return min(self.servable, key=lambda name: self.variants[name].span_bytes(0, self.architecture.layers))
 
     def files_of(self, *variants: str) -> list[FileRef]:
         """What serving and asking these variants need, the files that all share first; each once.

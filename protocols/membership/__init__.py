@@ -3,6 +3,7 @@
 from protocols.membership.machine import Credentials, HelloMachine, Member
 from protocols.membership.messages import CODES, HELLO, PROTOCOL, ROLES, Network
 from protocols.membership.network import network_id, open_network, sign_network
+from protocols.membership.renewal import Secret, Secrets
 from protocols.membership.ticket import Ticket, describe, format_ticket, parse_ticket
 from protocols.membership.trust import Standing, Trust, Untrusted
 
@@ -15,6 +16,8 @@ __all__ = [
     "HelloMachine",
     "Member",
     "Network",
+    "Secret",
+    "Secrets",
     "Standing",
     "Ticket",
     "Trust",

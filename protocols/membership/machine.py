@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -20,22 +20,29 @@ from protocols.ids import PeerId, short
 from protocols.membership.messages import (
     CLOCK,
     CODES,
+    FORBIDDEN,
     HELLO_S,
     MAX_CLOCK_MS,
+    MAX_PROOFS,
     OTHER_NETWORK,
     PROTOCOL,
     STRANGER,
     Granted,
     Hello,
     Join,
+    NewSecret,
     Refused,
     Roster,
     Welcome,
     printable,
 )
+from protocols.membership.renewal import Secret, Secrets
 from protocols.membership.trust import Standing, Trust, Untrusted, day
 
-MAX_ROSTERS: Final = 16  # on one stream: 768 members
+MAX_ROSTERS: Final = 64  # on one stream: every member and withdrawal that a node remembers
+
+
+_NO_SECRET: Final = "it does not know the secret of this network; let it join with a new ticket"
 
 
 class State(Enum):
@@ -88,7 +95,7 @@ class Ended:
 
 
 Ours = Begin | BeginJoin | Grant | Deny | Expired
-Event = Ours | Ended | Hello | Welcome | Refused | Join | Granted | Roster
+Event = Ours | Ended | Hello | Welcome | Refused | Join | Granted | Roster | NewSecret
 
 TRANSITIONS: Final[Mapping[tuple[State, type[Event]], State]] = {
     (State.IDLE, Begin): State.GREETING,
@@ -97,6 +104,7 @@ TRANSITIONS: Final[Mapping[tuple[State, type[Event]], State]] = {
     (State.IDLE, Hello): State.PROVING,
     (State.PROVING, Welcome): State.ADMITTED,
     (State.ADMITTED, Roster): State.ADMITTED,
+    (State.ADMITTED, NewSecret): State.ADMITTED,
     (State.ADMITTED, Ended): State.ADMITTED,
     (State.IDLE, BeginJoin): State.JOINING,
     (State.JOINING, Granted): State.GRANTED,
@@ -148,6 +156,8 @@ class Trusted:
 class MutuallyAdmitted:
     """Both sides have accepted each other."""
 
+    behind: bool  # the peer does not know our present secret
+
 
 @dataclass(frozen=True, slots=True)
 class Redeem:
@@ -168,6 +178,13 @@ class RosterReceived:
     roster: Roster
 
 
+@dataclass(frozen=True, slots=True)
+class SecretReceived:
+    """The peer knows a newer secret, it says: still to be checked."""
+
+    message: NewSecret
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejected:
     """The conversation ended with a refusal."""
@@ -177,18 +194,18 @@ class Rejected:
     by_us: bool
 
 
-Effect = Send | Trusted | MutuallyAdmitted | Redeem | Joined | RosterReceived | Rejected
+Effect = Send | Trusted | MutuallyAdmitted | Redeem | Joined | RosterReceived | SecretReceived | Rejected
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credentials:
-    """What we show: our chain, our name, and the network secret that proves we are inside."""
+    """What we show: our chain, our name, and the network's secrets that prove we are inside."""
 
     peer: PeerId
     name: str
     software: str
     chain: tuple[bytes, ...] = field(repr=False)
-    secret: bytes = field(repr=False)
+    secrets: Secrets = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,10 +234,19 @@ class HelloMachine:
     """One stream of /meshnode/hello/1 with the peer `theirs` (as the connection proved it).
 
     `credentials` and `trust` are None only for a joiner, which has no network yet. `nonce`: 16 random bytes.
+    `remembers`: whether this chain of this peer was known before the hello. A secret that was replaced proves nothing
+    but that; who holds it may be somebody who was put out, with a certificate that was made since.
     """
 
     def __init__(
-        self, *, theirs: PeerId, credentials: Credentials | None, trust: Trust | None, nonce: bytes, now: float
+        self,
+        *,
+        theirs: PeerId,
+        credentials: Credentials | None,
+        trust: Trust | None,
+        nonce: bytes,
+        now: float,
+        remembers: Callable[[PeerId, tuple[bytes, ...]], bool] = lambda peer, chain: False,
     ) -> None:
         self.state = State.IDLE
         self.deadline: float | None = now + HELLO_S  # seconds, same clock as `now`
@@ -228,10 +254,14 @@ class HelloMachine:
         self._ours = credentials
         self._trust = trust
         self._nonce = nonce
+        self._remembers = remembers
+        self._secret: Secret | None = None  # the newest that both know
+        self._behind = False  # the peer does not know our present one
         self._round: Round | None = None
         self._sent_ms = 0  # our clock when we sent what the peer answers now
         self._member: Member | None = None
         self._rosters = 0
+        self._told = False  # the peer has sent a secret
 
     def handle(self, event: Event, now: float, wall_ms: int) -> tuple[Effect, ...]:
         """Take one event at `now` (seconds, monotonic) and `wall_ms` (UTC milliseconds); return what to do.
@@ -249,7 +279,8 @@ class HelloMachine:
         try:
             effects = self._perform(event, wall_ms)
         except Untrusted as no:
-            after, effects = State.REFUSED, self._refuse(no.code, refusal_of(self._theirs, str(no)))
+            proofs = self._withdrawals(event) if no.code == FORBIDDEN else ()
+            after, effects = State.REFUSED, self._refuse(no.code, refusal_of(self._theirs, str(no)), proofs)
         self.state = after
         if after in CLOSED:
             self.deadline = None
@@ -266,12 +297,20 @@ class HelloMachine:
                 return self._welcomed(event, wall_ms)
             case Refused():
                 code = event.code if event.code in CODES else STRANGER
-                return (Rejected(code=code, reason=printable(event.reason), by_us=False),)
+                refused = Rejected(code=code, reason=printable(event.reason), by_us=False)
+                if not event.withdrawals:
+                    return (refused,)
+                return (RosterReceived(Roster(withdrawals=event.withdrawals)), refused)
             case Roster():
                 if self._rosters >= MAX_ROSTERS:
                     raise RemoteProtocolError(f"more than {MAX_ROSTERS} rosters on one stream of {PROTOCOL}")
                 self._rosters += 1
                 return (RosterReceived(event),)
+            case NewSecret():
+                if self._told:
+                    raise RemoteProtocolError(f"a second secret on one stream of {PROTOCOL}")
+                self._told = True
+                return (SecretReceived(event),)
             case BeginJoin():
                 return (Send(event.join),)
             case Join():
@@ -303,6 +342,7 @@ class HelloMachine:
             name=ours.name,
             wall_ms=wall_ms,
             proof=proof,
+            secrets=ours.secrets.ids,
         )
 
     def _own(self) -> tuple[Credentials, Trust]:
@@ -328,31 +368,51 @@ class HelloMachine:
             standing=standing,
             chain=hello.chain,
         )
+        secret = self._agree(ours.secrets, hello, asking=asking)
         if asking:
             round_ = Round(trust.id, ours.peer, self._theirs, self._nonce, hello.nonce)
-            self._check_proof(hello.proof, round_.proof(ours.secret, "answerer"))
-            answer = Welcome(wall_ms=wall_ms, proof=round_.proof(ours.secret, "asker"))
+            self._check_proof(hello.proof, round_.proof(secret, "answerer"))
+            self._check_secret(member)
+            answer = Welcome(wall_ms=wall_ms, proof=round_.proof(secret, "asker"))
             effects: tuple[Effect, ...] = (Trusted(member, offset), Send(answer))
         else:
             round_ = Round(trust.id, self._theirs, ours.peer, hello.nonce, self._nonce)
-            effects = (Send(self._hello(wall_ms, round_.proof(ours.secret, "answerer"))),)
+            effects = (Send(self._hello(wall_ms, round_.proof(secret, "answerer"))),)
             self._sent_ms = wall_ms
         self._round, self._member = round_, member
         return effects
 
     def _welcomed(self, welcome: Welcome, wall_ms: int) -> tuple[Effect, ...]:
         if self.state is State.CONFIRMING:
-            return (MutuallyAdmitted(),)
-        ours, _ = self._own()
-        if self._round is None or self._member is None:
+            return (MutuallyAdmitted(self._behind),)
+        if self._round is None or self._member is None or self._secret is None:
             raise LocalProtocolError("a Welcome was taken before a Hello")
-        self._check_proof(welcome.proof, self._round.proof(ours.secret, "asker"))
+        self._check_proof(welcome.proof, self._round.proof(self._secret.secret, "asker"))
+        self._check_secret(self._member)
         offset = welcome.wall_ms - (self._sent_ms + wall_ms) // 2
-        return (Trusted(self._member, offset), Send(Welcome(wall_ms=wall_ms)), MutuallyAdmitted())
+        return (Trusted(self._member, offset), Send(Welcome(wall_ms=wall_ms)), MutuallyAdmitted(self._behind))
+
+    def _agree(self, ours: Secrets, hello: Hello, *, asking: bool) -> bytes:
+        """The secret of this hello: the newest of the answerer that the asker knows."""
+        self._secret = ours.first_of(hello.secrets) if asking else ours.first_in(hello.secrets)
+        self._behind = ours.present.id not in hello.secrets
+        if self._secret is None:
+            raise Untrusted(STRANGER, _NO_SECRET)
+        return self._secret.secret
+
+    def _check_secret(self, member: Member) -> None:
+        """A secret that was replaced may be known to others by now: who proves that one must be an acquaintance."""
+        ours, _ = self._own()
+        if self._secret != ours.secrets.present and not self._remembers(member.peer, member.chain):
+            raise Untrusted(
+                STRANGER,
+                "it knows only a secret of this network that was replaced, and nobody here has met it before; let it "
+                "join with a new ticket",
+            )
 
     def _check_proof(self, given: bytes | None, wanted: bytes) -> None:
         if given is None or not hmac.compare_digest(given, wanted):
-            raise Untrusted(STRANGER, "it does not know the secret of this network; let it join with a new ticket")
+            raise Untrusted(STRANGER, _NO_SECRET)
 
     def _same_time(self, offset_ms: int, wall_ms: int) -> None:
         if abs(offset_ms) > MAX_CLOCK_MS:
@@ -362,6 +422,15 @@ class HelloMachine:
                 f"its clock is {minutes} min {way} the one here ({day(wall_ms)}); set the clocks of both devices",
             )
 
-    def _refuse(self, code: str, reason: str) -> tuple[Effect, ...]:
+    def _withdrawals(self, event: Event) -> tuple[bytes, ...]:
+        """The signed words that put the peer out: it may have been away when they were passed on."""
+        if not isinstance(event, Hello) or self._trust is None:
+            return ()
+        return self._trust.against(self._theirs, event.chain)[:MAX_PROOFS]
+
+    def _refuse(self, code: str, reason: str, proofs: tuple[bytes, ...] = ()) -> tuple[Effect, ...]:
         text = printable(reason)[:500]
-        return (Send(Refused(code=code, reason=text)), Rejected(code=code, reason=text, by_us=True))
+        return (
+            Send(Refused(code=code, reason=text, withdrawals=proofs)),
+            Rejected(code=code, reason=text, by_us=True),
+        )

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,8 +21,15 @@ from protocols.membership.trust import day
 
 PREFIX: Final = "meshnode1"
 MAX_TICKET: Final = 8192  # characters
+MAX_TEXT: Final = 65_536  # characters in which a ticket is looked for
+MAX_STARTS: Final = 16  # places in a text at which one may begin
 _CHECK_BYTES: Final = 4
 _CONTEXT: Final = b"meshnode/ticket/1"
+_WORD: Final = re.compile(r"[a-z0-9]+")
+# What programs put around text: tags of HTML, colours of a terminal.
+_MARKUP: Final = re.compile(r"<[A-Za-z/][^<>]{0,200}>|\x1b\[[0-9;]*[A-Za-z]")
+
+_NO_CHARACTER: Final = re.compile(r"&#[0-9]{8,}")  # Python reads no number of 5,000 digits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,27 +77,67 @@ def format_ticket(ticket: Ticket) -> str:
 
 
 def parse_ticket(text: str) -> Ticket:
-    """Read a ticket; white space, line breaks and case of a copied text do not matter.
+    """Find the one ticket in a text, as people copy it: in several lines, quoted, in quotation marks, with characters
+    that nobody sees, in capitals, in the middle of a message.
 
     Raises:
-      RemoteProtocolError: no ticket, damaged, or with an address or role that makes no sense.
+      RemoteProtocolError: no ticket, a damaged one, more than one, or with an address or role that makes no sense.
     """
-    if len(text) > 2 * MAX_TICKET:
-        raise RemoteProtocolError(f"a text of {len(text)} characters is no ticket")
-    plain = re.sub(r"\s+", "", text).lower()
-    if not plain.startswith(PREFIX):
-        raise RemoteProtocolError(f"this is no ticket: a ticket starts with {PREFIX!r}, not with {plain[:12]!r}")
-    body = plain[len(PREFIX) :]
-    if len(plain) > MAX_TICKET:
-        raise RemoteProtocolError(f"a ticket of {len(plain)} characters; the limit is {MAX_TICKET}")
-    try:
-        data = base64.b32decode(body.upper() + "=" * (-len(body) % 8))
-    except ValueError as error:
-        raise RemoteProtocolError("the ticket is damaged: copy it again as a whole") from error
-    payload, check = data[:-_CHECK_BYTES], data[-_CHECK_BYTES:]
-    spelled = base64.b32encode(data).decode("ascii").lower().rstrip("=")
-    if spelled != body or check != _checksum(payload):
-        raise RemoteProtocolError("the ticket is damaged (its checksum is wrong): copy it again as a whole")
+    if len(text) > MAX_TEXT:
+        raise RemoteProtocolError(f"a text of {len(text)} characters is too long to look for a ticket in it")
+    pieces = _pieces(text)
+    starts = [at for at in range(len(pieces)) if _begins(pieces, at)]
+    if not starts:
+        shown = "".join(pieces)[:12]
+        raise RemoteProtocolError(f"this is no ticket: a ticket starts with {PREFIX!r}, not with {shown!r}")
+    found = {payload for at in starts[:MAX_STARTS] if (payload := _whole(pieces, at)) is not None}
+    if not found:
+        raise RemoteProtocolError("the ticket is damaged or not complete: copy it again as a whole")
+    if len(found) > 1:
+        raise RemoteProtocolError(f"the text holds {len(found)} tickets; give one of them")
+    return _checked(found.pop())
+
+
+def _pieces(text: str) -> list[str]:
+    """The words of a text, in small letters: a ticket is one, or several that were one before it was broken."""
+    readable = html.unescape(_NO_CHARACTER.sub(" ", text))
+    plain = unicodedata.normalize("NFKC", _MARKUP.sub(" ", readable)).lower()
+    return _WORD.findall("".join(c for c in plain if unicodedata.category(c) != "Cf"))
+
+
+def _begins(pieces: list[str], at: int) -> bool:
+    """Whether a ticket begins with this piece, which may be less than the prefix."""
+    head = ""
+    while at < len(pieces) and len(head) < len(PREFIX):
+        head += pieces[at]
+        at += 1
+        if not PREFIX.startswith(head[: len(PREFIX)]):
+            return False
+    return head.startswith(PREFIX)
+
+
+def _whole(pieces: list[str], at: int) -> bytes | None:
+    """The payload of the ticket that begins here, and ends with the piece that makes its checksum right; or None."""
+    plain = ""
+    for piece in pieces[at:]:
+        plain += piece
+        if len(plain) > MAX_TICKET:
+            return None
+        body = plain[len(PREFIX) :]
+        if len(body) % 8 in (1, 3, 6):  # no bytes have so many letters
+            continue
+        try:
+            data = base64.b32decode(body.upper() + "=" * (-len(body) % 8))
+        except ValueError:
+            return None  # a letter that no ticket has
+        payload, check = data[:-_CHECK_BYTES], data[-_CHECK_BYTES:]
+        spelled = base64.b32encode(data).decode("ascii").lower().rstrip("=")
+        if spelled == body and check == _checksum(payload):
+            return payload
+    return None
+
+
+def _checked(payload: bytes) -> Ticket:
     ticket = decode(Ticket, payload)
     public_key_of(ticket.issuer)
     for address in ticket.addresses:

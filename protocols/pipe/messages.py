@@ -16,7 +16,9 @@ from protocols.ids import SESSION_BYTES
 MAX_MESSAGE_BYTES: Final = 128 * 1024
 MAX_STAGES: Final = 64
 MAX_POSITION: Final = 1 << 20  # tokens
-PREFILL_ROW_S: Final = 0.25  # added per prompt row: the slowest device we mean to wait for
+MAX_ADAPTER_NAME: Final = 64  # characters of the CID of an adapter
+MAX_CHANCES: Final = 21  # of one token: its own, and those of the 20 best
+MAX_GRAMMAR_BYTES: Final = 1 << 16
 LOST: Final = "lost"  # a peer went away, or the stage before it could not reach it
 
 
@@ -29,6 +31,10 @@ class Sampling:
     top_k: int = at(3, high=1 << 20, default=0)  # 0: off
     top_p_micro: int = at(4, low=1, high=1_000_000, default=1_000_000)
     repetition_milli: int = at(5, low=100, high=10_000, default=1000)  # 1000: no penalty
+    min_p_micro: int = at(6, high=1_000_000, default=0)  # of the best one's probability; 0: off
+    presence_milli: int = at(8, low=-2000, high=2000, default=0)  # off the logits of tokens of the answer
+    frequency_milli: int = at(10, low=-2000, high=2000, default=0)  # the same, times how often they were there
+    chances: int = at(12, high=MAX_CHANCES, default=0)  # to tell of each token: 1 is its own, n + 1 the n best, too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +56,22 @@ class HopTime:
     compute_us: int = at(3)  # inside the engine
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chance:
+    """How probable a token was by the model alone, before penalties, temperature and cuts."""
+
+    token: int = at(1, high=1 << 24)
+    nano_nats: int = at(2)  # -ln of its probability, in units of 1e-9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grammar:
+    """What the text of an answer has to be: tokens that lead out of it are never drawn."""
+
+    kind: str = at(1, limit=16)  # "json_schema", "json_object", "regex" or "lark"
+    text: bytes = at(2, limit=MAX_GRAMMAR_BYTES)  # UTF-8; empty for json_object
+
+
 @message(tag=1)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Open:
@@ -64,6 +86,9 @@ class Open:
     index: int = at(7, high=MAX_STAGES)  # which hop of the route the receiver is
     capacity: int = at(8, low=1, high=MAX_POSITION)  # tokens, prompt and answer
     sampling: Sampling | None = at(9)
+    adapter: str = at(10, limit=MAX_ADAPTER_NAME, default="")  # CID of the one that it runs with; "": none
+    grammar: Grammar | None = at(14, default=None)  # to the last stage, with sampling
+    pooled: bool = at(12, default=False)  # to the last stage, instead of sampling: the mean of all rows is wanted
 
 
 @message(tag=2)
@@ -115,6 +140,7 @@ class Token:
     token: int = at(4, high=1 << 24)
     sent_us: int = at(5)
     times: tuple[HopTime, ...] = at(6, limit=MAX_STAGES, default=())
+    chances: tuple[Chance, ...] = at(7, limit=MAX_CHANCES, default=())  # its own, then the best from the best on
 
 
 @message(tag=6)
@@ -144,7 +170,18 @@ class Pong:
     sent_us: int = at(4)
 
 
-Message = Open | Opened | Refused | Step | Token | Close | Ping | Pong
+@message(tag=9)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pooled:
+    """Last stage -> origin: the rows of the whole prompt as one vector. Body: float32 (hidden,), of length 1."""
+
+    session: bytes = at(1, size=SESSION_BYTES)
+    attempt: int = at(2, high=1 << 16)
+    sent_us: int = at(3)
+    times: tuple[HopTime, ...] = at(4, limit=MAX_STAGES, default=())  # of the last step
+
+
+Message = Open | Opened | Refused | Step | Token | Close | Ping | Pong | Pooled
 PIPE: Final[Union[Message]] = Union(
-    "/meshnode/pipe/1", Open, Opened, Refused, Step, Token, Close, Ping, Pong, limit=MAX_MESSAGE_BYTES
+    "/meshnode/pipe/1", Open, Opened, Refused, Step, Token, Close, Ping, Pong, Pooled, limit=MAX_MESSAGE_BYTES
 )

@@ -7,7 +7,9 @@ Rule 2: no clock, no randomness, no await. Time comes in as `now` (seconds), a w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -15,22 +17,25 @@ from typing import Final
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.pipe.messages import (
     LOST,
-    PREFILL_ROW_S,
+    Chance,
     Close,
+    Grammar,
     Hop,
     HopTime,
     Message,
     Open,
     Opened,
+    Pooled,
     Refused,
     Sampling,
     Step,
     Token,
 )
+from protocols.pipe.timeouts import OPEN_S, PREFILL_ROW_S, STEP_S
+from protocols.words import layers
 
-OPEN_S: Final = 15.0  # all stages must answer Open; one of them may have to split a segment first
-STEP_S: Final = 60.0  # between two tokens; an engine that hangs is killed by its own node before
 TIMEOUT: Final = "timeout"
+LENGTH_TOLERANCE: Final = 1e-3  # float32 numbers of a vector of length 1 square up to it within 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +48,9 @@ class Received:
     """A message of this session came from a peer. `network_us`: how long it was under way."""
 
     peer: str
-    message: Opened | Refused | Token
+    message: Opened | Refused | Token | Pooled
     network_us: int = 0
+    body: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +91,21 @@ class Emit:
     position: int
     times: tuple[HopTime, ...]
     return_us: int
+    chances: tuple[Chance, ...] = ()  # the token's own, then the best ones
+
+
+@dataclass(frozen=True, slots=True)
+class EmitPooled:
+    """The prompt as one vector of length 1."""
+
+    vector: tuple[float, ...]
+    times: tuple[HopTime, ...]
+    return_us: int
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The answer is complete: "eos", "length", or the reason of `Stop`."""
+    """The answer is complete: "eos", "length", "pooled", or the reason of `Stop`."""
 
     reason: str
 
@@ -104,7 +120,7 @@ class Failed:
     retry_ms: int = 0
 
 
-OriginEffect = Send | Emit | Finished | Failed
+OriginEffect = Send | Emit | EmitPooled | Finished | Failed
 
 
 class OriginState(Enum):
@@ -122,6 +138,7 @@ class OriginTurn(Enum):
     ALL_OPENED = "last Opened"
     TOKEN = "Token"
     LAST_TOKEN = "last Token"  # an end token, or there is room for no further one
+    POOLED = "Pooled"
     REFUSED = "Refused"
     PEER_GONE = "PeerGone"  # a peer of the route
     STOP = "Stop"
@@ -139,12 +156,29 @@ ORIGIN_TRANSITIONS: Final[Mapping[tuple[OriginState, OriginTurn], OriginState]] 
     (OriginState.OPENING, OriginTurn.EXPIRED): OriginState.CLOSED,
     (OriginState.RUNNING, OriginTurn.TOKEN): OriginState.RUNNING,
     (OriginState.RUNNING, OriginTurn.LAST_TOKEN): OriginState.CLOSED,
+    (OriginState.RUNNING, OriginTurn.POOLED): OriginState.CLOSED,
     (OriginState.RUNNING, OriginTurn.REFUSED): OriginState.CLOSED,
     (OriginState.RUNNING, OriginTurn.PEER_GONE): OriginState.CLOSED,
     (OriginState.RUNNING, OriginTurn.STOP): OriginState.CLOSED,
     (OriginState.RUNNING, OriginTurn.EXPIRED): OriginState.CLOSED,
 }
 # No turn, and ignored: messages of another attempt, the loss of a peer outside the route, anything once closed.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is to be generated, by which model."""
+
+    manifest: str
+    variant: str
+    prompt: tuple[int, ...]
+    chunks: tuple[int, ...]  # rows of the prompt that are sent together
+    max_tokens: int  # 0 for a prompt that is pooled
+    eos: frozenset[int]
+    sampling: Sampling
+    grammar: Grammar | None = None  # what the answer has to be
+    adapter: str = ""  # CID of what the stages add to the model; "": nothing
+    pooled: int = 0  # numbers of the vector that the prompt is to become, instead of an answer; 0: an answer
 
 
 class Origin:
@@ -160,28 +194,31 @@ class Origin:
         session: bytes,
         attempt: int,
         us: str,
-        manifest: str,
-        variant: str,
         route: tuple[Hop, ...],
-        prompt: tuple[int, ...],
-        chunks: Sequence[int],
-        max_tokens: int,
-        eos: frozenset[int],
-        sampling: Sampling,
+        task: Task,
+        open_s: float = OPEN_S,
     ) -> None:
-        if not route or not prompt or sum(chunks) != len(prompt) or max_tokens < 1:
-            raise LocalProtocolError("a session needs a route, a prompt that its chunks add up to, and max_tokens")
+        """`open_s`: how long all stages may take to answer Open; less where there is another way."""
+        prompt = task.prompt
+        if not route or not prompt or sum(task.chunks) != len(prompt) or (task.max_tokens < 1) != (task.pooled > 0):
+            raise LocalProtocolError(
+                "a session needs a route, a prompt that its chunks add up to, and max_tokens unless it is pooled"
+            )
         self.state = OriginState.NEW
         self.deadline: float | None = None
         self.peers: Final = tuple(dict.fromkeys(hop.peer for hop in route))  # distinct, in their order
         self._session, self._attempt, self._us = session, attempt, us
-        self._manifest, self._variant, self._route = manifest, variant, route
-        self._prompt, self._chunks = prompt, tuple(chunks)
-        self._eos, self._sampling = eos, sampling
-        self._end = len(prompt) + max_tokens  # position after the last token that may be sampled
+        self._route, self._task = route, task
+        self._end = len(prompt) + task.max_tokens  # position after the last token that may be sampled
         self._opened: set[int] = set()
         self._next = len(prompt)  # position of the token that comes next
+        self._open_s = open_s
         self._patience = 0.0  # seconds until the deadline, when it was set
+
+    @property
+    def began(self) -> bool:
+        """Whether every stage has opened, at some time."""
+        return len(self._opened) == len(self._route)
 
     def handle(self, event: OriginEvent, now: float) -> tuple[OriginEffect, ...]:
         """Take one event at time `now` (seconds, monotonic) and return what to do, in order.
@@ -222,11 +259,13 @@ class Origin:
             return _TURNS[type(event)]
         match event.message:
             case Token(token=token):
-                last = token in self._eos or self._next + 1 == self._end
+                last = token in self._task.eos or self._next + 1 == self._end
                 return OriginTurn.LAST_TOKEN if last else OriginTurn.TOKEN
             case Opened(index=index):
                 all_opened = len(self._opened | {index}) == len(self._route)
                 return OriginTurn.ALL_OPENED if all_opened else OriginTurn.OPENED
+            case Pooled():
+                return OriginTurn.POOLED
             case Refused():
                 return OriginTurn.REFUSED
 
@@ -249,6 +288,8 @@ class Origin:
         peer, message = event.peer, event.message
         if isinstance(message, Token):
             return self._token(turn, peer, message, event.network_us, now)
+        if isinstance(message, Pooled):
+            return self._pooled(peer, message, event)
         if message.index >= len(self._route) or self._route[message.index].peer != peer:
             raise RemoteProtocolError(f"{peer} answered for stage {message.index}, which is not its own")
         if isinstance(message, Refused):
@@ -257,7 +298,7 @@ class Origin:
         return self._prefill(now) if turn is OriginTurn.ALL_OPENED else ()
 
     def _begin(self, now: float) -> tuple[OriginEffect, ...]:
-        self._wait(now, OPEN_S)
+        self._wait(now, self._open_s)
         last = len(self._route) - 1
         return tuple(
             Send(
@@ -266,14 +307,17 @@ class Origin:
                     session=self._session,
                     attempt=self._attempt,
                     origin=self._us,
-                    manifest=self._manifest,
-                    variant=self._variant,
+                    manifest=self._task.manifest,
+                    variant=self._task.variant,
                     route=self._route,
                     index=index,
                     capacity=self._end,
-                    sampling=self._sampling if index == last else None,
+                    sampling=self._task.sampling if index == last and not self._task.pooled else None,
+                    adapter=self._task.adapter,
+                    grammar=self._task.grammar if index == last else None,
+                    pooled=index == last and self._task.pooled > 0,
                 ),
-                self._prompt if index == last else (),
+                self._task.prompt if index == last else (),
             )
             for index, hop in enumerate(self._route)
         )
@@ -292,13 +336,13 @@ class Origin:
         self._patience = seconds
 
     def _prefill(self, now: float) -> tuple[OriginEffect, ...]:
-        self._wait(now, STEP_S + PREFILL_ROW_S * len(self._prompt))
+        self._wait(now, STEP_S + PREFILL_ROW_S * len(self._task.prompt))
         steps: list[OriginEffect] = []
         position = 0
-        for rows in self._chunks:
-            body = self._prompt[position : position + rows]
+        for rows in self._task.chunks:
+            body = self._task.prompt[position : position + rows]
             position += rows
-            steps.append(self._step(position - rows, body, sample=position == len(self._prompt), prefill=True))
+            steps.append(self._step(position - rows, body, sample=position == len(self._task.prompt), prefill=True))
         return tuple(steps)
 
     def _step(self, position: int, body: tuple[int, ...], *, sample: bool, prefill: bool) -> Send:
@@ -316,19 +360,40 @@ class Origin:
     def _token(
         self, turn: OriginTurn, peer: str, message: Token, network_us: int, now: float
     ) -> tuple[OriginEffect, ...]:
-        if peer != self._route[-1].peer:
-            raise RemoteProtocolError(f"{peer} sent a token, but the last stage is {self._route[-1].peer}")
-        if message.position != self._next:
-            raise RemoteProtocolError(f"{peer} sent the token at {message.position}, expected is {self._next}")
-        if len(message.times) != len(self._route):
-            raise RemoteProtocolError(f"{peer} sent {len(message.times)} hop times for {len(self._route)} stages")
+        self._check_last(peer, message)
+        if self._task.pooled or message.position != self._next:
+            expected = "a vector" if self._task.pooled else str(self._next)
+            raise RemoteProtocolError(f"{peer} sent the token at {message.position}, expected is {expected}")
+        asked = self._task.sampling.chances
+        given = [chance.token for chance in message.chances]
+        if len(given) > asked or given[:1] != [message.token][:asked]:
+            raise RemoteProtocolError(f"{peer} told the chances of {given[:4]} beside the token {message.token}")
         self._next += 1
-        emit = Emit(message.token, message.position, message.times, network_us)
+        emit = Emit(message.token, message.position, message.times, network_us, message.chances)
         if turn is OriginTurn.LAST_TOKEN:
-            return (emit, Finished("eos" if message.token in self._eos else "length"))
+            return (emit, Finished("eos" if message.token in self._task.eos else "length"))
         self._wait(now, STEP_S)
         # The stages work on the next token while the reader of this one takes his time.
         return (self._step(message.position, (message.token,), sample=True, prefill=False), emit)
+
+    def _pooled(self, peer: str, message: Pooled, event: Received) -> tuple[OriginEffect, ...]:
+        self._check_last(peer, message)
+        size = 4 * self._task.pooled
+        if not size or len(event.body) != size:
+            raise RemoteProtocolError(f"{peer} sent a vector of {len(event.body)} bytes; {size} are due")
+        vector = struct.unpack(f"<{self._task.pooled}f", event.body)
+        length = math.hypot(*vector)
+        if not abs(length - 1) < LENGTH_TOLERANCE:
+            raise RemoteProtocolError(f"{peer} sent a vector of length {length:g}, which is not 1")
+        return EmitPooled(vector, message.times, event.network_us), Finished("pooled")
+
+    def _check_last(self, peer: str, message: Token | Pooled) -> None:
+        """Raises RemoteProtocolError unless it can be the last stage's."""
+        if peer != self._route[-1].peer:
+            kind = "a token" if isinstance(message, Token) else "a vector"
+            raise RemoteProtocolError(f"{peer} sent {kind}, but the last stage is {self._route[-1].peer}")
+        if len(message.times) != len(self._route):
+            raise RemoteProtocolError(f"{peer} sent {len(message.times)} hop times for {len(self._route)} stages")
 
     def _expired(self) -> Failed:
         seconds = f"{self._patience:.0f} s"
@@ -353,5 +418,4 @@ _TURNS: Final[Mapping[type[OriginEvent], OriginTurn]] = {
 
 def _layers(hop: Hop) -> str:
     """A stage for people; the last layer is named, not the one after it."""
-    span = f"layer {hop.first}" if hop.last - hop.first == 1 else f"layers {hop.first} to {hop.last - 1}"
-    return f"the node {hop.peer}, which runs {span},"
+    return f"the node {hop.peer}, which runs {layers(hop.first, hop.last)},"

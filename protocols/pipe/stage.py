@@ -13,9 +13,8 @@ from enum import Enum
 from typing import Final
 
 from protocols.errors import RemoteProtocolError
-from protocols.pipe.messages import PREFILL_ROW_S, Close, HopTime, Message, Open, Refused, Step, Token
-
-IDLE_S: Final = 600.0  # a stage keeps a session without steps: so long may the reader of an answer dawdle
+from protocols.pipe.messages import Chance, Close, HopTime, Message, Open, Pooled, Refused, Step, Token
+from protocols.pipe.timeouts import FIRST_ROWS, FIRST_STEP_S, IDLE_S, PREFILL_ROW_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +24,7 @@ class Ran:
     step: Step
     token: int | None
     time: HopTime
+    chances: tuple[Chance, ...] = ()  # of the token, if they were asked for
 
 
 class StageState(Enum):
@@ -58,16 +58,28 @@ class StageSession:
         self.state = StageState.OPEN
         self.hop = route[opening.index]
         self.is_last = opening.index == len(route) - 1
-        if self.is_last != (opening.sampling is not None):
-            raise RemoteProtocolError(f"{opening.origin} gave sampling parameters to a stage that isn't the last one")
+        if (opening.sampling is not None) + opening.pooled != self.is_last:
+            raise RemoteProtocolError(
+                f"{opening.origin} has to tell the last stage, and no other, either how to sample or to pool"
+            )
+        if opening.grammar is not None and opening.sampling is None:
+            raise RemoteProtocolError(f"{opening.origin} gave a grammar to a stage that draws no tokens")
         self._upstream = opening.origin if opening.index == 0 else route[opening.index - 1].peer
         self.downstream = opening.origin if self.is_last else route[opening.index + 1].peer
         self._next = 0  # position after the last row that was taken
+        self._in_prompt = True  # whether more rows of the prompt may follow
 
     @property
     def patience(self) -> float:
-        """Seconds without a step after which a session is not kept: its Close must have got lost."""
-        return IDLE_S + PREFILL_ROW_S * self.opening.capacity
+        """Seconds without a step after which a session is not kept: its Close must have got lost.
+
+        The origin feeds the first stage as soon as all have opened; others wait for what the stages before make of
+        the first rows. While the prompt is on its way, a step may carry many rows.
+        """
+        capacity = self.opening.capacity
+        if not self._next:
+            return FIRST_STEP_S + PREFILL_ROW_S * min(capacity, FIRST_ROWS) * self.opening.index
+        return IDLE_S + (PREFILL_ROW_S * capacity if self._in_prompt else 0.0)
 
     def take(self, peer: str, step: Step) -> bool:
         """A step came in. Whether the engine is to run it; one of another attempt or a closed session is ignored.
@@ -89,6 +101,7 @@ class StageSession:
         if len(step.times) != self.opening.index:
             raise RemoteProtocolError(f"{peer} sent {len(step.times)} hop times to stage {self.opening.index}")
         self._next = step.position + step.rows
+        self._in_prompt = step.prefill
         self.state = after
         return True
 
@@ -110,11 +123,19 @@ class StageSession:
                 times=times,
             )
             return self.downstream, onward
+        if self.opening.pooled and step.sample:
+            return self.downstream, Pooled(session=step.session, attempt=step.attempt, sent_us=0, times=times)
         if result.token is None:
             return None
         position = step.position + step.rows
         token = Token(
-            session=step.session, attempt=step.attempt, position=position, token=result.token, sent_us=0, times=times
+            session=step.session,
+            attempt=step.attempt,
+            position=position,
+            token=result.token,
+            sent_us=0,
+            times=times,
+            chances=result.chances,
         )
         return self.downstream, token
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import trio
 
 from meshnode.core.errors import Declined, EngineLost
-from meshnode.engine.port import Engine, StageSpec, StepResult
+from meshnode.engine.port import AdapterSpec, Engine, StageSpec, StepResult
 from meshnode.engine.process import Deadlines, EngineProcess
 from protocols.errors import RemoteProtocolError
 from protocols.ids import SessionId
 from protocols.manifest.messages import Architecture
 from protocols.pipe.messages import Sampling
+from tests.adapters import written
 
 # make(first, last, ...) -> a started engine of one small model that ends with the context
 Make = Callable[..., AbstractAsyncContextManager[Engine]]
@@ -56,12 +59,24 @@ def ids(*tokens: int) -> bytes:
 
 
 async def enter(
-    engine: Engine, session: int = 1, *, capacity: int, sampling: Sampling | None = None, prompt: Sequence[int] = ()
+    engine: Engine,
+    session: int = 1,
+    *,
+    capacity: int,
+    sampling: Sampling | None = None,
+    prompt: Sequence[int] = (),
+    adapter: str = "",
 ) -> None:
     """Open a session over the whole span of an engine."""
     spec = engine.spec
     await engine.open(
-        name(session), first=spec.first, last=spec.last, capacity=capacity, sampling=sampling, prompt=tuple(prompt)
+        name(session),
+        first=spec.first,
+        last=spec.last,
+        capacity=capacity,
+        sampling=sampling,
+        prompt=tuple(prompt),
+        adapter=adapter,
     )
 
 
@@ -75,12 +90,17 @@ async def say(
 
 
 async def generate(
-    engines: list[Engine], count: int, *, chunks: tuple[int, ...] = (len(PROMPT),), session: int = 1
+    engines: list[Engine],
+    count: int,
+    *,
+    chunks: tuple[int, ...] = (len(PROMPT),),
+    session: int = 1,
+    adapter: str = "",
 ) -> list[int]:
     """Greedy tokens of one session over a chain of engines, the prompt in steps of these sizes."""
     capacity = len(PROMPT) + count
     for engine in engines:
-        await enter(engine, session, capacity=capacity, prompt=PROMPT)
+        await enter(engine, session, capacity=capacity, prompt=PROMPT, adapter=adapter)
     token: int | None = None
     position = 0
     for rows in chunks:
@@ -155,6 +175,63 @@ async def _check_output_shapes(make: Make) -> None:
         assert again.data == b"" and again.token is not None
 
 
+async def _check_pooling(make: Make) -> None:
+    """The mean over the rows of a text is the same however layers and rows are cut, to the last bit."""
+
+    async def vector(*cuts: int, chunk: int = len(PROMPT)) -> bytes:
+        borders = (0, *cuts, 4)
+        async with AsyncExitStack() as stack:
+            parts = [await stack.enter_async_context(make(a, b)) for a, b in pairwise(borders)]
+            for engine, (a, b) in zip(parts, pairwise(borders), strict=True):
+                await engine.open(
+                    name(1), first=a, last=b, capacity=len(PROMPT), sampling=None, prompt=(), pooled=b == 4
+                )
+            for begin in range(0, len(PROMPT), chunk):
+                rows = PROMPT[begin : begin + chunk]
+                data, ends = ids(*rows), begin + len(rows) == len(PROMPT)
+                for engine in parts:
+                    result = await engine.step(
+                        name(1), position=begin, rows=len(rows), data=data, sample=ends, prefill=True
+                    )
+                    data = result.data
+                assert result.token is None and (data == b"") == (not ends)
+            return data
+
+    whole = await vector()
+    values = np.frombuffer(whole, "<f4")
+    assert len(values) == 8 or len(values) == 64
+    assert abs(float(np.linalg.norm(values)) - 1) < 1e-5
+    assert await vector(chunk=3) == whole
+    assert await vector(1, 3, chunk=4) == whole
+
+
+async def _check_mask(make: Make) -> None:
+    """Only tokens of the mask are drawn; a mask that fits none is an error of who sent it."""
+    async with make(0, 4) as engine:
+        await enter(engine, capacity=32, prompt=PROMPT)
+        size = -(-engine.spec.architecture.vocab // 8)
+        for token in (3, 60):
+            mask = bytearray(size)
+            mask[token >> 3] |= 1 << (token & 7)
+            result = await engine.step(
+                name(1),
+                position=0,
+                rows=len(PROMPT),
+                data=ids(*PROMPT),
+                sample=True,
+                prefill=True,
+                mask=bytes(mask),
+            )
+            assert result.token == token
+        for wrong in (bytes(size), b"\xff"):
+            with pytest.raises(RemoteProtocolError, match="mask"):
+                await engine.step(
+                    name(1), position=len(PROMPT), rows=1, data=ids(3), sample=True, prefill=False, mask=wrong
+                )
+        free = await say(engine, PROMPT)
+        assert free.token is not None
+
+
 async def _check_rewind(make: Make) -> None:
     """Writing at an earlier position forgets what was there."""
     async with make(0, 4) as engine:
@@ -187,8 +264,8 @@ async def _check_refusals(make: Make) -> None:
             data = np.ones((rows, hidden), "<f4").tobytes()
             return await engine.step(name(session), position=position, rows=rows, data=data, sample=False)
 
-        await refused("fenced", "holds the layers 1 to 2", lambda: part(1, 0, 3))
-        await refused("fenced", "holds the layers 1 to 2", lambda: part(1, 2, 4))
+        await refused("fenced", "holds layers 1 to 2", lambda: part(1, 0, 3))
+        await refused("fenced", "holds layers 1 to 2", lambda: part(1, 2, 4))
         await refused("too-long", str(arch.context), lambda: part(1, capacity=arch.context + 1))
         await refused("fenced", "not open here", lambda: step(1, 0, 1))
         await part(1)
@@ -248,7 +325,7 @@ async def _check_seeded_sampling(make: Make) -> None:
         assert tokens[0] == tokens[1]
         assert len(set(tokens[0])) > 1
         await enter(engine, 3, capacity=20, sampling=sampling, prompt=PROMPT[:3])
-        with pytest.raises(Declined, match="repetition penalty"):
+        with pytest.raises(Declined, match="penalty on tokens"):
             await say(engine, PROMPT, session=3)
 
 
@@ -286,6 +363,39 @@ async def _check_cancelled_caller(make: Make) -> None:
 async def _cancel_soon(scope: trio.CancelScope) -> None:
     await trio.lowlevel.checkpoint()
     scope.cancel()
+
+
+async def _check_adapters(make: Make) -> None:
+    """A session runs with the adapter that it was opened with, over any cut, whatever comes and goes meanwhile."""
+    with TemporaryDirectory() as folder:
+
+        def adapter(number: int, first: int, last: int) -> AdapterSpec:
+            return written(Path(folder) / f"{number}", f"adapter {number}", number, first, last)
+
+        async with make(0, 4) as whole, make(0, 1) as a, make(1, 3) as b, make(3, 4) as c:
+            plain = await generate([whole], 6)
+            await whole.adapt(adapter(1, 0, 4))
+            assert await generate([whole], 6) == plain
+            adapted = await generate([whole], 6, adapter="adapter 1")
+            assert adapted != plain
+            for engine in (a, b, c):
+                await engine.adapt(adapter(1, engine.spec.first, engine.spec.last))
+            assert await generate([a, b, c], 6, adapter="adapter 1", chunks=(1, 9, 1)) == adapted
+            await enter(whole, 1, capacity=20, prompt=PROMPT, adapter="adapter 1")
+            await whole.adapt(adapter(2, 1, 3))
+            await whole.drop("adapter 1")
+            await whole.drop("adapter 9")
+            assert (await say(whole, PROMPT)).token == adapted[0]
+            with pytest.raises(Declined, match="not loaded here") as caught:
+                await enter(whole, 2, capacity=20, adapter="adapter 1")
+            assert caught.value.code == "fenced"
+            assert len(await generate([whole], 3, session=3, adapter="adapter 2")) == 3
+            damaged = adapter(3, 0, 4)
+            damaged.layers[2].write_bytes(damaged.layers[2].read_bytes()[:-1])
+            with pytest.raises(Declined, match="file of layer 2 of the adapter") as caught:
+                await whole.adapt(damaged)
+            assert caught.value.code == "bad-adapter"
+            assert await generate([whole], 6, session=4) == plain
 
 
 async def _check_stop(make: Make) -> None:

@@ -13,6 +13,7 @@ import trio
 
 from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.net.port import MAX_GOSSIP_BYTES, Handler, Host, Lane, Stream
+from meshnode.net.protocol_table import STREAM_BURST
 from protocols.errors import LocalProtocolError
 from protocols.ids import PeerId
 from tests.gossip import anything, inbox_of
@@ -573,9 +574,28 @@ async def check_many_streams_at_once(make: Make) -> None:
     async with pair(make) as (one, other):
         for lane in Lane:
             async with trio.open_nursery() as nursery:
-                for _ in range(40):
+                for _ in range(30):
                     nursery.start_soon(works, one, other, lane)
                     nursery.start_soon(works, other, one, lane)
+
+
+async def check_a_flood_of_streams_is_dropped_and_named(make: Make) -> None:
+    async with pair(make) as (one, other):
+        floods: list[tuple[PeerId, str]] = []
+        other.on_flood(lambda peer, protocol: floods.append((peer, protocol)))
+
+        async def greeted() -> bool:
+            try:
+                return await exchange(one, other, GREET, Lane.CONTROL) == b"good day"
+            except PeerUnreachable:
+                return False
+
+        answers = [await greeted() for _ in range(round(STREAM_BURST) + 60)]
+        assert all(answers[: round(STREAM_BURST)])
+        assert not all(answers)
+        assert {peer for peer, _ in floods} == {one.peer_id}
+        assert GREET in {protocol for _, protocol in floods}
+        await works(one, other, Lane.CONTROL)  # another protocol of the same peer
 
 
 async def check_round_trips_are_known(make: Make) -> None:

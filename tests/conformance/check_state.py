@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 import pytest
@@ -21,7 +22,7 @@ SECRET: Final = b"s" * 16
 INVITE: Final = Invite(
     id=b"i" * 16,
     secret_hash=hashlib.sha256(SECRET).digest(),
-    roles=("serve", "train"),
+    roles=("serve", "publish"),
     uses=1,
     created_ms=NOW_MS,
     expires_ms=NOW_MS + 1000,
@@ -38,7 +39,7 @@ def refused(state: State, peer: PeerId = BOB, secret: bytes = SECRET, wall_ms: i
 def check_one_use_is_one_use(open_state: Open) -> None:
     state = open_state()
     state.add_invite(INVITE)
-    assert state.redeem(INVITE.id, SECRET, ANN, NOW_MS).roles == ("serve", "train")
+    assert state.redeem(INVITE.id, SECRET, ANN, NOW_MS).roles == ("serve", "publish")
     assert refused(state, BOB) == "invite-used"
     assert state.redeem(INVITE.id, SECRET, ANN, NOW_MS).id == INVITE.id  # the same node may come again
     assert [invite.used for invite in state.invites()] == [1]
@@ -50,6 +51,22 @@ def check_uses_are_counted_across_restarts(open_state: Open) -> None:
     open_state().redeem(INVITE.id, SECRET, ANN, NOW_MS)
     assert refused(state) == "invite-used"
     assert refused(open_state()) == "invite-used"
+
+
+def check_the_invites_of_one_peer_are_struck_and_no_others(open_state: Open) -> None:
+    state = open_state()
+    other = replace(INVITE, id=b"o" * 16, uses=0)
+    later = replace(INVITE, id=b"l" * 16, created_ms=INVITE.created_ms + 1)
+    for invite in (INVITE, other, later):
+        state.add_invite(invite)
+    state.redeem(INVITE.id, SECRET, ANN, NOW_MS)
+    state.redeem(later.id, SECRET, ANN, NOW_MS)
+    state.redeem(other.id, SECRET, BOB, NOW_MS)
+    assert state.revoke_redeemed(ANN, INVITE.created_ms) == 1
+    assert {invite.id for invite in open_state().invites() if not invite.revoked_ms} == {other.id, later.id}
+    assert refused(state, ANN) == "forbidden"
+    assert state.revoke_redeemed(ANN, INVITE.created_ms) == 0
+    assert state.redeem(later.id, SECRET, ANN, NOW_MS).id == later.id
 
 
 def check_an_expired_invite_helps_nobody(open_state: Open) -> None:
@@ -96,8 +113,11 @@ def check_an_invite_for_many_and_a_revoked_one(open_state: Open) -> None:
     assert state.invites() == (many, INVITE)
     for peer in (ANN, BOB, CLEO):
         assert state.redeem(many.id, SECRET, peer, NOW_MS).member_ms == 5
-    assert state.revoke_invite(many.id)
-    assert not state.revoke_invite(many.id)
+    assert state.revoke_invite(many.id, NOW_MS)
+    assert not state.revoke_invite(many.id, NOW_MS + 1)
+    assert not state.revoke_invite(b"n" * 16, NOW_MS)
+    struck = next(invite for invite in open_state().invites() if invite.id == many.id)
+    assert (struck.revoked_ms, struck.used, struck.usable(NOW_MS)) == (NOW_MS, 3, False)
     with pytest.raises(Declined):
         state.redeem(many.id, SECRET, ANN, NOW_MS)
 
@@ -117,6 +137,9 @@ def check_peers_are_remembered_last_seen_first(open_state: Open) -> None:
     assert list(open_state().known_peers().items()) == [(ANN, ("/a/2", "/a/1")), (BOB, ("/b",))]
     state.remember_peer(CLEO, [], 400)
     assert list(state.known_peers()) == [ANN, BOB]
+    for peer in (ANN, CLEO):
+        state.forget_peer(peer)
+    assert list(open_state().known_peers()) == [BOB]
 
 
 def check_what_is_remembered_is_bounded(open_state: Open) -> None:

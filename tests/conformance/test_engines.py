@@ -8,7 +8,12 @@ from meshnode.engine.port import StageSpec
 from tests.conformance.check_engine import CHECKS, NULL, changed, running
 from tests.conformance.tiny_model import tiny_models
 
-SHAPES = ("_check_cuts_agree", "_check_part_of_a_span", "_check_rewind")  # what depends on the kernels
+SHAPES = (
+    "_check_cuts_agree",
+    "_check_part_of_a_span",
+    "_check_pooling",
+    "_check_rewind",
+)  # what depends on the kernels
 CASES = [(kind, check) for kind in ("null", "int4") for check in CHECKS]
 CASES += [(variant, check) for variant in ("fp32", "int8") for check in CHECKS if check.__name__ in SHAPES]
 

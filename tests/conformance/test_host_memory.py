@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from meshnode.net.memory_host import MemoryHost, MemoryNetwork
+from meshnode.sim.network import MemoryHost, MemoryNetwork
 from protocols.ids import peer_id_of
 from tests.conformance.check_host import CHECKS, Check
 

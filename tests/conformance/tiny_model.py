@@ -58,9 +58,10 @@ _KEPT: list[tempfile.TemporaryDirectory[str]] = []
 
 def make_tiny(folder: Path, *, layers: int = 4, tied: bool = True) -> dict[str, Tiny]:
     """Publish every variant of a random Llama into `folder`. Takes about ten seconds, most of it imports."""
-    from meshnode.publisher.frequencies import rotary_frequencies
-    from meshnode.publisher.graph import build_skeleton, plan_graph
+    from meshnode.publisher.graph import plan_graph
+    from meshnode.publisher.original import empty_model, read_config, read_traits
     from meshnode.publisher.precision import PRECISIONS
+    from meshnode.publisher.skeleton import build_skeleton
 
     architecture = Architecture(
         family="llama",
@@ -89,38 +90,32 @@ def make_tiny(folder: Path, *, layers: int = 4, tied: bool = True) -> dict[str, 
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    frequencies = rotary_frequencies(folder)
+    original = read_config(folder)
+    traits = read_traits(original)
+    shapes = {name: tuple(value.shape) for name, value in empty_model(original).state_dict().items()}
+    if tied:
+        del shapes["lm_head.weight"]
     out = {}
     for variant in VARIANTS:
-        model, _ = build_skeleton(folder, layers)
-        shapes = {
-            name: tuple(int(d) for d in value.shape)
-            for name, value in model.graph.initializers.items()
-            if value.const_value is None and value.shape is not None
-        }
+        skeleton = build_skeleton(folder, traits, shapes, CONTEXT)
         plan = plan_graph(
-            model,
-            family="llama",
-            layers=layers,
-            context=CONTEXT,
-            precision=PRECISIONS[variant],
-            frequencies=frequencies,
+            skeleton.model, family="llama", layers=layers, precision=PRECISIONS[variant], rotary=skeleton.rotary
         )
         (folder / f"graph-{variant}.onnx.zlib").write_bytes(plan.graph)
 
-        def weight(name: str, shapes: dict[str, tuple[int, ...]] = shapes) -> np.ndarray[Any, Any]:
-            return _random(name, shapes[name])
+        def read(name: str, shapes: dict[str, tuple[int, ...]] = shapes) -> np.ndarray[Any, Any]:
+            return weight(name, shapes[name])
 
         groups = {}
         for name, group in plan.groups.items():
             groups[name] = folder / variant / f"{name}.safetensors"
-            group.write(groups[name], lambda tensor, plan=plan, weight=weight: plan.read(tensor, weight))  # type: ignore[misc]
+            group.write(groups[name], lambda tensor, plan=plan, read=read: plan.read(tensor, read))  # type: ignore[misc]
         groups.setdefault("head", groups["embed"])
         out[variant] = Tiny(folder, variant, architecture, groups)
     return out
 
 
-def _random(name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+def weight(name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     """Weights that belong to their name; norms near one, matrices that keep the size of what passes."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     if len(shape) == 1:

@@ -18,7 +18,7 @@ import trio
 from meshnode.bench.known import Known, content_of
 from meshnode.net.libp2p.host import Libp2pHost, open_host
 from meshnode.services.content.service import ContentService
-from meshnode.services.dht import DhtClient, DhtSettings
+from meshnode.services.dht.client import DhtClient, DhtSettings
 from meshnode.services.external_peers import ExternalPeers, ExternalSettings
 from meshnode.store.blob_store import BlobStore
 from protocols.bitswap.messages import PROTOCOL as BITSWAP

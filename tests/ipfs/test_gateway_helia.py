@@ -15,10 +15,10 @@ import trio
 from meshnode.bench.known import Known, content_of
 from meshnode.core.errors import ContentUnavailable
 from meshnode.core.health import Health
-from meshnode.ipfs.fallback import Fallback
 from meshnode.ipfs.gateway import Gateway
+from meshnode.ipfs.source_order import Fallback
+from meshnode.services.content import escalation
 from meshnode.services.content import outside as search
-from meshnode.services.content import patience
 from meshnode.services.content.service import ContentService
 from meshnode.store.blob_store import BlobStore
 from protocols.ids import RAW, Cid, cid_of
@@ -83,7 +83,7 @@ async def reader(net: Network, gateway: Gateway, folder: str) -> ContentService:
 
 
 async def test_a_file_comes_as_one_car_or_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "OUTSIDE_S", 0.0)
+    monkeypatch.setattr(escalation, "OUTSIDE_S", 0.0)
     data = noise(180 * MIB + 1)  # two levels of inner nodes
     health = Health()
     (tmp_path / "file").write_bytes(data)

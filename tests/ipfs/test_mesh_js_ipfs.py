@@ -10,9 +10,9 @@ from nacl.signing import SigningKey
 
 from meshnode.bench.known import Known, content_of
 from meshnode.core.health import Health
-from meshnode.ipfs.fallback import Fallback
 from meshnode.ipfs.rpc import IpfsApi
-from meshnode.model.facts import facts_of, tight_memory
+from meshnode.ipfs.source_order import Fallback
+from meshnode.model.fit import facts_of, tight_memory
 from meshnode.publisher.release import release
 from meshnode.store.blob_store import BlobStore
 from protocols.ids import Cid, peer_id_of

@@ -11,7 +11,7 @@ import trio
 from meshnode.core.paths import Paths
 from meshnode.harness.member import Member
 from meshnode.harness.mesh import QUOTA_BYTES
-from meshnode.model.facts import facts_of, tight_memory
+from meshnode.model.fit import facts_of, tight_memory
 from meshnode.store.blob_store import BlobStore
 from protocols.ids import DAG_CBOR, Cid
 from protocols.manifest.codec import open_manifest

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from meshnode.api.question import question
 from meshnode.core.paths import Paths
 from meshnode.harness.mesh import QUOTA_BYTES
-from meshnode.model.facts import facts_of, tight_memory
+from meshnode.model.fit import facts_of, tight_memory
 from meshnode.store.blob_store import BlobStore
+from meshnode.text.question import question
 from protocols.ids import Cid
 from protocols.manifest.codec import open_manifest
 from tests.ipfs.world import LIBRARY, kubo

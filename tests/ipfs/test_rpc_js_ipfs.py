@@ -20,8 +20,8 @@ import trio
 from meshnode.bench.known import Known, content_of
 from meshnode.core.errors import ContentUnavailable
 from meshnode.core.health import Health
-from meshnode.ipfs.fallback import Fallback, SourceFailed, verified
 from meshnode.ipfs.rpc import DaemonRefused, IpfsApi
+from meshnode.ipfs.source_order import Fallback, SourceFailed, verified
 from meshnode.store.blob_store import BlobStore
 from protocols.ids import RAW, cid_of
 from protocols.unixfs.builder import file_cid

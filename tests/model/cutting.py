@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir
-import onnxruntime
 
 from meshnode.engine.graph_file import read_graph
 from meshnode.engine.rotary import is_placeholder, parse
+from meshnode.engine.runtime import ort as onnxruntime
 from meshnode.publisher.expression import Array
 from meshnode.publisher.publish import publish
 
@@ -58,6 +58,21 @@ def random_checkpoint(folder: Path, model_type: str, **settings: Any) -> Any:
     (folder / "tokenizer.json").write_text(byte_tokenizer())
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     return model
+
+
+def whole_model(source: str) -> Any:
+    """A checkpoint as one transformers model in float32."""
+    import torch
+    import transformers
+
+    from meshnode.publisher.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(source)
+    fields = {k: v for k, v in checkpoint.config.items() if k not in ("model_type", "dtype", "torch_dtype")}
+    config = transformers.AutoConfig.for_model(checkpoint.config["model_type"], **fields)
+    state = {name: torch.from_numpy(np.array(checkpoint.tensor(name))) for name in checkpoint.names()}
+    kind = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    return kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
 
 
 def published(source: Path | str, out: Path, *variants: str) -> dict[str, Any]:

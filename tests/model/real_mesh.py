@@ -15,15 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from meshnode.api.question import Question, read_question
 from meshnode.bench.single import stage_spec
 from meshnode.engine.onnx_stage import OnnxStage
-from meshnode.engine.process import load_request
+from meshnode.engine.port import AdapterSpec
+from meshnode.engine.requests import adapt_request, load_request
 from meshnode.engine.sessions import Sessions
 from meshnode.harness.member import Member
 from meshnode.harness.mesh import Mesh, Plan
 from meshnode.harness.published import published
 from meshnode.policy.chunking import chunks
+from meshnode.text.question import Question, read_question
 from protocols.pipe.messages import Sampling
 
 Json = dict[str, Any]
@@ -105,12 +106,24 @@ class Alone:
         self.stage = OnnxStage(load_request(stage_spec(folder, variant)))
         self._sessions = Sessions(self.stage, load_request(stage_spec(folder, variant)))
 
-    def answer(self, prompt: Sequence[int], tokens: int, sampling: Sampling) -> list[int]:
+    def take(self, adapter: AdapterSpec) -> None:
+        """Load an adapter of all layers."""
+        self._sessions.adapters.announce(adapt_request(adapter))
+        for layer, path in adapter.layers.items():
+            self._sessions.adapters.fill(adapter.name, layer, path.read_bytes())
+
+    def answer(self, prompt: Sequence[int], tokens: int, sampling: Sampling, adapter: str = "") -> list[int]:
         """At most `tokens` tokens; an end-of-text token is the last one."""
         prompt = list(prompt)
         capacity = len(prompt) + tokens
         self._sessions.open(
-            _NAME, first=0, last=LAYERS, capacity=capacity, sampling=sampling, prompt=np.asarray(prompt, np.int32)
+            _NAME,
+            first=0,
+            last=LAYERS,
+            capacity=capacity,
+            sampling=sampling,
+            prompt=np.asarray(prompt, np.int32),
+            adapter=adapter,
         )
         position = 0
         for rows in chunks(len(prompt)):
@@ -127,15 +140,14 @@ class Alone:
         return out
 
     def _step(self, position: int, ids: list[int], sample_at: int, *, prefill: bool) -> int | None:
-        _, token = self._sessions.step(
+        return self._sessions.step(
             _NAME,
             position=position,
             rows=len(ids),
             body=np.asarray(ids, "<i4").tobytes(),
             sample_after=position + len(ids) == sample_at,
             prefill=prefill,
-        )
-        return token
+        ).token
 
 
 @cache

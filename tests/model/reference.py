@@ -102,6 +102,7 @@ class Reference:
     def __init__(self) -> None:
         import torch
         import transformers
+        from tokenizers import pre_tokenizers
         from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
         package, file, _ = EXAMPLES["smollm2"]
@@ -110,6 +111,10 @@ class Reference:
         assert spec.submodule_search_locations
         folder = Path(spec.submodule_search_locations[0])
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), gguf_file=file)
+        # transformers does not know the rule that the file names (smollm); this is the model's own
+        self.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
         config = transformers.AutoConfig.from_pretrained(str(folder), gguf_file=file)
         self.model = transformers.AutoModelForCausalLM.from_config(
             config, attn_implementation="eager", dtype=torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,14 @@ from meshnode.core.errors import ModelError
 from meshnode.engine.graph_file import read_graph
 from meshnode.engine.rotary import is_placeholder, parse
 from meshnode.publisher import publish as publishing
-from meshnode.publisher.frequencies import Frequencies
+from meshnode.publisher.original import Traits, read_config, read_traits
+from meshnode.publisher.skeleton import build_skeleton
+from meshnode.publisher.stages import Stages
 from tests.model.cutting import Pieces, published, random_checkpoint, reference_greedy, reference_logits
+from tests.model.families import ARCHITECTURES, REFUSED, WINDOW
 
 pytestmark = pytest.mark.model
 
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "llama-tied": {"tie_word_embeddings": True},
-    "qwen2": {},
-    "qwen3": {"head_dim": 32},
-    "mistral": {"sliding_window": None},
-    "mistral-window": {"sliding_window": 32},
-    "phi3": {},
-}
 FACTORS = [1 + 0.1 * i for i in range(8)]
 ROTARY: dict[str, dict[str, Any]] = {
     "llama-linear": {"rope_type": "linear", "factor": 4.0},
@@ -100,7 +95,9 @@ def test_any_cut_gives_the_same_bits_at_every_optimisation_level(name: str, vari
         assert np.array_equal(whole.step([5], len(PROMPT)), every.step([5], len(PROMPT)))
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama-tied", "llama-heads20", "llama-heads100", "mixtral", "qwen2", "qwen3", "phi3"]
+)
 def test_quantised_variants_stay_near(name: str, tmp_path: Path) -> None:
     model = make(name, tmp_path / "in", tmp_path / "out", "int8", "int4")
     expected = reference_logits(model, PROMPT)
@@ -110,20 +107,65 @@ def test_quantised_variants_stay_near(name: str, tmp_path: Path) -> None:
         assert np.sqrt(np.square(logits - expected).mean()) <= most * scale, variant
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "bert"])
+@pytest.mark.parametrize(("every", "refused"), [(50, False), (10, True)])
+def test_tokens_that_chose_another_expert_are_few(
+    every: int, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two experts that are as good as equal for a token: the other one is no mistake, but must be rare."""
+    random_checkpoint(tmp_path / "in", "mixtral", **ARCHITECTURES["mixtral"])
+    run = Stages.layer
+
+    def layer(self: Stages, index: int, x: Any) -> Any:
+        out = run(self, index, x)
+        if index == 1 and self._once:
+            out[::every] *= 1.5
+        return out
+
+    monkeypatch.setattr(Stages, "layer", layer)
+    if refused:
+        with pytest.raises(ModelError, match=r"layer 1 deviates by .*chosen another expert by chance"):
+            published(tmp_path / "in", tmp_path / "out", "fp32")
+    else:
+        published(tmp_path / "in", tmp_path / "out", "fp32")
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_window_longer_than_the_text_is_looked_at_in_one_layer(
+    wrong: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole model runs over 768 tokens at most; here the window of the last layer is 900."""
+    settings = {**WINDOW, "sliding_window": 900, "max_position_embeddings": 2048, "max_window_layers": 3}
+    random_checkpoint(tmp_path / "in", "qwen2", **settings)
+    windows = [layer.window for layer in read_traits(read_config(tmp_path / "in")).layers]
+    assert windows == [None, None, None, 900]
+    if not wrong:
+        published(tmp_path / "in", tmp_path / "out", "fp32")
+        return
+    monkeypatch.setattr(publishing, "build_skeleton", _without_windows)
+    with pytest.raises(ModelError, match=r"text of 1012 tokens, .*window of 900, layer 3 .*deviates"):
+        published(tmp_path / "in", tmp_path / "out", "fp32")
+
+
+def _without_windows(folder: Path, traits: Traits, *others: Any) -> Any:
+    """A graph builder that forgets the windows."""
+    layers = tuple(dataclasses.replace(layer, window=None) for layer in traits.layers)
+    return build_skeleton(folder, dataclasses.replace(traits, layers=layers), *others)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_graph_does_not_say_alike_is_refused_with_the_figures(name: str, tmp_path: Path) -> None:
+    random_checkpoint(tmp_path / "in", name, **REFUSED[name])
+    figures = rf"logits differ by up to [0-9.e-]+ .*layer 0 deviates first.* of 256 .*architecture '{name}'"
+    if "moe" in name:
+        figures = rf"text of 256 tokens layer 0 deviates by [0-9.e-]+ of its output, .*architecture '{name}'"
+    with pytest.raises(ModelError, match=figures):
+        published(tmp_path / "in", tmp_path / "out", "int8")
+    assert not (tmp_path / "out" / "index.json").exists()
+    assert not any((tmp_path / "out").glob("*/*.safetensors"))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_an_architecture_that_can_not_be_cut_is_named(family: str, tmp_path: Path) -> None:
     random_checkpoint(tmp_path / "in", family)
     with pytest.raises(ModelError, match=f"architecture '{family}'"):
         published(tmp_path / "in", tmp_path / "out", "fp32")
-
-
-@pytest.mark.parametrize("found", [None, Frequencies(np.ones(8, np.float32), 1.0, certain=False)])
-def test_tables_stay_where_transformers_has_other_ones(
-    found: Frequencies | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(publishing, "rotary_frequencies", lambda folder: found)
-    model = make("llama", tmp_path / "in", tmp_path / "out", "fp32")
-    graph = read_graph(next((tmp_path / "out").glob("graph-*"))).graph
-    assert not any(is_placeholder(t) for t in graph.initializer)
-    logits = Pieces(tmp_path / "out", "fp32", (1, 3)).step(PROMPT, 0)
-    assert np.abs(logits - reference_logits(model, PROMPT)).max() <= 1e-4

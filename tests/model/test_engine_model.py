@@ -16,6 +16,7 @@ from meshnode.engine.port import StageSpec
 from meshnode.engine.process import EngineProcess, load_request
 from protocols.ids import SessionId
 from protocols.manifest.messages import Architecture
+from tests.model.cutting import whole_model
 from tests.model.real_mesh import example_folder
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
@@ -124,10 +125,7 @@ async def test_fp32_is_transformers(smollm2: Path) -> None:
     import tokenizers
     import torch
 
-    from meshnode.publisher.calibrate import load_reference
-    from meshnode.publisher.checkpoint import open_checkpoint
-
-    reference = load_reference(open_checkpoint("example:smollm2"))
+    reference = whole_model("example:smollm2")
     tokenizer = tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
     for text in ("The lighthouse was built because", "def fibonacci(n):\n", "東京は"):
         prompt = list(tokenizer.encode(text).ids)

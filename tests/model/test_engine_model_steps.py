@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from meshnode.bench.single import stage_spec
 from meshnode.engine.onnx_stage import OnnxStage
-from meshnode.engine.process import load_request
+from meshnode.engine.requests import load_request
 from tests.model.real_mesh import LAYERS, alone, model_folder
 from tests.property.step_scripts import scripts, segmentations
 

@@ -16,7 +16,7 @@ from meshnode.core.errors import ConfigError, ModelError
 from meshnode.publisher import release as releasing
 from meshnode.publisher.quality import sample_tokens
 from meshnode.publisher.release import run_publisher
-from tests.model.cutting import Pieces, published, random_checkpoint, reference_greedy
+from tests.model.cutting import Pieces, published, random_checkpoint, reference_greedy, whole_model
 from tests.model.real_mesh import VARIANTS, example_folder
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
@@ -74,14 +74,11 @@ def test_the_index_says_what_a_node_must_know(example: Path) -> None:
 
 
 def test_fp32_says_what_transformers_says(example: Path) -> None:
-    from meshnode.publisher.calibrate import load_reference
-    from meshnode.publisher.checkpoint import open_checkpoint
-
     tokenizer = Tokenizer.from_file(str(example / "tokenizer.json"))
     template = jinja2.Environment().from_string((example / "chat_template.jinja").read_text())
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.encode(template.render(messages=messages, add_generation_prompt=True)).ids
-    expected = reference_greedy(load_reference(open_checkpoint("example:smollm2")), prompt, 32)
+    expected = reference_greedy(whole_model("example:smollm2"), prompt, 32)
     assert Pieces(example, "fp32", ()).greedy(prompt, 32) == expected
     assert Pieces(example, "fp32", (9, 22)).greedy(prompt, 32) == expected
     assert "Paris" in tokenizer.decode(expected)

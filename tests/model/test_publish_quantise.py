@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
+from meshnode.engine.runtime import ort as onnxruntime
 from meshnode.publisher.expression import Array
 from meshnode.publisher.precision import BLOCK, PRECISIONS, Packing
 from meshnode.publisher.quantise import Packed, dequantise, packed_shapes, quantise

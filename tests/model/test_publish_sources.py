@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 
 from meshnode.core.errors import ConfigError, DiskError, ModelError
 from meshnode.publisher import publish as publishing
 from meshnode.publisher.checkpoint import EXAMPLES, GgufCheckpoint, model_name, open_checkpoint
 from meshnode.publisher.gguf import GgufFile
 from meshnode.publisher.groups import Group, Stored
-from tests.model.cutting import Pieces, byte_tokenizer, published, random_checkpoint, reference_logits
+from tests.model.cutting import Pieces, published, random_checkpoint, reference_logits
 
 pytestmark = pytest.mark.model
 
@@ -114,6 +115,35 @@ def test_an_unknown_architecture(damaged: Path, tmp_path: Path) -> None:
     refuse(damaged, tmp_path / "out", "architecture 'neverheard'")
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_the_head_in_the_file_counts(alike: bool, tmp_path: Path) -> None:
+    """config.json says that the head is the embedding's table, but the file has one. transformers takes that one."""
+    from safetensors.torch import load_file, save_file
+
+    random_checkpoint(tmp_path / "in", "llama", tie_word_embeddings=False)
+    if alike:
+        tensors = load_file(str(tmp_path / "in" / "model.safetensors"))
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, str(tmp_path / "in" / "model.safetensors"))
+    change_config(tmp_path / "in", tie_word_embeddings=True)
+    published(tmp_path / "in", tmp_path / "out", "fp32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "in")).eval().float()
+    tokens = list(range(7, 60))
+    logits = Pieces(tmp_path / "out", "fp32", (2,)).step(tokens, 0)
+    assert np.abs(logits - reference_logits(model, tokens)).max() <= 1e-5
+    assert (tmp_path / "out" / "fp32" / "head.safetensors").exists() is not alike  # one table, stored once
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is alike
+
+
+def test_a_head_that_is_nowhere(damaged: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(str(damaged / "model.safetensors"))
+    del tensors["lm_head.weight"]
+    save_file(tensors, str(damaged / "model.safetensors"))
+    refuse(damaged, tmp_path / "out", r"lacks the weight lm_head\.weight")
+
+
 def test_a_checkpoint_that_is_quantised_already(damaged: Path, tmp_path: Path) -> None:
     change_config(damaged, quantization_config={"quant_method": "gptq"})
     refuse(damaged, tmp_path / "out", "quantised already")
@@ -195,86 +225,6 @@ def test_gguf_tensors_equal_those_that_transformers_reads() -> None:
         assert np.array_equal(checkpoint.tensor(name), theirs["tensors"][name].numpy()), name
     for key in ("hidden_size", "num_hidden_layers", "rms_norm_eps", "num_key_value_heads", "vocab_size"):
         assert checkpoint.config[key] == theirs["config"][key]
-
-
-GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "model.layers.": "blk.",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "self_attn.qkv_proj": "attn_qkv",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_up_proj": "ffn_up",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def as_gguf(model: Any, path: Path, architecture: str, **more: Any) -> None:
-    """Write a small model as llama.cpp's converter names it (architectures whose rows it doesn't reorder)."""
-    import gguf
-
-    config = model.config
-    writer = gguf.GGUFWriter(str(path), architecture)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if getattr(config, "head_dim", None):
-        writer.add_key_length(config.head_dim)
-    for key, value in more.items():
-        writer.add_string(f"{architecture}.{key}", value)
-    letters = sorted(json.loads(byte_tokenizer())["model"]["vocab"])
-    letters[-1] = letters[0] + letters[1]  # there is no vocabulary without a merge in GGUF
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(letters)
-    writer.add_token_types([1] * len(letters))
-    writer.add_token_merges([f"{letters[0]} {letters[1]}"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    for name, tensor in model.state_dict().items():
-        for theirs, ours in GGUF_NAMES.items():
-            name = name.replace(theirs, ours)
-        writer.add_tensor(name, tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "phi3"])
-def test_a_gguf_file_gives_the_same_model_as_its_folder(family: str, tmp_path: Path) -> None:
-    model = random_checkpoint(tmp_path / "in", family, **({"head_dim": 32} if family == "qwen3" else {}))
-    as_gguf(model, tmp_path / "x.gguf", family)
-    published(tmp_path / "x.gguf", tmp_path / "out", "fp32")
-    tokens = list(range(7, 60))
-    logits = Pieces(tmp_path / "out", "fp32", (2,)).step(tokens, 0)
-    assert np.abs(logits - reference_logits(model, tokens)).max() <= 1e-4
-
-
-def test_scaled_positions_in_a_gguf_file_are_refused(tmp_path: Path) -> None:
-    model = random_checkpoint(tmp_path / "in", "qwen2")
-    as_gguf(model, tmp_path / "x.gguf", "qwen2", **{"rope.scaling.type": "yarn"})
-    refuse(tmp_path / "x.gguf", tmp_path / "out", "uses yarn scaling")
-
-
-def test_another_gguf_architecture_is_named(tmp_path: Path) -> None:
-    model = random_checkpoint(tmp_path / "in", "qwen2")
-    as_gguf(model, tmp_path / "x.gguf", "gemma3")
-    refuse(tmp_path / "x.gguf", tmp_path / "out", "GGUF architecture 'gemma3'")
 
 
 def test_names_for_models() -> None:

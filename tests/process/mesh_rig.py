@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -16,9 +17,9 @@ from typing import Any
 import psutil
 
 from meshnode.api.messages import Status
-from meshnode.api.question import Question
 from meshnode.harness.member import Member, clean_environment
 from meshnode.harness.mesh import Mesh, Plan
+from meshnode.text.question import Question
 
 Json = dict[str, Any]
 
@@ -32,7 +33,14 @@ NO_COPIES = (("content.replicas", 1),)  # where a test counts what serving alone
 READY_S = 60.0  # generous: the machine may be busy with other things
 
 
-def small_model(folder: Path, *, layers: int = LAYERS, layer_bytes: int = 1 << 16, template: str = "") -> Path:
+def small_model(
+    folder: Path,
+    *,
+    layers: int = LAYERS,
+    layer_bytes: int = 1 << 16,
+    template: str = "",
+    variants: tuple[str, ...] = ("int4",),
+) -> Path:
     """A folder as the publisher writes it. The weights are noise: the null engine never opens them.
 
     template: for chats; none without it.
@@ -56,13 +64,18 @@ def small_model(folder: Path, *, layers: int = LAYERS, layer_bytes: int = 1 << 1
         "decoder": None,
         "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"},
     }
-    variant = {
-        "kernel_class": "null/1",
-        "graph": write("graph", noise.randbytes(5_000)),
-        "embed": write("embed", noise.randbytes(20_000)),
-        "layers": [write(f"layer.{i}", noise.randbytes(layer_bytes)) for i in range(layers)],
-        "head": write("head", noise.randbytes(20_000)),
-    }
+
+    def variant(name: str) -> Json:
+        part = "" if len(variants) == 1 else f"{name}/"
+        (folder / part).mkdir(exist_ok=True)
+        return {
+            "kernel_class": "null/1",
+            "graph": write(f"{part}graph", noise.randbytes(5_000)),
+            "embed": write(f"{part}embed", noise.randbytes(20_000)),
+            "layers": [write(f"{part}layer.{i}", noise.randbytes(layer_bytes)) for i in range(layers)],
+            "head": write(f"{part}head", noise.randbytes(20_000)),
+        }
+
     files = {"tokenizer.json": write("tokenizer.json", json.dumps(tokenizer).encode())}
     if template:
         files["chat_template.jinja"] = write("chat_template.jinja", template.encode())
@@ -81,7 +94,7 @@ def small_model(folder: Path, *, layers: int = LAYERS, layer_bytes: int = 1 << 1
             "eos_ids": [],
         },
         "files": files,
-        "variants": {"int4": variant},
+        "variants": {name: variant(name) for name in variants},
     }
     (folder / "index.json").write_text(json.dumps(index))
     return folder
@@ -96,7 +109,7 @@ def mesh_of(
     `wait`: until it answers, if there is a model.
     """
     settings = (("serve.engine", "null"), *plan.pop("settings", ()))
-    before = os.environ.get(MARK, "")
+    before, began = os.environ.get(MARK, ""), time.time()
     os.environ[MARK] = str(folder)
     mesh = Mesh.make(folder / "mesh", Plan(nodes=nodes, published=published, settings=settings, **plan))
     try:
@@ -107,20 +120,24 @@ def mesh_of(
     finally:
         mesh.down()
         os.environ[MARK] = before
-        left = processes_in(folder)
+        left = processes_in(folder, began)
         for process in left:
             process.kill()
         assert not left, f"still running: {[process.cmdline() for process in left]}"
 
 
-def processes_in(folder: Path) -> list[psutil.Process]:
-    """Processes that were started for this mesh, and what they started: they inherited its mark."""
-    found = []
+def processes_in(folder: Path, since: float) -> list[psutil.Process]:
+    """Processes that were started for this mesh, and what they started: they inherited its mark. Engines inherit
+    nothing, but name their node; one that began after `since` and has lost its node is counted as well."""
+    found, engines = [], []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             if process.environ().get(MARK) == str(folder):
                 found.append(process)
-    return found
+            elif "meshnode.engine.child" in process.cmdline() and process.create_time() >= since:
+                engines.append((process, int(process.cmdline()[-1])))
+    nodes = {process.pid for process in found}
+    return [*found, *(engine for engine, node in engines if node in nodes or not psutil.pid_exists(node))]
 
 
 def tokens_of(member: Member, question: Question = QUESTION) -> list[int]:
@@ -158,9 +175,13 @@ class Ran:
         self.errors = errors
 
     def sentence(self) -> str:
-        """Its one line of complaint; anything else is a failure of the test."""
+        """Its one line of complaint, notes left out; anything else is a failure of the test."""
         assert self.code not in (0, None), f"it went through: {self.out}"
         assert "Traceback" not in self.errors, self.errors
-        lines = [line for line in self.errors.splitlines() if line.startswith("meshnode")]
+        lines = [
+            line
+            for line in self.errors.splitlines()
+            if line.startswith("meshnode") and not line.startswith("meshnode: note: ")
+        ]
         assert len(lines) == 1, self.errors
         return lines[0]

@@ -42,7 +42,7 @@ def test_the_command_lines(mesh: Mesh) -> None:
     assert "ready" in status.out and "small-noise" in status.out
     manifest = member.status().model.manifest
     added = meshnode("model", "add", manifest, folder=member.folder)
-    assert added.code == 0 and "now serves small-noise" in added.out, added.errors
+    assert added.code == 0 and "serves small-noise v1.0.0-0 in int4 already" in added.out, added.errors
     int8 = meshnode("model", "add", manifest, "--variant", "int8", folder=member.folder)
     assert "no variant int8" in int8.sentence()
     unwritable = meshnode("generate", "w1", "--raw", "--json", "/proc/answer", folder=member.folder)

@@ -11,9 +11,10 @@ import trio
 from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.net import heartbeat, pipes
 from meshnode.net.lane import lane as direct
+from meshnode.net.libp2p.gossip import MESHSUB
 from meshnode.net.libp2p.host import Libp2pHost, open_host
 from meshnode.net.libp2p.multistream import ADMITTED
-from meshnode.net.libp2p.replacements import IDENTIFY, IDENTIFY_PUSH, MESHSUB, PING
+from meshnode.net.libp2p.replacements import IDENTIFY, IDENTIFY_PUSH, PING
 from protocols.bitswap.messages import PROTOCOL as BITSWAP
 from protocols.ids import Cid, PeerId
 from protocols.kad.messages import LAN_PROTOCOL

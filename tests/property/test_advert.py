@@ -12,7 +12,7 @@ from protocols.advert.messages import ADVERT, HEAD, Advert, Announcement
 from protocols.advert.validate import check_advert, check_announcement
 from protocols.advert.view import View
 from protocols.errors import RemoteProtocolError
-from tests.adverts import advert_of, announcement_of, peer_of, signed
+from tests.adverts import NOW_MS, advert_of, announcement_of, peer_of, signed
 from tests.wire import messages
 
 # A signer writes one content per version, so the content follows from the version.
@@ -40,7 +40,7 @@ def test_any_order_gives_the_same_view(records: list[bytes], rng: random.Random)
     for order in orders:
         view = View(lambda peer: frozenset({"publish"}))
         for record in order:
-            view.accept(record, 0.0)
+            view.accept(record, 0.0, NOW_MS)
         views.append(state(view))
     assert all(view == views[0] for view in views)
 

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocols.bitswap import client as c
-from protocols.bitswap.conduct import MAX_LACKS
 from protocols.bitswap.ledger import MAX_WINDOW_BYTES
 from protocols.bitswap.messages import (
     MAX_BLOCK_BYTES,
@@ -30,6 +29,7 @@ from protocols.bitswap.messages import (
     encode,
 )
 from protocols.bitswap.server import MAX_PRESENCES, MAX_WANTS, Server
+from protocols.bitswap.stalls import MAX_LACKS
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId
 from tests.hostile import HUGE_NUMBERS, cost, mutated, varint

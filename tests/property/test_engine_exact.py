@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 from meshnode.engine.backend import Array, Stage
 from meshnode.engine.null_stage import NullStage
 from meshnode.engine.onnx_stage import OnnxStage
-from meshnode.engine.process import load_request
+from meshnode.engine.requests import load_request
+from tests.adapters import ALL, random_pairs
 from tests.conformance.tiny_model import VARIANTS, tiny_models
 from tests.property.step_scripts import Script, scripts, segmentations
 
@@ -34,24 +36,33 @@ def _stage(kind: str, first: int, last: int, use: str = "") -> Stage:
     return OnnxStage(load_request(tiny_models()[kind].spec(first, last)))
 
 
+def _factors(stage: Stage, first: int, last: int, adapted: bool) -> Any:
+    if not adapted:
+        return {}
+    stage.adapt(first, last, ALL)
+    return {layer: stage.factors(layer, random_pairs(1, layer), 2.0) for layer in range(first, last)}
+
+
 @settings(max_examples=40)
 @given(
     script=scripts(300),
     kind=st.sampled_from(KINDS),
     cuts=segmentations(LAYERS),
     own_stages=st.booleans(),
+    adapted=st.booleans(),
     spare=st.sampled_from([0, 1, 37]),
 )
 def test_only_the_class_of_a_row_decides(
-    script: Script, kind: str, cuts: list[int], own_stages: bool, spare: int
+    script: Script, kind: str, cuts: list[int], own_stages: bool, adapted: bool, spare: int
 ) -> None:
     """`own_stages`: each segment is loaded by itself, as on another node; else one stage is cut on demand."""
     rows = script.length + 1
-    whole = [_stage(kind, 0, LAYERS, "never cut").open(0, LAYERS, rows)]
-    chain = [
-        (_stage(kind, a, b) if own_stages else _stage(kind, 0, LAYERS)).open(a, b, rows + spare)
-        for a, b in pairwise(cuts)
-    ]
+    uncut = _stage(kind, 0, LAYERS, "never cut")
+    whole = [uncut.open(0, LAYERS, rows, _factors(uncut, 0, LAYERS, adapted))]
+    chain = []
+    for first, last in pairwise(cuts):
+        stage = _stage(kind, first, last) if own_stages else _stage(kind, 0, LAYERS)
+        chain.append(stage.open(first, last, rows + spare, _factors(stage, first, last, adapted)))
     script.check(whole, chain, TOKENS[:rows])
 
 

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 
 from meshnode.core.errors import ContentUnavailable
 from meshnode.core.health import Health
-from meshnode.ipfs.fallback import Fallback
 from meshnode.ipfs.gateway import Gateway
 from meshnode.ipfs.http import HttpTrouble, ask, http_client
 from meshnode.ipfs.rpc import MAX_JSON_BYTES, DaemonRefused, IpfsApi
+from meshnode.ipfs.source_order import Fallback
 from protocols.bitswap.messages import MAX_BLOCK_BYTES
 from protocols.car.messages import Block, Header, encode_block, encode_header
 from protocols.ids import DAG_CBOR, RAW, cid_of

@@ -13,6 +13,7 @@ from protocols.frame import FrameReader, pack
 from protocols.membership import HELLO, ROLES, HelloMachine, Standing, Ticket, Untrusted, format_ticket, parse_ticket
 from protocols.membership import machine as hello
 from protocols.membership.messages import MAX_MESSAGE_BYTES, SEALED_BYTES, Granted, Hello, Join, Welcome
+from protocols.membership.renewal import id_of
 from tests.unit.membership_actors import NOW_MS, World, peer_of_key
 from tests.wire import messages
 
@@ -40,7 +41,16 @@ EVENTS = st.one_of(
         ]
     ),
     *(messages(cls) for cls in HELLO),
-    st.just(Hello(network=W.trust().id, nonce=b"x" * 16, chain=BOB.chain, software="", name="", wall_ms=NOW_MS)),
+    st.builds(
+        Hello,
+        network=st.just(W.trust().id),
+        nonce=st.just(b"x" * 16),
+        chain=st.just(BOB.chain),
+        software=st.just(""),
+        name=st.just(""),
+        wall_ms=st.just(NOW_MS),
+        secrets=st.sampled_from([(), (id_of(W.secret),), (b"unknown!", id_of(W.secret))]),
+    ),
 )
 
 
@@ -162,6 +172,24 @@ def test_any_ticket_survives_its_text(ticket: Ticket) -> None:
             parse_ticket(text[:at])
 
 
+GLUE = st.text("\u200b\ufeff\u00ad\u00a0 \t\r\n>|\"'`*_=,;", max_size=6)
+PROSE_WORDS = ["Hi!", "ticket:", "run this", "meshnode join", "and then start it.", "7", "=>"]
+PROSE = st.lists(st.sampled_from(PROSE_WORDS)).map(" ".join)
+
+
+@given(TICKETS, PROSE, PROSE, st.lists(st.tuples(st.integers(1, 2000), GLUE), max_size=8), st.booleans())
+@settings(max_examples=100)
+def test_any_ticket_survives_being_pasted(
+    ticket: Ticket, before: str, after: str, breaks: list[tuple[int, str]], upper: bool
+) -> None:
+    """Broken anywhere by what is no letter, in the middle of a message."""
+    text = format_ticket(ticket)
+    for at, glue in breaks:
+        text = text[: at % len(text)] + glue + text[at % len(text) :]
+    text = text.upper() if upper else text
+    assert parse_ticket(f"{before} {text} {after}") == ticket
+
+
 @given(
     st.text(max_size=400) | st.text("abcdefghijklmnopqrstuvwxyz234567", max_size=400).map(lambda t: "meshnode1" + t)
 )
@@ -181,7 +209,7 @@ WITHDRAWALS = [
         ("bob", W.chain("ann", "bob")),
         ("bob", W.chain("bob")),
     )
-    for keeps in ((), ("serve", "admin"))
+    for keeps in ((), ("serve", "invite"))
     for time in (0, 5)
 ]
 CHAINS = [

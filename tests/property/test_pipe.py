@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from protocols.errors import RemoteProtocolError
 from protocols.pipe import origin as pipe
 from protocols.pipe.messages import (
+    Chance,
     Close,
     Hop,
     HopTime,
     Message,
     Open,
     Opened,
+    Pooled,
     Refused,
     Sampling,
     Step,
@@ -85,14 +87,16 @@ class World:
             session=S,
             attempt=1,
             us="me",
-            manifest="m",
-            variant="v",
             route=route,
-            prompt=prompt,
-            chunks=cuts,
-            max_tokens=most,
-            eos=frozenset({EOS}),
-            sampling=Sampling(seed=1),
+            task=pipe.Task(
+                manifest="m",
+                variant="v",
+                prompt=prompt,
+                chunks=tuple(cuts),
+                max_tokens=most,
+                eos=frozenset({EOS}),
+                sampling=Sampling(seed=1),
+            ),
         )
         self.prompt = prompt
         self.right = answer_of(prompt, stages, most)
@@ -138,7 +142,7 @@ class World:
 
     def deliver(self, sender: str, receiver: str, message: Message, body: Rows) -> None:
         if receiver == "me":
-            if isinstance(message, Opened | Refused | Token):
+            if isinstance(message, Opened | Refused | Token | Pooled):
                 self.tell(pipe.Received(sender, message))
             return
         node = self.nodes.get(receiver)
@@ -225,10 +229,13 @@ NOW = st.just(0)
 INDICES, POSITIONS, HOPS = st.integers(0, 7), st.integers(0, 12), st.integers(0, 6).map(lambda n: (TIME,) * n)
 CODES = st.sampled_from(("busy", "lost", "fenced", "timeout", ""))
 ROWS = st.integers(1, 12)
+CHANCES = st.lists(st.builds(Chance, token=st.integers(0, 9), nano_nats=NOW), max_size=3).map(tuple)
 LIES = st.one_of(
     lie(Opened, index=INDICES),
     lie(Refused, index=INDICES, code=CODES, reason=st.text(max_size=5)),
     lie(Token, position=POSITIONS, token=st.integers(0, 1 << 24), sent_us=NOW, times=HOPS),
+    lie(Token, position=POSITIONS, token=st.integers(0, 9), sent_us=NOW, times=HOPS, chances=CHANCES),
+    lie(Pooled, sent_us=NOW, times=HOPS),
     lie(Step, position=POSITIONS, rows=ROWS, sample=st.booleans(), sent_us=NOW, times=HOPS),
     lie(Close),
 )
@@ -244,7 +251,7 @@ def test_lies_never_do_more_than_end_the_session(world: World, data: st.DataObje
             world.deliver(*world.bag.pop(0))
         elif deed == "lie":
             lie, liar = data.draw(LIES), data.draw(PEERS)
-            to = "me" if isinstance(lie, Opened | Refused | Token) else data.draw(PEERS)
+            to = "me" if isinstance(lie, Opened | Refused | Token | Pooled) else data.draw(PEERS)
             world.deliver(liar, to, lie, tuple(range(lie.rows)) if isinstance(lie, Step) else ())
         elif deed == "gone":
             world.tell(pipe.PeerGone(data.draw(PEERS), "lost"))
@@ -261,7 +268,7 @@ def test_no_open_breaks_a_stage(opening: Open, us: str) -> None:
     except RemoteProtocolError:
         return
     assert stage.hop.peer == us
-    assert stage.is_last == (opening.sampling is not None)
+    assert stage.is_last == (opening.sampling is not None or opening.pooled)
 
 
 @settings(max_examples=100)

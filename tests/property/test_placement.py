@@ -8,7 +8,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshnode.model.facts import ModelFacts, Range
+from meshnode.model.fit import ModelFacts, Range
 from meshnode.policy.chunking import chunks
 from meshnode.policy.mesh_view import nodes_of
 from meshnode.policy.moves import Move, decide

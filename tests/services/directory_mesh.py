@@ -15,8 +15,9 @@ import trio
 from meshnode.core.clock import VirtualWall
 from meshnode.core.health import Health
 from meshnode.core.signal import Changes
-from meshnode.net.memory_host import MemoryHost, MemoryNetwork
-from meshnode.services.directory.directory import DirectoryService, DirectorySettings, next_incarnation
+from meshnode.services.directory.author import next_incarnation
+from meshnode.services.directory.directory import DirectoryService, DirectorySettings
+from meshnode.sim.network import MemoryHost, MemoryNetwork
 from meshnode.state.memory_state import MemoryState
 from protocols.envelope import sign_record
 from protocols.ids import PeerId
@@ -32,9 +33,16 @@ class Members:
     def __init__(self) -> None:
         self.changes = Changes()
         self.roles: dict[PeerId, frozenset[str]] = {}
+        self.founders: set[PeerId] = set()
 
     def roles_of(self, peer: PeerId) -> frozenset[str]:
         return self.roles.get(peer, frozenset())
+
+    def is_founder(self, peer: PeerId) -> bool:
+        return peer in self.founders
+
+    def branch_of(self, peer: PeerId) -> PeerId:
+        return peer
 
     def grant(self, peer: PeerId, roles: Iterable[str]) -> None:
         """A certificate became known; without roles, it was withdrawn."""

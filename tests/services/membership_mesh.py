@@ -17,9 +17,9 @@ from meshnode.membership.identity import Identity
 from meshnode.membership.joining import join
 from meshnode.membership.network import load_network
 from meshnode.membership.registry import Registry
-from meshnode.net.memory_host import MemoryHost, MemoryNetwork
 from meshnode.net.port import Stream
 from meshnode.services.membership import Introduction, MembershipService
+from meshnode.sim.network import MemoryHost, MemoryNetwork
 from meshnode.state.database import Database
 from protocols.ids import PeerId
 
@@ -99,7 +99,7 @@ class Mesh:
         return await self.start(name)
 
     def ticket(
-        self, node: Node, *, addresses: Sequence[str] = (), roles: Sequence[str] = ("serve", "train"), **more: float
+        self, node: Node, *, addresses: Sequence[str] = (), roles: Sequence[str] = ("serve", "publish"), **more: float
     ) -> str:
         """A ticket that a running node has made."""
         return create_invite(

@@ -13,24 +13,31 @@ import numpy as np
 import trio
 
 from meshnode.core.errors import EngineLost
+from meshnode.core.health import Health
 from meshnode.core.signal import Changes
 from meshnode.engine import local
-from meshnode.engine.port import Engine, StageSpec, StepResult
-from meshnode.model.facts import facts_of
+from meshnode.engine.port import AdapterSpec, Engine, StageSpec, StepResult
+from meshnode.engine.requests import adapt_request
+from meshnode.model.fit import facts_of
 from meshnode.model.release import ServedRelease
-from meshnode.net.memory_host import MemoryHost, MemoryNetwork
 from meshnode.net.pipes import Pipes
+from meshnode.services.inference.adapters import AdapterService
 from meshnode.services.inference.advertised_load import AdvertisedLoad
+from meshnode.services.inference.grammars import GrammarService
 from meshnode.services.inference.origin import OriginService
-from meshnode.services.inference.receipt import Receipt, Request
+from meshnode.services.inference.receipt import RELEASED, Piece, Receipt, Request, Taken, Vector
 from meshnode.services.inference.router import Router
 from meshnode.services.inference.stage import StageService
 from meshnode.sim.model import ModelSpec, make_model
+from meshnode.sim.network import MemoryHost, MemoryNetwork
+from meshnode.text.in_process import open_in_process
 from protocols.advert.messages import SERVING, Advert, Serving, Span
-from protocols.ids import PeerId, SessionId
+from protocols.ids import Cid, PeerId, SessionId
 from protocols.manifest.messages import Architecture
-from protocols.pipe.messages import Sampling
+from protocols.pipe.messages import Grammar, Sampling
+from tests.adapters import Shelf
 from tests.adverts import MANIFEST, advert_of, key_of, peer_of
+from tests.everything import EVERYTHING
 
 LAYERS = 9
 SHAPE = Architecture(
@@ -74,6 +81,19 @@ class LocalEngine(local.LocalEngine):
         self.held: trio.Event | None = None  # steps wait for it
         self.steps: list[tuple[int, int]] = []  # (position, rows) of each
         self.changed: Callable[[], None] = lambda: None
+        self.adapters: list[str] = []  # loaded at the moment, in the order in which they came
+        self.adaptations = 0
+
+    async def adapt(self, adapter: AdapterSpec) -> None:
+        self.adaptations += 1
+        await super().adapt(adapter)
+        self.adapters.append(adapter.name)
+        self.changed()
+
+    async def drop(self, adapter: str) -> None:
+        await super().drop(adapter)
+        if adapter in self.adapters:
+            self.adapters.remove(adapter)
 
     async def open(self, session: SessionId, **settings: Any) -> None:
         await super().open(session, **settings)
@@ -109,6 +129,25 @@ class Served:
         self.sessions -= 1
 
 
+class Released:
+    """Which adapter the network answers with."""
+
+    def __init__(self) -> None:
+        self.changes = Changes()
+        self.adapter: Cid | None = None
+
+    def current(self, base: Cid) -> Cid | None:
+        return self.adapter if base == MANIFEST else None
+
+    def kept(self, base: Cid) -> Sequence[Cid]:
+        current = self.current(base)
+        return [] if current is None else [current]
+
+    def release(self, adapter: Cid | None) -> None:
+        self.adapter = adapter
+        self.changes.notify()
+
+
 @dataclass
 class Member:
     number: int
@@ -119,6 +158,9 @@ class Member:
     engine_failures: list[str] = field(default_factory=list)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     load: AdvertisedLoad = field(default_factory=AdvertisedLoad)
+    health: Health = field(default_factory=Health)
+    changes: Changes = field(default_factory=Changes)  # of `serving`
+    adapters: AdapterService = field(init=False)
     stage: StageService = field(init=False)
     origin: OriginService = field(init=False)
 
@@ -150,18 +192,30 @@ class Member:
         most: int = 12,
         sampling: Sampling = GREEDY,
         chunk_rows: int = 256,
+        adapter: str = RELEASED,
+        grammar: Grammar | None = None,
         each: Callable[[int], object] = lambda _: None,
     ) -> Receipt:
         """One generation to its end; `each` hears of the number of tokens so far."""
         count = 0
-        request = Request(tuple(prompt), most, sampling, chunk_rows)
+        request = Request(tuple(prompt), most, sampling, chunk_rows, adapter, grammar)
         async with aclosing(self.origin.generate(request)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Receipt):
                     return piece
-                count += 1
-                each(count)
+                if isinstance(piece, Piece):
+                    count += 1
+                    each(count)
         raise AssertionError("the receipt is missing")
+
+    async def embed(self, prompt: Sequence[int] = PROMPT, *, chunk_rows: int = 256) -> tuple[float, ...]:
+        """A prompt as one vector."""
+        request = Request(tuple(prompt), 1, GREEDY, chunk_rows, pooled=True)
+        async with aclosing(self.origin.generate(request)) as pieces:
+            taken, vector, receipt = [piece async for piece in pieces]
+        assert isinstance(taken, Taken) and isinstance(receipt, Receipt) and isinstance(vector, Vector)
+        assert (receipt.reason, receipt.tokens, receipt.prompt) == ("pooled", [], tuple(prompt))
+        return vector.values
 
 
 class Mesh:
@@ -172,7 +226,10 @@ class Mesh:
         self.members: list[Member] = []
         self.changes = Changes()  # of `live` and `current`
         self.current: ServedRelease | None = RELEASE
+        self.previous: ServedRelease | None = None
         self.why_none = "the network serves no model yet"
+        self.content = Shelf()
+        self.released = Released()
         self.prefer: PeerId | None = None  # looks faster than it is
         self._nursery = nursery
         self._change = trio.Event()
@@ -188,9 +245,15 @@ class Mesh:
         engine.changed = self._changed
         served = Served(engine, span) if last else None
         member = Member(number, host, Pipes(host), served, served.span if served else None)
-        member.stage = StageService(member.peer, member.pipes, member, member.load)
-        router = Router(member.peer, self, self)
-        member.origin = OriginService(member.peer, member.pipes, router, self, random.Random(number))
+        member.adapters = AdapterService(self.content, member, self.released)  # type: ignore[arg-type]
+        grammars = GrammarService(self, self.content, open_in_process)  # type: ignore[arg-type]
+        member.stage = StageService(
+            member.peer, member.pipes, member, member.load, EVERYTHING, member.adapters, grammars
+        )
+        router = Router(member.peer, self, self, member.health)
+        member.origin = OriginService(
+            member.peer, member.pipes, router, self, self.released, EVERYTHING, random.Random(number)
+        )
         await self._nursery.start(self._run, member)
         for other in self.members:
             if other.peer in self.network.hosts:
@@ -205,7 +268,9 @@ class Mesh:
             async with trio.open_nursery() as nursery:
                 await nursery.start(member.host.run)
                 await nursery.start(member.pipes.run)
+                await nursery.start(member.adapters.run)
                 await nursery.start(member.stage.run)
+                await nursery.start(member.origin.run)
                 task_status.started()
 
     def live(self) -> dict[PeerId, Advert]:
@@ -260,17 +325,35 @@ async def open_mesh() -> AsyncIterator[Mesh]:
         nursery.cancel_scope.cancel()
 
 
-def alone(prompt: Sequence[int] = PROMPT, *, most: int = 12, sampling: Sampling = GREEDY) -> list[int]:
-    """The answer of one process that holds the whole model."""
+def alone(
+    prompt: Sequence[int] = PROMPT,
+    *,
+    most: int = 12,
+    sampling: Sampling = GREEDY,
+    adapter: AdapterSpec | None = None,
+) -> list[int]:
+    """The answer of one process that holds the whole model, with an adapter whose files are here."""
     sessions = LocalEngine(0, LAYERS)._sessions
     text = np.asarray(prompt, np.int32)
-    sessions.open(b"s", first=0, last=LAYERS, capacity=SHAPE.context, sampling=sampling, prompt=text)
+    if adapter is not None:
+        sessions.adapters.announce(adapt_request(adapter))
+        for layer, path in adapter.layers.items():
+            sessions.adapters.fill(adapter.name, layer, path.read_bytes())
+    sessions.open(
+        b"s",
+        first=0,
+        last=LAYERS,
+        capacity=SHAPE.context,
+        sampling=sampling,
+        prompt=text,
+        adapter="" if adapter is None else adapter.name,
+    )
     out: list[int] = []
     rows, position = text, 0
     while len(out) < most and (not out or out[-1] not in SHAPE.eos_ids):
-        _, token = sessions.step(
+        token = sessions.step(
             b"s", position=position, rows=len(rows), body=rows.tobytes(), sample_after=True, prefill=not out
-        )
+        ).token
         assert token is not None
         position += len(rows)
         out.append(token)

@@ -17,11 +17,11 @@ from meshnode.bench.known import Known, content_of
 from meshnode.core.errors import ContentUnavailable
 from meshnode.core.health import Health
 from meshnode.ipfs import gateway as gateway_module
-from meshnode.ipfs.fallback import Fallback
 from meshnode.ipfs.gateway import Gateway
 from meshnode.ipfs.rpc import IpfsApi
+from meshnode.ipfs.source_order import Fallback
+from meshnode.services.content import escalation as search_patience
 from meshnode.services.content import outside as search
-from meshnode.services.content import patience as search_patience
 from meshnode.services.content.service import ContentService
 from meshnode.services.port import Progress
 from meshnode.store.blob_store import BlobStore

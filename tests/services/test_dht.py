@@ -16,10 +16,9 @@ from trio.testing import MockClock
 from meshnode.bench.known import Known, content_of
 from meshnode.core.errors import ConfigError, ContentUnavailable, Declined
 from meshnode.core.health import Health
-from meshnode.net.memory_host import MemoryHost, MemoryNetwork
 from meshnode.net.port import Stream
 from meshnode.services import external_peers
-from meshnode.services.dht import (
+from meshnode.services.dht.client import (
     ASK_S,
     MAX_PROVIDERS,
     PROVIDE_S,
@@ -28,6 +27,7 @@ from meshnode.services.dht import (
     DhtSettings,
 )
 from meshnode.services.external_peers import LINGER_S, MAX_LINGERING, ExternalPeers, ExternalSettings
+from meshnode.sim.network import MemoryHost, MemoryNetwork
 from meshnode.store.blob_store import BlobStore
 from protocols.bitswap.messages import PROTOCOL as BITSWAP
 from protocols.ids import RAW, Cid, PeerId, cid_of, cid_to_bytes

@@ -19,7 +19,6 @@ from meshnode.core.errors import ContentUnavailable, Declined, PeerUnreachable
 from meshnode.core.health import Health
 from meshnode.net import heartbeat
 from meshnode.net.libp2p import host as libp2p_host
-from meshnode.net.memory_host import MemoryHost, MemoryNetwork
 from meshnode.net.port import Stream
 from meshnode.services.content.service import ContentService
 from meshnode.services.content.sources import Finder
@@ -31,6 +30,7 @@ from meshnode.services.external_peers import (
     ExternalPeers,
     ExternalSettings,
 )
+from meshnode.sim.network import MemoryHost, MemoryNetwork
 from meshnode.store.blob_store import BlobStore
 from protocols.bitswap.messages import (
     PROTOCOL,

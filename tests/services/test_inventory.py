@@ -64,6 +64,7 @@ async def test_of_too_many_files_those_of_the_served_variant_are_named(
                 lambda directory, cid=cid: any(h.manifest == cid for h in directory.announcements().values()), 5
             )
         inventory = InventoryService(one.directory, store, one.health)
+        inventory.serve((cid_of(DAG_CBOR, block_of(new)), "int4"))
         nursery.start_soon(inventory.run)
 
         def named() -> set[bytes]:

@@ -16,10 +16,10 @@ import trio
 from meshnode.core.health import Health
 from meshnode.core.signal import Changes
 from meshnode.ipfs.rpc import IpfsApi
-from meshnode.net.memory_host import MemoryHost, MemoryNetwork
 from meshnode.services import ipfs_daemon as daemon
 from meshnode.services.external_peers import ExternalPeers, ExternalSettings
 from meshnode.services.ipfs_daemon import IpfsDaemonService, Publication
+from meshnode.sim.network import MemoryHost, MemoryNetwork
 from meshnode.state.database import Database
 from meshnode.store.blob_store import BlobStore
 from protocols.advert.messages import Holding

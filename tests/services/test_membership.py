@@ -16,18 +16,24 @@ from trio.testing import MockClock
 from meshnode.core.errors import Declined, IdentityError, PeerUnreachable
 from meshnode.core.health import Health
 from meshnode.core.paths import Paths
+from meshnode.doctor.device_checks import check_membership
+from meshnode.doctor.facts import membership_facts
+from meshnode.doctor.finding import Level
 from meshnode.membership.enrolment import open_ticket, withdraw_member
 from meshnode.membership.identity import Identity
 from meshnode.membership.joining import join
 from meshnode.membership.network import load_network, save_network
+from meshnode.membership.roll import roll
 from meshnode.net.port import Stream
-from meshnode.services.discovery import DiscoveryService
+from meshnode.services.dialling import DiallingService
 from meshnode.services.membership import REVIEW_S, Refusal
+from meshnode.state.address_book import AddressBook
 from meshnode.state.database import Database
 from protocols.frame import FrameReader, pack
 from protocols.ids import PeerId, short
 from protocols.membership import HELLO, PROTOCOL, ROLES
-from protocols.membership.messages import MAX_CLOCK_MS, Hello, Join, Message, Refused
+from protocols.membership.messages import MAX_CLOCK_MS, TOPIC, Chain, Hello, Join, Message, Refused, Roster
+from protocols.membership.renewal import id_of
 from tests.adverts import Known
 from tests.services.membership_mesh import ECHO, Mesh, Node, open_mesh
 
@@ -93,9 +99,9 @@ async def bob(mesh: Mesh, ann: Node) -> Node:
 async def test_two_commands_to_a_mesh(ann: Node, bob: Node, autojump_clock: MockClock) -> None:
     await mesh_goes_on(ann, bob)
     member = ann.membership.members()[bob.peer_id]
-    assert (member.name, member.software, member.standing.roles) == ("bob", "0.1.0", {"serve", "train"})
+    assert (member.name, member.software, member.standing.roles) == ("bob", "0.1.0", {"ask", "serve", "publish"})
     assert bob.membership.roles_of(ann.peer_id) == set(ROLES)
-    assert bob.membership.roles_of(bob.peer_id) == {"serve", "train"} == bob.membership.standing.roles
+    assert bob.membership.roles_of(bob.peer_id) == {"ask", "serve", "publish"} == bob.membership.standing.roles
     assert ann.membership.refusals == bob.membership.refusals == ()
 
 
@@ -142,7 +148,15 @@ async def answer_to(mesh: Mesh, node: Node, name: str, chain: tuple[bytes, ...] 
         await host.connect(node.peer_id, node.host.addresses)
         stream = await host.open_stream(node.peer_id, PROTOCOL)
         if chain is not None:
-            hello = Hello(network=network, nonce=bytes(16), chain=chain, software="x", name=name, wall_ms=mesh.wall())
+            hello = Hello(
+                network=network,
+                nonce=bytes(16),
+                chain=chain,
+                software="x",
+                name=name,
+                wall_ms=mesh.wall(),
+                secrets=(id_of(load_network(node.folder).secret),),  # it has seen one pass by,
+            )
             await stream.send_all(pack(HELLO.encode(hello)))
         with trio.fail_after(10):
             answer = await answer_of(stream)
@@ -312,11 +326,11 @@ async def test_a_bootstrap_peer_in_the_ticket_can_not_redeem_it_but_does_no_harm
         await mesh.enrol("cleo", later)
 
 
-async def test_an_invited_admin_invites(mesh: Mesh, ann: Node, autojump_clock: MockClock) -> None:
+async def test_an_invited_inviter_invites(mesh: Mesh, ann: Node, autojump_clock: MockClock) -> None:
     bob = await mesh.enter("bob", mesh.ticket(ann, roles=ROLES))
     cleo = await mesh.enter("cleo", mesh.ticket(bob, roles=("serve",)))
     await cleo.meet(ann)
-    assert ann.membership.roles_of(cleo.peer_id) == {"serve"}
+    assert ann.membership.roles_of(cleo.peer_id) == {"ask", "serve"}
 
 
 async def test_a_member_that_is_put_out_leaves_every_node(mesh: Mesh, ann: Node, autojump_clock: MockClock) -> None:
@@ -342,6 +356,50 @@ async def test_a_member_that_is_put_out_leaves_every_node(mesh: Mesh, ann: Node,
     assert caught.value.code == "forbidden"
 
 
+@pytest.mark.parametrize("away", [False, True])
+async def test_who_was_put_out_is_told_on_its_own_device(
+    mesh: Mesh, ann: Node, bob: Node, away: bool, autojump_clock: MockClock
+) -> None:
+    """At once, or when it comes back; and after that without anybody else."""
+    if away:
+        await bob.stop()
+        await ann.membership.withdraw(bob.peer_id, (), "it was sold")
+        bob = await mesh.start("bob")
+        await bob.connect(ann)
+    else:
+        assert not bob.health.current()
+        await ann.membership.withdraw(bob.peer_id, (), "it was sold")
+        await gone(bob, ann.peer_id)
+        await bob.connect(ann)
+    await until(bob, lambda: not bob.membership.roles_of(bob.peer_id))
+    (warning,) = (shown for shown in bob.health.current() if shown.code == "put-out")
+    assert "it was sold" in warning.text and "meshnode join TICKET --anew" in warning.text
+    ours = roll(load_network(bob.folder), bob.database, bob.peer_id, bob.wall())[0]
+    assert ours.was_put_out and "it was sold" in ours.why_not
+    facts, problem, _ = membership_facts(bob.folder, bob.peer_id, bob.wall())
+    finding = check_membership(facts, bob.wall())
+    assert (problem, finding.level) == ("", Level.WRONG)
+    assert "it was sold" in finding.text and "join TICKET --anew" in finding.remedy
+    await bob.stop()
+    with pytest.raises(IdentityError, match=r"it was sold.*join TICKET --anew"):
+        await mesh.start("bob")
+    ticket = mesh.ticket(ann)
+    async with mesh.stranger("bob") as host:
+        await join(host, ticket, folder=bob.folder, name="bob", software="0.1.0", anew=True, clock=mesh.wall)
+    bob = await mesh.start("bob")
+    await bob.meet(ann)
+    assert not bob.health.current()
+
+
+async def test_a_certificate_that_expires_is_told_on_its_own_device(
+    mesh: Mesh, ann: Node, autojump_clock: MockClock
+) -> None:
+    bob = await mesh.enter("bob", mesh.ticket(ann, member_ttl_s=60))
+    await bob.meet(ann)
+    await trio.sleep(60 + REVIEW_S)
+    assert [shown.code for shown in bob.health.current() if shown.code == "put-out"] == ["put-out"]
+
+
 async def test_a_new_ticket_lets_a_withdrawn_member_in_again(
     mesh: Mesh, ann: Node, bob: Node, autojump_clock: MockClock
 ) -> None:
@@ -362,8 +420,8 @@ async def test_withdrawn_roles_are_gone_at_once_and_the_connection_stays(
     await bob.meet(ann)
     withdraw_member(ann.folder, ann.database, bob.peer_id, keeps=("serve",), reason="too slow", clock=mesh.wall)
     with trio.fail_after(REVIEW_S + 1):
-        await until(ann, lambda: ann.membership.members()[bob.peer_id].standing.roles == {"serve"})
-        await until(bob, lambda: bob.membership.standing.roles == {"serve"})
+        await until(ann, lambda: ann.membership.members()[bob.peer_id].standing.roles == {"ask", "serve"})
+        await until(bob, lambda: bob.membership.standing.roles == {"ask", "serve"})
     await mesh_goes_on(ann, bob)
     await bob.stop()
     (bob.folder / "network" / "network.cbor").unlink()
@@ -386,17 +444,40 @@ async def test_a_withdrawal_is_learned_from_whoever_is_met_and_survives_a_restar
     assert (await refused(cleo, bob.peer_id)).code == "forbidden"
 
 
+async def test_only_news_of_withdrawals_are_passed_on(mesh: Mesh, ann: Node, autojump_clock: MockClock) -> None:
+    bob, cleo, dora = [await mesh.enter(name, mesh.ticket(ann)) for name in ("bob", "cleo", "dora")]
+    for one, other in ((bob, ann), (cleo, ann), (bob, cleo), (dora, ann)):
+        await one.meet(other)
+    await ann.membership.withdraw(dora.peer_id, (), "it was stolen")
+    for node in (ann, bob, cleo):
+        await gone(node, dora.peer_id)
+    await mesh_goes_on(ann, cleo)
+    known = [roster for roster in ann.membership._registry.rosters(()) if roster.withdrawals]
+    assert known
+    before = {node.name: node.host.sent for node in (ann, cleo)}
+    for _ in range(200):
+        for roster in known:
+            await bob.host.publish(TOPIC, HELLO.encode(roster))
+        await bob.host.publish(TOPIC, HELLO.encode(Roster(members=(Chain(certificates=(bytes(100),)),))))
+        await bob.host.publish(TOPIC, b"no roster at all")
+        await trio.sleep(0.01)
+    assert {node.name: node.host.sent for node in (ann, cleo)} == before
+    await ann.membership.withdraw(bob.peer_id, (), "it babbles")
+    for node in (ann, cleo):
+        await gone(node, bob.peer_id)
+
+
 async def test_who_may_not_withdraw(mesh: Mesh, ann: Node, autojump_clock: MockClock) -> None:
     bob = await mesh.enter("bob", mesh.ticket(ann))
-    admin = await mesh.enter("cleo", mesh.ticket(ann, roles=ROLES))
+    inviter = await mesh.enter("cleo", mesh.ticket(ann, roles=ROLES))
     await bob.meet(ann)
-    await admin.meet(ann)
-    await until(admin, lambda: admin.membership.roles_of(bob.peer_id))
-    with pytest.raises(IdentityError, match="lacks the role admin"):
+    await inviter.meet(ann)
+    await until(inviter, lambda: inviter.membership.roles_of(bob.peer_id))
+    with pytest.raises(IdentityError, match="lacks the role invite"):
         await bob.membership.withdraw(ann.peer_id, (), "")
     for target in (ann.peer_id, bob.peer_id):
         with pytest.raises(IdentityError, match="as near to the founder"):
-            await admin.membership.withdraw(target, (), "")
+            await inviter.membership.withdraw(target, (), "")
 
 
 async def test_a_certificate_that_expires_while_connected(mesh: Mesh, ann: Node, autojump_clock: MockClock) -> None:
@@ -497,8 +578,8 @@ async def test_a_refused_node_is_not_dialled_in_a_loop_and_knows_why(
     mesh: Mesh, ann: Node, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     eve = await mesh.found("eve", network="elsewhere")
-    discovery = DiscoveryService(
-        eve.host, eve.database, Known(), ann.host.addresses, Health(), random.Random(1), eve.wall
+    discovery = DiallingService(
+        eve.host, AddressBook(eve.database, ann.host.addresses, eve.wall), Known(), Health(), random.Random(1)
     )
     await nursery.start(discovery.run)
     await trio.sleep(120)

@@ -11,13 +11,22 @@ import trio
 from trio.testing import MockClock
 
 from meshnode.core.errors import PeerUnreachable
-from meshnode.net.memory_host import MemoryHost, MemoryNetwork
-from meshnode.net.pipes import MOST_UNDER_WAY_US, PROTOCOL, SEND_S, ClockOffset, Pipes
+from meshnode.net.pipes import (
+    COSTS,
+    MESSAGE_BURST,
+    MESSAGES_PER_S,
+    MOST_UNDER_WAY_US,
+    PROTOCOL,
+    SEND_S,
+    ClockOffset,
+    Pipes,
+)
 from meshnode.net.port import Stream
+from meshnode.sim.network import MemoryHost, MemoryNetwork
 from protocols.frame import pack
 from protocols.ids import PeerId
-from protocols.pipe.messages import PIPE, Close, HopTime, Message, Pong, Step
-from tests.adverts import peer_of
+from protocols.pipe.messages import PIPE, Close, Hop, HopTime, Message, Open, Pong, Step
+from tests.adverts import MANIFEST, peer_of
 
 S = bytes(16)
 CLOSE = Close(session=S, attempt=0)
@@ -90,6 +99,49 @@ async def test_messages_arrive_in_order_and_to_oneself(autojump_clock: MockClock
         ]
         await one.pipes.send(one.peer, CLOSE)
         assert one.heard == [(one.peer, CLOSE, b"", 0)]
+
+
+async def test_who_sends_more_than_anybody_answers_is_read_more_slowly_and_named(autojump_clock: MockClock) -> None:
+    more = 2000
+    async with pair() as (one, other, _):
+        slow: list[PeerId] = []
+        other.pipes.flooded = slow.append
+        began = trio.current_time()
+        for _ in range(round(MESSAGE_BURST) - 100):
+            await one.pipes.send(other.peer, STEP)
+        await other.until(lambda: len(other.heard) >= MESSAGE_BURST - 100, 5)
+        assert trio.current_time() - began < 1
+        assert not slow, "a burst is no flood"
+        for _ in range(100 + more):
+            await one.pipes.send(other.peer, STEP)
+        await other.until(lambda: len(other.heard) >= MESSAGE_BURST + more, 60)
+        assert trio.current_time() - began > 0.9 * more / MESSAGES_PER_S
+        assert set(slow) == {one.peer}
+        await other.pipes.send(one.peer, STEP)
+        await one.until(lambda: one.heard, 1)
+
+
+async def test_an_opening_counts_as_many_steps(autojump_clock: MockClock) -> None:
+    more = 50
+    async with pair() as (one, other, _):
+        other.pipes.handle(Open, other.take)
+        began = trio.current_time()
+        opening = Open(
+            session=S,
+            attempt=0,
+            origin=one.peer,
+            manifest=MANIFEST,
+            variant="int4",
+            route=(Hop(peer=other.peer, first=0, last=3, incarnation=1),),
+            index=0,
+            capacity=9,
+            sampling=None,
+        )
+        count = round(MESSAGE_BURST / COSTS[Open]) + more
+        for _ in range(count):
+            await one.pipes.send(other.peer, opening)
+        await other.until(lambda: len(other.heard) == count, 60)
+        assert trio.current_time() - began > 0.8 * more * COSTS[Open] / MESSAGES_PER_S
 
 
 async def test_a_large_frame_over_a_slow_link_takes_its_time(autojump_clock: MockClock) -> None:

@@ -10,14 +10,15 @@ import trio
 from trio.testing import MockClock
 
 from meshnode.core.errors import PeerUnreachable
-from meshnode.net.memory_host import MemoryHost, MemoryNetwork
 from meshnode.net.port import Stream
 from meshnode.services.holds import HoldAnswers, HoldQuestions
+from meshnode.sim.network import MemoryHost, MemoryNetwork
 from protocols.errors import RemoteProtocolError
 from protocols.frame import pack
 from protocols.ids import PeerId
 from protocols.intent.messages import HOLDS, PROTOCOL, Answer, Held, Hold, NotHeld
 from tests.adverts import peer_of
+from tests.everything import EVERYTHING
 
 QUESTION = Hold(manifest="m", variant="v", first=0, last=4, epoch=1, hold_ms=1000)
 
@@ -52,7 +53,7 @@ async def test_a_question_and_its_answer(
 ) -> None:
     one, other = hosts
     keeper = Keeper(answer)
-    HoldAnswers(other, keeper)
+    HoldAnswers(other, keeper, EVERYTHING)
     assert await HoldQuestions(one).ask(other.peer_id, QUESTION) == answer
     assert keeper.asked == [(one.peer_id, QUESTION)]
 
@@ -70,7 +71,7 @@ async def test_a_bad_question_is_the_peers_fault(
 ) -> None:
     one, other = hosts
     keeper = Keeper(Held(hold_ms=1))
-    HoldAnswers(other, keeper)
+    HoldAnswers(other, keeper, EVERYTHING)
     stream = await one.open_stream(other.peer_id, PROTOCOL)
     with structlog.testing.capture_logs() as said:
         await stream.send_all(data)

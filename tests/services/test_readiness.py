@@ -14,12 +14,19 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.core.health import Health
 from meshnode.core.signal import Changes
+from meshnode.model.fit import facts_of
+from meshnode.model.release import ServedRelease
 from meshnode.net.port import PeerEvent
 from meshnode.policy.route import NoRoute
 from meshnode.services.inference.readiness import AGAIN_S, PROBE_S, Readiness, ReadinessService
 from meshnode.services.inference.receipt import Piece, Receipt, Request
-from protocols.ids import PeerId
+from meshnode.sim.model import ModelSpec, make_model
+from protocols.ids import Cid, PeerId
 from protocols.pipe.messages import Hop
+from tests.adverts import key_of
+
+MODEL = make_model(ModelSpec(), key_of(1), 1)
+RELEASE = ServedRelease(Cid("release-1"), "int4", MODEL.manifest, facts_of(MODEL.manifest, "int4"))
 
 
 @dataclass
@@ -52,7 +59,7 @@ class Chain:
         await trio.sleep(self.takes_s)
         if self.failure is not None:
             raise self.failure
-        yield Receipt((), ())
+        yield Receipt((), (), RELEASE)
 
     async def set(self, route: str | None) -> None:
         """Change the view, and let the service see it."""

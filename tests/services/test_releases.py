@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,8 +18,12 @@ from meshnode.sim.model import ModelSpec, ToyModel, make_model
 from meshnode.state import releases
 from meshnode.state.memory_state import MemoryState
 from protocols.advert.messages import Announcement
-from protocols.ids import DAG_CBOR, Cid, cid_of
+from protocols.ids import DAG_CBOR, RAW, Cid, cid_of
+from protocols.manifest.codec import sign_manifest
+from protocols.manifest.messages import FileRef
 from tests.adverts import key_of
+from tests.manifests import KEY as MANIFEST_KEY
+from tests.manifests import manifest_of
 
 KEY = key_of(1)
 MODEL = make_model(ModelSpec(layers=2, layer_bytes=10), KEY, 1)
@@ -35,14 +40,34 @@ class World:
         self.asked: list[Cid] = []
         self.blocks: dict[Cid, bytes] = {}
         self.head: Announcement | None = None
+        self.first: list[Announcement] = []  # before `head`
         self.changes = Changes()
         self.state = MemoryState()
         self.health = Health(trio.current_time)
         here: Any = self
-        self.service = ReleasesService(here, _Content(self), here, self.state, self.health)
+        self.shown: tuple[Cid, str] | None = None
+        self.service = ReleasesService(here, _Content(self), here, self.state, here, self.health)
+
+    def serve(self, release: tuple[Cid, str] | None) -> None:
+        self.shown = release
 
     def announcement(self) -> Announcement | None:
-        return self.head
+        return next(iter(self.ranked()), None)
+
+    def ranked(self) -> tuple[Announcement, ...]:
+        return (*self.first, *(() if self.head is None else (self.head,)))
+
+    def says(self, publisher: str, manifest: Cid) -> None:
+        """Somebody's word, which goes before all others."""
+        self.announce(name="noise", version="v", manifest=manifest, variant="int4")
+        assert self.head is not None
+        others = [one for one in self.first if one.peer != publisher]
+        self.first, self.head = [replace(self.head, peer=publisher), *others], None
+        self.changes.notify()
+
+    def falls_silent(self, publisher: str) -> None:
+        self.first = [one for one in self.first if one.peer != publisher]
+        self.changes.notify()
 
     def announce(self, *, name: str, version: str, manifest: Cid, variant: str) -> None:
         self.head = Announcement(
@@ -173,3 +198,111 @@ async def test_what_is_no_manifest_is_not_tried_again(autojump_clock: MockClock,
     await nursery.start(world.service.run)
     await trio.sleep(1000)
     assert world.head is None and world.asked == [nothing] and world.service.awaited is None
+
+
+async def test_a_choice_that_is_refused_at_the_start_is_told(
+    autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A founder's device has spoken since, or the role publish was taken from us."""
+    world = World()
+
+    def announce(**_: Any) -> None:
+        raise Declined("forbidden", "a founder's device goes before this node")
+
+    monkeypatch.setattr(world, "announce", announce)
+    releases.serve_later(world.state, MANIFEST, "")
+    await nursery.start(world.service.run)
+    await trio.sleep(60)
+    (shown,) = world.health.current()
+    assert shown.code == "model-refused" and "a founder's device goes before this node." in shown.text
+    assert world.service.awaited is None
+
+
+NOBODYS = cid_of(DAG_CBOR, b"nobody has it")  # its search goes on for ever
+
+
+async def settled() -> None:
+    with trio.move_on_after(100):
+        await trio.sleep_forever()
+
+
+async def test_what_nobody_has_does_not_replace_what_is_served(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    world = World(absences=1000)
+    have(world, MODEL)
+    world.says("owner", MANIFEST)
+    await nursery.start(world.service.run)
+    await world.until(lambda: world.service.current is not None)
+    before = world.service.current
+    world.says("other", NOBODYS)
+    await settled()
+    assert world.service.current is before and world.shown == (MANIFEST, "int4")
+    (shown,) = world.health.current()
+    assert shown.code == "release-missing" and "noise int4 is served" in shown.text
+    world.says("owner", OTHER)  # the publisher of what is served says something else, which nobody has either
+    await settled()
+    assert world.service.current is before
+    have(world, OTHER_MODEL)
+    world.changes.notify()
+    await world.until(lambda: world.service.current is not before)
+    assert world.service.current is not None and world.service.current.cid == OTHER
+    assert world.shown == (OTHER, "int4")
+    assert world.health.current() == []
+
+
+async def test_what_was_served_goes_on_after_a_restart(autojump_clock: MockClock) -> None:
+    world = World(absences=1000)
+    have(world, MODEL)
+    world.says("owner", MANIFEST)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(world.service.run)
+        await world.until(lambda: world.service.current is not None)
+        nursery.cancel_scope.cancel()
+    world.says("owner", NOBODYS)
+    here: Any = world
+    again = ReleasesService(here, _Content(world), here, world.state, here, world.health)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(again.run)
+        await settled()
+        assert again.current is not None and again.current.cid == MANIFEST
+        world.falls_silent("owner")
+        await settled()
+        assert again.current is None, "its publisher has no word any more: it was put out, or took it back"
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_new_node_takes_the_first_that_can_be_had(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    world = World(absences=1000)
+    have(world, MODEL)
+    world.says("owner", MANIFEST)
+    world.says("other", NOBODYS)
+    await nursery.start(world.service.run)
+    await world.until(lambda: world.service.current is not None)
+    assert world.service.current is not None and world.service.current.cid == MANIFEST
+    world.falls_silent("owner")
+    await settled()
+    assert world.service.current is None
+
+
+TRAINED = manifest_of(
+    lambda name: FileRef(cid=cid_of(RAW, name.encode()), size=1), layers=2, variants=("int4", "train")
+)
+TRAINED_BLOCK = sign_manifest(MANIFEST_KEY, TRAINED)
+
+
+async def test_what_is_for_training_is_not_served(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    world = World()
+    cid = cid_of(DAG_CBOR, TRAINED_BLOCK)
+    world.blocks[cid] = TRAINED_BLOCK
+    await nursery.start(world.service.run)
+    with pytest.raises(Declined, match="the variant train of tiny is for training and can't be served; choose int4"):
+        world.service.announce(cid, "train")
+    assert world.head is None
+    world.announce(name="tiny", version="v", manifest=cid, variant="train")  # somebody else says so
+    await trio.sleep(100)
+    assert world.service.current is None
+    world.blocks[cid] = TRAINED_BLOCK  # it was asked for again, and this content gives something else
+    world.service.announce(cid, "")
+    await world.until(lambda: world.service.current is not None)
+    assert world.service.current is not None and world.service.current.title == "tiny int4"

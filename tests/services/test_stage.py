@@ -14,15 +14,20 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from meshnode.core.errors import Declined, PeerUnreachable
+from meshnode.policy.shares import PROBE_TOKENS, SILENT_S
+from meshnode.services.inference.adapters import AdapterService
 from meshnode.services.inference.advertised_load import QUEUE_STEP_US, AdvertisedLoad
-from meshnode.services.inference.stage import MAX_SESSIONS, MAX_UNTOLD, MAX_WAITING_STEPS, StageService
+from meshnode.services.inference.grammars import GrammarService
+from meshnode.services.inference.stage import MAX_UNTOLD, MAX_WAITING_STEPS, StageService
+from meshnode.text.in_process import open_in_process
 from protocols.advert.messages import Span
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId
 from protocols.pipe.messages import Close, Hop, HopTime, Message, Open, Opened, Refused, Step, Token
-from protocols.pipe.stage import IDLE_S
+from protocols.pipe.timeouts import FIRST_STEP_S, IDLE_S
 from tests.adverts import MANIFEST, OTHER_MANIFEST
-from tests.services.pipe_mesh import GREEDY, LAYERS, PROMPT, SHAPE, LocalEngine, Served, alone
+from tests.everything import EVERYTHING
+from tests.services.pipe_mesh import GREEDY, LAYERS, PROMPT, SHAPE, LocalEngine, Released, Served, alone
 
 S = bytes(range(16))
 US, ME, BOB, CAT = PeerId("us"), PeerId("me"), PeerId("bob"), PeerId("cat")
@@ -43,7 +48,9 @@ class Bench:
 
     def __post_init__(self) -> None:
         self._handlers: dict[type, Callable[..., None]] = {}
-        self.service = StageService(US, self, self, self.load)
+        adapters = AdapterService(self, self, Released())  # type: ignore[arg-type]
+        grammars = GrammarService(self, self, open_in_process)  # type: ignore[arg-type]
+        self.service = StageService(US, self, self, self.load, EVERYTHING, adapters, grammars)
 
     def handle(self, kind: type, handler: Callable[..., None]) -> None:
         self._handlers[kind] = handler
@@ -241,7 +248,7 @@ async def test_sessions_that_stay_are_told(b: Bench, autojump_clock: MockClock) 
         ({"manifest": OTHER_MANIFEST}, "not the model that was asked for"),
         ({"variant": "int8"}, "serves int4 of"),
         ({"route": (replace(ALONE[0], incarnation=2),)}, "was restarted since the route was made"),
-        ({"route": (replace(ALONE[0], last=10),)}, "serves layers 0 to 8, not 0 to 9"),
+        ({"route": (replace(ALONE[0], last=10),)}, "serves layers 0 to 8, not layers 0 to 9"),
     ],
 )
 async def test_what_we_do_not_serve_exactly_is_fenced(
@@ -264,7 +271,7 @@ async def test_a_node_without_layers_says_so(b: Bench, autojump_clock: MockClock
     [
         (BOB, opening(), b"", "in the name of me"),
         (ME, opening(index=1), b"", "does not name us"),
-        (ME, opening(sampling=None), b"", "isn't the last one"),
+        (ME, opening(sampling=None), b"", "either how to sample or to pool"),
         (ME, opening(), ids(*PROMPT)[:-1], "a prompt of 19 bytes"),
         (ME, opening(), ids(*range(33)), "the session holds 32"),
     ],
@@ -331,13 +338,51 @@ async def test_a_flood_of_sessions_does_not_pile_up(autojump_clock: MockClock) -
 
     async with bench(max_sessions=8) as b:
         b.deliver = deaf
-        for number in range(MAX_SESSIONS + 2 * MAX_UNTOLD):
+        for number in range(4 * MAX_UNTOLD):
             b.receive(ME, opening(session=number.to_bytes(16, "big")), ids(*PROMPT))
-        assert b.load.sessions == MAX_SESSIONS
+        assert b.load.sessions == 6, "two are kept for others"
         with trio.move_on_after(10):
             await trio.sleep_forever()
-        assert b.load.sessions == 8
-        assert len(sending) == 8 + MAX_UNTOLD
+        assert (b.load.sessions, len(sending)) == (6, 6 + MAX_UNTOLD)
+        b.deliver = None
+        await b.take(BOB, opening(session=S, origin=BOB), ids(*PROMPT))
+        assert b.load.sessions == 7
+
+
+async def test_a_session_without_a_step_goes(b: Bench, autojump_clock: MockClock) -> None:
+    await b.take(ME, opening(), ids(*PROMPT))
+    with trio.move_on_after(FIRST_STEP_S):
+        await trio.sleep_forever()
+    assert [code for code, _ in b.said] == ["idle"]
+    assert b.local.open_sessions == set()
+
+
+async def test_silent_sessions_go_for_whoever_has_none(autojump_clock: MockClock) -> None:
+    async with bench(max_sessions=4) as b:
+        names = [bytes([n]) * 16 for n in range(4)]
+        for name in names[:3]:
+            await b.take(ME, opening(session=name), ids(*PROMPT))
+            await b.take(ME, step(0, 5, session=name), ids(*PROMPT))
+        await b.take(BOB, opening(session=names[3], origin=BOB), ids(*PROMPT))
+        await b.take(BOB, step(0, 5, session=names[3]), ids(*PROMPT))
+        for seconds, code in ((1, "busy"), (SILENT_S, "idle")):
+            with trio.move_on_after(seconds):
+                await trio.sleep_forever()
+            await b.take(CAT, opening(session=bytes(15) + b"c", origin=CAT), ids(*PROMPT))
+            assert b.said[-1][0] == code
+        assert isinstance(b.sent[-1][1], Opened)
+        assert len(b.local.open_sessions) == 4
+        refused = [(peer, m.session) for peer, m, _ in b.sent if isinstance(m, Refused) and m.code == "idle"]
+        assert refused == [(ME, names[0])]
+
+
+async def test_a_full_stage_still_answers_a_probe(autojump_clock: MockClock) -> None:
+    async with bench(max_sessions=1) as b:
+        await b.take(ME, opening(), ids(*PROMPT))
+        probe = opening(session=bytes(16), origin=BOB, capacity=PROBE_TOKENS)
+        await b.take(BOB, probe, ids(1, 1))
+        await b.take(BOB, step(0, 2, session=bytes(16)), ids(1, 1))
+        assert len(b.tokens) == 1
 
 
 # ---------------------------------------------------------------- steps and closing
@@ -487,11 +532,14 @@ async def test_an_origin_that_takes_nothing_holds_nobody_up(b: Bench, autojump_c
 
 
 async def test_a_forgotten_session_is_freed(b: Bench, autojump_clock: MockClock) -> None:
+    right = alone(most=2)
     await b.take(ME, opening(), ids(*PROMPT))
-    with trio.move_on_after(IDLE_S):
+    await b.take(ME, step(0, 5), ids(*PROMPT))
+    await b.take(ME, step(5, 1), ids(right[0]))
+    with trio.move_on_after(IDLE_S - 1):
         await trio.sleep_forever()
     assert b.load.sessions == 1
-    with trio.move_on_after(IDLE_S):
+    with trio.move_on_after(1):
         await trio.sleep_forever()
     assert [code for code, _ in b.said] == ["idle"]
     assert b.local.open_sessions == set()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator
+import random
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,27 +16,40 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from trio.testing import MockClock
 
-from meshnode.core.errors import ContentUnavailable, Declined, FatalError, ModelError, PeerUnreachable
+from meshnode.core.errors import (
+    BadRequest,
+    ContentUnavailable,
+    Declined,
+    FatalError,
+    ModelError,
+    PeerUnreachable,
+    TokenizerLost,
+)
 from meshnode.core.signal import Changes
-from meshnode.model.facts import facts_of
+from meshnode.model.fit import facts_of
 from meshnode.model.release import ServedRelease
 from meshnode.services.inference.readiness import Readiness
-from meshnode.services.inference.receipt import Piece, Receipt, Request
+from meshnode.services.inference.receipt import RELEASED, Piece, Receipt, Request, Taken, Vector, Waiting
 from meshnode.services.inference.text import (
+    LONG_PROMPT,
     PATIENCE_S,
-    Question,
+    Called,
+    Started,
     Text,
     TextService,
-    Waiting,
 )
 from meshnode.sim.model import ModelSpec, make_model
 from meshnode.store.port import OpenFile
-from protocols.ids import RAW, Cid, cid_of
+from meshnode.text.in_process import TokenizerInProcess, open_in_process
+from meshnode.text.port import MAX_TOKENIZER_BYTES, Tokenizer, TokenizerFiles
+from meshnode.text.question import Question, read_question
+from meshnode.text.tool_calls import ToolCall
+from protocols.ids import DAG_CBOR, RAW, Cid, cid_of
 from protocols.manifest.messages import FileRef, Manifest
-from protocols.pipe.messages import Sampling
+from protocols.pipe.messages import Chance, Grammar, Sampling
 from tests.adverts import key_of
 
-GREEDY = Sampling(seed=0)
+GREEDY: dict[str, Any] = {"temperature": 0, "top_p": 1, "seed": 0}
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
     "[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -66,9 +80,13 @@ class Desk:
     reply: str = "hello"
     reason: str = "eos"
     asked: list[tuple[tuple[int, ...], int, Sampling]] = field(default_factory=list)
+    adapters: list[str] = field(default_factory=list)  # that were asked for
+    grammars: list[Grammar | None] = field(default_factory=list)
     fetched: list[str] = field(default_factory=list)
     closed: int = 0
     broken: Exception | None = None
+    refusal: Declined | None = None
+    tokenizers: list[TokenizerInProcess] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.fast = FastTokenizer.from_file(str(build_tokenizer(self.folder)))
@@ -83,7 +101,12 @@ class Desk:
 
     def open_service(self, content: Any) -> TextService:
         """Asks us for everything else."""
-        return TextService(self, content, self, self)  # type: ignore[arg-type]
+        return TextService(self, content, self, self, random.Random(0), self.open_tokenizer)  # type: ignore[arg-type]
+
+    async def open_tokenizer(self, files: TokenizerFiles) -> Tokenizer:
+        tokenizer = await open_in_process(files)
+        self.tokenizers.append(tokenizer)
+        return tokenizer
 
     @property
     def current(self) -> ServedRelease | None:
@@ -105,13 +128,26 @@ class Desk:
         self.fetched.append(name)
         return OpenFile(self.folder / name)
 
-    async def generate(self, request: Request) -> AsyncGenerator[Piece | Receipt, None]:
+    def check_may_ask(self) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+
+    async def generate(self, request: Request) -> AsyncGenerator[Taken | Piece | Vector | Receipt, None]:
         self.asked.append((request.prompt, request.max_tokens, request.sampling))
-        receipt = Receipt((), request.prompt)
+        assert self.current is not None
+        self.adapters.append(request.adapter)
+        self.grammars.append(request.grammar)
+        receipt = Receipt((), request.prompt, self.current)
         try:
+            yield Taken()
+            if request.pooled:
+                yield Vector((0.6, 0.8))
+                yield receipt
+                return
             for token in self.fast.encode(self.reply).ids[: request.max_tokens]:
                 await trio.lowlevel.checkpoint()
-                yield Piece(token, receipt)
+                told = (Chance(token=token, nano_nats=500_000_000), Chance(token=7, nano_nats=1))
+                yield Piece(token, receipt, told[: request.sampling.chances])
             if self.broken is not None:
                 raise self.broken
             receipt.reason = self.reason
@@ -122,11 +158,13 @@ class Desk:
     async def ask(self, **question: Any) -> tuple[list[str], Receipt]:
         """The pieces of text and the end of one answer."""
         texts = []
-        settings: dict[str, Any] = {"sampling": GREEDY, **question}
+        settings = {**GREEDY, **question}
         async with aclosing(self.service.answer(Question(**settings))) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Receipt):
                     return texts, piece
+                if isinstance(piece, Started):
+                    continue
                 assert isinstance(piece, Text)
                 texts.append(piece.text)
         raise AssertionError("the end is missing")
@@ -138,26 +176,33 @@ def desk(tmp_path: Path) -> Desk:
 
 
 async def test_text_is_continued(desk: Desk) -> None:
-    texts, answer = await desk.ask(text="say it", max_tokens=20)
+    texts, answer = await desk.ask(prompt="say it", max_tokens=20)
     assert texts == list("hello")
     assert (answer.reason, answer.prompt) == ("eos", tuple(desk.fast.encode("say it").ids))
-    assert desk.asked == [(answer.prompt, 20, GREEDY)]
+    assert desk.asked == [(answer.prompt, 20, Sampling(seed=0))]
 
 
 async def test_tokens_go_as_they_are(desk: Desk) -> None:
-    _, answer = await desk.ask(tokens=(5, 6, 7))
+    _, answer = await desk.ask(token_ids=(5, 6, 7))
     assert answer.prompt == (5, 6, 7)
+
+
+async def test_who_answers_is_said_by_the_question(desk: Desk) -> None:
+    adapter = cid_of(DAG_CBOR, b"an adapter")
+    for asked in (None, "none", adapter):
+        await desk.ask(token_ids=(5, 6, 7), adapter=asked)
+    assert desk.adapters == [RELEASED, "", adapter]
 
 
 async def test_turns_pass_through_the_template_of_the_model(desk: Desk) -> None:
     turns = ({"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi {{ 7 * 7 }}"})
-    _, answer = await desk.ask(turns=turns)
+    _, answer = await desk.ask(messages=turns)
     assert desk.fast.decode(list(answer.prompt)) == "[system]Be kind.[user]hi {{ 7 * 7 }}[assistant]"
 
 
 async def test_characters_of_several_tokens_come_whole(desk: Desk) -> None:
     desk.reply = "für 🎲"
-    texts, _ = await desk.ask(text="x")
+    texts, _ = await desk.ask(prompt="x")
     assert "".join(texts) == "für 🎲"
     assert not any("�" in text for text in texts)
     assert texts.count("") == 1 + 3, "what is not complete waits"
@@ -165,7 +210,7 @@ async def test_characters_of_several_tokens_come_whole(desk: Desk) -> None:
 
 async def test_the_end_token_is_not_shown(desk: Desk) -> None:
     desk.reply = "bye</s>"
-    texts, _ = await desk.ask(text="x")
+    texts, _ = await desk.ask(prompt="x")
     assert "".join(texts) == "bye"
 
 
@@ -182,19 +227,19 @@ async def test_the_end_token_is_not_shown(desk: Desk) -> None:
     ],
 )
 async def test_stop_strings(desk: Desk, stops: tuple[str, ...], shown: str, reason: str) -> None:
-    texts, answer = await desk.ask(text="x", stop=stops)
+    texts, answer = await desk.ask(prompt="x", stop=stops)
     assert ("".join(texts), answer.reason) == (shown, reason)
     assert desk.closed == 1, "the generation was ended"
 
 
 async def test_the_length_ends_the_answer(desk: Desk) -> None:
     desk.reason = "length"
-    texts, answer = await desk.ask(text="x", max_tokens=2)
+    texts, answer = await desk.ask(prompt="x", max_tokens=2)
     assert (texts, answer.reason) == (["h", "e"], "length")
 
 
 async def test_who_goes_away_ends_the_generation(desk: Desk) -> None:
-    async with aclosing(desk.service.answer(Question(text="x", sampling=GREEDY))) as pieces:
+    async with aclosing(desk.service.answer(Question(prompt="x", **GREEDY))) as pieces:
         await anext(pieces)
     assert desk.closed == 1
 
@@ -202,7 +247,7 @@ async def test_who_goes_away_ends_the_generation(desk: Desk) -> None:
 async def test_an_error_of_the_mesh_comes_through(desk: Desk) -> None:
     desk.broken = PeerUnreachable("the node bob went away")
     with pytest.raises(PeerUnreachable, match="bob went away"):
-        await desk.ask(text="x")
+        await desk.ask(prompt="x")
 
 
 async def test_the_tokenizer_is_loaded_once_for_each_release(desk: Desk) -> None:
@@ -211,7 +256,7 @@ async def test_the_tokenizer_is_loaded_once_for_each_release(desk: Desk) -> None
             nursery.start_soon(desk.service.tokenizer)
     assert desk.fetched == ["tokenizer.json", "chat_template.jinja"]
     desk.cid = Cid("release-2")
-    await desk.ask(text="x")
+    await desk.ask(prompt="x")
     assert len(desk.fetched) == 4
 
 
@@ -231,7 +276,7 @@ async def test_a_load_that_failed_leaves_no_file_open(desk: Desk, trouble: str) 
     (desk.folder / "chat_template.jinja").write_bytes(b"\xff")
     desk.service = desk.open_service(Careful())
     with pytest.raises((ContentUnavailable, ModelError)):
-        await desk.ask(text="x")
+        await desk.ask(prompt="x")
     assert opened
     for descriptor in opened:
         with pytest.raises(OSError, match="Bad file descriptor"):
@@ -243,15 +288,111 @@ async def test_a_load_that_failed_is_tried_again(desk: Desk) -> None:
     good = path.read_text()
     path.write_text("{}")
     with pytest.raises(ModelError, match="can't be read"):
-        await desk.ask(text="x")
+        await desk.ask(prompt="x")
     path.write_text(good)
-    assert (await desk.ask(text="x"))[1].reason == "eos"
+    assert (await desk.ask(prompt="x"))[1].reason == "eos"
+
+
+async def test_a_tokenizer_that_is_lost_is_opened_again(desk: Desk) -> None:
+    await desk.ask(prompt="x")
+    await desk.tokenizers[0].aclose()
+    assert (await desk.ask(prompt="x"))[1].reason == "eos"
+    assert len(desk.tokenizers) == 2
+
+
+@pytest.mark.parametrize(("times", "answered"), [(1, True), (2, False)])
+async def test_a_tokenizer_that_is_lost_in_a_question_is_asked_again_once(
+    desk: Desk, times: int, answered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = TokenizerInProcess.encode
+    lost = iter(range(times))
+
+    async def dies(tokenizer: TokenizerInProcess, text: str) -> tuple[int, ...]:
+        if next(lost, None) is not None:
+            await tokenizer.aclose()
+            raise TokenizerLost("the process has ended")
+        return await encode(tokenizer, text)
+
+    monkeypatch.setattr(TokenizerInProcess, "encode", dies)
+    if answered:
+        assert (await desk.ask(prompt="x"))[1].reason == "eos"
+    else:
+        with pytest.raises(TokenizerLost):
+            await desk.ask(prompt="x")
+
+
+async def test_the_tokenizer_ends_with_the_node_and_with_its_release(desk: Desk) -> None:
+    async with trio.open_nursery() as nursery:
+        await nursery.start(desk.service.run)
+        await desk.ask(prompt="x")
+        desk.cid = Cid("release-2")
+        await desk.ask(prompt="x")
+        assert [tokenizer.lost for tokenizer in desk.tokenizers] == [True, False]
+        nursery.cancel_scope.cancel()
+    assert [tokenizer.lost for tokenizer in desk.tokenizers] == [True, True]
+
+
+async def test_a_file_that_is_too_large_is_not_even_fetched(desk: Desk) -> None:
+    assert desk.manifest is not None
+    huge = replace(desk.file("tokenizer.json"), size=MAX_TOKENIZER_BYTES + 1)
+    desk.manifest = replace(desk.manifest, files={"tokenizer.json": huge})
+    with pytest.raises(ModelError, match=rf"{MAX_TOKENIZER_BYTES + 1} bytes; {MAX_TOKENIZER_BYTES} are possible"):
+        await desk.ask(prompt="x")
+    assert desk.fetched == []
+
+
+async def test_a_character_that_an_answer_leaves_open_is_broken_unless_it_was_cut(desk: Desk) -> None:
+    desk.reply = "a🎲"
+    texts, answer = await desk.ask(prompt="x", max_tokens=4)
+    assert ("".join(texts), answer.reason) == ("a�", "eos")
+    texts, answer = await desk.ask(prompt="x", max_tokens=4, stop=("�",))
+    assert ("".join(texts), answer.reason) == ("a", "stop")
+    desk.reason = "length"
+    texts, answer = await desk.ask(prompt="x", max_tokens=4)
+    assert ("".join(texts), answer.reason) == ("a", "length")
+
+
+@pytest.mark.parametrize("end", ["�", "ä�", "🎲"])
+async def test_an_answer_repeats_nothing_of_its_prompt(desk: Desk, end: str) -> None:
+    texts, _ = await desk.ask(prompt=f"qzx {end}")
+    assert "".join(texts) == "hello"
+
+
+async def test_who_may_not_ask_does_not_wait(desk: Desk) -> None:
+    desk.now = Readiness(False, "nobody is here")
+    desk.refusal = Declined("forbidden", "This node may not ask questions: it is no member any more.")
+    with pytest.raises(Declined, match="no member any more"):
+        await desk.ask(prompt="hi")
+    assert not desk.asked
+
+
+async def test_whoever_waits_for_a_long_prompt_is_told(desk: Desk) -> None:
+    for length, words in ((LONG_PROMPT - 1, []), (LONG_PROMPT, [f"it reads the prompt first, {LONG_PROMPT} tokens"])):
+        question = Question(token_ids=(1,) * length, max_tokens=1, temperature=0)
+        async with aclosing(desk.service.answer(question)) as pieces:
+            assert [piece.why async for piece in pieces if isinstance(piece, Waiting)] == words
+
+
+async def test_a_character_that_the_prompt_left_open_is_completed(desk: Desk) -> None:
+    desk.reply = "🎲!"
+    dice = desk.fast.encode("🎲").ids
+    whole = desk.generate
+
+    async def generate(request: Request) -> AsyncGenerator[Taken | Piece | Receipt, None]:
+        skip = 2
+        async for piece in whole(request):
+            if not isinstance(piece, Piece) or (skip := skip - 1) < 0:
+                yield piece
+
+    desk.generate = generate  # type: ignore[method-assign]
+    texts, _ = await desk.ask(token_ids=tuple(dice[:2]))
+    assert "".join(texts) == "🎲!"
 
 
 async def test_without_a_model_that_is_said(desk: Desk) -> None:
     desk.manifest = None
     with pytest.raises(Declined, match="meshnode model add") as caught:
-        await desk.ask(text="x")
+        await desk.ask(prompt="x")
     assert caught.value.code == "no-model"
 
 
@@ -259,32 +400,23 @@ async def test_a_model_without_tokenizer_or_template_says_what_is_possible(desk:
     assert desk.manifest is not None
     desk.manifest = replace(desk.manifest, files={})
     with pytest.raises(Declined, match="ask in tokens") as caught:
-        await desk.ask(text="x")
+        await desk.ask(prompt="x")
     assert caught.value.code == "no-tokenizer"
     desk.manifest = replace(desk.manifest, files={"tokenizer.json": desk.file("tokenizer.json")})
     with pytest.raises(FatalError, match="no chat template; ask with plain text"):
-        await desk.ask(turns=({"role": "user", "content": "hi"},))
+        await desk.ask(messages=({"role": "user", "content": "hi"},))
 
 
 async def test_turns_that_the_template_refuses(desk: Desk) -> None:
     with pytest.raises(Declined, match="no tools here") as caught:
-        await desk.ask(turns=({"role": "tool", "content": "hi"},))
+        await desk.ask(messages=({"role": "tool", "content": "hi"},))
     assert caught.value.code == "bad-request"
-
-
-@pytest.mark.parametrize(
-    "text", ["{{ ''.__class__.__mro__ }}", "{% for i in range(10**9) %}{% endfor %}", "{{ 1/0 }}"]
-)
-async def test_a_template_can_not_break_out(desk: Desk, text: str) -> None:
-    (desk.folder / "chat_template.jinja").write_text(text, encoding="utf-8")
-    with pytest.raises(Declined, match="chat template"):
-        await desk.ask(turns=({"role": "user", "content": "hi"},))
 
 
 async def test_a_template_that_is_none_is_the_fault_of_the_model(desk: Desk) -> None:
     (desk.folder / "chat_template.jinja").write_text("{% for %}", encoding="utf-8")
     with pytest.raises(ModelError, match="template can't be read"):
-        await desk.ask(text="x")
+        await desk.ask(prompt="x")
 
 
 @pytest.mark.parametrize("comes", [True, False])
@@ -293,10 +425,68 @@ async def test_a_chain_that_does_not_answer_yet_is_given_a_while(
 ) -> None:
     desk.now = Readiness(False, "it has just started")
     began = trio.current_time()
-    async with aclosing(desk.service.answer(Question(text="x", sampling=GREEDY))) as pieces:
+    async with aclosing(desk.service.answer(Question(prompt="x", **GREEDY))) as pieces:
         assert await anext(pieces) == Waiting("it has just started")
         if comes:
             desk.now = Readiness(True, "")
             desk.changes.notify()
+        assert isinstance(await anext(pieces), Started)
         assert isinstance(await anext(pieces), Text)
     assert (trio.current_time() - began >= PATIENCE_S) == (not comes)
+
+
+async def test_how_likely_tokens_were_is_told_on_request(desk: Desk) -> None:
+    """Their bytes are those of the text, also where a character takes several tokens."""
+    desk.reply = "für</s>"
+    async with aclosing(desk.service.answer(Question(prompt="x", **GREEDY, logprobs=1))) as pieces:
+        told = [piece for piece in pieces_of([piece async for piece in pieces]) if piece.token >= 0]
+    assert desk.asked[0][2].chances == 2
+    assert b"".join(piece.likelihood.data for piece in told if piece.likelihood) == "für".encode()
+    assert [piece.likelihood.logprob for piece in told if piece.likelihood] == [-0.5, -0.5, -0.5, -0.5, -0.5]
+    assert [[best.token for best in piece.likeliest] for piece in told] == [[7]] * 5
+    async with aclosing(desk.service.answer(Question(prompt="x", **GREEDY))) as pieces:
+        assert not any(piece.likelihood for piece in pieces_of([piece async for piece in pieces]))
+
+
+async def test_a_text_becomes_one_vector(desk: Desk) -> None:
+    found = await desk.service.embed("say it", adapter="none")
+    assert found.values == (0.6, 0.8)
+    assert found.receipt.prompt == tuple(desk.fast.encode("say it").ids)
+    assert desk.adapters == [""]
+    assert (await desk.service.embed((5, 6))).receipt.prompt == (5, 6)
+    with pytest.raises(BadRequest, match="empty"):
+        await desk.service.embed("")
+
+
+TOOLS = ({"type": "function", "function": {"name": "clock"}},)
+
+
+async def test_calls_of_tools_are_told_apart_from_text(desk: Desk) -> None:
+    desk.reply = 'I look.\n<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call></s>'
+    asked = read_question({"messages": [{"role": "user", "content": "Time?"}], "tools": TOOLS, **GREEDY})
+    async with aclosing(desk.service.answer(asked)) as pieces:
+        told = [piece async for piece in pieces]
+    assert "".join(piece.text for piece in pieces_of(told)) == "I look."
+    assert [piece.call for piece in told if isinstance(piece, Called)] == [ToolCall("clock", "{}")]
+    (receipt,) = [piece for piece in told if isinstance(piece, Receipt)]
+    assert receipt.reason == "tool_calls"
+    assert "You may call functions" in desk.fast.decode(list(receipt.prompt))
+    texts, receipt = await desk.ask(messages=asked.messages, tools=asked.tools, tool_choice="none")
+    assert ("".join(texts), receipt.reason) == (desk.reply.removesuffix("</s>"), "eos")
+    assert "You may call functions" not in desk.fast.decode(list(receipt.prompt))
+
+
+async def test_the_form_of_an_answer_goes_with_it(desk: Desk) -> None:
+    await desk.ask(prompt="x", form=("regex", "a|b"))
+    chat = {"messages": [{"role": "user", "content": "Time?"}], "tools": TOOLS, **GREEDY}
+    for choice in ("auto", "clock"):
+        async with aclosing(desk.service.answer(read_question({**chat, "tool_choice": choice}))) as pieces:
+            async for _ in pieces:
+                pass
+    regex, auto, clock = desk.grammars
+    assert (regex, auto) == (Grammar(kind="regex", text=b"a|b"), None)
+    assert clock is not None and clock.kind == "lark" and b'"const": "clock"' in clock.text
+
+
+def pieces_of(answer: Sequence[object]) -> list[Text]:
+    return [piece for piece in answer if isinstance(piece, Text)]

@@ -9,7 +9,7 @@ from typing import Final
 import trio
 from nacl.signing import SigningKey
 
-from meshnode.model.facts import ModelFacts, Range, facts_of
+from meshnode.model.fit import ModelFacts, Range, facts_of
 from meshnode.sim.model import ModelSpec, make_model
 from meshnode.sim.world import Device, World
 

@@ -10,6 +10,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from meshnode.api.commands import Commands
+from meshnode.cli.status import describe
 from meshnode.core.errors import BadRequest, Declined, EngineLost, ModelError, PeerUnreachable
 from meshnode.embed import LocalNode
 from meshnode.sim.model import ModelSpec
@@ -19,7 +21,8 @@ from tests.sim.coverage import span_of
 
 def library(world: World, name: str) -> LocalNode:
     """What a program that embeds this node sees."""
-    return LocalNode(world[name].running)
+    node = world[name].running
+    return LocalNode(node, Commands(node))
 
 
 async def mesh(world: World, nodes: int = 3, memory: str = "1.4MB") -> list[int]:
@@ -98,6 +101,32 @@ async def test_without_a_model_everything_is_refused_with_what_to_do(world: Worl
         await world.ask("n1")
     with pytest.raises(ModelError, match="has no model 'nothing'; it has: none"):
         await node.serve("nothing")
+
+
+async def test_nobody_is_ready_without_a_model(world: World, autojump_clock: MockClock) -> None:
+    """Also when a probe token came back a moment ago, from the model that was taken back since."""
+    await mesh(world)
+    node = library(world, "n1")
+    await node.retract()
+    await world.until(lambda: world["n1"].running.releases.current is None)
+    status = await node.status()
+    assert (status.ready, status.model) == (False, None)
+    said = describe(status)
+    assert "no model\n" in said and "not ready: the network serves no model; `meshnode model list` shows" in said
+
+
+async def test_a_receipt_names_the_model(world: World, autojump_clock: MockClock) -> None:
+    await mesh(world)
+    receipt = (await library(world, "n2").generate([5, 6, 7], max_tokens=2)).as_json()
+    served = world["n2"].running.releases.current
+    assert served is not None
+    assert receipt["model"] == {
+        "name": "noise",
+        "version": served.manifest.version,
+        "manifest": served.cid,
+        "variant": "int4",
+        "layers": 24,
+    }
 
 
 async def test_a_model_is_served_by_its_name(world: World, autojump_clock: MockClock) -> None:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import trio
 from trio.testing import MockClock
 
 from meshnode.config.settings import ContentSection
-from meshnode.model.facts import tight_memory
+from meshnode.core.errors import ModelError
+from meshnode.engine.local import LocalEngine
+from meshnode.engine.port import StageReport
+from meshnode.model.fit import tight_memory
 from meshnode.node import Node as Running
 from meshnode.policy.placement import Node, plan
 from meshnode.sim.model import ModelSpec
 from protocols.advert.messages import DRAINING, SERVING
 from protocols.intent.messages import HOLD_MS, Held, Hold
-from tests.sim.coverage import FACTS, SLACK, Coverage, covering, memory_for, span_of
+from tests.sim.coverage import FACTS, SLACK, SPEC, Coverage, covering, memory_for, span_of
 
 ALL = f"{FACTS.need(0, FACTS.layers) + SLACK}B"  # memory for the whole model
 
@@ -136,6 +140,31 @@ async def test_an_engine_that_does_not_start_is_tried_again(mesh: Coverage, auto
     assert "span-failed" not in codes(device.running)
 
 
+async def test_a_model_that_can_not_be_opened_is_not_tried_for_ever(
+    mesh: Coverage, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes are refused again; another model is tried at once."""
+
+    async def refuse(_: LocalEngine) -> StageReport:
+        raise ModelError("The graph bafkgraph is not run: it reads files.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalEngine, "start", refuse)
+        (device,) = mesh.world.add(memory=ALL)
+        await mesh.start(device.name)
+        await mesh.world.until(lambda: "model-unusable" in codes(device.running))
+        assert "it reads files. It is not tried again" in codes(device.running)["model-unusable"]
+        await trio.sleep(600)
+        assert len(device.engines) == 1
+        me = device.running.directory.me()
+        assert me.memory_bytes == 0, "others plan without it"
+        assert "it reads files" in me.trouble, "and may read why"
+        assert "span-failed" not in codes(device.running)
+    await mesh.world.publish("n1", replace(SPEC, seed=9))
+    await mesh.world.until(lambda: span_of(device) is not None)
+    assert "model-unusable" not in codes(device.running)
+
+
 async def test_what_a_span_needs_is_pinned_before_it_is_fetched(mesh: Coverage, autojump_clock: MockClock) -> None:
     """Or else the room for one of its files is made by evicting another one that is here."""
     (device,) = mesh.world.add(memory=ALL)
@@ -181,7 +210,7 @@ async def test_a_model_that_does_not_fit_is_said_with_figures(autojump_clock: Mo
         assert "layers 5 to 11 of noise int4" in shown["not-covered"]
         assert "are missing" in shown["not-covered"], shown
         shown = codes(tiny.running)
-        assert "Raise serve.memory to at least 85.5kB" in shown["does-not-fit"], shown
+        assert "Raise serve.memory to at least 85.5 kB" in shown["does-not-fit"], shown
         assert span_of(tiny) is None
 
 
@@ -192,7 +221,7 @@ async def test_layers_beyond_the_quota_are_said_before_anything_is_fetched(
     assert device.store is not None
     device.store.room.quota_bytes = 40_000
     await trio.sleep(15)
-    assert "need 305kB, content.quota is 40kB; raise content.quota" in codes(device.running)["span-failed"]
+    assert "need 305 kB, content.quota is 40 kB; raise content.quota" in codes(device.running)["span-failed"]
     assert device.running.content.bytes_fetched < 10_000, "the manifest, and what is small"
     device.store.room.quota_bytes = 2_000_000
     await mesh.covered(60)

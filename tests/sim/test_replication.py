@@ -18,6 +18,7 @@ from meshnode.sim import world as simulated
 from meshnode.sim.model import ModelSpec, make_model
 from meshnode.sim.world import Device, World
 from meshnode.store.blob_store import BlobStore
+from protocols.advert.leases import LEASE_S
 from protocols.ids import Cid
 from protocols.manifest.messages import FileRef
 
@@ -26,7 +27,6 @@ SPEC = ModelSpec(layers=8, layer_bytes=PIECE, end_bytes=PIECE)
 REFS = make_model(SPEC, SigningKey(bytes(32)), 1).manifest.files_of("int4")
 FILES = {ref.cid for ref in REFS}
 PLENTY = 1 << 30
-LEASE_S = 12.0
 SOON = SETTLE_S + 15.0
 
 
@@ -206,7 +206,7 @@ async def test_a_quota_below_what_is_held_is_told(mesh: Copies, autojump_clock: 
     again = await mesh.join(quota=2 * PIECE, folder=one.folder)
     await trio.sleep(2)
     (text,) = shown(again, "quota-exceeded")
-    assert "take 1.01MB, more than its content.quota of 200kB" in text and "Raise content.quota" in text
+    assert "take 1.01 MB, more than its content.quota of 200 kB" in text and "Raise content.quota" in text
 
 
 async def test_what_becomes_the_last_copy_is_protected_while_another_one_is_fetched(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from trio.testing import MockClock
 
+from meshnode.services.round_trips import CALM_S
 from meshnode.sim.world import World
 from protocols.ids import PeerId
 
@@ -22,7 +23,7 @@ async def test_round_trips_are_advertised_when_they_are_measured_and_when_they_m
 
     await world.until(lambda: 0 < told().get(other, 0) < 100_000)
     world.network.set_link(one, other, delay=0.2)
-    await world.until(lambda: told() == {other: 400_000}, within_s=5)
+    await world.until(lambda: told() == {other: 400_000}, within_s=CALM_S + 5)
     await world.crash("n2")
     await world.start("n2")
     await world.until(lambda: told() == {other: 400_000}, within_s=30)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from nacl.signing import SigningKey
 
 from protocols.ids import PeerId, peer_id_of
-from protocols.membership import ROLES, Credentials, Network, Trust, network_id, sign_network
+from protocols.membership import ROLES, Credentials, Network, Secret, Secrets, Trust, network_id, sign_network
 from protocols.membership.messages import Certificate, Withdrawal
 from protocols.membership.trust import ordered_roles, sign_certificate, sign_withdrawal
 
@@ -108,5 +108,5 @@ class World:
             name=names[-1],
             software="0.1.0",
             chain=self.chain(*names),
-            secret=self.secret if secret is None else secret,
+            secrets=Secrets([Secret(self.secret if secret is None else secret)]),
         )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from protocols.bitswap import client as c
-from protocols.bitswap.conduct import MAX_STRIKES, MAX_SURPLUS, RETRY_LACK_S, STALL_S
 from protocols.bitswap.ledger import MAX_WINDOW_BYTES
 from protocols.bitswap.messages import Entry, PresenceType, WantType
+from protocols.bitswap.stalls import DOUBT_S, MAX_STRIKES, MAX_SURPLUS, RETRY_LACK_S, STALL_S, TRUST_S
 from protocols.ids import PeerId
 from tests.trees import numbered_cid as cid
 
@@ -146,10 +146,12 @@ def test_progress_keeps_a_slow_peer() -> None:
 def test_wrong_bytes_ban_the_peer_with_the_reason() -> None:
     client, first = start(A, B, blocks=8)
     out = client.handle(c.Arrived(A, [(cid(999), b"lie")]), 0.1)
-    assert [f for f in out if isinstance(f, c.Banned)] == [
+    assert not [f for f in out if isinstance(f, c.Banned)]
+    assert finish(client, B, asked([*first, *out], B), 0.1) == set(range(8)), "nobody waits for the judgement"
+    assert client.deadline == 0.1 + DOUBT_S
+    assert [f for f in client.handle(c.Tick(), 0.1 + DOUBT_S) if isinstance(f, c.Banned)] == [
         c.Banned(A, "sent 3 bytes that hash to no block it was asked for")
     ]
-    assert finish(client, B, asked([*first, *out], B), 0.1) == set(range(8))
     client.handle(c.PeerUp(A), 1.0)
     assert client.owed(A) == 0
     assert client.asked(1)[A].startswith("dropped, it sent 3 bytes")
@@ -158,6 +160,59 @@ def test_wrong_bytes_ban_the_peer_with_the_reason() -> None:
 def test_an_unknown_hash_bans_too() -> None:
     client, _ = start(A, blocks=1)
     assert [type(f) for f in client.handle(c.Arrived(A, [(None, b"x")]), 0.1)] == [c.Banned]
+
+
+def test_who_is_in_doubt_and_sends_what_it_owes_is_asked_again() -> None:
+    """The strange block was meant for somebody else: for our former self, or for a copy of this node."""
+    client, out = start(A, blocks=8)
+    owed = asked(out, A)
+    client.handle(c.Arrived(A, [(cid(999), b"meant for another")]), 0.1)
+    out = deliver(client, A, owed[0], 0.2)
+    assert [f for f in out if isinstance(f, c.Got)]
+    out += client.handle(c.Tick(), 0.1 + DOUBT_S)
+    assert not [f for f in out if isinstance(f, c.Banned)]
+    assert finish(client, A, asked(out, A), 3.0) == set(range(8)) - {owed[0]}
+    assert client.banned == {}
+
+
+def test_blocks_that_come_when_nothing_is_owed_accuse_nobody() -> None:
+    client, out = start(A, blocks=4)
+    assert finish(client, A, asked(out, A), 0.1) == set(range(4))
+    client.handle(c.Close(1), 1.0)
+    out = []
+    for number in range(900, 900 + MAX_SURPLUS):
+        out += deliver(client, A, number, 2.0)
+    out += client.handle(c.Tick(), 60.0)
+    assert out == [] and client.banned == {}
+    assert client.wasted_bytes == MAX_SURPLUS * MIB
+
+
+def test_a_peer_that_goes_away_in_doubt_is_not_accused() -> None:
+    client, _ = start(A, blocks=8)
+    client.handle(c.Arrived(A, [(cid(999), b"meant for another")]), 0.1)
+    client.handle(c.PeerDown(A), 0.2)
+    assert not client.handle(c.Tick(), 10.0)
+
+
+def test_nobody_is_accused_while_another_node_has_our_key() -> None:
+    client, _ = start(A, B, blocks=8)
+    client.handle(c.Arrived(A, [(cid(999), b"meant for the copy")]), 0.1)
+    client.handle(c.Tick(), 0.1 + DOUBT_S)
+    assert list(client.banned) == [A]
+    client.handle(c.Contested(), 5.0)
+    assert client.banned == {}
+    client.handle(c.PeerUp(A), 6.0)
+    for moment in (7.0, 8.0, 9.0):
+        client.handle(c.Arrived(A, [(cid(999), b"meant for the copy")]), moment)
+        client.handle(c.Tick(), moment + DOUBT_S)
+    assert client.banned == {}
+    now = 5.0 + TRUST_S + 1
+    client.handle(c.PeerUp(A), now)
+    client.handle(c.Want(2, {cid(50): MIB}), now)
+    client.handle(c.Offer(2, (A,)), now)
+    client.handle(c.Arrived(A, [(cid(999), b"a lie")]), now + 0.1)
+    client.handle(c.Tick(), now + 0.1 + DOUBT_S)
+    assert list(client.banned) == [A]
 
 
 def test_repeated_blocks_are_tolerated_up_to_a_limit() -> None:

@@ -280,7 +280,7 @@ def test_where_room_can_not_be_made_nothing_is_evicted(tmp_path: Path) -> None:
             store.unpin("for a moment")
         assert store.path(cid) is not None
     before = store.files()
-    with pytest.raises(DiskError, match=r"3.15MB of its quota of 10.5MB"):
+    with pytest.raises(DiskError, match=r"3.15 MB of its quota of 10.5 MB"):
         store.open_partial(file_cid(noise(8 * MIB, 9)), 8 * MIB)
     assert store.files() == before
     assert all(store.path(cid) is not None for cid in before)

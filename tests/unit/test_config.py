@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from meshnode.config.load import describe, load_config
-from meshnode.config.values import Amount, parse_amount
+from meshnode.config.values import Amount, hours_of, parse_amount
 from meshnode.core.errors import ConfigError
 from meshnode.core.sizes import format_size, parse_size
 
@@ -26,14 +26,18 @@ def test_sizes(text: str | int, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "MB", "-4MB", "4 parsec", "1e9", "nan", -1, "9" * 30, "1,5GB", "٣MB"])
+@pytest.mark.parametrize(
+    "text", ["", "MB", "-4MB", "4 parsec", "1e9", "nan", -1, "9" * 30, "9" * 400, 1 << 63, "1,5GB", "٣MB"]
+)
 def test_what_is_no_size(text: str | int) -> None:
     with pytest.raises(ValueError, match=r"size|negative|disk"):
         parse_size(text)
 
 
 def test_sizes_for_people() -> None:
-    assert [format_size(n) for n in (0, 999, 98_600_000, 1_500_000_000)] == ["0B", "999B", "98.6MB", "1.5GB"]
+    assert [format_size(n) for n in (0, 999, 98_600_000, 1_500_000_000)] == ["0 B", "999 B", "98.6 MB", "1.5 GB"]
+    assert [format_size(n) for n in (1000, 999_499, 999_500, 999_999_999)] == ["1 kB", "999 kB", "1 MB", "1 GB"]
+    assert format_size(999 * 10**12) == "999 TB"
 
 
 def test_an_amount_is_bytes_or_a_share() -> None:
@@ -95,6 +99,15 @@ def test_lists_come_from_file_and_environment(tmp_path: Path) -> None:
         ('[log]\nlevel = "loud"\n', ["log.level", "debug, info"]),
         ('[node]\nname = "a\\nb"\n', ["node.name", "printable"]),
         ("[serve\n", ["config.toml", "TOML"]),
+        ("[serve]\nthreads = " + "9" * 5000, ["config.toml", "TOML"]),
+        ("[network]\nlisten = " + "[" * 3000, ["config.toml", "TOML", "nested too deeply"]),
+        (f'[network]\nlisten = ["/ip4/0.0.0.0/tcp/{"0" * 5000}1"]\n', ["network.listen"]),
+        ("[learn]\nenabled = 2\n", ["learn.enabled", "2 is neither true nor false"]),
+        ("[learn]\nepsilon = -1\n", ["learn.epsilon", "-1 is not a number from 0 to 1000"]),
+        ("[learn]\nepsilon = nan\n", ["learn.epsilon", "nan is not a number"]),
+        ('[learn]\ndelta = "1"\n', ["learn.delta", "1e-12 to 0.1"]),
+        ('[learn]\nmode = "star"\n', ["learn.mode", "pairwise"]),
+        ('[learn]\nhours = "night"\n', ["learn.hours", "'night' is not a part of the day like 22:00-6:30"]),
         ("[content]\nquota = true\n", ["content.quota", "true is not an amount"]),
         ('[content]\nswarm_key = "/k"\n', ["content.swarm_key", "the nearest is network.swarm_key"]),
         ("[content]\nipfs_publish = true\n", ["content.ipfs_publish", "config.toml", "content.ipfs_api"]),
@@ -125,9 +138,39 @@ def test_the_description_is_a_config_file_with_the_same_meaning(tmp_path: Path) 
     assert "the command line" in text
     assert tomllib.loads(text)["serve"]["memory"] == "30%"
     after = load_config(written(tmp_path, text), {})
-    assert (before.node, before.network, before.serve, before.content, before.log) == (
-        (after.node, after.network, after.serve, after.content, after.log)
+    assert (before.node, before.network, before.serve, before.content, before.learn, before.log) == (
+        (after.node, after.network, after.serve, after.content, after.learn, after.log)
     )
+
+
+def test_learning_is_off_until_the_owner_says_so(tmp_path: Path) -> None:
+    learn = load_config(tmp_path, {}).learn
+    assert (learn.enabled, learn.keep_answers, learn.power, learn.epsilon) == (False, True, "mains", 0.0)
+    text = '[learn]\nenabled = true\nhours = "22-6:30"\nepsilon = 8\ndelta = 1e-6\npower = "any"\nmax_size = "5MB"\n'
+    learn = load_config(written(tmp_path, text), {}).learn
+    assert (learn.enabled, learn.hours, learn.epsilon, learn.delta) == (True, "22-6:30", 8.0, 1e-6)
+    environ = {"MESHNODE_LEARN__EPSILON": "0.5", "MESHNODE_LEARN__DELTA": "1e-7", "MESHNODE_LEARN__HOURS": ""}
+    learn = load_config(tmp_path, environ).learn
+    assert (learn.epsilon, learn.delta, learn.hours, learn.power) == (0.5, 1e-7, "", "any")
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("22:00-6:30", (1320, 390)),
+        ("7-22", (420, 1320)),
+        ("8 - 24", (480, 0)),
+        ("0-12:05", (0, 725)),
+        ("8-8", None),
+        ("0-24", None),
+        ("24-8", None),
+        ("7-25", None),
+        ("7:60-8", None),
+        ("", None),
+    ],
+)
+def test_parts_of_the_day(text: str, minutes: tuple[int, int] | None) -> None:
+    assert hours_of(text) == minutes
 
 
 def test_a_dht(tmp_path: Path) -> None:

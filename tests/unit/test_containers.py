@@ -164,7 +164,7 @@ def test_a_network_that_can_not_be_made_leaves_the_old_ticket(place: dict[str, s
 
 def test_a_node_joins_once_and_starts_every_time(place: dict[str, str]) -> None:
     Path(place["TICKET_FILE"]).write_text(f"{TICKET}\n")
-    assert enter(place, "node")[:2] == (0, [f"join {TICKET}", "start"])
+    assert enter(place, "node")[:2] == (0, [f"join --ticket-file {place['TICKET_FILE']}", "start"])
     Path(place["TICKET_FILE"]).unlink()
     assert enter(place, "node", "--layers", "4")[:2] == (0, ["start --layers 4"])
 
@@ -175,7 +175,7 @@ def test_a_node_that_can_not_join_does_not_start(place: dict[str, str]) -> None:
     assert "there is no ticket" in said
     Path(place["TICKET_FILE"]).write_text(f"{TICKET}\n")
     code, calls, _ = enter(place, "node", FAILS="join")
-    assert (code, calls) == (8, [f"join {TICKET}"])
+    assert (code, calls) == (8, [f"join --ticket-file {place['TICKET_FILE']}"])
 
 
 @pytest.mark.parametrize("words", [(), ("start",)])

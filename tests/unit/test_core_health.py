@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from meshnode.core.health import CODES, Health, Severity
+from meshnode.core.health import CODES, MAX_PER_CODE, Health, Severity
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,7 +77,7 @@ def test_every_sentence_is_one(code: str) -> None:
 def test_a_reason_ends_before_the_next_sentence_begins() -> None:
     health = Health(lambda: 0.0)
     for reason in ("the disk is full", "the disk is full."):
-        health.set("engine-restarting", failures=1, reason=reason)
+        health.set("engine-restarting", times="1 time", reason=reason)
         (warning,) = health.current()
         assert "the disk is full. It is started again" in warning.text
 
@@ -91,3 +91,40 @@ def calls(method: str) -> set[str]:
 def test_every_code_is_set_somewhere_and_ends() -> None:
     assert calls("set") == CODES.keys()
     assert {code for code, entry in CODES.items() if entry.lasts_s is None} <= calls("clear")
+
+
+def test_a_flood_of_peers_leaves_a_bounded_list() -> None:
+    health = Health(lambda: 0.0)
+    health.set("two-writers", peer="old")
+    for number in range(1000):
+        health.set("refused-peer", peer=f"p{number}", reason="it is no member")
+    shown = health.current()
+    assert len(shown) == MAX_PER_CODE + 1
+    assert {entry.code for entry in shown} == {"two-writers", "refused-peer"}
+
+
+def test_the_words_of_a_peer_steer_no_terminal() -> None:
+    health = Health(lambda: 0.0)
+    health.set("refused-peer", peer="p", reason="\x1b[2J\u202e")
+    (shown,) = health.current()
+    assert shown.text.isprintable()
+    assert "\\x1b[2J" in shown.text
+
+
+def test_peers_have_their_short_names_but_in_addresses_that_are_to_be_copied() -> None:
+    peer = "12D3KooWG7hFxRrEvMJN1E2dJcG7eSS7SYXzsXgxU4uo2e1dWXfo"
+    health = Health(lambda: 0.0)
+    health.set("peer-avoided", peer=peer, seconds=30, reason=f"the node {peer} was silent")
+    (shown,) = health.current()
+    assert peer not in shown.text and shown.text.count("12D3…WXfo") == 2
+    health.clear("peer-avoided", peer=peer)
+    assert not health.current()
+    health.set(
+        "guest-unreachable",
+        guest="x",
+        addresses=f"/ip4/192.0.2.1/tcp/1/p2p/{peer}",
+        since="now",
+        reason="no",
+        setting="s",
+    )
+    assert f"/p2p/{peer}" in health.current(20)[0].text

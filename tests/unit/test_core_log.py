@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,65 @@ def test_every_event_is_named_noun_verb() -> None:
                 if not (isinstance(name, ast.Constant) and re.fullmatch(r"[a-z_]+\.[a-z_]+", str(name.value))):
                     wrong.append(f"{path.relative_to(root)}:{node.lineno}: {ast.unparse(node)[:80]}")
     assert not wrong, "\n".join(wrong)
+
+
+WORDS = {
+    "ESC": "\x1b]0;title\x07",
+    "C1": "\x9b31m",
+    "direction mark": "\u202eabc",
+    "line end": "a\nb",
+    "tag": "\U000e0041",
+}
+
+
+@pytest.mark.parametrize("form", ["console", "json"])
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("shape", ["{}", "{} x", "12D3KooW{}", "bafy{}"])
+def test_words_of_a_peer_steer_no_terminal(form: str, word: str, shape: str) -> None:
+    out = io.StringIO()
+    log.set_up(level="info", format=form, stream=out)
+    text = shape.format(WORDS[word])
+    logger = log.get_logger("test")
+    logger.info("route.retried", reason=text, several=[text, {text: text}])
+    try:
+        raise ValueError(text)
+    except ValueError:
+        logger.exception("route.failed", error=text)
+    lines = out.getvalue()
+    assert "test" in lines
+    assert all(c.isprintable() or c == "\n" or c == "\t" for c in lines), ascii(lines)
+    if word != "line end":
+        assert WORDS[word] not in lines
+
+
+def test_a_flood_of_events_is_no_flood_of_lines() -> None:
+    now = 0.0
+    collapse = log.CollapseRepeats(lambda: now)
+    written = []
+
+    def write(**fields: object) -> None:
+        with suppress(structlog.DropEvent):
+            written.append(collapse(None, "info", {"level": "info", **fields}))
+
+    for number in range(10_000):
+        write(event="peer.refused", peer=f"p{number}")
+    assert len(written) == log.BURST
+    write(event="chain.changed")
+    assert len(written) == log.BURST + 1, "other events are still written"
+    now = log.REPEAT_S
+    write(event="peer.refused", peer="another")
+    assert written[-1]["suppressed"] == 10_000 - log.BURST
+
+
+def test_a_log_file_is_set_aside_when_it_is_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "MAX_FILE_BYTES", 2_000)
+    file = tmp_path / "logs" / "node.log"
+    for start in range(2):  # a restart goes on with the same files
+        log.set_up(level="info", format="json", file=file)
+        for number in range(100):
+            log.get_logger("test").info(f"event{start}-{number}.happened")
+    names = sorted(path.name for path in file.parent.iterdir())
+    assert names == ["node.log", "node.log.1", "node.log.2", "node.log.3"]
+    assert all(path.stat().st_size <= 2_000 for path in file.parent.iterdir())
+    assert "event1-99" in file.read_text()
+    assert "event1-98" in (file.parent / "node.log.1").read_text() + file.read_text()

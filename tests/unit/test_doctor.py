@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -20,10 +21,14 @@ from meshnode.cli.doctor import as_json, line, summary
 from meshnode.cli.main import main
 from meshnode.client import Client
 from meshnode.config.load import load_config
+from meshnode.core.confinement import seccomp
+from meshnode.core.confinement.confine import ALL
 from meshnode.core.paths import Paths
+from meshnode.doctor import child_checks as child
 from meshnode.doctor import device_checks as device
 from meshnode.doctor import facts as device_facts
-from meshnode.doctor import node_checks as node
+from meshnode.doctor import status_checks as node
+from meshnode.doctor.child_checks import Confined
 from meshnode.doctor.device_checks import (
     FolderFacts,
     KeyFacts,
@@ -56,8 +61,12 @@ def disk(free: int, used: int = 0, held: int = 0) -> Finding:
     return device.check_disk("/data", free=free, used=used, held=held, quota=20 * GB, reserve=64_000_000)
 
 
+def confinement(held: tuple[str, ...], what: Confined = Confined.ENGINE, **means: Any) -> Finding:
+    return child.check_confinement(what, held, **{"system": "Linux", "landlock": 7, "filtered": True, **means})
+
+
 def engine(problem: str) -> Finding:
-    return device.check_engine("onnx", took_ms=300, rss=80_000_000, problem=problem)
+    return child.check_engine("onnx", took_ms=300, rss=80_000_000, problem=problem)
 
 
 def folder(**facts: Any) -> Finding:
@@ -118,22 +127,27 @@ CASES: dict[str, tuple[Check, Level, str]] = {
     "folder": (folder, OK, "/data"),
     "no folder": (lambda: folder(exists=False), WRONG, "meshnode init"),
     "folder read-only": (lambda: folder(problem="read-only file system"), WRONG, "read-only file system"),
+    "folder read-only: its disk": (lambda: folder(problem="read-only", error=errno.EROFS), WRONG, "mount it"),
+    "folder full": (lambda: folder(problem="no space left", error=errno.ENOSPC), WRONG, "Free some space"),
+    "folder: ours": (lambda: folder(problem="denied", error=errno.EACCES), WRONG, "chmod u+rwx /data"),
+    "folder: another's": (lambda: folder(problem="denied", error=errno.EACCES, ours=False), WRONG, "chown -R $USER"),
+    "folder: a file": (lambda: folder(problem="not a directory", error=errno.ENOTDIR), WRONG, "with --data"),
     "folder open": (lambda: folder(mode=0o755), WARNING, "chmod 700 /data"),
-    "disk": (lambda: disk(100 * GB), OK, "100GB free"),
+    "disk": (lambda: disk(100 * GB), OK, "100 GB free"),
     "disk: quota does not fit": (lambda: disk(5 * GB, used=2 * GB), WARNING, "content.quota"),
-    "disk: what is used counts": (lambda: disk(5 * GB, used=16 * GB), OK, "16GB of the quota"),
+    "disk: what is used counts": (lambda: disk(5 * GB, used=16 * GB), OK, "16 GB of the quota"),
     "disk: more than the quota": (lambda: disk(5 * GB, used=20 * GB, held=21 * GB), WARNING, "Raise content.quota"),
     "disk full": (lambda: disk(1000), WRONG, "Free some space"),
     "key": (lambda: key(peer="12D3KooW"), OK, "12D3KooW"),
     "key sealed": (lambda: key(sealed=True), OK, "passphrase"),
     "no key": (lambda: key(exists=False), WRONG, "meshnode join"),
     "key damaged": (lambda: key(problem="it is damaged"), WRONG, "backup"),
-    "permissions": (secret, OK, "1 secret files"),
+    "permissions": (secret, OK, "1 secret file is closed"),
     "permissions: open": (lambda: secret(mode=0o644), WRONG, f"chmod 600 {KEY}"),
     "permissions: unreadable": (lambda: secret(problem="permission denied"), WRONG, "chown"),
     "membership": (lambda: member(network="home", roles=("serve",)), OK, "does not expire"),
     "membership for long": (lambda: member(network="home", expires_ms=NOW + 30 * DAY), OK, "30 days"),
-    "membership ends": (lambda: member(network="home", expires_ms=NOW + 2 * DAY), WARNING, "2.0 days"),
+    "membership ends": (lambda: member(network="home", expires_ms=NOW + 2 * DAY), WARNING, "ends in 2 days"),
     "no membership": (lambda: member(exists=False), WRONG, "meshnode join TICKET"),
     "membership withdrawn": (lambda: member(problem="it was withdrawn"), WRONG, "Ask a member for a ticket"),
     "config": (lambda: settings(exists=True, problem=""), OK, "can be used"),
@@ -142,7 +156,11 @@ CASES: dict[str, tuple[Check, Level, str]] = {
     "swarm key": (lambda: device.check_swarm_key(""), OK, "can be used"),
     "swarm key: none": (lambda: device.check_swarm_key("can't read /k: no such file"), WRONG, "/k: no such file."),
     "state": (lambda: device.check_state("/data/state.sqlite", ""), OK, "state.sqlite"),
-    "state: damaged": (lambda: device.check_state("/data/state.sqlite", "not a database"), WRONG, "move"),
+    "state: damaged": (
+        lambda: device.check_state("/data/state.sqlite", "not a database"),
+        WRONG,
+        "Not a database. The node",
+    ),
     "port": (port, OK, "free"),
     "port: ours": (lambda: port(ours=True, problem="in use"), OK, "our running node"),
     "port: taken": (lambda: port(owner="nginx (process 7)", problem="in use"), WRONG, "by nginx (process 7)"),
@@ -166,18 +184,39 @@ CASES: dict[str, tuple[Check, Level, str]] = {
         WRONG,
         "400 days behind the certificate",
     ),
-    "memory": (memory, OK, "1GB"),
+    "memory": (memory, OK, "1 GB"),
     "memory: serves nothing": (lambda: memory(wanted=0), OK, "serves no layers"),
     "memory: more than is free": (lambda: memory(wanted=5 * GB), WARNING, "Close other programs"),
-    "memory: a running node has it": (lambda: memory(wanted=5 * GB, running=True), OK, "5GB"),
+    "memory: a running node has it": (lambda: memory(wanted=5 * GB, running=True), OK, "5 GB"),
     "memory: more than there is": (lambda: memory(wanted=9 * GB), WRONG, "Lower serve.memory"),
-    "memory: container": (lambda: memory(limit=GB), WRONG, "at most 750MB"),
-    "memory: container large enough": (lambda: memory(limit=2 * GB), OK, "1GB"),
-    "memory: hardly any": (lambda: memory(wanted=1_000_000), WARNING, "hardly a layer"),
+    "memory: container": (lambda: memory(limit=GB), WRONG, "at most 750 MB"),
+    "memory: container large enough": (lambda: memory(limit=2 * GB), OK, "1 GB"),
+    "memory: hardly any": (lambda: memory(wanted=1_000_000), WARNING, "layers of small models"),
     "cores": (lambda: device.check_cores(4, 1), OK, "4 cores"),
     "cores: too many threads": (lambda: device.check_cores(4, 8), WARNING, "at most 3"),
     "engine": (lambda: engine(""), OK, "300 ms"),
     "engine: fails": (lambda: engine("Illegal instruction."), WRONG, "Illegal instruction"),
+    "confinement": (lambda: confinement(ALL), OK, "nothing but compute (Landlock ABI 7, seccomp there)"),
+    "confinement: text": (
+        lambda: confinement(ALL, Confined.TEXT),
+        OK,
+        "tokenizers and chat templates can do nothing",
+    ),
+    "confinement: text on an old kernel": (
+        lambda: confinement((), Confined.TEXT, landlock=0),
+        WARNING,
+        "breaks out of the tokenizer or the chat template could take all memory",
+    ),
+    "text": (lambda: child.check_text(""), OK, "the right tokens"),
+    "text: broken": (lambda: child.check_text("it was killed"), WRONG, "failed: it was killed. Install"),
+    "confinement: no landlock": (lambda: confinement(ALL, landlock=0), OK, "Landlock missing"),
+    "confinement: no seccomp": (
+        lambda: confinement(("memory", "rights", "files"), filtered=False),
+        WARNING,
+        "could open connections, start programs here (Landlock ABI 7, seccomp missing)",
+    ),
+    "confinement: old kernel": (lambda: confinement((), landlock=0), WARNING, "Use Linux 5.13"),
+    "confinement: elsewhere": (lambda: confinement((), system="Darwin"), WARNING, "people you trust"),
     "publishing": (lambda: device.check_publishing(possible=True), OK, "can publish"),
     "publishing: no torch": (lambda: device.check_publishing(possible=False), OK, "meshnode[publish]"),
     "open files": (lambda: device.check_open_files(1024, 4096), OK, "1024"),
@@ -280,7 +319,7 @@ def test_only_what_is_wrong_makes_the_exit_code() -> None:
         "wrong": 1,
         "warning": 0,
         "ok": 0,
-        "checks": [{"check": "a", "level": "wrong", "text": "b", "remedy": "c"}],
+        "checks": [{"check": "a", "code": "", "level": "wrong", "text": "B.", "remedy": "C."}],
     }
 
 
@@ -298,7 +337,7 @@ def test_facts_of_a_fresh_network(tmp_path: Path) -> None:
     assert key.peer.startswith("12D3KooW")
     membership, problem, seen = device_facts.membership_facts(folder, key.peer, NOW + 1)
     assert (membership.network, membership.problem, problem) == ("home", "", "")
-    assert "admin" in membership.roles
+    assert "invite" in membership.roles
     assert set(seen.values()) == {NOW}
     files = device_facts.private_files(folder)
     assert {Path(file.path).name for file in files} == {"node.key", "network.cbor", "founder.key"}
@@ -354,6 +393,15 @@ def test_a_running_node_is_asked_for_its_ports() -> None:
     assert device_facts.hosts_of_node(addresses) == (["192.0.2.1"], ["/dns4/node.example/tcp/4331"])
 
 
+def test_an_address_of_no_interface_is_no_other_program(tmp_path: Path) -> None:
+    config = load_config(tmp_path, {}, {"network.listen": ["/ip4/192.0.2.1/tcp/4331"]})
+    (facts,) = device_facts.port_facts(config, None)
+    finding = device.check_port(facts)
+    assert finding.level is Level.WRONG
+    assert "no interface of this machine" in finding.text
+    assert "program" not in finding.remedy
+
+
 def test_a_lock_and_its_holder(tmp_path: Path) -> None:
     Paths(tmp_path).create()
     assert not device_facts.lock_facts(tmp_path).held
@@ -406,6 +454,8 @@ async def test_the_engine_is_tried_in_a_process_of_its_own(kind: str) -> None:
     assert (result.kind, result.problem) == (kind, "")
     assert result.took_ms > 0
     assert result.rss_bytes > 1_000_000
+    if sys.platform == "linux" and seccomp.known_processor():
+        assert result.confined == ALL
 
 
 @pytest.mark.process
@@ -461,6 +511,8 @@ def test_the_command_where_nothing_is_right(
     assert any(text.startswith("wrong    node key:") for text in lines)
     assert any(text.startswith("warning  data folder:") for text in lines)
     assert any(text.startswith("ok       engine:") for text in lines)
+    assert sum(text.startswith(("ok       confinement:", "warning  confinement:")) for text in lines) == 2
+    assert any(text.startswith("ok       text: ") for text in lines)
     assert "are wrong" in lines[-1]
 
 
@@ -498,6 +550,20 @@ def test_the_command_beside_a_running_node(
     assert "ok       port: /ip4/127.0.0.1/tcp/4999 is used by our running node" in out
     assert str(taken) not in out
     assert f"wrong    swarm key: network.swarm_key: can't read {tmp_path / 'none'}" in out
-    assert "wrong    health not-covered: Nobody serves. Start another node." in out
+    assert "wrong    health: Nobody serves. Start another node." in out
     assert "warning  peer: 12D3KooWx can't be reached: connection refused." in out
     assert "warning  ready: The mesh can't answer yet: nobody serves layers 3 to 5." in out
+
+
+def test_words_of_errors_become_sentences_and_commands_stay_as_they_are() -> None:
+    finding = wrong("a", "this node is no member: it was sold", "Close it with: chmod 600 /data/node.key")
+    assert line(finding) == "wrong    a: This node is no member: it was sold. Close it with: chmod 600 /data/node.key"
+    assert line(warning("a", "serve.memory is odd.", "ask")) == "warning  a: serve.memory is odd. Ask."
+
+
+def test_what_we_were_refused_for_is_mended_here() -> None:
+    """The remedies of a door are not those of who stands before it."""
+    (theirs,) = refused(1, code="stranger")
+    (ours,) = refused(1, code="stranger", by_us=False)
+    assert "`meshnode join TICKET --anew` there" in theirs.remedy
+    assert "run `meshnode join TICKET --anew` here" in ours.remedy

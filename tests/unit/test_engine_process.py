@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import trio
 import trio.testing
 
-from meshnode.core.errors import EngineLost, ModelError
+from meshnode.core.confinement import seccomp
+from meshnode.core.confinement.limits import OUTPUT_BYTES
+from meshnode.core.errors import Declined, EngineLost, ModelError
+from meshnode.engine.graph_file import read_graph
+from meshnode.engine.null_stage import NullStage
 from meshnode.engine.port import StageSpec
 from meshnode.engine.process import Deadlines, EngineProcess, load_request
+from meshnode.engine.sessions import Sessions
 from protocols.enginewire.messages import ANSWERS, REQUESTS, Loaded, Step
 from protocols.frame import FrameReader, pack
-from tests.conformance.check_engine import NULL, changed, enter, name, running, say
+from tests.conformance.check_engine import NULL, PROMPT, changed, enter, name, running, say
 from tests.conformance.tiny_model import tiny_models
 
 
@@ -245,6 +252,37 @@ def test_the_death_of_the_parent_ends_the_child() -> None:
         os.close(descriptor)
 
 
+# ---------------------------------------------------------------- what it has
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("kind", ["null", "onnx"])
+async def test_an_engine_has_nothing_of_its_node(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No secret of its environment, not its folder, no file but its own; limits on everything."""
+    monkeypatch.setenv("MESHNODE_PASSPHRASE", "open sesame")
+    monkeypatch.chdir(tmp_path)
+    secret = (tmp_path / "node.key").open("w+b")  # Python's files are not inherited; this one is made to be
+    os.set_inheritable(secret.fileno(), True)
+    async with running(NULL if kind == "null" else tiny_models()["int4"].spec(0, 2)) as engine:
+        about = Path(f"/proc/{pid_of(engine)}")
+        environment = (about / "environ").read_bytes()
+        assert b"sesame" not in environment and b"HOME=" not in environment
+        assert str((about / "cwd").readlink()).endswith(" (deleted)")
+        opened = {str(path.readlink()) for path in (about / "fd").iterdir()}
+        assert not any(name.startswith(str(tmp_path)) for name in opened)
+        used = {name for name in opened if name.startswith("/") and not name.startswith(("/dev/", "/tmp/"))}
+        assert used == set()
+        assert resource.prlimit(pid_of(engine), resource.RLIMIT_CORE) == (0, 0)
+        assert resource.prlimit(pid_of(engine), resource.RLIMIT_FSIZE) == (OUTPUT_BYTES, OUTPUT_BYTES)
+        for limit, most in ((resource.RLIMIT_DATA, 1 << 36), (resource.RLIMIT_NOFILE, 128)):
+            assert max(resource.prlimit(pid_of(engine), limit)) < most
+        status = dict(line.split(":\t", 1) for line in (about / "status").read_text().splitlines())
+        assert status["NoNewPrivs"] == "1" and int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
+        if seccomp.known_processor():
+            assert status["Seccomp"] == "2"
+    secret.close()
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -266,7 +304,7 @@ async def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     garbage.write_bytes(b"\xff" * 1000)
     await refused(changed(spec, graph=tmp_path / "none"), "none can't be read: No such file")
     await refused(changed(spec, graph=garbage), "graph.onnx is damaged")
-    await refused(changed(spec, graph=empty), "empty has no")
+    await refused(changed(spec, graph=empty), "empty is damaged: it is empty")
     await refused(changed(spec, groups={**spec.groups, "layer.1": cut_off}), "are cut off: .* model verify")
     await refused(changed(spec, groups={**spec.groups, "layer.1": empty}), "layer.1 at .*empty can't be read")
     await refused(changed(spec, groups={"layer.1": spec.groups["layer.1"]}), "weights layer.2, which this span")
@@ -275,8 +313,91 @@ async def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     await refused(changed(spec, last=9), "has no .*: it was made for another model")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is bounded on Linux alone")
+async def test_an_engine_that_takes_more_than_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it loads that is a sentence; a session that finds no memory is declined, and the engine goes on."""
+    bound = "from meshnode.engine import enclosed\nenclosed.memory_bound = lambda load, weights: {}\n"
+    (tmp_path / "sitecustomize.py").write_text(bound.format(1 << 20))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    spec = changed(tiny_models()["fp32"].spec(0, 4), max_kv_bytes=1 << 34)
+    try:
+        await refused(spec, "need more memory than their size allows for")
+    except EngineLost as lost:  # seldom, glibc ends a process that onnxruntime left without memory
+        assert "SIGABRT" in str(lost)
+    (tmp_path / "sitecustomize.py").write_text(bound.format(1 << 26))
+    big = dataclasses.replace(spec.architecture, context=1 << 20)
+    async with running(changed(spec, architecture=big)) as engine:
+        with pytest.raises(Declined, match=r"no 1073\.7 MB of memory left for the session") as caught:
+            await enter(engine, 1, capacity=1 << 20)
+        assert caught.value.code == "busy"
+        await enter(engine, 2, capacity=64)
+        assert (await say(engine, PROMPT, session=2)).token is not None
+
+
+async def test_a_graph_that_opens_and_can_not_be_computed(tmp_path: Path) -> None:
+    """A weight in the place of another one: kernels find out when they run. The engine says so when it loads."""
+    spec = tiny_models()["int4"].spec(0, 4)
+    model = read_graph(spec.graph)
+    product = next(node for node in model.graph.node if node.op_type == "MatMulNBits")
+    product.input[3] = product.input[0]  # zero points
+    (tmp_path / "graph").write_bytes(model.SerializeToString())
+    await refused(changed(spec, graph=tmp_path / "graph"), r"ONNX Runtime .* can't (open|compute) layers 0 to 3")
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("Stepped(number=request.number, token=None, compute_us=1), bytes(60)", "with 60 bytes and the token None"),
+        (
+            "Stepped(number=request.number, token=1, compute_us=1, chances=(Chance(token=99, nano_nats=1),)), b''",
+            "with 0 bytes and the token 1",
+        ),
+        ("Stepped(number=request.number, token=1 << 20, compute_us=1), b''", "with 0 bytes and the token 1048576"),
+    ],
+)
+async def test_an_answer_that_is_not_due(
+    answer: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an engine runs was made by others: rows of another size, or a token that is none, end it."""
+    change = "from meshnode.engine import child\nfrom protocols.enginewire.messages import Stepped\n"
+    change += "from protocols.pipe.messages import Chance\n"
+    change += f"child._step = lambda sessions, request, frame: ({answer})\n"
+    change += "import sys\nsys.exit(child.main(sys.argv[-2:])) if len(sys.argv) > 2 else None\n"
+    (tmp_path / "sitecustomize.py").write_text(change)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    async with running(NULL) as engine:
+        await enter(engine, capacity=64)
+        with pytest.raises(EngineLost, match=f"it answered a step of 11 rows {words}"):
+            await say(engine, PROMPT)
+
+
+async def test_its_words_are_no_commands_to_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "import sys\nsys.stderr.write('\\x1b[2J\\u202eow' + chr(10))\n"
+    (tmp_path / "sitecustomize.py").write_text(said)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    with pytest.raises(EngineLost, match=r"Its last words: \\x1b\[2J\\u202eow / engine: ") as caught:
+        await EngineProcess(changed(NULL, kind="unknown")).start()
+    assert str(caught.value).isprintable()
+
+
 async def test_last_words() -> None:
     """stderr of a child that dies by itself is in the error, its last lines only."""
     engine = EngineProcess(changed(NULL, kind="unknown"))
     with pytest.raises(EngineLost, match=r"exit code 70\. Its last words: .*no engine of the kind 'unknown'"):
         await engine.start()
+
+
+def test_a_step_that_finds_no_memory_is_declined() -> None:
+    class Full:
+        def run(self, position: int, data: object, *, prefill: bool, wanted: bool) -> np.ndarray[Any, Any]:
+            raise MemoryError
+
+    class Stage(NullStage):
+        def open(self, *_: object, **_settings: object) -> Full:  # type: ignore[override]
+            return Full()
+
+    sessions = Sessions(Stage(layers=4, hidden=8, vocab=64), load_request(NULL))
+    sessions.open(b"s", first=0, last=4, capacity=64, sampling=None, prompt=np.zeros(0, np.int32))
+    with pytest.raises(Declined, match="no memory left for a step of 2 rows") as caught:
+        sessions.step(b"s", position=0, rows=2, body=bytes(8), sample_after=True, prefill=True)
+    assert caught.value.code == "busy" and caught.value.retry_ms > 0

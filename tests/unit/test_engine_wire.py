@@ -11,7 +11,7 @@ from protocols.codec import dumps
 from protocols.enginewire import messages as wire
 from protocols.enginewire.machine import ANSWERED_BY, ENGINE, NODE, EngineSide, NodeSide, State
 from protocols.errors import LocalProtocolError, RemoteProtocolError
-from protocols.pipe.messages import Sampling
+from protocols.pipe.messages import Chance, Sampling
 from tests.vectors import PROTOCOLS, Case, hold
 
 S = bytes(range(16))
@@ -31,25 +31,45 @@ LOAD = wire.Load(
     threads=1,
     max_sessions=8,
     max_kv_bytes=1 << 28,
+    heads=9,
+    graph_name="bafkreigh2akiscaildcqabsyg3dfr6chu3fgpregiymsck7e7aqa4s52zy",
 )
 SAMPLING = Sampling(seed=7, temperature_milli=700, top_k=40, top_p_micro=950_000, repetition_milli=1100)
 OPEN = wire.Open(number=2, session=S, first=0, last=1, capacity=100, sampling=SAMPLING)
 STEP = wire.Step(number=3, session=S, position=0, rows=5, sample=True, prefill=True)
 CLOSE = wire.Close(number=4, session=S)
+NAME = "bafyreihdwdcefgh4dqkjv67uzcmw7ojee6xedzdetojuzjevtenxquvyku"
+ADAPT = wire.Adapt(number=5, adapter=NAME, first=0, last=1, rank=8, alpha=16, targets=("q_proj", "v_proj"))
+LAYER = wire.AdapterLayer(number=6, adapter=NAME, layer=0)
+DROP = wire.Drop(number=7, adapter=NAME)
 REQUEST_SAMPLES: dict[str, wire.Request] = {
     "load": LOAD,
-    "load of the null engine": dataclasses.replace(LOAD, kind="null", graph="", groups=()),
+    "load of the null engine": dataclasses.replace(LOAD, kind="null", graph="", graph_name="", groups=()),
     "open": OPEN,
     "open, greedy": dataclasses.replace(OPEN, sampling=None),
+    "open, pooled": dataclasses.replace(OPEN, sampling=None, pooled=True),
+    "open, with an adapter": dataclasses.replace(OPEN, adapter=NAME),
     "step": STEP,
+    "step with a mask": dataclasses.replace(STEP, mask=6144),
     "step, decode": dataclasses.replace(STEP, position=5, rows=1, prefill=False, sample=False),
     "close": CLOSE,
+    "adapt": ADAPT,
+    "layer of an adapter": LAYER,
+    "drop": DROP,
 }
 ANSWER_SAMPLES: dict[str, wire.Answer] = {
-    "loaded": wire.Loaded(number=1, load_ms=300, weight_bytes=22_737_280, decode_us=1350, prefill_us=760),
+    "loaded": wire.Loaded(
+        number=1, load_ms=300, weight_bytes=22_737_280, decode_us=1350, prefill_us=760, confined=("memory",)
+    ),
     "done": wire.Done(number=2),
     "stepped": wire.Stepped(number=3, token=None, compute_us=1300),
     "stepped, token": wire.Stepped(number=3, token=42, compute_us=1300),
+    "stepped, token and chances": wire.Stepped(
+        number=3,
+        token=42,
+        compute_us=1300,
+        chances=(Chance(token=42, nano_nats=693_147_181), Chance(token=7, nano_nats=0)),
+    ),
     "refused": wire.Refused(number=3, code="busy", reason="All 8 sessions are taken.", retry_ms=1000),
     "refused, no retry": wire.Refused(number=3, code="fenced", reason="not open"),
     "failed": wire.Failed(number=1, reason="The graph is damaged."),
@@ -78,6 +98,9 @@ def test_vectors() -> None:
         "rows as a bool": dumps({0: 3, 1: 3, 2: S, 3: 0, 4: True, 5: True, 6: True}),
         "sample as a number": dumps({0: 3, 1: 3, 2: S, 3: 0, 4: 1, 5: 1, 6: True}),
         "capacity 0": dumps({0: 2, 1: 2, 2: S, 3: 0, 4: 1, 5: 0}),
+        "rank 0": dumps({0: 5, 1: 5, 2: NAME, 3: 0, 4: 1, 5: 0, 6: 16, 7: ["q_proj"]}),
+        "rank above the limit": dumps({0: 5, 1: 5, 2: NAME, 3: 0, 4: 1, 5: 65, 6: 16, 7: ["q_proj"]}),
+        "eight targets": dumps({0: 5, 1: 5, 2: NAME, 3: 0, 4: 1, 5: 8, 6: 16, 7: ["q_proj"] * 8}),
         "unknown even key": dumps({0: 17, 1: 2, 8: 1}),
         "spelt-out default": dumps({0: 19, 1: 3, 2: "busy", 3: "no", 4: 0}),
         "long code": dumps({0: 19, 1: 3, 2: "b" * 17, 3: "no"}),
@@ -111,7 +134,9 @@ def test_numbers_are_counted_by_the_machine() -> None:
     assert node.waiting == 0
 
 
-@pytest.mark.parametrize("request_", [OPEN, STEP, CLOSE, LOAD], ids=lambda request: type(request).__name__)
+@pytest.mark.parametrize(
+    "request_", [OPEN, STEP, CLOSE, ADAPT, LAYER, DROP, LOAD], ids=lambda request: type(request).__name__
+)
 def test_one_load_and_nothing_before_it(request_: wire.Request) -> None:
     node, engine = NodeSide(), EngineSide()
     if request_ is LOAD:
@@ -142,7 +167,10 @@ def test_numbers_follow_each_other() -> None:
     [
         (wire.Done(number=3), "answered request 3, 2 is due"),
         (wire.Done(number=2), "answered a Step with Done"),
-        (wire.Loaded(number=2, load_ms=1, weight_bytes=1, decode_us=1, prefill_us=1), "answered a Step with Loaded"),
+        (
+            wire.Loaded(number=2, load_ms=1, weight_bytes=1, decode_us=1, prefill_us=1, confined=()),
+            "answered a Step with Loaded",
+        ),
     ],
 )
 def test_wrong_answers(answer: wire.Answer, words: str) -> None:

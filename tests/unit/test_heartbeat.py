@@ -11,7 +11,7 @@ import trio
 from trio.testing import MockClock
 
 from meshnode.core.errors import Declined
-from meshnode.net.heartbeat import FEW_TRIPS, MEMBER, Heartbeat
+from meshnode.net.heartbeat import BEAT_BURST, BEATS_PER_S, CALM, FEW_TRIPS, MEMBER, Answers, Heartbeat
 from protocols.ids import PeerId
 
 
@@ -119,3 +119,68 @@ async def test_an_event_loop_that_was_held_up_accuses_nobody(autojump_clock: Moc
         autojump_clock.jump(60)
         await trio.sleep(20)
         assert not lost.is_set()
+
+
+async def test_a_calm_watch_asks_rarely_and_a_doubt_makes_it_close(autojump_clock: MockClock) -> None:
+    peer = Peer()
+    async with watched(peer) as (beat, lost):
+        await trio.sleep(10)
+        beat.follow(CALM)
+        before = len(peer.beats)
+        await trio.sleep(80)
+        assert len(peer.beats) - before <= 80 / CALM.period_s + 1
+        peer.lives = False
+        began = trio.current_time()
+        await trio.sleep(CALM.period_s)
+        assert not lost.is_set()
+        beat.follow(MEMBER)
+        began = trio.current_time()
+        await lost.wait()
+        assert trio.current_time() - began <= MEMBER.silence_s + 0.1
+
+
+async def test_a_doubt_about_a_peer_that_lives_does_it_no_harm(autojump_clock: MockClock) -> None:
+    """It has said nothing for a while, since nobody has asked."""
+    peer = Peer()
+    async with watched(peer) as (beat, lost):
+        await trio.sleep(10)
+        beat.follow(CALM)
+        await trio.sleep(CALM.period_s * 3.9)
+        beat.follow(MEMBER)
+        await trio.sleep(30)
+        assert not lost.is_set()
+
+
+async def test_a_calm_watch_notices_a_dead_peer(autojump_clock: MockClock) -> None:
+    peer = Peer()
+    async with watched(peer) as (beat, lost):
+        await trio.sleep(10)
+        beat.follow(CALM)
+        await trio.sleep(40)
+        peer.lives = False
+        began = trio.current_time()
+        await lost.wait()
+        assert trio.current_time() - began <= CALM.silence_s + 0.5
+
+
+async def test_nobody_gets_beats_back_faster_than_he_needs_them(autojump_clock: MockClock) -> None:
+    class Flood:
+        peer = PeerId("flood")
+
+        def __init__(self, beats: int) -> None:
+            self.left, self.returned = beats, 0
+
+        async def receive_some(self, max_bytes: int = 65536) -> bytes:
+            self.left -= 1
+            return bytes(max_bytes) if self.left >= 0 else b""
+
+        async def send_all(self, data: bytes) -> None:
+            self.returned += 1
+
+    answers, more = Answers(), 200
+    streams = [Flood(round(BEAT_BURST) // 2 + more // 2) for _ in range(2)]
+    async with trio.open_nursery() as nursery:
+        for stream in streams:
+            nursery.start_soon(answers.answer, stream)
+    assert sum(stream.returned for stream in streams) == BEAT_BURST + more
+    assert more / BEATS_PER_S * 0.9 < trio.current_time() < more / BEATS_PER_S * 1.2, "two streams are no faster"

@@ -19,6 +19,7 @@ from protocols.ids import (
     public_key_of,
     short,
 )
+from protocols.multiaddr import parse_address
 
 # libp2p specs, peer-ids/peer-ids.md, test vectors: the Ed25519 public key and its peer id.
 PUBLIC_KEY = bytes.fromhex("1ed1e8fae2c4a144b8be8fd4b47bf3d3b34b871c3cacf6010f0e42d474fce27e")
@@ -121,3 +122,10 @@ def test_ids_for_people() -> None:
     assert short(PEER) == "12D3…R3pq"
     assert short(HELLO) == "…" + HELLO[-8:]
     assert short("node-a") == "node-a"
+
+
+@pytest.mark.parametrize("port", ["65536", "0" * 5000 + "1", "9" * 5000])
+def test_a_port_that_is_none(port: str) -> None:
+    """Python refuses to read 5,000 digits, with an error of its own."""
+    with pytest.raises(RemoteProtocolError, match="65535 is the highest"):
+        parse_address(f"/ip4/192.0.2.1/tcp/{port}")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,18 @@ import trio
 import meshnode
 from meshnode import client, errors
 from meshnode.api.control import ControlService
-from meshnode.api.messages import Answer, Json, Receipt, Stage, StageTimes, Status, error_json, read_error
+from meshnode.api.messages import (
+    Answer,
+    Embedding,
+    Json,
+    Judgement,
+    Receipt,
+    Stage,
+    StageTimes,
+    Status,
+    error_json,
+    read_error,
+)
 from meshnode.client import Client
 from meshnode.core.errors import EXIT_CODES
 from meshnode.core.paths import Paths
@@ -97,6 +108,7 @@ def test_an_error_of_the_node_is_the_same_error_here(error: MeshError) -> None:
 ANSWER = Answer(
     text="blue",
     reason="eos",
+    id="17",
     token_ids=(1, 2),
     prompt_token_ids=(5,),
     receipt=Receipt(
@@ -122,6 +134,14 @@ class FakeNode:
     async def ready(self, request: Json) -> AsyncGenerator[Json, None]:
         yield {"done": {"ready": request["seconds"] > 1, "readiness": "nobody serves layer 3"}}
 
+    async def feedback(self, request: Json) -> AsyncGenerator[Json, None]:
+        self.asked.append(request)
+        yield {"done": {"answer": request["answer"], "correct": request["correct"], "label": request["label"]}}
+
+    async def embed(self, request: Json) -> AsyncGenerator[Json, None]:
+        ids = tuple(request["input"]) if isinstance(request["input"], list) else (3,)
+        yield {"done": Embedding(vector=(0.6, 0.8), prompt_token_ids=ids).as_json()}
+
     async def serve(self, request: Json) -> AsyncGenerator[Json, None]:
         self.asked.append(request)
         yield {"done": True}
@@ -144,7 +164,7 @@ class FakeNode:
 @asynccontextmanager
 async def fake_node(folder: Path) -> AsyncIterator[FakeNode]:
     node = FakeNode()
-    commands = {name: getattr(node, name) for name in ("status", "ready", "serve", "generate")}
+    commands = {name: getattr(node, name) for name in ("status", "ready", "serve", "generate", "feedback", "embed")}
     Paths(folder).create()
     async with trio.open_nursery() as nursery:
         await nursery.start(ControlService(Paths(folder).control_socket, commands).run)
@@ -165,6 +185,13 @@ def talk(folder: Path) -> None:
         with pytest.raises(errors.Declined, match=r"not ready after 0\.5 s: nobody serves layer 3"):
             node.wait_ready(0.5)
         node.serve("tiny", variant="int4")
+        assert node.embed("a text") == Embedding(vector=(0.6, 0.8), prompt_token_ids=(3,))
+        assert node.feedback(ANSWER, correct=False, label="red") == Judgement(answer="17", label="red")
+        assert node.feedback("18", True).correct
+        with pytest.raises(
+            errors.BadRequest, match=r"can't be judged, because the node did not keep it.*keep_answers"
+        ):
+            node.feedback(replace(ANSWER, id=""), True)
         with pytest.raises(errors.PeerUnreachable, match="attic"):
             node.generate("Why?", max_tokens=1)
         with pytest.raises(errors.BadRequest, match="names are"):
@@ -183,7 +210,8 @@ async def test_the_blocking_client(tmp_path: Path) -> None:
         async with fake_node(tmp_path) as node:
             await trio.to_thread.run_sync(talk, tmp_path)
             await node.given_up.wait()
-    assert [request["do"] for request in node.asked] == ["generate", "generate", "serve", "generate", "generate"]
+    asked = [request["do"] for request in node.asked]
+    assert asked == ["generate", "generate", "serve", "feedback", "feedback", "generate", "generate"]
     assert (node.asked[0]["seed"], node.asked[1]["stop"], node.asked[2]["model"]) == (1, ["\n"], "tiny")
 
 
@@ -199,6 +227,8 @@ async def atalk(folder: Path) -> None:
         with pytest.raises(errors.Declined, match="nobody serves layer 3"):
             await node.wait_ready(0.5)
         await node.serve("tiny")
+        assert (await node.embed((1, 2))).prompt_token_ids == (1, 2)
+        assert (await node.feedback(ANSWER, correct=False, label="red")).label == "red"
         with pytest.raises(errors.PeerUnreachable, match="attic"):
             await node.generate("Why?", max_tokens=1)
         with pytest.raises(errors.BadRequest):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,24 @@ import pytest
 
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import PeerId
-from protocols.membership import Credentials, HelloMachine, Trust
+from protocols.membership import Credentials, HelloMachine, Secret, Secrets, Trust, Untrusted
 from protocols.membership import machine as hello
 from protocols.membership.messages import (
     HELLO,
     HELLO_S,
     MAX_CLOCK_MS,
+    MAX_SECRETS,
     SEALED_BYTES,
     Granted,
     Hello,
     Join,
+    NewSecret,
     Refused,
     Roster,
     Welcome,
 )
-from tests.unit.membership_actors import NOW_MS, World, peer_of_key
+from protocols.membership.renewal import id_of, open_renewal, sign_renewal
+from tests.unit.membership_actors import NOW_MS, World, key_of, peer_of_key
 
 W = World()
 
@@ -43,14 +46,25 @@ class Pair:
         answerer_trust: Trust | None = None,
         asker_id: PeerId | None = None,
         skew_ms: int = 0,
+        remembers: bool = False,
     ) -> None:
         ann = asker_id or (asker.peer if asker else peer_of_key("joiner"))
         bob = answerer.peer if answerer else peer_of_key("ghost")
         self.asker = HelloMachine(
-            theirs=bob, credentials=asker, trust=asker_trust or (W.trust() if asker else None), nonce=b"a" * 16, now=0
+            theirs=bob,
+            credentials=asker,
+            trust=asker_trust or (W.trust() if asker else None),
+            nonce=b"a" * 16,
+            now=0,
+            remembers=lambda peer, chain: remembers,
         )
         self.answerer = HelloMachine(
-            theirs=ann, credentials=answerer, trust=answerer_trust or W.trust(), nonce=b"b" * 16, now=0
+            theirs=ann,
+            credentials=answerer,
+            trust=answerer_trust or W.trust(),
+            nonce=b"b" * 16,
+            now=0,
+            remembers=lambda peer, chain: remembers,
         )
         self.skew_ms = skew_ms
         self.facts: dict[str, list[hello.Effect]] = {"asker": [], "answerer": []}
@@ -117,6 +131,37 @@ def withdrawn() -> Trust:
     return trust
 
 
+FIRST = Secret(W.secret)
+NEW = sign_renewal(key_of("founder"), W.trust().id, b"n" * 32, NOW_MS, ())
+OTHER = sign_renewal(key_of("founder"), W.trust().id, b"o" * 32, NOW_MS - 1000, ())
+
+
+def knows(who: Credentials, *secrets: Secret) -> Credentials:
+    return replace(who, secrets=Secrets(secrets))
+
+
+class _Liar(Secrets):
+    """Knows its first secret, and names others after it."""
+
+    def __init__(self, known: Secret, named: Secret) -> None:
+        super().__init__([known])
+        self._named = named
+
+    @property
+    def ids(self) -> tuple[bytes, ...]:
+        return (*super().ids, self._named.id)
+
+    def first_of(self, ids: Sequence[bytes]) -> Secret | None:
+        return super().first_of(ids) or Secret(bytes(32))
+
+    def first_in(self, ids: Collection[bytes]) -> Secret | None:
+        return super().first_in(ids) or Secret(bytes(32))
+
+
+def claims(who: Credentials, known: Secret, named: Secret) -> Credentials:
+    return replace(who, secrets=_Liar(known, named))
+
+
 JOIN = Join(network=W.trust().id, invite=bytes(16), secret=bytes(16), name="new", software="0.1.0", wall_ms=NOW_MS)
 ANN, BOB, MALLORY = W.credentials("ann"), W.credentials("bob"), World(founder="mallory")
 STRANGER = replace(W.credentials("eve"), chain=())
@@ -135,9 +180,24 @@ REFUSED: dict[str, tuple[Callable[[], Pair], str, str, str]] = {
     "a withdrawn member": (
         lambda: out_of(ANN, BOB, answerer_trust=withdrawn()), "answerer", "forbidden", "withdrawn"
     ),
-    # The answerer proves first that it knows the network's secret, so the asker finds the difference.
-    "another secret": (lambda: out_of(replace(ANN, secret=bytes(32)), BOB), "asker", "stranger", "secret"),
-    "an answerer with another": (lambda: out_of(ANN, replace(BOB, secret=bytes(32))), "asker", "stranger", "secret"),
+    # The answerer looks first whether there is a secret that both know.
+    "another secret": (lambda: out_of(knows(ANN, OTHER), BOB), "answerer", "stranger", "secret"),
+    "an answerer with another": (lambda: out_of(ANN, knows(BOB, OTHER)), "answerer", "stranger", "secret"),
+    "a secret that it only says it knows": (
+        lambda: out_of(claims(ANN, OTHER, FIRST), BOB), "asker", "stranger", "does not know the secret"
+    ),
+    "an answerer that only says so": (
+        lambda: out_of(ANN, claims(BOB, OTHER, FIRST)), "asker", "stranger", "does not know the secret"
+    ),
+    "a stranger with a secret that was replaced": (
+        lambda: out_of(ANN, knows(BOB, NEW, FIRST)), "answerer", "stranger", "was replaced.*new ticket"
+    ),
+    "an answerer with a secret that was replaced": (
+        lambda: out_of(knows(ANN, NEW, FIRST), BOB), "asker", "stranger", "was replaced.*new ticket"
+    ),
+    "one that names the present secret, and proves the one before": (
+        lambda: out_of(knows(ANN, NEW, FIRST), claims(BOB, FIRST, NEW)), "asker", "stranger", "was replaced"
+    ),
     "a fast clock": (lambda: out_of(ANN, BOB, skew_ms=-MAX_CLOCK_MS - 1), "answerer", "clock", "set the clocks"),
     "a slow clock": (lambda: out_of(ANN, BOB, skew_ms=MAX_CLOCK_MS + 1), "answerer", "clock", "set the clocks"),
     "a ticket of another network": (
@@ -229,3 +289,110 @@ def test_the_specification_shows_the_transitions() -> None:
     rows = re.findall(r"^\| ([A-Z]+) \| (\w+) \| ([A-Z]+) \|$", text, re.MULTILINE)
     told = {(state, event): after for state, event, after in rows}
     assert told == {(state.name, event.__name__): after.name for (state, event), after in hello.TRANSITIONS.items()}
+
+
+ONLY, BOTH, NEWER = (FIRST,), (NEW, FIRST), (NEW,)
+
+
+@pytest.mark.parametrize(
+    ("asker", "answerer", "behind"),
+    [
+        (BOTH, BOTH, (False, False)),
+        (NEWER, BOTH, (False, False)),
+        (BOTH, ONLY, (True, False)),
+        (ONLY, BOTH, (False, True)),
+        ((OTHER, FIRST), BOTH, (True, True)),
+    ],
+    ids=["same", "a new member", "the answerer was away", "the asker was away", "renewed on both sides"],
+)
+def test_members_that_remember_each_other_agree_on_a_secret_and_see_who_lacks_the_present_one(
+    asker: tuple[Secret, ...], answerer: tuple[Secret, ...], behind: tuple[bool, bool]
+) -> None:
+    pair = Pair(knows(ANN, *asker), knows(BOB, *answerer), remembers=True).run()
+    assert pair.asker.state is pair.answerer.state is hello.State.ADMITTED
+    for side, lacks in zip(("asker", "answerer"), behind, strict=True):
+        assert [fact for fact in pair.facts[side] if isinstance(fact, hello.MutuallyAdmitted)] == [
+            hello.MutuallyAdmitted(lacks)
+        ]
+    told = NewSecret(renewal=NEW.renewal, secret=NEW.secret)
+    assert pair.asker.handle(told, 0, NOW_MS) == (hello.SecretReceived(told),)
+    with pytest.raises(RemoteProtocolError, match="a second secret"):
+        pair.asker.handle(told, 0, NOW_MS)
+
+
+CHAIN = W.chain("ann")
+# What came, and as a renewal of which secret; and what is wrong.
+FORGED: dict[str, tuple[Secret, bytes, str, str]] = {
+    "another secret": (NEW, b"x" * 32, "stranger", "another secret than it speaks of"),
+    "noise": (replace(NEW, renewal=b"noise"), NEW.secret, "stranger", "does not hold"),
+    "by an inviter who is no founder's device": (
+        sign_renewal(key_of("bob"), W.trust().id, NEW.secret, NOW_MS, W.chain("ann", "bob")), NEW.secret,
+        "forbidden", "is no founder",
+    ),
+    "by a founder's device that may not invite": (
+        sign_renewal(key_of("ann"), W.trust().id, NEW.secret, NOW_MS, W.chain("ann", roles=("serve",))), NEW.secret,
+        "forbidden", "is no founder",
+    ),
+    "by nobody": (
+        sign_renewal(key_of("eve"), W.trust().id, NEW.secret, NOW_MS, ()), NEW.secret, "stranger", "no founder"
+    ),
+    "with somebody else's chain": (
+        sign_renewal(key_of("eve"), W.trust().id, NEW.secret, NOW_MS, CHAIN), NEW.secret, "forbidden", ""
+    ),
+    "of another network": (
+        sign_renewal(key_of("founder"), "other", NEW.secret, NOW_MS, ()), NEW.secret, "other-network", ""
+    ),
+    "of the future": (
+        sign_renewal(key_of("founder"), W.trust().id, NEW.secret, NOW_MS + MAX_CLOCK_MS + 1, ()), NEW.secret,
+        "clock", "in the future",
+    ),
+    "far too long": (replace(NEW, renewal=bytes(5000)), NEW.secret, "stranger", "4096 is the limit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_a_renewal_is_a_founders_word(case: str) -> None:
+    said, secret, code, words = FORGED[case]
+    with pytest.raises(Untrusted, match=words) as caught:
+        open_renewal(said.renewal, secret, W.trust(), NOW_MS)
+    assert caught.value.code == code
+
+
+def test_a_founders_device_renews_until_it_is_put_out() -> None:
+    trust = W.trust()
+    word = sign_renewal(key_of("ann"), trust.id, NEW.secret, NOW_MS, CHAIN)
+    assert open_renewal(word.renewal, NEW.secret, trust, NOW_MS) == word
+    trust.withdraw(W.withdrawal("ann", by="founder", issued_ms=NOW_MS), NOW_MS)
+    with pytest.raises(Untrusted, match="was withdrawn"):
+        open_renewal(word.renewal, NEW.secret, trust, NOW_MS)
+
+
+def test_all_agree_which_secret_is_the_present_one() -> None:
+    twins = [sign_renewal(key_of("founder"), W.trust().id, bytes([n]) * 32, NOW_MS, ()) for n in range(3)]
+    known = [FIRST, OTHER, *twins]
+    orders = [Secrets(known), Secrets(reversed(known)), Secrets([FIRST]).plus(twins[1]).plus(OTHER).plus(twins[2])]
+    assert {order.present for order in orders[:2]} == {max(twins, key=lambda one: one.rank)}
+    assert orders[0].ids == orders[1].ids
+    many = Secrets(sign_renewal(key_of("founder"), W.trust().id, bytes([n]) * 32, n, ()) for n in range(40))
+    assert len(many.ids) == MAX_SECRETS and many.present.issued_ms == 39
+    assert id_of(bytes([39]) * 32) == many.ids[0]
+
+
+def test_who_was_put_out_is_shown_the_signed_word() -> None:
+    for pair in (
+        Pair(ANN, BOB, answerer_trust=withdrawn()).run(),  # it asks
+        Pair(BOB, ANN, asker_trust=withdrawn()).run(),  # it answers
+    ):
+        (learned,) = (
+            fact for facts in pair.facts.values() for fact in facts if isinstance(fact, hello.RosterReceived)
+        )
+        trust = W.trust()
+        assert [trust.withdraw(data, NOW_MS) for data in learned.roster.withdrawals] == [ANN.peer]
+        with pytest.raises(Untrusted, match="was withdrawn"):
+            trust.check(ANN.chain, NOW_MS)
+
+
+def test_a_stranger_with_the_chain_of_who_was_put_out_learns_nothing() -> None:
+    pair = Pair(ANN, BOB, answerer_trust=withdrawn(), asker_id=peer_of_key("eve")).run()
+    assert pair.turned("answerer").code == "forbidden"
+    assert not any(isinstance(fact, hello.RosterReceived) for fact in pair.facts["asker"])

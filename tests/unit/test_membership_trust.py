@@ -21,9 +21,9 @@ def refused(trust: Trust, chain: tuple[bytes, ...], wall_ms: int = NOW_MS) -> Un
 
 
 def test_a_chain_gives_peer_roles_and_distance() -> None:
-    standing = W.trust().check(W.chain("ann", "bob", "cleo", roles=("serve", "vote")), NOW_MS)
+    standing = W.trust().check(W.chain("ann", "bob", "cleo", roles=("serve", "publish")), NOW_MS)
     assert (standing.peer, standing.distance) == (peer_of_key("cleo"), 3)
-    assert standing.roles == {"serve", "vote"}
+    assert standing.roles == {"ask", "serve", "publish"}  # who serves may ask
 
 
 def test_the_earliest_expiry_of_a_chain_counts() -> None:
@@ -34,15 +34,19 @@ def test_the_earliest_expiry_of_a_chain_counts() -> None:
 
 
 FIRST = W.certificate("ann", by="founder", roles=("serve",))
-SECOND = W.certificate("ann", by="founder", roles=("serve", "admin"))
-EVE = Certificate(network=W.trust().id, peer=peer_of_key("eve"), roles=("admin",), issued_ms=NOW_MS)
+SECOND = W.certificate("ann", by="founder", roles=("serve", "invite"))
+EVE = Certificate(network=W.trust().id, peer=peer_of_key("eve"), roles=("invite",), issued_ms=NOW_MS)
 REFUSED: dict[str, tuple[tuple[bytes, ...], str, str]] = {
     "nothing": ((), "stranger", ""),
     "too many certificates": (W.chain("a", "b", "c", "d"), "stranger", ""),
     "another founder": (World(founder="mallory").chain("ann"), "other-network", ""),
     "its own word": ((W.certificate("eve", by="eve"),), "stranger", "signed by nobody this network trusts"),
     "a gap": ((W.chain("ann")[0], W.certificate("cleo", by="bob")), "stranger", ""),
-    "no admin vouches": ((FIRST, W.certificate("bob", by="ann", roles=("serve",))), "forbidden", "no admin"),
+    "no inviter vouches": (
+        (FIRST, W.certificate("bob", by="ann", roles=("serve",))),
+        "forbidden",
+        "may not invite",
+    ),
     "a role that the giver lacks": (
         (SECOND, W.certificate("bob", by="ann", roles=("serve", "publish"))),
         "forbidden",
@@ -76,11 +80,11 @@ def test_a_withdrawal_puts_a_member_out_and_a_new_certificate_lets_it_in_again()
 def test_a_withdrawal_can_leave_some_roles() -> None:
     trust = W.trust()
     trust.withdraw(W.withdrawal("bob", by="ann", chain=W.chain("ann"), keeps=("serve",)), LATER)
-    assert trust.check(W.chain("ann", "bob"), LATER).roles == {"serve"}
-    assert refused(trust, W.chain("ann", "bob", "cleo"), LATER).code == "forbidden"  # bob is no admin any more
+    assert trust.check(W.chain("ann", "bob"), LATER).roles == {"ask", "serve"}
+    assert refused(trust, W.chain("ann", "bob", "cleo"), LATER).code == "forbidden"  # bob may not invite any more
 
 
-def test_members_whom_an_ousted_admin_vouched_for_are_out_too() -> None:
+def test_members_whom_an_ousted_inviter_vouched_for_are_out_too() -> None:
     trust = W.trust()
     trust.withdraw(W.withdrawal("ann", by="founder"), LATER)
     assert refused(trust, W.chain("ann", "bob"), LATER).code == "forbidden"
@@ -115,17 +119,17 @@ def test_a_withdrawal_is_learned_once_and_an_older_one_of_the_same_signer_is_not
     assert trust.withdraw(W.withdrawal("bob", by="founder", issued_ms=NOW_MS), LATER) is None
 
 
-def test_what_a_superior_leaves_and_what_its_own_admin_leaves_are_both_taken_off() -> None:
+def test_what_a_superior_leaves_and_what_its_own_inviter_leaves_are_both_taken_off() -> None:
     trust, ann = W.trust(), W.chain("ann")
-    trust.withdraw(W.withdrawal("bob", by="founder", keeps=("serve", "vote")), LATER)
+    trust.withdraw(W.withdrawal("bob", by="founder", keeps=("serve", "publish")), LATER)
     trust.withdraw(W.withdrawal("bob", by="ann", chain=ann, keeps=("serve",)), LATER)
-    trust.withdraw(W.withdrawal("ann", by="founder", keeps=("admin",)), LATER)
-    assert trust.check(ann, LATER).roles == {"admin"}
-    assert trust.check(W.chain("ann", "bob"), LATER).roles == {"serve"}
+    trust.withdraw(W.withdrawal("ann", by="founder", keeps=("invite",)), LATER)
+    assert trust.check(ann, LATER).roles == {"invite"}
+    assert trust.check(W.chain("ann", "bob"), LATER).roles == {"ask", "serve"}
 
 
-@pytest.mark.parametrize("keeps", [(), ("serve",)], ids=["out", "no admin any more"])
-def test_the_word_of_an_ousted_admin_counts_no_more(keeps: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("keeps", [(), ("serve",)], ids=["out", "may not invite any more"])
+def test_the_word_of_an_ousted_inviter_counts_no_more(keeps: tuple[str, ...]) -> None:
     trust = W.trust()
     trust.withdraw(W.withdrawal("cleo", by="bob", chain=W.chain("ann", "bob")), LATER)
     assert refused(trust, W.chain("ann", "bob", "cleo"), LATER).code == "forbidden"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
+import struct
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,11 +15,13 @@ from protocols.codec import dumps
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.pipe import origin as pipe
 from protocols.pipe.messages import (
+    MAX_CHANCES,
     MAX_MESSAGE_BYTES,
     MAX_STAGES,
     PIPE,
-    PREFILL_ROW_S,
+    Chance,
     Close,
+    Grammar,
     Hop,
     HopTime,
     Message,
@@ -24,12 +29,14 @@ from protocols.pipe.messages import (
     Opened,
     Ping,
     Pong,
+    Pooled,
     Refused,
     Sampling,
     Step,
     Token,
 )
-from protocols.pipe.stage import IDLE_S, STAGE_TRANSITIONS, Ran, StageSession, StageState, refusal
+from protocols.pipe.stage import STAGE_TRANSITIONS, Ran, StageSession, StageState, refusal
+from protocols.pipe.timeouts import FIRST_OPEN_S, FIRST_ROWS, FIRST_STEP_S, IDLE_S, OPEN_S, PREFILL_ROW_S, STEP_S
 from tests.vectors import PROTOCOLS, Case, hold
 
 S = bytes(range(16))
@@ -39,24 +46,23 @@ ROUTE = (
     Hop(peer="cat", incarnation=3, first=5, last=9),
 )
 SAMPLING = Sampling(seed=7, temperature_milli=700, top_k=40, top_p_micro=950_000, repetition_milli=1100)
+ADAPTER = "bafyreihdwdcefgh4dqkjv67uzcmw7ojee6xedzdetojuzjevtenxquvyku"
+CHANCES = (Chance(token=11, nano_nats=2_302_585_093), Chance(token=9, nano_nats=105_360_516))
 TIMES = tuple(HopTime(network_us=100 * i, queue_us=10, compute_us=1500) for i in range(3))
 
 
 def origin(**more: Any) -> pipe.Origin:
     settings: dict[str, Any] = {
-        "session": S,
-        "attempt": 1,
-        "us": "me",
         "manifest": "m",
         "variant": "int4",
-        "route": ROUTE,
         "prompt": (5, 6, 7, 8, 9),
         "chunks": (3, 2),
         "max_tokens": 3,
         "eos": frozenset({2}),
         "sampling": SAMPLING,
     }
-    return pipe.Origin(**settings | more)
+    route = more.pop("route", ROUTE)
+    return pipe.Origin(session=S, attempt=1, us="me", route=route, task=pipe.Task(**settings | more))
 
 
 def opened(index: int, attempt: int = 1) -> pipe.Received:
@@ -66,6 +72,11 @@ def opened(index: int, attempt: int = 1) -> pipe.Received:
 def token(position: int, number: int = 11, **more: Any) -> pipe.Received:
     message = Token(session=S, attempt=1, position=position, token=number, sent_us=0, times=TIMES)
     return pipe.Received("cat", replace(message, **more), 70)
+
+
+def pooled(*vector: float) -> pipe.Received:
+    message = Pooled(session=S, attempt=1, sent_us=0, times=TIMES)
+    return pipe.Received("cat", message, 70, struct.pack(f"<{len(vector)}f", *vector))
 
 
 def refused(index: int, code: str, retry_ms: int = 0) -> pipe.Received:
@@ -104,13 +115,21 @@ CLOSES = tuple(pipe.Send(peer, Close(session=S, attempt=1)) for peer in ("ann", 
 def test_every_stage_is_asked_and_only_the_last_one_samples() -> None:
     o = origin()
     effects = o.handle(pipe.Begin(), 10.0)
-    assert o.deadline == 10.0 + pipe.OPEN_S
+    assert o.deadline == 10.0 + OPEN_S
     assert [effect.peer for effect in effects if isinstance(effect, pipe.Send)] == ["ann", "bob", "cat"]
     opens = [effect.message for effect in effects if isinstance(effect, pipe.Send)]
     assert all(isinstance(m, Open) and m.route == ROUTE and m.capacity == 8 for m in opens)
     assert [m.index for m in opens if isinstance(m, Open)] == [0, 1, 2]
     assert [m.sampling for m in opens if isinstance(m, Open)] == [None, None, SAMPLING]
     assert [effect.body for effect in effects if isinstance(effect, pipe.Send)] == [(), (), (5, 6, 7, 8, 9)]
+    assert all(isinstance(m, Open) and m.adapter == "" for m in opens)
+
+
+def test_every_stage_is_told_the_adapter() -> None:
+    effects = origin(adapter=ADAPTER).handle(pipe.Begin(), 10.0)
+    assert [e.message.adapter for e in effects if isinstance(e, pipe.Send) and isinstance(e.message, Open)] == [
+        ADAPTER
+    ] * 3
 
 
 def test_the_prompt_goes_out_in_its_chunks_once_all_are_open() -> None:
@@ -123,18 +142,70 @@ def test_the_prompt_goes_out_in_its_chunks_once_all_are_open() -> None:
         pipe.Send("ann", step(0, 3, prefill=True), (5, 6, 7)),
         pipe.Send("ann", step(3, 2, prefill=True, sample=True), (8, 9)),
     )
-    assert o.deadline == 2.0 + pipe.STEP_S + 5 * PREFILL_ROW_S
+    assert o.deadline == 2.0 + STEP_S + 5 * PREFILL_ROW_S
 
 
 def test_each_token_is_the_next_step_until_the_length_is_reached() -> None:
     o = running()
     emit = pipe.Emit(11, 5, TIMES, 70)
     assert o.handle(token(5), 3.0) == (pipe.Send("ann", step(5, 1, sample=True), (11,)), emit)
-    assert o.deadline == 3.0 + pipe.STEP_S
+    assert o.deadline == 3.0 + STEP_S
     assert o.handle(token(6, 12), 4.0)[0] == pipe.Send("ann", step(6, 1, sample=True), (12,))
     assert o.handle(token(7, 13), 5.0) == (pipe.Emit(13, 7, TIMES, 70), *CLOSES, pipe.Finished("length"))
     assert (o.state, o.deadline) == (pipe.OriginState.CLOSED, None)
     assert o.handle(token(8), 6.0) == (), "what comes after the end is nobody's fault"
+
+
+def test_chances_are_those_that_were_asked_for() -> None:
+    asked = replace(SAMPLING, chances=2)
+    emit = running(sampling=asked).handle(token(5, chances=CHANCES), 3.0)[1]
+    assert emit == pipe.Emit(11, 5, TIMES, 70, CHANCES)
+    few = running(sampling=asked).handle(token(5, chances=CHANCES[:1]), 3.0)[1]
+    assert few == pipe.Emit(11, 5, TIMES, 70, CHANCES[:1]), "a vocabulary may have fewer"
+    wrong = {"more": (asked, (*CHANCES, CHANCES[1])), "none": (asked, ()), "another one's": (asked, CHANCES[::-1])}
+    wrong["not asked for"] = (SAMPLING, CHANCES)
+    for sampling, told in wrong.values():
+        o = running(sampling=sampling)
+        with pytest.raises(RemoteProtocolError, match=r"cat told the chances of .* beside the token 11"):
+            o.handle(token(5, chances=told), 3.0)
+
+
+def test_a_prompt_becomes_one_vector() -> None:
+    o = origin(max_tokens=0, pooled=2)
+    opens = [effect.message for effect in o.handle(pipe.Begin(), 0.0) if isinstance(effect, pipe.Send)]
+    assert [(m.sampling, m.pooled, m.capacity) for m in opens if isinstance(m, Open)] == [
+        (None, False, 5),
+        (None, False, 5),
+        (None, True, 5),
+    ]
+    for index in range(3):
+        o.handle(opened(index), 1.0)
+    assert o.handle(pooled(0.6, -0.8), 2.0) == (
+        pipe.EmitPooled(struct.unpack("<2f", struct.pack("<2f", 0.6, -0.8)), TIMES, 70),
+        *CLOSES,
+        pipe.Finished("pooled"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("event", "words"),
+    [
+        (lambda: pooled(1.0), "a vector of 4 bytes; 8 are due"),
+        (lambda: pooled(0.5, 0.5), "of length 0.707107, which is not 1"),
+        (lambda: pooled(math.nan, 1.0), "of length nan"),
+        (lambda: pooled(math.inf, 1.0), "of length inf"),
+        (lambda: replace(pooled(0.6, 0.8), peer="ann"), "ann sent a vector, but the last stage is cat"),
+        (lambda: token(5), "cat sent the token at 5, expected is a vector"),
+    ],
+)
+def test_vectors_that_are_not_due(event: Callable[[], pipe.Received], words: str) -> None:
+    with pytest.raises(RemoteProtocolError, match=words):
+        running(max_tokens=0, pooled=2).handle(event(), 3.0)
+
+
+def test_a_vector_that_nobody_asked_for() -> None:
+    with pytest.raises(RemoteProtocolError, match="a vector of 8 bytes; 0 are due"):
+        running().handle(pooled(0.6, 0.8), 3.0)
 
 
 def test_stopping_tells_every_stage() -> None:
@@ -172,11 +243,11 @@ def test_stages_that_do_not_open_are_named() -> None:
     o = origin()
     o.handle(pipe.Begin(), 0.0)
     o.handle(opened(0), 1.0)
-    failed = o.handle(pipe.Expired(), 15.0)[-1]
+    failed = o.handle(pipe.Expired(), OPEN_S)[-1]
     assert failed == pipe.Failed(
         pipe.TIMEOUT,
         "the node bob, which runs layer 4, and the node cat, which runs layers 5 to 8, did not open the session "
-        "within 15 s",
+        "within 12 s",
         "bob",
     )
 
@@ -326,7 +397,13 @@ def test_a_stage_outlasts_the_patience_of_any_origin() -> None:
     for index in range(3):
         longest.handle(opened(index), 0.0)
     assert longest.deadline is not None
-    assert StageSession(opening(1, capacity=1001), "bob").patience >= longest.deadline
+    s = StageSession(opening(1, capacity=1001), "bob")
+    assert s.patience == FIRST_STEP_S + PREFILL_ROW_S * FIRST_ROWS
+    s.take("ann", step(0, 256, hops=1, prefill=True))
+    assert s.patience >= longest.deadline
+    s.take("ann", step(256, 1, hops=1, prefill=False))
+    assert STEP_S < s.patience == IDLE_S
+    assert StageSession(opening(0), "ann").patience == FIRST_STEP_S > OPEN_S
 
 
 @pytest.mark.parametrize(
@@ -340,7 +417,11 @@ def test_a_stage_outlasts_the_patience_of_any_origin() -> None:
         ({"route": (ROUTE[0], replace(ROUTE[1], first=3), ROUTE[2])}, "bob", "a gap or an overlap"),
         ({"route": (replace(ROUTE[0], last=3), *ROUTE[1:])}, "bob", "a gap or an overlap"),
         ({"route": (*ROUTE[:2], replace(ROUTE[2], peer="ann"))}, "bob", "names a node twice"),
-        ({"sampling": SAMPLING}, "bob", "isn't the last one"),
+        ({"sampling": SAMPLING}, "bob", "has to tell the last stage, and no other"),
+        ({"grammar": Grammar(kind="regex", text=b"a")}, "bob", "gave a grammar to a stage that draws no tokens"),
+        ({"pooled": True}, "bob", "has to tell the last stage, and no other"),
+        ({"index": 2}, "cat", "either how to sample or to pool"),
+        ({"index": 2, "sampling": SAMPLING, "pooled": True}, "cat", "either how to sample or to pool"),
     ],
 )
 def test_routes_that_are_no_chain(change: dict[str, Any], us: str, words: str) -> None:
@@ -354,12 +435,25 @@ SAMPLES: dict[str, Message] = {
     "open": opening(0),
     "open the last stage": opening(2),
     "open, greedy": opening(2, sampling=Sampling(seed=0)),
+    "open, all that sampling can be": opening(
+        2,
+        sampling=replace(
+            SAMPLING, min_p_micro=50_000, presence_milli=-2000, frequency_milli=500, chances=MAX_CHANCES
+        ),
+    ),
+    "open with an adapter": opening(0, adapter=ADAPTER),
+    "open with a grammar": opening(2, grammar=Grammar(kind="regex", text=b"a|b")),
+    "open, pooled": opening(2, sampling=None, pooled=True),
     "opened": Opened(session=S, attempt=0, index=2),
     "refused": Refused(session=S, attempt=0, index=2, code="busy", reason="All 8 sessions are taken.", retry_ms=1000),
     "refused, no retry": Refused(session=S, attempt=0, index=0, code="fenced", reason="bob serves layers 4 to 4"),
     "step of a prompt": step(0, 256, prefill=True),
     "step that samples": step(300, 1, sample=True, hops=2),
     "token": Token(session=S, attempt=1, position=301, token=42, sent_us=123_456, times=TIMES),
+    "token with chances": Token(
+        session=S, attempt=1, position=301, token=42, sent_us=123_456, times=TIMES, chances=CHANCES
+    ),
+    "pooled": Pooled(session=S, attempt=1, sent_us=123_456, times=TIMES),
     "close": Close(session=S, attempt=1),
     "ping": Ping(number=1, sent_us=123_456),
     "pong": Pong(number=1, ping_sent_us=123_456, received_us=999, sent_us=1001),
@@ -383,8 +477,33 @@ def test_vectors() -> None:
         "position out of range": dumps({0: 4, 1: S, 2: 1, 3: (1 << 20) + 1, 4: 1, 5: True, 6: 0}),
         "token out of range": dumps({0: 5, 1: S, 2: 1, 3: 1, 4: (1 << 24) + 1, 5: 0}),
         "too many hop times": dumps({0: 5, 1: S, 2: 1, 3: 1, 4: 1, 5: 0, 6: [{1: 0, 2: 0, 3: 0}] * (MAX_STAGES + 1)}),
+        "too many chances": dumps({0: 5, 1: S, 2: 1, 3: 1, 4: 1, 5: 0, 7: [{1: 0, 2: 0}] * (MAX_CHANCES + 1)}),
+        "more than certain": dumps({0: 5, 1: S, 2: 1, 3: 1, 4: 1, 5: 0, 7: [{1: 1, 2: -1}]}),
+        "a large min-p": dumps(
+            {0: 1, 1: S, 2: 1, 3: "me", 4: "m", 5: "v", 6: [], 7: 0, 8: 1, 9: {1: 0, 6: 1_000_001}}
+        ),
+        "a large penalty": dumps({0: 1, 1: S, 2: 1, 3: "me", 4: "m", 5: "v", 6: [], 7: 0, 8: 1, 9: {1: 0, 8: -2001}}),
+        "long grammar": dumps(
+            {
+                0: 1,
+                1: S,
+                2: 1,
+                3: "me",
+                4: "m",
+                5: "v",
+                6: [],
+                7: 0,
+                8: 1,
+                9: {1: 0},
+                14: {1: "lark", 2: bytes(65537)},
+            }
+        ),
+        "a grammar in letters": dumps(
+            {0: 1, 1: S, 2: 1, 3: "me", 4: "m", 5: "v", 6: [], 7: 0, 8: 1, 9: {1: 0}, 14: {1: "lark", 2: "a"}}
+        ),
         "capacity 0": dumps({0: 1, 1: S, 2: 1, 3: "me", 4: "m", 5: "v", 6: [], 7: 0, 8: 0}),
         "no nucleus": dumps({0: 1, 1: S, 2: 1, 3: "me", 4: "m", 5: "v", 6: [], 7: 0, 8: 1, 9: {1: 0, 4: 0}}),
+        "long adapter": dumps({0: 1, 1: S, 2: 1, 3: "me", 4: "m", 5: "v", 6: [], 7: 0, 8: 1, 10: "b" * 65}),
         "long code": dumps({0: 3, 1: S, 2: 1, 3: 0, 4: "b" * 33, 5: "no"}),
         "unknown even key": dumps({0: 6, 1: S, 2: 1, 4: 1}),
         "spelt-out default": dumps({0: 3, 1: S, 2: 1, 3: 0, 4: "busy", 5: "no", 6: 0}),
@@ -419,6 +538,14 @@ def test_the_specification_shows_the_transitions() -> None:
 
 def test_the_specification_shows_the_constants() -> None:
     text = (PROTOCOLS / "pipe" / "SPEC.md").read_text()
-    limits = {"OPEN_S": pipe.OPEN_S, "STEP_S": pipe.STEP_S, "IDLE_S": IDLE_S, "PREFILL_ROW_S": PREFILL_ROW_S}
+    limits = {
+        "OPEN_S": OPEN_S,
+        "FIRST_OPEN_S": FIRST_OPEN_S,
+        "FIRST_STEP_S": FIRST_STEP_S,
+        "FIRST_ROWS": FIRST_ROWS,
+        "STEP_S": STEP_S,
+        "IDLE_S": IDLE_S,
+        "PREFILL_ROW_S": PREFILL_ROW_S,
+    }
     for name, seconds in limits.items():
         assert f"| `{name}` | {seconds:g} |" in text

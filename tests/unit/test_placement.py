@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from meshnode.bench.placement import case_of, measure, petals, planned
-from meshnode.model.facts import ModelFacts, facts_of, tight_memory
+from meshnode.model.fit import ModelFacts, facts_of, tight_memory
 from meshnode.policy.guards import abandoned, guards_of
 from meshnode.policy.mesh_view import UNMEASURED_LAYER_US, coarse_us, nodes_of
 from meshnode.policy.moves import Move, decide, still_right, unserved

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from meshnode.engine.sampling import exp, philox, sample, uniform
-from protocols.pipe.messages import Sampling
+from meshnode.engine.sampling import chances, exp, philox, sample, uniform
+from protocols.pipe.messages import Chance, Sampling
 
 Array = np.ndarray[Any, Any]
 RNG = np.random.default_rng(11)
@@ -134,3 +134,48 @@ def test_a_large_vocabulary_draws_like_a_small_one() -> None:
         for position in range(100):
             small = sample(few, sampling, position, ())
             assert sample(many, sampling, position, ()) == 1000 * (small + 1)
+
+
+@pytest.mark.parametrize("min_p", [1, 50_000, 300_000, 1_000_000])
+def test_min_p_is_a_share_of_the_best_ones_probability(min_p: int) -> None:
+    logits = LOGITS[:30]
+    scores = softmax(logits.astype(np.float64) / 1.5)
+    likely = set(np.flatnonzero(scores >= min_p / 1e6 * scores.max()).tolist())
+    counts = drawn(logits, Sampling(seed=2, temperature_milli=1500, min_p_micro=min_p))
+    assert set(counts) <= likely
+    assert {t for t in likely if scores[t] > 0.005} <= set(counts)
+
+
+def test_presence_and_frequency_count_the_answer_alone() -> None:
+    """OpenAI's formula: logit - count * frequency - (count > 0) * presence."""
+    logits = np.array([2.0, 1.3, 0.8], np.float32)
+
+    def best(answer: tuple[int, ...], presence: int = 0, frequency: int = 0) -> int:
+        sampling = Sampling(seed=0, presence_milli=presence, frequency_milli=frequency)
+        return sample(logits, sampling, 9, (0, 0, *answer), answer)
+
+    assert best((), presence=2000, frequency=2000) == 0, "the prompt has no say"
+    assert best((0,), presence=800) == 1
+    assert best((0, 0, 0), presence=600) == 0, "once, however often"
+    assert [best((0,) * count, frequency=300) for count in range(4)] == [0, 0, 0, 1]
+    assert best((0, 0, 1), presence=500, frequency=400) == 2, "2.0 - 1.3, 1.3 - 0.9, 0.8"
+    assert best((2, 2, 2, 2, 9, -1), frequency=-500) == 2, "below zero it rewards; unknown ids are ignored"
+
+
+def test_chances_are_the_models_own() -> None:
+    """Of the distribution before everything, the token's first; exact to a nano-nat."""
+    exact = -np.log(softmax(LOGITS.astype(np.float64)))
+    order = np.argsort(exact, kind="stable")
+    told = chances(LOGITS, 17, 21)
+    assert [chance.token for chance in told] == [17, *order[:20].tolist()]
+    np.testing.assert_allclose([chance.nano_nats / 1e9 for chance in told], exact[[17, *order[:20]]], atol=1e-9)
+    assert chances(LOGITS, 17, 1) == told[:1]
+    assert chances(LOGITS, 17, 0) == ()
+    assert [chance.token for chance in chances(LOGITS[:3], 1, 21)[1:]] == np.argsort(-LOGITS[:3]).tolist()
+
+
+def test_chances_of_extremes() -> None:
+    logits = np.array([-np.inf, 3.0, 3.0], np.float32)
+    worst, *best = chances(logits, 0, 3)
+    assert worst == Chance(token=0, nano_nats=10**18), "no number says how unlikely it is"
+    assert best == [Chance(token=t, nano_nats=round(np.log(2) * 1e9)) for t in (1, 2)]

@@ -60,3 +60,18 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(database: Database) -> No
     database._db.execute("PRAGMA max_page_count=1000000")
     database.put_record("head", CLEO, b"3")
     assert database.records("head") == {ANN: b"1", CLEO: b"3"}
+
+
+def test_each_trouble_has_its_own_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "damaged.sqlite"
+    path.write_bytes(b"no database at all, but long enough to be looked at" * 100)
+    with pytest.raises(DiskError, match="It is damaged: stop the node, move it away") as caught:
+        Database(path)
+    assert "disk space" not in str(caught.value)
+    path = tmp_path / "busy.sqlite"
+    Database(path).close()
+    with sqlite3.connect(path, isolation_level=None) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(DiskError, match="Another program holds it; try again"):
+            Database(path)
+    other.close()

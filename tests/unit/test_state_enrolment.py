@@ -114,16 +114,23 @@ def test_a_passphrase_covers_the_founder_too(tmp_path: Path) -> None:
 
 
 def test_an_invite_is_in_the_ledger_and_its_secret_only_in_the_ticket(home: Path) -> None:
-    text = ticket_of(home, roles=("train", "serve"), uses=3, ttl_s=60, addresses=[address(home)])
+    text = ticket_of(home, roles=("publish", "serve"), uses=3, ttl_s=60, addresses=[address(home)])
     ticket = open_ticket(text)
-    assert (ticket.roles, ticket.uses, ticket.expires_ms) == (("serve", "train"), 3, NOW_MS + 60_000)
+    assert (ticket.roles, ticket.uses, ticket.expires_ms) == (("serve", "publish"), 3, NOW_MS + 60_000)
     assert ticket.issuer == Identity.load(home).peer_id
     assert ticket.network == load_network(home).network_id
     with state_of(home) as database:
         (invite,) = database.invites()
-    assert (invite.id, invite.roles, invite.uses) == (ticket.invite, ("serve", "train"), 3)
+    assert (invite.id, invite.roles, invite.uses) == (ticket.invite, ("serve", "publish"), 3)
     assert all(ticket.secret not in file.read_bytes() for file in home.glob("state.sqlite*"))
     assert "3 devices" in describe_ticket(text, clock=clock)
+
+
+def test_a_plain_ticket_gives_no_word_in_what_is_learned(home: Path) -> None:
+    assert open_ticket(ticket_of(home, addresses=[address(home)])).roles == ("serve",)
+    text = ticket_of(home, roles=("vote", "serve", "train"), addresses=[address(home)])
+    assert open_ticket(text).roles == ("serve", "train", "vote")
+    assert "Roles: serve, train, vote." in describe_ticket(text, clock=clock)
 
 
 @pytest.mark.parametrize(
@@ -142,11 +149,14 @@ def test_who_may_not_invite(home: Path, tmp_path: Path) -> None:
     with pytest.raises(IdentityError, match="belongs to no network"):
         ticket_of(tmp_path / "nobody", addresses=["/x"])
     as_member(home, tmp_path / "bob", "bob", ("serve",))
-    with pytest.raises(IdentityError, match="lacks the role admin"):
+    with pytest.raises(IdentityError, match="lacks the role invite"):
         ticket_of(tmp_path / "bob", addresses=["/x"])
-    as_member(home, tmp_path / "cleo", "cleo", ("serve", "admin"))
-    with pytest.raises(IdentityError, match="'train'"):
-        ticket_of(tmp_path / "cleo", roles=("serve", "train"), addresses=["/x"])
+    as_member(home, tmp_path / "cleo", "cleo", ("serve", "invite"))
+    with pytest.raises(IdentityError, match="'publish'"):
+        ticket_of(tmp_path / "cleo", roles=("serve", "publish"), addresses=["/x"])
+    for role in ("train", "vote"):
+        with pytest.raises(IdentityError, match=f"'{role}'"):
+            ticket_of(tmp_path / "cleo", roles=("serve", role), addresses=["/x"])
 
 
 def test_the_last_of_a_chain_can_not_invite_further(home: Path, tmp_path: Path) -> None:
@@ -176,10 +186,11 @@ def test_without_the_founder_key_only_those_further_away_can_be_withdrawn(home: 
         database.put_record(MEMBER, identity.peer_id, encode(Chain(certificates=load_network(home).chain)))
     with pytest.raises(IdentityError, match="founder's key"):
         withdraw(home, identity.peer_id)
-    member = as_member(home, tmp_path / "bob", "bob", ("serve", "train"))
+    member = as_member(home, tmp_path / "bob", "bob", ("serve", "publish"))
     withdraw(home, peer_of_key("bob"), keeps=("serve",))
     with state_of(home) as database:
-        assert restored_trust(load_network(home), database, NOW_MS).check(member.chain, NOW_MS).roles == {"serve"}
+        trust = restored_trust(load_network(home), database, NOW_MS)
+        assert trust.check(member.chain, NOW_MS).roles == {"ask", "serve"}
 
 
 def test_withdrawing_nonsense(home: Path) -> None:

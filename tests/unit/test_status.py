@@ -58,7 +58,7 @@ def test_copies(facts: Status, said: str) -> None:
 
 
 def test_encryption_is_told() -> None:
-    assert "0.0 MB elsewhere (cold), encrypted on the disk" in describe(status(content=ContentStatus(encrypted=True)))
+    assert "0 B elsewhere (cold), encrypted on the disk" in describe(status(content=ContentStatus(encrypted=True)))
     assert "encrypted" not in describe(status())
 
 

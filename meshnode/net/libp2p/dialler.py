@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 import trio
@@ -37,9 +37,12 @@ class Connections(Protocol):
 class _Attempt:
     """One round of dials to one peer."""
 
-    def __init__(self, swarm: GuardedSwarm, peer: PeerId, *, keyed: bool) -> None:
+    def __init__(
+        self, swarm: GuardedSwarm, peer: PeerId, is_ours: Callable[[str, int], bool], *, keyed: bool
+    ) -> None:
         self._swarm = swarm
         self._peer = peer
+        self._is_ours = is_ours
         self._keyed = keyed
         self.failures: list[str] = []  # sentences
         self.silent: dict[str, None] = {}  # took a connection and have not failed or succeeded
@@ -59,6 +62,8 @@ class _Attempt:
             address = parse_address(text)
             if address.peer not in ("", self._peer):
                 raise RemoteProtocolError(f"{text} is the address of another peer")
+            if self._is_ours(address.host, address.port):
+                raise RemoteProtocolError(f"{where} is where this very node listens")
             stream = await trio.open_tcp_stream(address.host, address.port)
             self.silent[where] = None
             await self._swarm.take_socket(stream, self._peer)
@@ -77,9 +82,21 @@ class _Attempt:
 class Dialler:
     """Makes connections; several callers who want one peer share one attempt."""
 
-    def __init__(self, swarm: GuardedSwarm, connections: Connections, *, keyed: bool) -> None:
-        """`keyed`: whether this host has a swarm key."""
+    def __init__(
+        self,
+        swarm: GuardedSwarm,
+        connections: Connections,
+        is_ours: Callable[[str, int], bool],
+        *,
+        keyed: bool,
+    ) -> None:
+        """
+        Args:
+          is_ours: whether we listen at an IP address and port ourselves: others name their loopback address, too.
+          keyed: whether this host has a swarm key.
+        """
         self._swarm = swarm
+        self._is_ours = is_ours
         self._connections = connections
         self._keyed = keyed
         self._locks: dict[PeerId, trio.Lock] = {}
@@ -87,7 +104,7 @@ class Dialler:
     async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Make sure that there is a connection. Raises PeerUnreachable (10 s at most)."""
         lock = self._locks.setdefault(peer, trio.Lock())
-        attempt = _Attempt(self._swarm, peer, keyed=self._keyed)
+        attempt = _Attempt(self._swarm, peer, self._is_ours, keyed=self._keyed)
         try:
             async with lock:
                 with trio.move_on_after(CONNECT_S):

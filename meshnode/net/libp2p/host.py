@@ -7,7 +7,7 @@ Handlers run in our nursery, the library only waits for them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import trio
@@ -18,7 +18,15 @@ from meshnode.core.signal import Changes
 from meshnode.core.tasks import Tasks
 from meshnode.net import heartbeat
 from meshnode.net.addresses import reachable_hosts
-from meshnode.net.connection_limits import GUEST_STREAMS, MAX_STRANGERS, MEMBER_STREAMS, STRANGER_S, STRANGER_STREAMS
+from meshnode.net.connection_limits import (
+    GUEST_STREAMS,
+    MAX_STRANGERS,
+    MEMBER_STREAM_FRAMES,
+    MEMBER_STREAMS,
+    STRANGER_S,
+    STRANGER_STREAMS,
+    Allowances,
+)
 from meshnode.net.heartbeat import Heartbeat
 from meshnode.net.lane.lane import DirectLanes, Ends
 from meshnode.net.libp2p.dialler import Dialler
@@ -29,6 +37,8 @@ from meshnode.net.libp2p.yamux import YamuxStream
 from meshnode.net.peer_book import PeerBook
 from meshnode.net.port import MAX_GOSSIP_BYTES, Handler, Lane, PeerEvent, Stream, Take
 from meshnode.net.protocol_table import NOT_SERVED, STRANGER, ProtocolTable, refusal
+from meshnode.net.surroundings import watch_surroundings
+from meshnode.net.vigil import ALERT_S, Vigil
 from protocols.errors import LocalProtocolError, RemoteProtocolError
 from protocols.ids import PeerId
 from protocols.multiaddr import address_of, owned
@@ -64,12 +74,15 @@ class Libp2pHost(ConnectionWatcher):
     ) -> None:
         self._announce = tuple(announce)
         self._table = ProtocolTable()
-        self._table.add(heartbeat.PROTOCOL, heartbeat.answer)
+        self._table.add(heartbeat.PROTOCOL, heartbeat.Answers().answer)
         self._book = PeerBook()
         self._topics: dict[str, Take] = {}
         self._connections: dict[PeerId, list[GuardedMuxer]] = {}
+        self._allowances = Allowances()
         self._heartbeats: dict[PeerId, tuple[Heartbeat, trio.CancelScope]] = {}
         self._addresses: tuple[str, ...] = ()
+        self._surroundings = Changes()
+        self._machine = _addresses_of_machine()
         self._tasks = Tasks()
         self._stack = Libp2pStack(
             seed,
@@ -80,9 +93,11 @@ class Libp2pHost(ConnectionWatcher):
             self._book.admitted.__contains__,
             swarm_key,
         )
+        self._stack.pubsub.flooded = lambda peer: self._table.on_flood(peer, "gossip")
+        self._vigil = Vigil(self.peer_id)
         self._lanes = DirectLanes(self._table, self._book, self)
         self._listener = Listener(listen, self._take_libp2p, self._lanes)
-        self._dialler = Dialler(self._stack.swarm, self, keyed=bool(swarm_key))
+        self._dialler = Dialler(self._stack.swarm, self, self._listener.is_ours, keyed=bool(swarm_key))
         self._stack.host.serve = self._serve
 
     @property
@@ -105,12 +120,7 @@ class Libp2pHost(ConnectionWatcher):
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         await self._listener.open()
-        found = tuple(
-            str(address_of(ip, port, self.peer_id))
-            for host, port in self._listener.bound
-            for ip in reachable_hosts(host)
-        )
-        self._addresses = tuple(owned(text, self.peer_id) for text in self._announce) or found
+        self._look_for_addresses()
         scope = trio.CancelScope(shield=True)  # lives on for the farewell when we are cancelled
         try:
             async with trio.open_nursery() as nursery:
@@ -126,6 +136,27 @@ class Libp2pHost(ConnectionWatcher):
             with trio.CancelScope(shield=True):
                 await self._listener.aclose()
 
+    def _look_for_addresses(self) -> None:
+        found = tuple(
+            str(address_of(ip, port, self.peer_id))
+            for host, port in self._listener.bound
+            for ip in reachable_hosts(host)
+        )
+        self._addresses = tuple(owned(text, self.peer_id) for text in self._announce) or found
+
+    def _changed_around(self, what: str) -> None:
+        """Addresses or links of this machine changed, or it slept. Connections of addresses that it has no more
+        are over, which nothing but a long silence would tell."""
+        _log.info("network.changed", what=what)
+        self._look_for_addresses()
+        before, self._machine = self._machine, _addresses_of_machine()
+        for connections in list(self._connections.values()):
+            for connection in connections:
+                ip = connection.local[0]
+                if ip in before - self._machine:
+                    self._tasks.start_soon(connection.session.kill, f"this machine has no address {ip} any more")
+        self._surroundings.notify()
+
     async def _run_shielded(self, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
         with scope:
             async with self._stack.running(), trio.open_nursery() as nursery:
@@ -134,6 +165,7 @@ class Libp2pHost(ConnectionWatcher):
                 for topic, take in self._topics.items():
                     await self._stack.subscribe(topic, take)
                 nursery.start_soon(self._listener.run)
+                nursery.start_soon(watch_surroundings, self._changed_around)
                 task_status.started()
                 await trio.sleep_forever()
 
@@ -153,7 +185,11 @@ class Libp2pHost(ConnectionWatcher):
     def connection_up(self, connection: GuardedMuxer) -> None:
         """A connection has authenticated its peer. Called by the library's side."""
         peer = connection.peer
-        if peer not in self._book.admitted:
+        connection.session.allowance = self._allowances.of(peer)
+        connection.session.on_slowed = lambda: self._table.on_flood(peer, "frames or streams")
+        if peer in self._book.admitted:
+            connection.session.stream_frames = MEMBER_STREAM_FRAMES
+        else:
             connection.session.max_streams = GUEST_STREAMS if peer in self._book.guests else STRANGER_STREAMS
         self._connections.setdefault(peer, []).append(connection)
         self._book.up(peer)
@@ -182,6 +218,7 @@ class Libp2pHost(ConnectionWatcher):
         _, scope = self._heartbeats.pop(peer, (None, None))
         if scope is not None:
             scope.cancel()
+        self._share_watch()
         self._lanes.break_off(peer, connection.session.ended)
         _log.debug("connection.over", peer=peer, reason=connection.session.ended)
         self._book.down(peer, connection.session.ended)
@@ -233,6 +270,7 @@ class Libp2pHost(ConnectionWatcher):
         self._book.admitted.add(peer)
         for connection in self._connections.get(peer, ()):
             connection.session.max_streams = MEMBER_STREAMS
+            connection.session.stream_frames = MEMBER_STREAM_FRAMES
         self._start_heartbeat(peer)
 
     def welcome(self, peer: PeerId, protocols: Sequence[str]) -> None:
@@ -336,8 +374,13 @@ class Libp2pHost(ConnectionWatcher):
         finally:
             over.set()
 
-    def handle(self, protocol: str, handler: Handler, *, open_to_strangers: bool = False) -> None:
-        self._table.add(protocol, handler, open_to_strangers=open_to_strangers)
+    def handle(
+        self, protocol: str, handler: Handler, *, open_to_strangers: bool = False, bounded: bool = True
+    ) -> None:
+        self._table.add(protocol, handler, open_to_strangers=open_to_strangers, bounded=bounded)
+
+    def on_flood(self, listener: Callable[[PeerId, str], None]) -> None:
+        self._table.on_flood = listener
 
     # Heartbeat
 
@@ -354,10 +397,28 @@ class Libp2pHost(ConnectionWatcher):
         scope = trio.CancelScope()
         self._heartbeats[peer] = (beat, scope)
         self._tasks.start_soon(self._watch, peer, beat, scope)
+        self._share_watch()
+
+    def _share_watch(self) -> None:
+        """Watch those closely whom we have to, and the others calmly."""
+        members = [peer for peer in self._heartbeats if peer not in self._book.guests]
+        close = self._vigil.close(members, trio.current_time())
+        for peer in members:
+            self._heartbeats[peer][0].follow(heartbeat.MEMBER if peer in close else heartbeat.CALM)
+
+    async def _share_watch_later(self) -> None:
+        await trio.sleep(ALERT_S)
+        self._share_watch()
 
     def greet(self, peer: PeerId) -> None:
         """Gossip with a member that may admit us."""
         self._stack.pubsub.greet(peer)
+
+    def doubt(self, peer: PeerId) -> None:
+        if peer in self._heartbeats:
+            self._vigil.doubt(peer, trio.current_time())
+            self._share_watch()
+            self._tasks.start_soon(self._share_watch_later)
 
     def heard_at(self, peer: PeerId) -> float:
         """When the last bytes came from a peer (`trio.current_time`)."""
@@ -367,12 +428,19 @@ class Libp2pHost(ConnectionWatcher):
         with scope:
             await beat.watch()
         if not scope.cancelled_caught:
+            self._vigil.alert(trio.current_time())  # it may be our own link that is dead
+            self._share_watch()
+            self._tasks.start_soon(self._share_watch_later)
             for connection in list(self._connections.get(peer, ())):
                 await connection.session.kill(beat.lost)
 
     @property
     def links(self) -> Changes:
         return self._book.links
+
+    @property
+    def surroundings(self) -> Changes:
+        return self._surroundings
 
     def round_trip_us(self, peer: PeerId) -> int | None:
         beat, _ = self._heartbeats.get(peer, (None, None))
@@ -430,6 +498,10 @@ class _Guest(_Member):
 def open_host(seed: bytes, *, swarm_key: bytes = b"") -> Libp2pHost:
     """A host on a free port of the loopback interface."""
     return Libp2pHost(seed, ["/ip4/127.0.0.1/tcp/0"], swarm_key=swarm_key)
+
+
+def _addresses_of_machine() -> frozenset[str]:
+    return frozenset((*reachable_hosts("0.0.0.0"), *reachable_hosts("::")))
 
 
 async def _close_all(connections: Sequence[GuardedMuxer], reason: str) -> None:

@@ -10,9 +10,11 @@ import trio
 
 from meshnode.core.errors import ConfigError, PeerUnreachable
 from meshnode.core.log import get_logger
-from meshnode.net.connection_limits import PendingConnections
+from meshnode.net.addresses import reachable_hosts
+from meshnode.net.connection_limits import CALL_BURST, CALL_WAIT_S, CALLS_PER_S, PendingConnections
 from meshnode.net.lane.lane import DirectLanes
 from meshnode.net.libp2p.dialler import innermost
+from protocols.bucket import Buckets
 from protocols.errors import RemoteProtocolError
 from protocols.multiaddr import Address, parse_address
 
@@ -55,12 +57,17 @@ class Listener:
         self._take_libp2p = take_libp2p
         self._lanes = lanes
         self._pending = PendingConnections()
+        self._calls = Buckets(CALLS_PER_S, CALL_BURST)
         self._sockets: list[trio.SocketListener] = []
 
     @property
     def bound(self) -> list[tuple[str, int]]:
         """Address and port of every socket."""
         return [listener.socket.getsockname()[:2] for listener in self._sockets]
+
+    def is_ours(self, host: str, port: int) -> bool:
+        """Whether a dial to this endpoint would only reach ourselves."""
+        return any(port == our_port and host in reachable_hosts(bound) for bound, our_port in self.bound)
 
     async def open(self) -> None:
         """Bind every address. Raises ConfigError; nothing is bound then."""
@@ -98,6 +105,8 @@ class Listener:
         with self._pending.enter(host, HANDSHAKE_S) as scope:
             try:
                 sock.setsockopt(trio.socket.IPPROTO_TCP, trio.socket.TCP_NODELAY, 1)
+                now = trio.current_time()
+                await trio.sleep(self._calls.of(host, now).spend(1.0, now, CALL_WAIT_S))
                 first, is_tls = b"", None
                 while is_tls is None:
                     piece = await sock.recv(FIRST_BYTES)

@@ -8,9 +8,7 @@ What the release does as shipped, and which class here stands in for it:
 - Yamux neither enforces windows nor tells a reset from an end: `GuardedMuxer` over our own `YamuxSession`;
 - reads give up after 100 short pieces (`read_exactly`): `PlainWire.read` returns what was asked for, whole;
 - hundreds of peers are dialled at whatever addresses others have told: `IdleConnector`;
-- gossip goes to every peer that connects, drops bursts, and delivers a message twice that came from two sides
-  at once: `GuardedPubsub`;
-- every gossip message makes a notice to every neighbour, which idle nodes pay most for: `GuardedRouter`;
+- gossip goes to every peer that connects, drops bursts, and costs most where nothing happens: `gossip.py`;
 - identify is asked of every peer and believed: never asked here; answered with what the asker may use, which
   Helia goes by.
 """
@@ -18,7 +16,6 @@ What the release does as shipped, and which class here stands in for it:
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -42,8 +39,6 @@ from libp2p.network.exceptions import SwarmException
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStore
-from libp2p.pubsub.gossipsub import GossipSub
-from libp2p.pubsub.pubsub import Pubsub
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamEOF, MuxedStreamReset
@@ -57,20 +52,19 @@ from multiaddr import Multiaddr
 from meshnode.core.errors import Declined, PeerUnreachable
 from meshnode.core.log import get_logger
 from meshnode.net.connection_limits import MAX_CONNECTIONS, PER_PEER
+from meshnode.net.libp2p.gossip import GuardedPubsub, make_router
 from meshnode.net.libp2p.yamux import YamuxSession, YamuxStream
-from meshnode.net.port import MAX_GOSSIP_BYTES, Take
+from meshnode.net.port import Take
 from meshnode.net.swarm_key import Cover
+from protocols.bucket import Bucket
 from protocols.ids import PeerId
 from protocols.multiaddr import Address, address_of
 
-__all__ = ["IDENTIFY", "MESHSUB", "PING", "GuardedMuxer", "Libp2pStack", "Source"]
+__all__ = ["IDENTIFY", "PING", "GuardedMuxer", "Libp2pStack", "Source"]
 
-MESHSUB: Final = "/meshsub/1.2.0"
 READ_BYTES: Final = 1 << 17
-DEGREE: Final = (8, 6, 12)  # gossip partners per topic: wanted, at least, at most
-GOSSIP_PER_SECOND: Final = 1000.0  # messages per peer and topic; the library's 10 drops bursts of its own node
-GOSSIP_QUEUE: Final = 256  # messages waiting for one peer
-RPC_BYTES: Final = 4 * MAX_GOSSIP_BYTES
+PINGS_PER_S: Final = 5.0  # that one stream answers; others ping once a second
+PING_BURST: Final = 60.0
 RESTART_S: Final = 1.0
 FLUSH_S: Final = 0.5
 
@@ -152,6 +146,7 @@ class GuardedStream(IMuxedStream):  # type: ignore[misc]  # the library has no t
     def __init__(self, stream: YamuxStream, muxed_conn: GuardedMuxer) -> None:
         self.stream = stream
         self.muxed_conn = muxed_conn
+        self.allowance: Bucket | None = None  # of reads; without one, it is read as fast as it is written
         self._unread = b""
 
     async def read(self, n: int | None = None) -> bytes:
@@ -163,6 +158,8 @@ class GuardedStream(IMuxedStream):  # type: ignore[misc]  # the library has no t
                 raise MuxedStreamReset(str(error)) from error
             if not self._unread:
                 raise MuxedStreamEOF("the stream has ended")
+        if self.allowance is not None:
+            await trio.sleep(self.allowance.spend(1.0, trio.current_time(), RESTART_S))
         size = len(self._unread) if n is None or n < 0 else n
         data, self._unread = self._unread[:size], self._unread[size:]
         return data
@@ -384,59 +381,6 @@ class GuardedHost(BasicHost):  # type: ignore[misc]  # the library has no types 
         """As above."""
 
 
-class GuardedPubsub(Pubsub):  # type: ignore[misc]  # the library has no types here
-    """Gossip with admitted peers only; every message delivered once."""
-
-    def __init__(self, host: GuardedHost, router: Any, admits: Callable[[PeerId], bool]) -> None:
-        super().__init__(host, router, strict_signing=True, max_inbound_rpc_size=RPC_BYTES)
-        # The release starts at the seconds since 1970: after a restart its numbers, and so its message ids, repeat.
-        self.counter = time.time_ns()
-        self._admits = admits
-        self._in_work: set[bytes] = set()  # message ids
-        self._greeting: set[Any] = set()
-
-    async def _handle_new_peer(self, peer_id: Any) -> None:
-        if not self._admits(PeerId(str(peer_id))) or peer_id in self._greeting:
-            return
-        self._greeting.add(peer_id)
-        try:
-            await super()._handle_new_peer(peer_id)
-            if peer_id in self.peer_queues:
-                self.peer_queues[peer_id]._queue.max_size = GOSSIP_QUEUE
-        finally:
-            self._greeting.discard(peer_id)
-
-    def greet(self, peer: PeerId) -> None:
-        """Start gossip with a peer that is connected and admitted."""
-        peer_id = ID.from_string(peer)
-        if peer_id not in self.peers and self.manager.is_running:
-            self.manager.run_task(self._handle_new_peer_with_retry, peer_id, 1.0)
-
-    async def push_msg(self, msg_forwarder: Any, msg: Any) -> None:
-        """Take a message and pass it on, once even when several peers bring it at the same time."""
-        name = self._msg_id_constructor(msg)
-        if name in self._in_work or len(msg.data) > MAX_GOSSIP_BYTES or len(msg.topicIDs) != 1:
-            return
-        self._in_work.add(name)
-        try:
-            await super().push_msg(msg_forwarder, msg)
-        except Exception as error:  # noqa: BLE001 - the border: the library re-raises on keys it can't decode
-            _log.warning("gossip.contained", peer=str(msg_forwarder), reason=_reason(error))
-        finally:
-            self._in_work.discard(name)
-
-    def notify_subscriptions(self, publish_message: Any) -> None:
-        """Its subscriber has it already: it was asked whether the message is good."""
-
-
-class GuardedRouter(GossipSub):  # type: ignore[misc]  # the library has no types here
-    """GossipSub without IDONTWANT: our messages are a few KB and there at once, so the notice, which goes to every
-    neighbour for each of them, costs more than the doubles that it saves."""
-
-    async def _emit_idontwant_for_message(self, msg_id: Any, topic_ids: Any) -> None:
-        """Nothing is sent."""
-
-
 class GuardedManager(TrioManager):  # type: ignore[misc]  # the library has no types here
     """Runs the tasks of a library service; what they raise is logged and goes no further."""
 
@@ -515,18 +459,7 @@ class Libp2pStack:
         self.peer = PeerId(str(peer_id))
         self.swarm = GuardedSwarm(peer_id, peerstore, GuardedUpgrader(key_pair), watcher, swarm_key)
         self.host = GuardedHost(self.swarm, addresses, source, offers)
-        degree, low, high = DEGREE
-        self.router = GuardedRouter(
-            [MESHSUB],
-            degree,
-            low,
-            high,
-            heartbeat_interval=1,
-            prune_back_off=10,
-            adaptive_gossip_enabled=False,
-            eclipse_protection_enabled=False,  # counts addresses; the nodes of one home share theirs
-            max_messages_per_topic_per_second=GOSSIP_PER_SECOND,
-        )
+        self.router = make_router()
         self.pubsub = GuardedPubsub(self.host, self.router, admits)
 
     @asynccontextmanager
@@ -544,15 +477,7 @@ class Libp2pStack:
 
     async def subscribe(self, topic: str, take: Take) -> None:
         """Take part in a topic."""
-
-        async def valid(forwarder: Any, message: Any) -> bool:
-            try:
-                return forwarder == self.pubsub.my_id or take(PeerId(str(forwarder)), message.data)
-            except Exception:  # noqa: BLE001 - the border: a bug in a taker costs its message, not the process
-                _log.exception("gossip.failed", topic=topic, peer=str(forwarder))
-                return False
-
-        self.pubsub.set_topic_validator(topic, valid, True)  # a synchronous one would end the process if it raised
+        self.pubsub.takers[topic] = take
         await self.pubsub.subscribe(topic)
 
     async def flush_gossip(self) -> None:
@@ -573,6 +498,8 @@ class Libp2pStack:
     async def handle(self, protocol: str, net_stream: Any, stream: YamuxStream) -> None:
         """Let the library handle a stream that was agreed on."""
         net_stream.set_protocol(protocol)
+        if protocol == PING:
+            net_stream.muxed_stream.allowance = Bucket(PINGS_PER_S, PING_BURST, trio.current_time())
         try:
             await self.host.multiselect.handlers[protocol](net_stream)
         finally:

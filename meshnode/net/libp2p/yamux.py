@@ -6,13 +6,15 @@ whose reader pauses five seconds, and shows a reset or a lost connection as a cl
 - no peer makes us hold more than `MEMBER_STREAMS` windows; whoever sends past a window loses the connection;
 - a writer waits for its reader up to `STALL_S`;
 - a clean end is a FIN, everything else is PeerUnreachable; bytes that arrived before a loss are still read;
-- the reading task never writes, so two full sockets can't block each other for ever.
+- the reading task never writes, so two full sockets can't block each other for ever;
+- a peer that sends more frames than its allowance (connection_limits.py) is read more slowly.
 """
 
 from __future__ import annotations
 
 import struct
 from collections import deque
+from collections.abc import Callable
 from enum import IntEnum, IntFlag
 from typing import Final, Protocol
 
@@ -21,8 +23,18 @@ from trio.lowlevel import ParkingLot
 
 from meshnode.core.errors import PeerUnreachable
 from meshnode.core.log import get_logger
-from meshnode.net.connection_limits import MEMBER_STREAMS
+from meshnode.net.connection_limits import (
+    FRAME_BURST,
+    FRAMES_PER_S,
+    MEMBER_STREAMS,
+    SLOW_S,
+    SLOWED_STREAMS,
+    STILL_SLOW_S,
+    STREAM_FRAMES,
+    WASTE_BYTES,
+)
 from meshnode.net.port import STALL_S
+from protocols.bucket import Bucket
 from protocols.ids import PeerId
 
 WINDOW_BYTES: Final = 1 << 18  # what a new stream may send unasked (spec, "Flow Control")
@@ -242,6 +254,11 @@ class YamuxSession:
         self.ended = ""  # why, once it is over
         self.over = trio.Event()
         self.max_streams = MEMBER_STREAMS  # that the peer may have open; lower for strangers
+        self.stream_frames = STREAM_FRAMES  # that one which it opens counts as
+        self.allowance = Bucket(
+            FRAMES_PER_S, FRAME_BURST, self.heard_at
+        )  # in frames; the host has one for all of a peer
+        self.on_slowed: Callable[[], None] = lambda: None  # whenever the peer is read more slowly than it sends
         self._wire = wire
         self._next_number = 1 if initiator else 2
         self._streams: dict[int, YamuxStream] = {}
@@ -251,6 +268,8 @@ class YamuxSession:
         self._body_left = 0
         self._body_ends = 0
         self._partial = b""
+        self._came = 0.0  # frames since the allowance was last asked
+        self._slow_until = 0.0  # few streams at once are taken
         self._control: deque[bytes] = deque()
         self._control_waits = ParkingLot()
         self._write_lock = trio.Lock()
@@ -408,6 +427,7 @@ class YamuxSession:
                 self._take_record(data)
                 if self.over.is_set():
                     return
+                await self._slow_down()
         except YamuxError as error:
             self.end(f"it broke the rules of the connection: {error}")
             with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_S):
@@ -415,6 +435,16 @@ class YamuxSession:
         except Exception as error:  # noqa: BLE001 - the border to the library: whatever it is, the wire is gone
             self._lost(error)
         self.end("the peer closed the connection")
+
+    async def _slow_down(self) -> None:
+        """Leave what the peer sends beyond its allowance to its own machine for a while."""
+        came, self._came = self._came, 0.0
+        wait_s = self.allowance.spend(came, trio.current_time(), SLOW_S)
+        if wait_s:
+            self._slow_until = trio.current_time() + STILL_SLOW_S
+            self.on_slowed()
+            with trio.move_on_after(wait_s):
+                await self.over.wait()
 
     def _take_record(self, record: bytes) -> None:
         data = memoryview(self._partial + record if self._partial else record)
@@ -446,6 +476,7 @@ class YamuxSession:
             self._take_ends(stream, self._body_ends)
 
     def _take_header(self, version: int, kind: int, flags: int, number: int, length: int) -> None:
+        self._came += 1.0
         if version:
             raise YamuxError(f"version {version}")
         if kind in (_DATA, _WINDOW_UPDATE):
@@ -472,6 +503,8 @@ class YamuxSession:
                 stream = None
         elif length > BULK_WINDOW_BYTES:
             raise YamuxError(f"a frame of {length} bytes")
+        if stream is None:
+            self._came += length / WASTE_BYTES
         self._body_stream, self._body_left, self._body_ends = stream, length, flags & _ENDS
         if not length:
             self._end_body()
@@ -491,7 +524,9 @@ class YamuxSession:
             return self._streams.get(number)
         if number in self._streams or not number or number % 2 == self._next_number % 2:
             raise YamuxError(f"it opened the stream {number}, which it must not")
-        if self._opened_there >= self.max_streams:
+        self._came += self.stream_frames
+        too_many = self._came > SLOWED_STREAMS * self.stream_frames and trio.current_time() < self._slow_until
+        if too_many or self._opened_there >= self.max_streams:
             self._queue(_HEADER.pack(0, FrameType.WINDOW_UPDATE, Flag.RST, number, 0))
             return None
         stream = YamuxStream(self, number, opened_here=False)

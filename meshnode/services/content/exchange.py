@@ -71,7 +71,8 @@ class Exchange:
         self._sleeps_until: float | None = None
         self._sooner = Changes()  # the asking machine is to be woken
         self._to_verify, self._unverified = trio.open_memory_channel[tuple[PeerId, Message]](UNVERIFIED_MESSAGES)
-        host.handle(PROTOCOL, self._receive, open_to_strangers=access.public)
+        # Other implementations open a stream for each message; what they ask for is bounded by the ledger.
+        host.handle(PROTOCOL, self._receive, open_to_strangers=access.public, bounded=False)
 
     @property
     def online_s(self) -> float:
@@ -83,6 +84,7 @@ class Exchange:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._tick)
             nursery.start_soon(self.answers.run)
+            nursery.start_soon(self._follow_contest)
             nursery.start_soon(self._follow, self._host.events())
             nursery.start_soon(self._follow, self._host.guest_events())
             for _ in range(VERIFIERS):
@@ -177,6 +179,16 @@ class Exchange:
                 await self._sooner.wait(version)
             if limit.cancelled_caught:
                 await self.handle(asking.Tick())
+
+    async def _follow_contest(self) -> None:
+        """While another node has our key, what peers send may be meant for it: nobody is accused."""
+        while True:
+            version = self._adverts.changes.version
+            me = self._adverts.live().get(self._host.peer_id)
+            if me is not None and me.contested:
+                await self.handle(asking.Contested())
+                self._health.clear("bad-provider")
+            await self._adverts.changes.wait(version)
 
     async def _follow(self, events: trio.MemoryReceiveChannel[PeerEvent]) -> None:
         """Connections that come and go."""

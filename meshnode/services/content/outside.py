@@ -7,7 +7,7 @@ from typing import Final, Protocol
 import trio
 
 from meshnode.core.errors import ContentUnavailable
-from meshnode.ipfs.fallback import OnBlock
+from meshnode.ipfs.source_order import OnBlock
 from meshnode.services.content.session import Session
 from protocols.ids import DAG_PB, Cid, cid_from_bytes, cid_to_bytes
 
@@ -18,7 +18,7 @@ PAUSE_S: Final = 0.5  # at least, between attempts that found nothing
 
 
 class Outside(Protocol):
-    """Sources outside the mesh as one (`meshnode/ipfs/fallback.py`)."""
+    """Sources outside the mesh as one (`meshnode/ipfs/source_order.py`)."""
 
     async def block(self, cid: Cid) -> bytes:
         """One verified block. Raises ContentUnavailable."""

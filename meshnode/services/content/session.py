@@ -105,7 +105,7 @@ class Session:
     def owed(self) -> bool:
         """Whether somebody who is asked owes us blocks, of this fetch or another one."""
         client = self.exchange.client
-        return any(client.owed(peer) for peer in client.asked(self._number))
+        return any(client.awaited(peer) for peer in client.asked(self._number))
 
     def words(self) -> list[str]:
         """What became of everybody who was asked, for people."""

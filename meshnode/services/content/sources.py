@@ -10,13 +10,16 @@ import trio
 
 from meshnode.core.errors import ContentUnavailable
 from meshnode.net.port import Host
-from meshnode.services.content import patience
+from meshnode.services.content import escalation
 from meshnode.services.content.outside import Outside, Search
 from meshnode.services.content.session import Session
 from meshnode.services.port import Adverts, Guests
 from protocols.ids import DAG_CBOR, Cid, PeerId, cid_codec
 
 MAX_REMEMBERED: Final = 4096  # peers that were found
+
+
+MEMBERS_ASKED: Final = 8  # for what nobody says that he has
 
 
 class Finder(Protocol):
@@ -53,7 +56,7 @@ class Sources:
         self._guests = guests
         self._finder = finder
         self._outside = outside
-        self.patience_s = patience_s or (patience.PATIENCE_S if finder is None else patience.SEARCH_PATIENCE_S)
+        self.patience_s = patience_s or (escalation.PATIENCE_S if finder is None else escalation.SEARCH_PATIENCE_S)
         self._found: dict[PeerId, None] = {}  # by the finder, oldest first
 
     def asking(self, session: Session) -> Asking:
@@ -64,7 +67,7 @@ class Sources:
     def outside_after_s(self, session: Session) -> float:
         """Seconds without a block until sources outside the mesh are asked; 0 where nobody else could have it."""
         guests = not set(self._guests.configured).isdisjoint(self._host.guests)
-        return patience.outside_after_s(session.exchange.online_s, others=guests or bool(self._providers(session)))
+        return escalation.outside_after_s(session.exchange.online_s, others=guests or bool(self._providers(session)))
 
     def advice(self, cid: Cid) -> str:
         """What our owner may not know when nobody gives a manifest: it may be on IPFS."""
@@ -85,17 +88,19 @@ class Sources:
         while True:
             providers = self._providers(session)
             await session.offer(providers)
-            if (not providers or session.quiet_s >= patience.GUEST_S) and self._guests.configured:
+            if (not providers or session.quiet_s >= escalation.GUEST_S) and self._guests.configured:
                 await session.consult(sorted(self._guests.configured))
-            await trio.sleep(patience.OFFER_S)
+            if not providers:  # adverts name the files of announced releases alone
+                await session.consult(self._host.peers[:MEMBERS_ASKED])
+            await trio.sleep(escalation.OFFER_S)
 
     async def seek(self, session: Session) -> None:
         """Once nobody has given a block for a while: have peers looked for, and ask them."""
         if self._finder is None:
             return
         quiet = 0.0
-        while quiet < patience.SEEK_S and self._found.keys().isdisjoint(self._host.guests):
-            await trio.sleep(patience.SEEK_S - quiet)
+        while quiet < escalation.SEEK_S and self._found.keys().isdisjoint(self._host.guests):
+            await trio.sleep(escalation.SEEK_S - quiet)
             quiet = session.quiet_s
 
         async def offer(peer: PeerId) -> None:

@@ -17,26 +17,18 @@ from meshnode.core.clock import Wall
 from meshnode.core.health import Health
 from meshnode.core.signal import Changes
 from meshnode.net.port import Host
+from meshnode.services.directory.author import Author
 from meshnode.services.directory.book import RecordBook
+from meshnode.services.directory.notices import NoticesService
 from meshnode.services.directory.publisher import Publisher
 from meshnode.services.directory.sync import Sync
-from meshnode.services.port import Members, RecordSigner
+from meshnode.services.port import Ranks, RecordSigner
 from meshnode.state.port import Records
 from protocols.advert.messages import ADVERT, Advert, Announcement
+from protocols.advert.view import within
 from protocols.ids import Cid, PeerId, cid_to_bytes
 
-INCARNATION: Final = "incarnation"  # kind of record
-
-
-def next_incarnation(records: Records, us: PeerId, now_ms: int) -> int:
-    """The incarnation of this start of the node: its wall clock, but always above the one before.
-
-    A clock that was set back would otherwise make everybody ignore us: they hold a newer advert of ours.
-    """
-    before = int.from_bytes(records.record(INCARNATION, us) or b"", "big")
-    now = max(now_ms, before + 1)
-    records.put_record(INCARNATION, us, now.to_bytes(8, "big"))
-    return now
+TELL_S: Final = (0.05, 1.0)  # from the loss of a connection until others are told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +47,7 @@ class DirectoryService:
         self,
         host: Host,
         signer: RecordSigner,
-        members: Members,
+        members: Ranks,
         records: Records,
         health: Health,
         wall: Wall,
@@ -64,9 +56,21 @@ class DirectoryService:
         """Registers the topic and the protocol: make it before `host.run`."""
         self._host = host
         self._us = host.peer_id
-        self._book = RecordBook(self._us, members, records, health)
-        self._publisher = Publisher(host, settings.topic, signer, members, self._book, settings.first, wall)
-        self._sync = Sync(host, self._book, settings.rng)
+        self._members = members
+        self._book = RecordBook(self._us, members, records, health, wall)
+        self._publisher = Publisher(
+            host,
+            settings.topic,
+            Author(self._us, signer, records, wall),
+            members,
+            self._book,
+            settings.first,
+            wall,
+        )
+        self.notices = NoticesService(host, settings.topic, signer, members, self._book, records, wall)
+        self._book.on_loss = self._lost_elsewhere
+        self._rng = settings.rng
+        self._sync = Sync(host, settings.topic, self._book, settings.rng)
         host.subscribe(settings.topic, self._book.take)
 
     # What others read
@@ -77,14 +81,14 @@ class DirectoryService:
         return self._book.changes
 
     def live(self) -> dict[PeerId, Advert]:
-        """Adverts that hold now, ours included (unless we are leaving), sorted by peer id."""
+        """What counts of the adverts that hold now, ours included (unless we are leaving), sorted by peer id."""
         adverts = {
-            peer: entry.body
+            peer: entry.counts
             for peer, entry in self._book.adverts().items()
-            if isinstance(entry.body, Advert) and peer != self._us
+            if isinstance(entry.counts, Advert) and peer != self._us
         }
         if not self.me().leaving:
-            adverts[self._us] = self.me()
+            adverts[self._us] = within(self.me(), self._members.roles_of(self._us))
         return dict(sorted(adverts.items()))
 
     def me(self) -> Advert:
@@ -96,8 +100,12 @@ class DirectoryService:
         return self._book.announcements()
 
     def announcement(self) -> Announcement | None:
-        """The release that the network serves: the newest announcement that is not taken back."""
+        """The release that the network is told to serve: the first of `ranked`."""
         return self._book.announcement()
+
+    def ranked(self) -> tuple[Announcement, ...]:
+        """Words of publishers that are not taken back: those of founders' devices first, then the newest."""
+        return self._book.ranked()
 
     def providers(self, cid: Cid) -> list[PeerId]:
         """Peers that have a file or block, never ourselves: connected first, then by round trip."""
@@ -116,7 +124,7 @@ class DirectoryService:
         if peer == self._us:
             return 0.0
         entry = self._book.get(ADVERT, peer)
-        return None if entry is None else max(0.0, trio.current_time() - entry.since)
+        return None if entry is None else max(0.0, self._book.clock.now() - entry.since)
 
     # What we say
 
@@ -132,8 +140,8 @@ class DirectoryService:
     ) -> Announcement:
         """Say that the network serves this release from now on (or no longer). Replaces what we said before.
 
-        Raises Declined `forbidden` without the role "publish", LocalProtocolError for a value that others
-        would refuse.
+        Raises Declined `forbidden` without the role "publish", or while the word of a founder's device goes
+        before ours; LocalProtocolError for a value that others would refuse.
         """
         return self._publisher.announce(
             name=name, version=version, manifest=manifest, variant=variant, retired=retired
@@ -151,9 +159,26 @@ class DirectoryService:
             nursery.start_soon(self._publisher.run)
             nursery.start_soon(self._sync.run)
             nursery.start_soon(self._book.watch)
+            nursery.start_soon(self.notices.run)
             events = self._host.events()
             task_status.started()
             async for event in events:
                 if not event.connected:
                     self._book.suspect(event.peer)
                     self._publisher.renew()  # it suspects us, too: others pass on that we are there
+                    nursery.start_soon(self._tell_loss, event.peer)
+
+    async def _tell_loss(self, peer: PeerId) -> None:
+        """Unless it is back, says anything, or somebody else has said so: many lose it in the same moment."""
+        version = self._book.version_of(peer)
+        await trio.sleep(self._rng.uniform(*TELL_S))
+        gone = peer not in self._host.peers and self._book.version_of(peer) == version
+        if gone and self._host.peers and peer in self._book.adverts() and self._book.losses.get(peer) != version:
+            await self._publisher.tell_loss(peer)
+
+    def _lost_elsewhere(self, peer: PeerId) -> None:
+        """Somebody else's connection to a peer broke."""
+        if peer == self._us:
+            self._publisher.renew()
+        else:
+            self._host.doubt(peer)

@@ -21,12 +21,12 @@ class AdvertisedLoad:
         self.sessions = 0
         self.queue_us = 0
         self._average_us = 0.0
-        self._counted = Changes()
+        self.counted = Changes()  # whenever `sessions` changes
 
     def count(self, sessions: int) -> None:
         """So many sessions are open now."""
         self.sessions = sessions
-        self._counted.notify()
+        self.counted.notify()
 
     def waited(self, us: int) -> None:
         """A step has waited so long for the engine."""
@@ -37,9 +37,9 @@ class AdvertisedLoad:
 
     async def settle(self) -> None:
         """Tell of sessions that stay, until cancelled."""
-        told, version = self.sessions, self._counted.version
+        told, version = self.sessions, self.counted.version
         while True:
-            version = await self._counted.wait(version)
+            version = await self.counted.wait(version)
             await trio.sleep(SETTLE_S)
             if self.sessions != told:
                 told = self.sessions

@@ -7,8 +7,7 @@ import math
 import random
 import sys
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator
 from typing import Final
 
 import trio
@@ -16,36 +15,46 @@ import trio
 from meshnode.core.errors import BadRequest, Declined, PeerUnreachable
 from meshnode.core.log import get_logger
 from meshnode.core.signal import Watch
+from meshnode.core.tasks import Tasks
 from meshnode.model.release import ServedRelease
 from meshnode.policy.chunking import chunks
 from meshnode.policy.route import NoRoute
-from meshnode.services.inference.receipt import Piece, Receipt, Request
+from meshnode.services.inference.receipt import RELEASED, Piece, Receipt, Request, Taken, Vector
 from meshnode.services.inference.router import Router
-from meshnode.services.port import Pipes, Releases
+from meshnode.services.port import Pipes, ReleasedAdapter, Releases, Rights
 from protocols.errors import RemoteProtocolError
 from protocols.ids import SESSION_BYTES, PeerId, short
-from protocols.pipe.messages import LOST, Close, Hop, Opened, Refused, Token
+from protocols.membership.messages import ASK
+from protocols.pipe.messages import LOST, Close, Hop, Opened, Pooled, Refused, Token
 from protocols.pipe.origin import (
     TIMEOUT,
     Begin,
     Emit,
+    EmitPooled,
     Expired,
     Failed,
     Finished,
     Origin,
     OriginEffect,
     OriginEvent,
+    OriginState,
     PeerGone,
     Received,
     Stop,
+    Task,
 )
 from protocols.pipe.origin import Send as SendEffect
+from protocols.pipe.timeouts import FIRST_OPEN_S, OPEN_S
 
 EVENTS: Final = 256  # messages of one session that wait for us: stages answer once per step
 GOODBYE_S: Final = 2.0  # for telling the stages that a session is over
 TAKEOVER_S: Final = 2.0  # for the news who serves the layers of a node that has gone
 OPEN_ATTEMPTS: Final = 3  # routes that are tried when a stage refuses before the first token
-RETRY_CODES: Final = frozenset({"fenced", "busy", "not-ready", "engine-lost", "bad-input", "too-long", LOST})
+RETRY_CODES: Final = frozenset(
+    {"fenced", "busy", "not-ready", "engine-lost", "bad-input", "too-long", "no-adapter", "no-grammar", LOST}
+)
+SUPERSEDED: Final = "superseded"  # the prompt must be made anew
+FAULTS: Final = frozenset({"engine-lost", "bad-input", "not-ready"})  # refusals that are no mere want of room
 
 _log = get_logger("origin")
 
@@ -57,6 +66,12 @@ class Generation:
         self.machine = machine
         self.receipt = receipt
         self.goodbyes: list[SendEffect] = []
+        self.failure: Exception | None = None
+        self.waited_in_vain = False
+        # What the reader has not taken yet: no more than the answer's own length.
+        self.send, self.receive = trio.open_memory_channel[Taken | Piece | Vector](math.inf)
+        self.scope = trio.CancelScope()
+        self.over = trio.Event()  # and its stages have been told
         self._events: deque[OriginEvent] = deque()
         self._came = trio.Event()
 
@@ -80,19 +95,41 @@ class Generation:
 
 
 class OriginService:
-    """The origin's side of every session this node asks for."""
+    """The origin's side of every session this node asks for.
 
-    def __init__(self, us: PeerId, pipes: Pipes, router: Router, releases: Releases, rng: random.Random) -> None:
+    Each is driven by a task of its own, so that no stage waits for whoever reads the answer.
+    """
+
+    name = "origin"
+
+    def __init__(
+        self,
+        us: PeerId,
+        pipes: Pipes,
+        router: Router,
+        releases: Releases,
+        released: ReleasedAdapter,
+        rights: Rights,
+        rng: random.Random,
+    ) -> None:
         self._us = us
         self._pipes = pipes
         self._router = router
         self._releases = releases
+        self._released = released
+        self._rights = rights
         self._rng = rng
         self._running: dict[bytes, Generation] = {}
+        self._tasks = Tasks()
         pipes.handle(Opened, self.receive)
         pipes.handle(Refused, self.receive)
         pipes.handle(Token, self.receive)
+        pipes.handle(Pooled, self.receive)
         pipes.on_lost(self.peer_lost)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Drive what is asked for until cancelled."""
+        await self._tasks.run(task_status=task_status)
 
     @property
     def running(self) -> int:
@@ -106,7 +143,7 @@ class OriginService:
                 out[PeerId(peer)] = out.get(PeerId(peer), 0) + 1
         return out
 
-    def receive(self, peer: PeerId, message: Opened | Refused | Token, _: bytes, network_us: int) -> None:
+    def receive(self, peer: PeerId, message: Opened | Refused | Token | Pooled, body: bytes, network_us: int) -> None:
         """Take an answer of a stage. Sessions that are over are ignored.
 
         Raises RemoteProtocolError when the peer may not send it: its pipe is closed.
@@ -118,7 +155,7 @@ class OriginService:
             raise RemoteProtocolError(f"{peer} answers for a session that it takes no part in")
         if generation.waiting >= EVENTS:
             raise RemoteProtocolError(f"more than {EVENTS} messages for one session at once")
-        generation.put(Received(peer, message, network_us))
+        generation.put(Received(peer, message, network_us, body))
 
     def peer_lost(self, peer: PeerId, reason: str) -> None:
         """Our connection or pipe to a peer broke: sessions that pass through it fail at once."""
@@ -126,43 +163,58 @@ class OriginService:
             if peer in generation.machine.peers:
                 generation.put(PeerGone(peer, reason))
 
-    async def generate(self, request: Request) -> AsyncGenerator[Piece | Receipt, None]:
+    def check_may_ask(self) -> None:
         """See `receipt.Generator`."""
+        self._rights.demand(self._us, ASK, "ask questions")
+
+    async def generate(self, request: Request) -> AsyncGenerator[Taken | Piece | Vector | Receipt, None]:
+        """See `receipt.Generator`."""
+        self.check_may_ask()
         release = self._releases.current
         if release is None:
             raise Declined("no-model", self._releases.why_none)
         if not request.prompt:  # what was asked in words may have none
             raise BadRequest("the prompt is empty")
+        if request.token_space not in ((), release.token_space):
+            raise Declined(
+                SUPERSEDED, f"the network serves {release.title} now; the question was read for another model"
+            )
         context, vocab = release.manifest.architecture.context, release.manifest.architecture.vocab
         if (token := max(request.prompt)) >= vocab:
             raise BadRequest(
                 f"the prompt has the token id {token}; those of {release.manifest.name} end at {vocab - 1}"
             )
         room = context - len(request.prompt)
-        if room < 1:
+        if room < (0 if request.pooled else 1):
             raise Declined(
                 "too-long",
                 f"the prompt has {len(request.prompt)} tokens; the model holds {context} with its answer",
             )
         avoid: set[PeerId] = set()
         failure: Declined | PeerUnreachable | None = None
+        hasty = False  # whether it may have been given too little time
         for attempt in range(OPEN_ATTEMPTS):
             seed = self._rng.getrandbits(32)
-            route = self._router.route(release, seed, in_flight=self.in_flight(), avoid=avoid)
-            if isinstance(route, NoRoute) and failure is not None:
-                route = await self._other_route(release, seed, avoid)
-            if isinstance(route, NoRoute):
+            chosen = self._router.choose(seed, in_flight=self.in_flight(), avoid=avoid)
+            if isinstance(chosen, NoRoute) and failure is not None:
+                chosen = await self._other_route(seed, avoid)
+            if isinstance(chosen, NoRoute) and hasty:  # there is no other way: then with patience
+                chosen = self._router.choose(seed, in_flight=self.in_flight())
+            if isinstance(chosen, NoRoute):
                 # That there is no other way is no news; why this one failed is.
-                raise failure or Declined("no-route", route.reason, retry_ms=route.retry_ms)
-            started = False
+                raise failure or Declined("no-route", chosen.reason, retry_ms=chosen.retry_ms)
+            taken = started = False
+            # what a question names itself may have to be fetched, and a grammar needs the tokenizer; what is released
+            # is there
+            fetched = request.adapter not in ("", RELEASED) or request.grammar is not None
+            open_s = OPEN_S if attempt or fetched else FIRST_OPEN_S
+            generation = self._begin(*chosen, request, min(request.max_tokens, room), open_s)
             try:
-                async with (
-                    self._session(release, route, request, min(request.max_tokens, room)) as generation,
-                    aclosing(self._drive(generation)) as pieces,
-                ):
-                    async for piece in pieces:
-                        started = True
-                        yield piece
+                async for piece in generation.receive:
+                    taken, started = True, started or not isinstance(piece, Taken)
+                    yield piece
+                if generation.failure is not None:
+                    raise generation.failure
             except (Declined, PeerUnreachable) as error:
                 code = error.code if isinstance(error, Declined) else LOST
                 if started or code not in RETRY_CODES or error.peer is None or attempt == OPEN_ATTEMPTS - 1:
@@ -170,59 +222,100 @@ class OriginService:
                 _log.info("route.retried", peer=short(error.peer), reason=str(error))
                 avoid.add(error.peer)
                 failure = error
+                hasty = not attempt and not taken and isinstance(error, PeerUnreachable)
             else:
                 yield generation.receipt
                 return
+            finally:
+                generation.scope.cancel()
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_S):
+                    await generation.over.wait()
 
-    async def _other_route(self, release: ServedRelease, seed: int, avoid: set[PeerId]) -> tuple[Hop, ...] | NoRoute:
+    async def _other_route(self, seed: int, avoid: set[PeerId]) -> tuple[ServedRelease, tuple[Hop, ...]] | NoRoute:
         """A route without those that have failed; who takes over from a node that left is heard within moments."""
         watch = Watch(*self._router.changes)
-        route = self._router.route(release, seed, in_flight=self.in_flight(), avoid=avoid)
+        chosen = self._router.choose(seed, in_flight=self.in_flight(), avoid=avoid)
         with trio.move_on_after(TAKEOVER_S):
-            while isinstance(route, NoRoute):
+            while isinstance(chosen, NoRoute):
                 await watch.next()
-                route = self._router.route(release, seed, in_flight=self.in_flight(), avoid=avoid)
-        return route
+                chosen = self._router.choose(seed, in_flight=self.in_flight(), avoid=avoid)
+        return chosen
 
-    @asynccontextmanager
-    async def _session(
-        self, release: ServedRelease, route: tuple[Hop, ...], request: Request, max_tokens: int
-    ) -> AsyncIterator[Generation]:
-        """Registers a session and, whatever happens, tells its stages that it is over."""
+    def _begin(
+        self, release: ServedRelease, route: tuple[Hop, ...], request: Request, max_tokens: int, open_s: float
+    ) -> Generation:
+        """A new session. Cancel its scope: then it ends on every stage."""
         key = self._rng.randbytes(SESSION_BYTES)
+        adapter = self._released.current(release.cid) or "" if request.adapter == RELEASED else request.adapter
         machine = Origin(
             session=key,
             attempt=0,
             us=self._us,
-            manifest=release.cid,
-            variant=release.variant_name,
             route=route,
-            prompt=request.prompt,
-            chunks=chunks(len(request.prompt), request.chunk_rows),
-            max_tokens=max_tokens,
-            eos=frozenset(release.manifest.architecture.eos_ids),
-            sampling=request.sampling,
+            task=Task(
+                manifest=release.cid,
+                variant=release.variant_name,
+                prompt=request.prompt,
+                chunks=tuple(chunks(len(request.prompt), request.chunk_rows)),
+                max_tokens=0 if request.pooled else max_tokens,
+                pooled=release.manifest.architecture.hidden if request.pooled else 0,
+                eos=frozenset(release.manifest.architecture.eos_ids),
+                sampling=request.sampling,
+                grammar=request.grammar,
+                adapter=adapter,
+            ),
+            open_s=open_s,
         )
-        generation = Generation(machine, Receipt(route, request.prompt, began=trio.current_time()))
+        receipt = Receipt(route, request.prompt, release, adapter=adapter, began=trio.current_time())
+        generation = Generation(machine, receipt)
+        self._tasks.start_soon(self._drive, key, generation)
+        return generation
+
+    async def _drive(self, key: bytes, generation: Generation) -> None:
+        """Feed the machine until the session ends; then, whatever happened, tell its stages that it is over."""
         self._running[key] = generation
         try:
-            yield generation
+            with generation.scope, generation.send:
+                try:
+                    await self._run(generation)
+                except Exception as error:  # noqa: BLE001 - it is raised where the answer is read
+                    generation.failure = error
+            self._learn(generation)
         finally:
             del self._running[key]
-            stopped = machine.handle(Stop("cancelled"), trio.current_time())
+            stopped = generation.machine.handle(Stop("cancelled"), trio.current_time())
             goodbyes = generation.goodbyes + [effect for effect in stopped if isinstance(effect, SendEffect)]
             # All at once: a stage that takes nothing must not keep the others from hearing of it.
             with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_S):
                 async with trio.open_nursery() as nursery:
                     for goodbye in goodbyes:
                         nursery.start_soon(self._perform, goodbye)
+            generation.over.set()
 
-    async def _drive(self, generation: Generation) -> AsyncGenerator[Piece, None]:
-        """Feed the machine until the session ends: one event, all its effects, the next event."""
+    def _learn(self, generation: Generation) -> None:
+        """Let the router know how it went. Without a name, any stage may have been the silent one."""
+        match generation.failure:
+            case None if generation.receipt.reason:
+                self._router.answered(generation.receipt)
+            case PeerUnreachable(peer=None) as error:
+                for peer in generation.machine.peers:
+                    self._router.failed(PeerId(peer), str(error))
+            case PeerUnreachable() as error if error.peer is not None:
+                if generation.machine.began or generation.waited_in_vain:  # else we were not connected, that is all
+                    self._router.failed(error.peer, str(error))
+            case Declined() as error if error.peer is not None and error.code in FAULTS:
+                self._router.failed(error.peer, str(error))
+
+    async def _run(self, generation: Generation) -> None:
+        """One event, all its effects, the next event. Raises Declined, PeerUnreachable."""
         machine, receipt = generation.machine, generation.receipt
         event: OriginEvent = Begin()
         while True:
-            for effect in self._handle(machine, event):
+            before = machine.state
+            effects = self._handle(machine, event)
+            if before is OriginState.OPENING and machine.state is OriginState.RUNNING:
+                generation.send.send_nowait(Taken())
+            for effect in effects:
                 match effect:
                     case SendEffect(message=Close()):
                         generation.goodbyes.append(effect)
@@ -235,12 +328,15 @@ class OriginService:
                         receipt.arrivals.append(trio.current_time())
                         receipt.hop_times.append(effect.times)
                         receipt.return_us.append(effect.return_us)
-                        yield Piece(effect.token, receipt)
+                        generation.send.send_nowait(Piece(effect.token, receipt, effect.chances))
+                    case EmitPooled(vector=values):
+                        generation.send.send_nowait(Vector(values))
                     case Finished(reason):
                         receipt.reason = reason
                         return
                     case Failed(code, reason, peer, retry_ms):
                         gone = None if peer is None else PeerId(peer)
+                        generation.waited_in_vain = code == TIMEOUT
                         if code in (LOST, TIMEOUT):
                             raise PeerUnreachable(reason, peer=gone)
                         raise Declined(code, reason, retry_ms=retry_ms, peer=gone)

@@ -6,9 +6,13 @@ import math
 import statistics
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
-from protocols.pipe.messages import Hop, HopTime, Sampling
+from meshnode.model.release import ServedRelease
+from meshnode.policy.chunking import CHUNK_ROWS
+from protocols.pipe.messages import Chance, Grammar, Hop, HopTime, Sampling
+
+RELEASED: Final = "released"  # the adapter that the network answers with at the moment, if any
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +22,11 @@ class Request:
     prompt: tuple[int, ...]
     max_tokens: int
     sampling: Sampling
-    chunk_rows: int = 256
+    chunk_rows: int = CHUNK_ROWS
+    adapter: str = RELEASED  # or the CID of another one, or "" for the bare model
+    grammar: Grammar | None = None  # what the answer has to be
+    pooled: bool = False  # the prompt is wanted as one vector; max_tokens and sampling have no say then
+    token_space: tuple[object, ...] = ()  # of the release whose tokenizer made the prompt; empty: whatever is served
 
 
 @dataclass(slots=True)
@@ -27,12 +35,15 @@ class Receipt:
 
     route: tuple[Hop, ...]
     prompt: tuple[int, ...]
+    release: ServedRelease  # which has answered
+    adapter: str = ""  # CID of the one that answered; "": the bare model
     tokens: list[int] = field(default_factory=list)
     began: float = 0.0
     arrivals: list[float] = field(default_factory=list)  # of each token
     hop_times: list[tuple[HopTime, ...]] = field(default_factory=list)  # per token, per stage
     return_us: list[int] = field(default_factory=list)  # per token: last stage -> origin
     reason: str = ""
+    stopped_by: str = ""  # the stop text that ended it, if one did
 
     @property
     def first_token_ms(self) -> float:
@@ -74,16 +85,39 @@ class Piece:
 
     token: int
     receipt: Receipt
+    chances: tuple[Chance, ...] = ()  # the token's own, then the best ones, as the sampling wants them
+
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    """The prompt as one vector of length 1: the mean of its tokens' hidden states after the final norm."""
+
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """There is no answer yet, and why, as a part of a sentence."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Every stage of a route has taken the session: its tokens follow."""
 
 
 class Generator(Protocol):
     """Answers in tokens (`origin.py`)."""
 
-    def generate(self, request: Request) -> AsyncGenerator[Piece | Receipt, None]:
-        """Tokens as they come, at last the receipt. Use it in `contextlib.aclosing`.
+    def check_may_ask(self) -> None:
+        """Raises Declined `forbidden` when this node may not ask questions: waiting would not change that."""
+
+    def generate(self, request: Request) -> AsyncGenerator[Taken | Piece | Vector | Receipt, None]:
+        """That it is taken, tokens as they come or one vector, at last the receipt. Use it in `contextlib.aclosing`.
 
         Raises:
-          Declined: no model, no route, the prompt is too long, or every stage asked said no.
+          Declined: it may not ask, no model, no route, the prompt is too long, or every stage asked said no.
           PeerUnreachable: a stage was lost on the way (which one, and which layers).
 
         If cancelled or closed: every stage is told that the session is over (2 s at most).

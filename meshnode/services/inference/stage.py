@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
+from collections.abc import Sequence
 from typing import Final
 
 import trio
@@ -11,17 +12,23 @@ import trio
 from meshnode.core.errors import Declined, EngineLost, PeerUnreachable
 from meshnode.core.log import get_logger
 from meshnode.core.tasks import Tasks
+from meshnode.model.fit import kv_bytes
+from meshnode.policy.shares import Held, Room, victim, why_refused
+from meshnode.services.inference.adapters import AdapterService
 from meshnode.services.inference.advertised_load import AdvertisedLoad
-from meshnode.services.port import OpenSpan, Pipes, Spans
+from meshnode.services.inference.grammars import Course, GrammarService
+from meshnode.services.port import OpenSpan, Pipes, Rights, Spans
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId, SessionId, short
+from protocols.membership.messages import ASK, FORBIDDEN
 from protocols.pipe.messages import LOST, Close, HopTime, Message, Open, Opened, Step
 from protocols.pipe.stage import Ran, StageSession, StageState, refusal
+from protocols.words import layers
 
-MAX_SESSIONS: Final = 1024  # far above what any engine opens; further ones are not even asked for
 MAX_WAITING_STEPS: Final = 1024  # steps of one session that wait for the engine: a prompt of 256k tokens
 MAX_UNTOLD: Final = 64  # refusals to one peer that wait for its pipe; further ones it learns by our silence
-RETRY_MS: Final = 2_000  # what a busy stage advises
+RETRY_MS: Final = 2_000  # what a stage advises that can't serve a route
+BUSY_MS: Final = 1_000  # and one that is full: sessions end all the time
 
 _log = get_logger("stage")
 
@@ -33,10 +40,21 @@ class _Session:
         self.machine = machine
         self.served = served
         self.prompt = prompt
+        self.course: Course | None = None  # along the grammar of the answer
         self.scope = trio.CancelScope()
         self.ended = trio.Event()
-        self.waiting_rows = 0
+        self.waiting_rows = 0  # and those that run
+        self.heard_at = trio.current_time()  # of the last step, or when it had run
         self.send, self.receive = trio.open_memory_channel[tuple[Step, bytes, int, float]](MAX_WAITING_STEPS)
+
+    def held(self, now: float) -> Held:
+        opening, hop = self.machine.opening, self.machine.hop
+        return Held(
+            origin=PeerId(opening.origin),
+            capacity=opening.capacity,
+            kv_bytes=kv_bytes(self.served.engine.spec.architecture, hop.last - hop.first, opening.capacity),
+            silent_s=0.0 if self.waiting_rows else now - self.heard_at,
+        )
 
 
 class StageService:
@@ -44,12 +62,24 @@ class StageService:
 
     name = "stage"
 
-    def __init__(self, us: PeerId, pipes: Pipes, spans: Spans, load: AdvertisedLoad) -> None:
+    def __init__(
+        self,
+        us: PeerId,
+        pipes: Pipes,
+        spans: Spans,
+        load: AdvertisedLoad,
+        rights: Rights,
+        adapters: AdapterService,
+        grammars: GrammarService,
+    ) -> None:
         """`load` is kept up to date here."""
         self._us = us
         self._pipes = pipes
         self._spans = spans
         self._load = load
+        self._rights = rights
+        self._adapters = adapters
+        self._grammars = grammars
         self._sessions: dict[bytes, _Session] = {}
         self._tasks = Tasks()
         self._untold: Counter[PeerId] = Counter()
@@ -92,20 +122,40 @@ class StageService:
         old = self._sessions.get(opening.session)
         if old is not None and (old.machine.opening.origin != peer or old.machine.opening.attempt >= opening.attempt):
             raise RemoteProtocolError(f"{peer} opened a session id a second time")
+        if not self._rights.may(peer, ASK, "asks questions"):
+            self._tell_soon(peer, refusal(opening, FORBIDDEN, f"{peer} lacks the role ask, says {self._us}"))
+            return
         served = self._spans.serving
         why = self._fence(machine, served)
         if served is None or why:
             self._tell_soon(peer, refusal(opening, "fenced", why, RETRY_MS))
             return
-        if len(self._sessions) >= MAX_SESSIONS:
-            self._tell_soon(peer, refusal(opening, "busy", f"{self._us} has {MAX_SESSIONS} sessions", RETRY_MS))
-            return
+        before = [] if old is None else [old]
         if old is not None:
             self._end(old)
-        prompt = struct.unpack(f"<{len(body) // 4}i", body)
-        session = self._sessions[opening.session] = _Session(machine, served, prompt)
+        session = _Session(machine, served, struct.unpack(f"<{len(body) // 4}i", body))
+        if why := self._make_room(session, before):
+            self._tell_soon(peer, refusal(opening, "busy", f"{self._us} is busy: {why}", BUSY_MS))
+            return
+        self._sessions[opening.session] = session
         self._load.count(len(self._sessions))
-        self._tasks.start_soon(self._work, session, old)
+        self._tasks.start_soon(self._work, session, before)
+
+    def _make_room(self, session: _Session, gone: list[_Session]) -> str:
+        """Why there is no room for it; empty when there is. Silent sessions that had to go for it join `gone`."""
+        now, spec = trio.current_time(), session.served.engine.spec
+        wanted, room = session.held(now), Room(spec.max_sessions, spec.max_kv_bytes)
+        while True:
+            held = {other: other.held(now) for other in self._sessions.values() if other.served is session.served}
+            why = why_refused(wanted, held.values(), room)
+            used = sum(other.kv_bytes for other in held.values())
+            tight = wanted.kv_bytes <= room.kv_bytes < used + wanted.kv_bytes
+            silent = victim(wanted, held.values()) if why or tight else None
+            if silent is None:
+                return why
+            (other,) = [other for other, what in held.items() if what is silent]
+            gone.append(other)
+            self._refuse(other, "idle", f"no step came to {self._us} for {silent.silent_s:.0f} s, and others wait")
 
     def _fence(self, machine: StageSession, served: OpenSpan | None) -> str:
         """Why we don't serve exactly what the route says; empty when we do."""
@@ -118,7 +168,7 @@ class StageService:
         if (span.manifest, span.variant) != (opening.manifest, opening.variant):
             return f"{self._us} serves {span.variant} of {short(span.manifest)}, not the model that was asked for"
         if not (span.first <= hop.first and hop.last <= span.last):
-            return f"{self._us} serves layers {span.first} to {span.last - 1}, not {hop.first} to {hop.last - 1}"
+            return f"{self._us} serves {layers(span.first, span.last)}, not {layers(hop.first, hop.last)}"
         return ""
 
     def _step(self, peer: PeerId, step: Step, body: bytes, network_us: int) -> None:
@@ -140,6 +190,7 @@ class StageService:
             self._refuse_rows(session, f"{peer} sent {len(body)} bytes for {step.rows} rows; {due} are due")
             return
         session.waiting_rows += step.rows
+        session.heard_at = trio.current_time()
         try:
             if session.waiting_rows > 2 * machine.opening.capacity:  # all of them, and all of them once more
                 raise trio.WouldBlock
@@ -147,28 +198,37 @@ class StageService:
         except trio.WouldBlock:
             self._refuse(session, "busy", f"too many steps of one session wait for the engine of {self._us}")
 
-    async def _work(self, session: _Session, before: _Session | None) -> None:
-        """One session from its opening to its end; every way out frees the engine's memory."""
+    async def _work(self, session: _Session, before: Sequence[_Session]) -> None:
+        """One session from its opening to its end; every way out frees the engine's memory.
+
+        before: have to be gone from the engine first, for their name or their room.
+        """
         machine, engine = session.machine, session.served.engine
         opening = machine.opening
         key = SessionId(opening.session)
         session.served.enter()
         try:
             with session.scope:
-                if before is not None:  # the engine knows both by the same name
-                    await before.ended.wait()
+                for other in before:
+                    await other.ended.wait()
                 try:
-                    await engine.open(
-                        key,
-                        first=machine.hop.first,
-                        last=machine.hop.last,
-                        capacity=opening.capacity,
-                        sampling=opening.sampling,
-                        prompt=session.prompt,
-                    )
-                    opened = Opened(session=opening.session, attempt=opening.attempt, index=opening.index)
-                    await self._pass_on(opening.origin, opened)
-                    await self._run_steps(session)
+                    async with (
+                        self._adapters.lent(session.served, opening.adapter) as adapter,
+                        self._grammars.lent(session.served, opening.grammar) as session.course,
+                    ):
+                        await engine.open(
+                            key,
+                            first=machine.hop.first,
+                            last=machine.hop.last,
+                            capacity=opening.capacity,
+                            sampling=opening.sampling,
+                            prompt=session.prompt,
+                            adapter=adapter,
+                            pooled=opening.pooled,
+                        )
+                        opened = Opened(session=opening.session, attempt=opening.attempt, index=opening.index)
+                        await self._pass_on(opening.origin, opened)
+                        await self._run_steps(session)
                 except Declined as error:
                     self._refuse(session, error.code, str(error), error.retry_ms)
                 except EngineLost as error:
@@ -188,31 +248,37 @@ class StageService:
 
     async def _run_steps(self, session: _Session) -> None:
         """One step after the other, until cancelled or nothing comes any more."""
-        patience = session.machine.patience
         while True:
+            patience = session.machine.patience
             with trio.move_on_after(patience) as silence:
                 step, body, network_us, arrived = await session.receive.receive()
             if silence.cancelled_caught:
                 self._refuse(session, "idle", f"no step came to {self._us} for {patience:.0f} s")
                 return
-            session.waiting_rows -= step.rows
             await self._run_step(session, step, body, network_us, arrived)
+            session.waiting_rows -= step.rows
+            session.heard_at = trio.current_time()
 
     async def _run_step(self, session: _Session, step: Step, body: bytes, network_us: int, arrived: float) -> None:
-        machine = session.machine
+        machine, course = session.machine, session.course
+        sample, after = step.sample and machine.is_last, step.position + step.rows
+        mask = await course.mask(after) if course is not None and sample else b""
         result = await session.served.engine.step(
             SessionId(step.session),
             position=step.position,
             rows=step.rows,
             data=body,
-            sample=step.sample and machine.is_last,
+            sample=sample,
             prefill=step.prefill,
+            mask=mask,
         )
+        if course is not None and result.token is not None:
+            await course.take(after, result.token)
         spent_us = round((trio.current_time() - arrived) * 1e6)
         queue_us = max(0, spent_us - result.compute_us)
         self._load.waited(queue_us)
         times = HopTime(network_us=network_us, queue_us=queue_us, compute_us=result.compute_us)
-        onward = machine.ran(Ran(step, result.token, times))
+        onward = machine.ran(Ran(step, result.token, times, result.chances))
         if onward is not None:
             peer, message = onward
             await self._pass_on(peer, message, result.data)

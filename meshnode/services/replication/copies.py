@@ -18,7 +18,7 @@ from meshnode.core.errors import ContentUnavailable, Declined, DiskError, FatalE
 from meshnode.core.health import Health
 from meshnode.core.log import get_logger
 from meshnode.core.signal import Changes, Watch
-from meshnode.core.sizes import format_size
+from meshnode.core.sizes import counted, format_size
 from meshnode.model.release import ServedRelease
 from meshnode.policy.replication import Shelf, assignments, copies
 from meshnode.services.port import Content, Directory, Load, Opening, Releases
@@ -273,7 +273,7 @@ class ReplicationService:
         if self._copies.short and reason:
             self._health.set(
                 "few-copies",
-                count=len(self._copies.short),
+                files=counted(len(self._copies.short), "file"),
                 model=release.manifest.name,
                 fewest=self._copies.fewest,
                 wanted=self._copies.wanted,

@@ -1,0 +1,1 @@
+"""What nodes learn from each other: frames, deltas, their records and their history. See SPEC.md."""

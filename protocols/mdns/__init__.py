@@ -1,0 +1,1 @@
+"""Finding members on the local network: see SPEC.md."""

@@ -1,0 +1,1 @@
+"""What members tell everybody beside their adverts: see SPEC.md."""

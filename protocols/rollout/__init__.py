@@ -1,0 +1,1 @@
+"""Releases of what was learned, without a coordinator: see SPEC.md."""

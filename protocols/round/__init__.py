@@ -1,0 +1,1 @@
+"""With whom a node exchanges adapters, and when it goes on without them. See SPEC.md."""
