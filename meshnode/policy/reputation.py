@@ -27,9 +27,13 @@ class Reputation:
         """0 to 1."""
         return self.good / (self.good + self.bad)
 
+    def banned(self, now: float) -> bool:
+        """Whether it is left alone after a proof."""
+        return now < self.banned_until
+
     def trusted(self, now: float) -> bool:
         """Whether a delta of this peer is worth fetching."""
-        return now >= self.banned_until and self.score >= FLOOR
+        return not self.banned(now) and self.score >= FLOOR
 
     def after(self, used: bool) -> Reputation:
         """One more delta, used or refused for what it contained."""

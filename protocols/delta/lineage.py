@@ -64,13 +64,21 @@ class Lineage:
         kept = self._records.setdefault(peer, {})
         for other_data, other in kept.values():
             if contradiction(other, record) is not None:
-                self._proofs[peer] = Equivocation(first=min(data, other_data), second=max(data, other_data))
-                del self._records[peer]
-                return self._proofs[peer]
+                proof = Equivocation(first=min(data, other_data), second=max(data, other_data))
+                self.convict(peer, proof)
+                return proof
         kept[cid] = data, record
         if len(kept) > KEPT_RECORDS:
             del kept[min(kept, key=lambda one: (kept[one][1].position, one))]
         return None
+
+    def convict(self, peer: PeerId, proof: Equivocation) -> bool:
+        """Take a proof that somebody else has found, and that holds. False: this signer was caught before."""
+        if peer in self._proofs:
+            return False
+        self._proofs[peer] = proof
+        self._records.pop(peer, None)
+        return True
 
     def get(self, cid: Cid) -> Entry | None:
         return self._entries.get(cid)

@@ -22,7 +22,7 @@ from protocols.ids import DAG_CBOR, DAG_PB, KEPT_IDS, RAW, Cid, PeerId, cid_code
 
 DELTA_RECORD: Final = "delta-record"  # domain of the signed record
 HEADER_BYTES: Final = 16  # before the values of a delta
-MAX_RECORD_BYTES: Final = 8192  # one with everything in it has about 1500
+MAX_RECORD_BYTES: Final = 2048  # one with everything in it has about 1600; six of them fit into a notice
 MAX_PARENTS: Final = 16
 MAX_RECENT: Final = 8  # earlier deltas that a record names: what a peer that was away for a while can still add
 MAX_ROUND: Final = 1 << 40
@@ -126,6 +126,7 @@ class Proof:
     """What an equivocation proves."""
 
     peer: PeerId
+    frame: Cid
     position: Position
     cids: tuple[Cid, Cid]
 
@@ -212,4 +213,4 @@ def prove(proof: Equivocation) -> Proof:
         next(made.name for made in (record.made, *record.recent) if made.position == position)
         for record in (one, other)
     ]
-    return Proof(PeerId(one.peer), position, (cids[0], cids[1]))
+    return Proof(PeerId(one.peer), one.frame_cid, position, (cids[0], cids[1]))

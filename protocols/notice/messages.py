@@ -16,6 +16,7 @@ DELTA: Final = "delta"  # what a device has learned
 CANDIDATE: Final = "candidate"  # an adapter that is proposed to be served
 BALLOT: Final = "ballot"  # votes on candidates
 LIVE: Final = "live"  # what who serves candidates has seen of them
+EVIDENCE: Final = "evidence"  # who made two deltas for one position, with the proof
 COHORT: Final = "cohort"  # keys, shares and masked vectors, of which a cohort makes its mean
 REVOCATION: Final = "revocation"  # candidates that must not be served any more
 
@@ -23,6 +24,7 @@ REVOCATION: Final = "revocation"  # candidates that must not be served any more
 ROLE_OF: Final[Mapping[str, str]] = {
     LESSON: PUBLISH,
     DELTA: TRAIN,
+    EVIDENCE: TRAIN,
     COHORT: TRAIN,
     CANDIDATE: TRAIN,
     BALLOT: VOTE,

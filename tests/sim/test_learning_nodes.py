@@ -6,6 +6,7 @@ import json
 import os
 import random
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,12 @@ from meshnode.sim.world import World
 from meshnode.state.samples_port import NewSample
 from meshnode.trainer.port import EvaluateJob, ModelFiles, Report, Sample, Trainer, TrainJob
 from meshnode.trainer.port import Trained as Done
+from protocols.codec import encode
+from protocols.delta.evidence import read_evidence
 from protocols.delta.frame import Frame, Vector, decode_frame
+from protocols.delta.messages import DELTA_RECORD, open_delta
+from protocols.ids import RAW, cid_of, cid_to_bytes
+from protocols.notice.messages import DELTA, EVIDENCE
 
 SEED = 7  # fixed: how good a toy becomes depends on it
 LABELS = ("red", "green", "blue", "white")
@@ -161,6 +167,26 @@ async def test_a_node_that_crashes_goes_on_and_does_nothing_twice(
     assert min(after) >= 0.6
     for name in world.devices:
         assert "equivocated" not in school.report(name).refused, school.report(name).refusals
+
+
+async def test_who_gives_two_deltas_for_one_round_is_left_out_by_all(
+    autojump_clock: MockClock, school: Class
+) -> None:
+    school.add(4)
+    await school.begin(rounds=7, wait=20)
+    world, honest = school.world, ("n1", "n2", "n3")
+    await world.until(lambda: school.report("n4").round >= 2, within_s=600)
+    liar = world["n4"].running
+    ground = liar.learning._ground  # its key: nobody else can lie in its name
+    said = open_delta(ground.notices.all(DELTA)[ground.us])
+    other = replace(said.made, cid=cid_to_bytes(cid_of(RAW, b"another delta")))
+    ground.notices.give(DELTA, ground.signer.sign(DELTA_RECORD, encode(replace(said, made=other))))
+    await world.until(lambda: all(school.report(name).refused["equivocated"] for name in honest), within_s=600)
+    assert all(school.report(name).round <= said.made.round + 3 for name in honest)
+    proofs = [world[name].running.learning._ground.notices.all(EVIDENCE) for name in honest]
+    assert all(any(map(read_evidence, by.values())) for by in proofs)
+    await world.until(lambda: school.done(*honest), within_s=3600)
+    assert all(ground.us not in school.report(name).participants for name in honest)
 
 
 async def test_a_partner_that_vanishes_is_passed_over(autojump_clock: MockClock, school: Class) -> None:

@@ -16,6 +16,7 @@ from protocols.delta.codec import largest_payload, pack_delta
 from protocols.delta.lineage import KEPT_RECORDS, MAX_ENTRIES, Lineage
 from protocols.delta.messages import (
     DELTA_RECORD,
+    MAX_RECORD_BYTES,
     Codec,
     DeltaRecord,
     Equivocation,
@@ -87,8 +88,8 @@ def test_what_no_record_says(change: dict[str, Any], words: str) -> None:
 def test_other_records_are_no_deltas() -> None:
     with pytest.raises(RemoteProtocolError, match="'advert' where 'delta-record' is expected"):
         open_delta(sign_record(key_of("ann"), "advert", encode(FULL)))
-    with pytest.raises(RemoteProtocolError, match="the limit is 8192"):
-        open_delta(bytes(8193))
+    with pytest.raises(RemoteProtocolError, match="the limit is 2048"):
+        open_delta(bytes(2049))
     data = bytearray(signed("ann", 1))
     data[-1] ^= 1
     with pytest.raises(RemoteProtocolError, match="signature"):
@@ -106,7 +107,7 @@ def test_the_largest_record_fits() -> None:
     )
     data = sign_delta(key_of("ann"), largest)
     assert open_delta(data) == largest
-    assert len(data) < 2048
+    assert len(data) <= MAX_RECORD_BYTES
 
 
 # ---------------------------------------------------------------- contradictions

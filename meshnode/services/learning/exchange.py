@@ -1,7 +1,7 @@
 """Deltas on their way: ours are stored and announced; others' are fetched and checked, the cheap things first.
 
 What is refused is counted by its reason. A peer whose deltas were refused for what they contained is not asked for a
-while; one that signed two deltas for one position is left alone for a day.
+while; one that signed two deltas for one position is left alone for a day, and everybody is told the proof.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from meshnode.services.learning.worker import Round
 from protocols.codec import encode
 from protocols.delta.checks import Expected, Refusal, judge_payload, judge_record
 from protocols.delta.codec import Packed
+from protocols.delta.evidence import read_evidence, write_evidence
 from protocols.delta.frame import Vector
 from protocols.delta.lineage import Lineage
 from protocols.delta.messages import (
@@ -33,6 +34,7 @@ from protocols.delta.messages import (
     MAX_RECENT,
     Codec,
     DeltaRecord,
+    Equivocation,
     Made,
     Position,
     Privacy,
@@ -43,7 +45,7 @@ from protocols.errors import RemoteProtocolError
 from protocols.ids import Cid, PeerId, cid_from_bytes, cid_to_bytes, short
 from protocols.manifest.messages import FileRef
 from protocols.membership.messages import TRAIN
-from protocols.notice.messages import DELTA
+from protocols.notice.messages import DELTA, EVIDENCE
 from protocols.round.events import Input
 
 KEPT_NORMS: Final = 64
@@ -104,6 +106,8 @@ class Exchange:
         self._pin = f"learning-{expected().frame}"
         self._lineage = Lineage(expected().frame)
         self._seen: dict[PeerId, bytes] = {}  # the last content of each peer's notice
+        self._testimony: dict[PeerId, bytes] = {}  # the same of its evidence
+        self._found: list[Equivocation] = []  # by ourselves
         self._last: dict[PeerId, DeltaRecord] = {}  # that was accepted
         self._offers: dict[PeerId, dict[Cid, Offered]] = {}
         self._reputations: dict[PeerId, Reputation] = {}
@@ -186,7 +190,7 @@ class Exchange:
     def look(self) -> tuple[list[DeltaRecord], list[PeerId]]:
         """The records that are new and pass their checks; and peers that were caught since the last time."""
         fresh: list[DeltaRecord] = []
-        caught: list[PeerId] = []
+        caught = self._hear()
         for peer, content in self._ground.notices.all(DELTA).items():
             if peer == self._ground.us or not content or self._seen.get(peer) == content:
                 continue
@@ -194,14 +198,47 @@ class Exchange:
             record = self._read(peer, content)
             if record is None:
                 continue
-            if self._lineage.add(content, record) is not None:
+            proof = self._lineage.add(content, record)
+            if proof is not None:
                 self.caught(peer)
                 self._report.refuse("equivocated", f"{short(peer)} signed two deltas for one place of a round")
                 caught.append(peer)
+                self._found.append(proof)
+                self._ground.notices.give(EVIDENCE, write_evidence(self._found))
                 continue
+            if self._reputation(peer).banned(trio.current_time()):
+                continue  # it takes no part, as everybody knows
             if self._accepted(peer, record, record_cid(content)):
                 fresh.append(record)
         return fresh, caught
+
+    def _hear(self) -> list[PeerId]:
+        """What others can prove, or we before a restart; peers that were caught by it."""
+        caught: list[PeerId] = []
+        for witness, content in self._ground.notices.all(EVIDENCE).items():
+            if not content or self._testimony.get(witness) == content:
+                continue
+            self._testimony[witness] = content
+            try:
+                heard = read_evidence(content)
+            except RemoteProtocolError as error:
+                self._report.refuse("evidence", f"{short(witness)} accuses somebody of lying, without proof: {error}")
+                self.judged(witness, used=False)
+                continue
+            for proof, records in heard:
+                if proof.frame != self._expected().frame or not self._lineage.convict(proof.peer, records):
+                    continue
+                if witness == self._ground.us:
+                    self._found.append(records)
+                who = "this node, as if two ran with its key," if proof.peer == self._ground.us else short(proof.peer)
+                self._report.refuse(
+                    "equivocated",
+                    f"{who} signed two deltas for one place of a round, as {short(witness)} proves",
+                )
+                if proof.peer != self._ground.us:
+                    self.caught(proof.peer)
+                    caught.append(proof.peer)
+        return caught
 
     def _read(self, peer: PeerId, content: bytes) -> DeltaRecord | None:
         """The record in a notice; None when it can't be read."""
