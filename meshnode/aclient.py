@@ -16,7 +16,18 @@ from typing import Any, Final, Protocol, Self, Unpack
 import anyio
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from meshnode.api.messages import Answer, Embedding, Json, Judgement, Piece, ReleaseStatus, RolledBack, Status
+from meshnode.api.messages import (
+    Answer,
+    DutyStatus,
+    Embedding,
+    Json,
+    Judgement,
+    Piece,
+    ReleaseStatus,
+    RolledBack,
+    Status,
+    read,
+)
 from meshnode.client import absolute, gone, judgement, not_running, read_line, request_line
 from meshnode.core.errors import Declined, NodeError
 from meshnode.core.listener_owner import check_listener
@@ -163,6 +174,18 @@ class AsyncClient:
     async def learn_stop(self) -> None:
         """Take back the lesson that this node has given; see `Client.learn_stop`."""
         await self._done("learn-stop")
+
+    async def pause(self, seconds: float = 0.0) -> DutyStatus:
+        """Have the node do nothing in the background; see `Client.pause`."""
+        return read(DutyStatus, await self._done("pause", seconds=seconds))
+
+    async def drain(self, seconds: float = 0.0) -> DutyStatus:
+        """The same, and give its layers away; see `Client.drain`."""
+        return read(DutyStatus, await self._done("drain", seconds=seconds))
+
+    async def resume(self) -> DutyStatus:
+        """Undo `pause` and `drain`; see `Client.resume`."""
+        return read(DutyStatus, await self._done("resume"))
 
     async def stop(self) -> None:
         """Have the node hand over its layers and stop. Returns as soon as it has begun to."""

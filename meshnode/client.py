@@ -17,6 +17,7 @@ from typing import Any, Final, Self, Unpack
 
 from meshnode.api.messages import (
     Answer,
+    DutyStatus,
     Embedding,
     Json,
     Judgement,
@@ -24,6 +25,7 @@ from meshnode.api.messages import (
     ReleaseStatus,
     RolledBack,
     Status,
+    read,
     read_error,
 )
 from meshnode.core.errors import BadRequest, Declined, NodeError, NotRunning
@@ -244,6 +246,24 @@ class Client:
     def members_changed(self) -> None:
         """Tell the node that the state file has news about members: it acts on them, and tells everybody, now."""
         self._done("members-changed", SECONDS)
+
+    def pause(self, seconds: float = 0.0) -> DutyStatus:
+        """Have the node do nothing in the background (no learning, no copies, nothing published); it goes on serving.
+
+        seconds: for how long; 0: until `resume`. It outlives a restart.
+        """
+        return self._order("pause", seconds)
+
+    def drain(self, seconds: float = 0.0) -> DutyStatus:
+        """The same, and give its layers away: others take them over first, running sessions end by themselves."""
+        return self._order("drain", seconds)
+
+    def resume(self) -> DutyStatus:
+        """Undo `pause` and `drain`; what holds then, which may still be less than all if the settings say so."""
+        return self._order("resume", 0.0)
+
+    def _order(self, name: str, seconds: float) -> DutyStatus:
+        return read(DutyStatus, self._done(name, SECONDS, seconds=seconds))
 
     def stop(self) -> None:
         """Have the node hand over its layers and stop. Returns as soon as it has begun to."""

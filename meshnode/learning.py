@@ -14,7 +14,7 @@ from meshnode.services.learning.permission import IdlePermission
 from meshnode.services.learning.rhythm import Rhythm
 from meshnode.services.learning.service import LearningService, School
 from meshnode.services.membership import MembershipService
-from meshnode.services.port import Attention, Judge
+from meshnode.services.port import Attention, Judge, Owner
 from meshnode.services.releases import ReleasesService
 from meshnode.services.rollout.electorate import Electorate
 from meshnode.services.rollout.service import RolloutService, RolloutSettings
@@ -29,6 +29,7 @@ def learning_service(
     membership: MembershipService,
     rights: Rights,
     attention: Attention,
+    owner: Owner,
 ) -> LearningService:
     """`attention`: whether questions are answered here."""
     ground = Ground(
@@ -41,7 +42,7 @@ def learning_service(
         workers=parts.workers,
         wall=parts.wall,
     )
-    return LearningService(ground, membership, attention, _school(parts, config), parts.health)
+    return LearningService(ground, membership, attention, _school(parts, config, owner), parts.health)
 
 
 def rollout_service(
@@ -66,7 +67,7 @@ def rollout_service(
     )
 
 
-def _school(parts: Parts, config: Config) -> School | None:
+def _school(parts: Parts, config: Config, owner: Owner) -> School | None:
     """None: the owner has not asked for learning."""
     if parts.trainer is None:
         return None
@@ -82,7 +83,8 @@ def _school(parts: Parts, config: Config) -> School | None:
             interval_s=60.0 * config.learn.interval,
             steps=config.learn.steps,
         ),
-        permission=IdlePermission(parts.activity, idle_rule(config.learn)),
+        permission=IdlePermission(parts.activity, idle_rule(config.learn), owner),
+        owner=owner,
     )
 
 

@@ -38,8 +38,8 @@ from meshnode.services.inference.router import Router
 from meshnode.services.inference.stage import StageService
 from meshnode.services.inference.text import TextService
 from meshnode.services.inventory import InventoryService
-from meshnode.services.local_discovery import LocalDiscovery
 from meshnode.services.membership import Introduction, MembershipService
+from meshnode.services.owner import OwnerService
 from meshnode.services.placement.service import OurStage, PlacementService, PlacementSettings
 from meshnode.services.releases import ReleasesService
 from meshnode.services.replication.copies import Duties, ReplicationService, ReplicationSettings
@@ -94,11 +94,8 @@ class Node:
                 rng=rng,
             ),
         )
-        self.nearby = (
-            None
-            if parts.local_network is None
-            else LocalDiscovery(self.host, parts.local_network, self.membership, rng)
-        )
+        self.owner = OwnerService(self.directory, self.database, wall)
+        self.nearby = outside.local_discovery(parts, self.membership)
         self.dialling = DiallingService(
             self.host,
             AddressBook(self.database, config.network.bootstrap, wall, self.membership.was_put_out),
@@ -123,7 +120,7 @@ class Node:
             self.directory, self.content, self.store, self.database, self.inventory, self.health
         )
         self.daemon = outside.ipfs_daemon(
-            parts, config, self.external, self.membership, self.inventory, self.releases
+            parts, config, self.external, self.membership, self.inventory, self.releases, self.owner
         )
         self.pipes = Pipes(self.host)
         self.host.on_flood(lambda peer, protocol: self.health.set("too-fast", peer=peer, what=protocol))
@@ -147,7 +144,7 @@ class Node:
         self.placement = PlacementService(
             self.directory,
             self.releases,
-            OurStage(self.spans, self.load),
+            OurStage(self.spans, self.load, self.owner),
             HoldQuestions(self.host),
             self.rights,
             self.health,
@@ -161,7 +158,7 @@ class Node:
         )
         HoldAnswers(self.host, self.placement, self.rights)
         self.learning = learning_service(
-            parts, config, self.directory, self.content, self.membership, self.rights, self.load
+            parts, config, self.directory, self.content, self.membership, self.rights, self.load, self.owner
         )
         self.rollout = rollout_service(
             parts, config, self.directory, self.membership, self.releases, judge=self.learning
@@ -216,6 +213,7 @@ class Node:
                 await ground.start(supervise, below)
             async with trio.open_nursery() as work:
                 for service in (
+                    self.owner,
                     self.round_trips,
                     self.rollout,
                     self.adapters,

@@ -1,4 +1,5 @@
-"""The services of a node that deal with those outside its network: IPFS peers, the DHT, an operator's daemon."""
+"""The services of a node that deal with those outside its network, and with the local one: IPFS peers, the DHT, an
+operator's daemon, members nearby."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ from meshnode.services.dht.client import DhtClient, DhtSettings
 from meshnode.services.external_peers import ExternalPeers, ExternalSettings
 from meshnode.services.inventory import InventoryService
 from meshnode.services.ipfs_daemon import IpfsDaemonService, Publication
+from meshnode.services.local_discovery import LocalDiscovery
 from meshnode.services.membership import MembershipService
+from meshnode.services.port import Owner
 from meshnode.services.releases import ReleasesService
 from protocols.bitswap import messages as bitswap
 from protocols.membership import messages as membership
@@ -30,6 +33,13 @@ def external_peers(parts: Parts, config: Config) -> ExternalPeers:
         parts.rng,
         health=parts.health,
     )
+
+
+def local_discovery(parts: Parts, members: MembershipService) -> LocalDiscovery | None:
+    """None: the owner does not want members on the local network to be looked for."""
+    if parts.local_network is None:
+        return None
+    return LocalDiscovery(parts.host, parts.local_network, members, parts.rng)
 
 
 def dht_client(
@@ -56,12 +66,13 @@ def ipfs_daemon(
     members: MembershipService,
     inventory: InventoryService,
     releases: ReleasesService,
+    owner: Owner,
 ) -> IpfsDaemonService | None:
     """None: the owner has named no daemon."""
     if parts.daemon is None:
         return None
     published = releases if config.content.ipfs_publish else None
     publication = Publication(
-        parts.daemon, parts.store, parts.state, parts.health, held=inventory, releases=published
+        parts.daemon, parts.store, parts.state, parts.health, held=inventory, releases=published, owner=owner
     )
     return IpfsDaemonService(parts.daemon, parts.host, external, members, publication, parts.health)

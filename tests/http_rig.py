@@ -13,6 +13,7 @@ import trio
 from meshnode.api.asking import Event
 from meshnode.api.messages import (
     Answer,
+    DutyStatus,
     Embedding,
     Judgement,
     Piece,
@@ -63,6 +64,7 @@ class FakeDoor:
         self.words = words
         self.asked: list[Question] = []
         self.judged: list[tuple[Any, Any, Any]] = []
+        self.orders: list[tuple[str, Any]] = []
         self.begun = trio.Event()  # set when the first question comes
         self.ended = trio.Event()  # set when a question ends before its answer
         self.hold: trio.Event | None = None  # the answer stops after its first word until this is set
@@ -126,6 +128,10 @@ class FakeDoor:
     def judge(self, answer: Any, correct: Any, label: Any) -> Judgement:
         self.judged.append((answer, correct, label))
         return Judgement(answer=answer, correct=correct, label=label)
+
+    def obey(self, order: str, seconds: Any) -> DutyStatus:
+        self.orders.append((order, seconds))
+        return DutyStatus(duty="paused", ordered="paused", why="somebody asked for it")
 
     def name_peers(self, sentence: str) -> str:
         return sentence.replace("PEER", "laptop (PEER)")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Final
 
 import trio
 
 from meshnode.api import rollouts
 from meshnode.api.asking import ask, embed, judge, name_peers
+from meshnode.api.duties import ORDERS, obey
 from meshnode.api.messages import Answer, Json, Piece, plain
 from meshnode.api.releases import check_servable, check_variant, find_release
 from meshnode.api.status import status_of
@@ -37,7 +39,7 @@ class Commands:
         """`api_url`: where the node answers HTTP."""
         self._node = node
         self._api_url = api_url
-        self.table: Final = {
+        self.table: Final[dict[str, Callable[[Json], AsyncGenerator[Json, None]]]] = {
             "status": self._status,
             "ready": self._ready,
             "generate": self._generate,
@@ -53,6 +55,7 @@ class Commands:
             "learn-start": self._learn_start,
             "learn-stop": self._learn_stop,
             "members-changed": self._members_changed,
+            **{order: partial(self._obey, order) for order in ORDERS},
             "stop": self._stop,
         }
 
@@ -167,6 +170,10 @@ class Commands:
         """A command has put news about members into the state file: act on it, and tell everybody, now."""
         await self._node.membership.take_up()
         yield {"done": True}
+
+    async def _obey(self, order: str, request: Json) -> AsyncGenerator[Json, None]:
+        """Do less for the mesh, or all of it again."""
+        yield {"done": plain(obey(self._node, order, request.get("seconds", 0)))}
 
     async def _stop(self, _request: Json) -> AsyncGenerator[Json, None]:
         self._node.stopping.set()

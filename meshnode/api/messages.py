@@ -207,6 +207,7 @@ class PeerStatus:
     age_s: float | None = None  # of its last advert
     incarnation: int = 0
     trouble: str = ""  # why it does not serve what it should, in its own words
+    duty: str = "full"  # or "paused" (no background work), "drained" (nor layers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -393,6 +394,20 @@ class RefusalStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DutyStatus:
+    """How much the node does for the mesh, and why not all of it.
+
+    `duty`: full, paused (no learning, no copies, nothing published) or drained (nor layers).
+    """
+
+    duty: str = "full"
+    why: str = ""
+    ordered: str = ""  # what `meshnode pause` or `drain` has asked for; empty: nothing
+    since_ms: int = 0  # UTC, of the order
+    until_ms: int = 0  # 0: until `meshnode resume`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
     """Everything that `meshnode status` shows."""
 
@@ -410,6 +425,7 @@ class Status:
     prediction: str = ""
     me: PeerStatus = PeerStatus()
     peers: tuple[PeerStatus, ...] = ()
+    duty: DutyStatus = DutyStatus()
     progress: ProgressStatus | None = None
     sessions: int = 0  # answers that this node is asking for
     rss_bytes: int = 0

@@ -13,6 +13,7 @@ from meshnode.api.messages import (
     ContentStatus,
     CopiesStatus,
     DhtStatus,
+    DutyStatus,
     EngineStatus,
     HealthStatus,
     LearningStatus,
@@ -28,6 +29,7 @@ from meshnode.api.rollouts import releases_of
 from meshnode.core.errors import DiskError
 from meshnode.model.release import ServedRelease
 from meshnode.node import Node
+from meshnode.policy.duty import Duty, duty_of
 from meshnode.services.inference.readiness import Readiness
 from protocols.advert.messages import Advert
 from protocols.ids import PeerId
@@ -54,6 +56,7 @@ def status_of(node: Node, api_url: str = "") -> Status:
         prediction="" if prediction is None else prediction.text,
         me=_peer(node, live[node.identity.peer_id]),
         peers=tuple(peers),
+        duty=duty_status(node),
         progress=_progress(node),
         sessions=node.origin.running,
         rss_bytes=psutil.Process().memory_info().rss,
@@ -108,6 +111,19 @@ def _peer(node: Node, advert: Advert) -> PeerStatus:
         age_s=node.directory.age_s(peer),
         incarnation=advert.incarnation,
         trouble=advert.trouble,
+        duty=duty_of(advert.tags).word,
+    )
+
+
+def duty_status(node: Node) -> DutyStatus:
+    """What the owner has the node do."""
+    owner, order = node.owner, node.owner.order
+    return DutyStatus(
+        duty=owner.duty.word,
+        why=owner.why,
+        ordered="" if order is None else Duty(order.duty).word,
+        since_ms=0 if order is None else order.since_ms,
+        until_ms=0 if order is None else order.until_ms,
     )
 
 

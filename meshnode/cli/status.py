@@ -43,6 +43,8 @@ def describe(status: Status) -> str:
     ]
     if status.api_url:
         lines.append(f"programs ask at {status.api_url}/v1 (OpenAI), {status.api_url} (Anthropic, Ollama)")
+    if status.duty.why:
+        lines.append(f"this node is {status.duty.duty}, because {status.duty.why}")
     if status.prediction:
         lines.append(f"predicted: {status.prediction}")
     lines += ["", _line("you", status.me), *(_line("peer", peer) for peer in status.peers)]
@@ -98,7 +100,8 @@ def _tiers(content: ContentStatus) -> str:
 
 def _line(kind: str, row: PeerStatus) -> str:
     reached = "" if kind == "you" else where(row)
-    return f"{kind:<5}{_short(row.peer)}  {row.name[:20]:<20}  {does(row):<34}{reached}".rstrip()
+    doing = does(row) if row.duty == "full" else f"{does(row)}, {row.duty}"
+    return f"{kind:<5}{_short(row.peer)}  {row.name[:20]:<20}  {doing:<34}{reached}".rstrip()
 
 
 def does(row: PeerStatus) -> str:
@@ -110,12 +113,14 @@ def does(row: PeerStatus) -> str:
         case "serving":
             return f"serving {layers}{sessions}"
         case "draining":
-            return f"leaving, still serving {layers}{sessions}"
+            going = "giving away" if row.duty == "drained" else "leaving, still serving"
+            return f"{going} {layers}{sessions}"
         case "intent" | "loading":
             going = "is going to serve" if row.state == "intent" else "loading"
             return f"{going} {target}" + (f", serving {layers}" if layers else "")
         case _:
-            return "serves no layers" if row.memory_bytes else "meeting point, serves no layers"
+            point = not row.memory_bytes and row.duty != "drained"
+            return "meeting point, serves no layers" if point else "serves no layers"
 
 
 def where(row: PeerStatus) -> str:

@@ -15,7 +15,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from meshnode.api.asking import Event
-from meshnode.api.messages import Answer, Embedding
+from meshnode.api.messages import Answer, Embedding, plain
 from meshnode.core.clock import Wall, monotonic
 from meshnode.http.anthropic.messages import question_of_message, read_message
 from meshnode.http.anthropic.models import model_document as anthropic_model
@@ -114,6 +114,9 @@ class App:
                 self._feedback,
                 ("answer", "correct"),
             ),
+            Way("POST", "/v1/pause", ADMIN, "No background work on this node.", partial(self._order, "pause")),
+            Way("POST", "/v1/drain", ADMIN, "The same, and give its layers away.", partial(self._order, "drain")),
+            Way("POST", "/v1/resume", ADMIN, "Undo pause and drain.", partial(self._order, "resume")),
             Way("GET", "/healthz", OPEN, "Whether the node is alive.", self._health),
             Way("GET", "/readyz", OPEN, "Whether the mesh answers.", self._ready),
             Way("GET", "/metrics", ADMIN, "Figures for Prometheus.", self._figures, (), "text/plain"),
@@ -272,6 +275,10 @@ class App:
 
     async def _receipt(self, request: Request) -> Response:
         return JsonResponse(self._receipts.find(request.path_params["id"]))
+
+    async def _order(self, order: str, request: Request) -> Response:
+        body = await read_json(request, empty=True)
+        return JsonResponse({"object": "duty", **plain(self._door.obey(order, body.get("seconds") or 0))})
 
     async def _health(self, _: Request) -> Response:
         return JsonResponse({"status": "ok"})

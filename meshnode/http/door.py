@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any, Protocol
 
 from meshnode.api.asking import Event, ask, embed, judge, name_peers
-from meshnode.api.messages import Embedding, Judgement, Status
+from meshnode.api.duties import obey
+from meshnode.api.messages import DutyStatus, Embedding, Judgement, Status
 from meshnode.api.status import status_of
 from meshnode.core.clock import monotonic
 from meshnode.core.signal import Watch
@@ -52,6 +53,9 @@ class Door(Protocol):
 
     def judge(self, answer: Any, correct: Any, label: Any) -> Judgement:
         """See `asking.judge`."""
+
+    def obey(self, order: str, seconds: Any) -> DutyStatus:
+        """See `duties.obey`."""
 
     def name_peers(self, sentence: str) -> str:
         """See `asking.name_peers`."""
@@ -116,6 +120,10 @@ class NodeDoor:
     def judge(self, answer: Any, correct: Any, label: Any) -> Judgement:
         """See Door."""
         return judge(self._node, answer, correct, label)
+
+    def obey(self, order: str, seconds: Any) -> DutyStatus:
+        """See Door."""
+        return obey(self._node, order, seconds)
 
     def name_peers(self, sentence: str) -> str:
         """See Door."""

@@ -21,7 +21,7 @@ from meshnode.core.signal import Changes
 from meshnode.ipfs.source_order import SourceFailed
 from meshnode.model.release import ServedRelease
 from meshnode.net.port import Host, PeerEvent
-from meshnode.services.port import ExternalPeers, Inventory, Members, Releases
+from meshnode.services.port import ExternalPeers, Inventory, Members, Owner, Releases
 from meshnode.state.port import Records
 from meshnode.store.port import Content
 from protocols.backoff import Backoff
@@ -84,6 +84,7 @@ class Publication:
         *,
         held: Inventory,
         releases: Releases | None,
+        owner: Owner | None = None,
     ) -> None:
         """
         Args:
@@ -91,13 +92,16 @@ class Publication:
           held: says when the store holds more or less of the served model.
           releases: what the network serves; nothing changes while it serves nothing yet. None: the daemon keeps
             nothing for us, and what it kept before is unpinned.
+          owner: nothing changes while it wants no background work. None: it always does.
         """
         self._daemon = daemon
         self._store = store
         self._records = records
         self._health = health
         self._releases = releases
-        self.causes = (held.changes,) if releases is None else (held.changes, releases.changes)
+        self._owner = owner
+        causes = (held, releases, owner)
+        self.causes = tuple(cause.changes for cause in causes if cause is not None)
         self._kept: dict[Cid, float] = {}  # seen at the daemon since it came up, and when
         self._unfit: set[Cid] = set()  # files of ours that can't be given to it
         self._backoff = Backoff(FIRST_REST_S, LAST_REST_S)
@@ -118,7 +122,7 @@ class Publication:
         Raises SourceFailed when the daemon can't be used. What it refuses stands in the health of the node, and is
         tried again ever more rarely. If cancelled: what the daemon has got stays there.
         """
-        if trio.current_time() < self._rests_until:
+        if trio.current_time() < self._rests_until or (self._owner and not self._owner.duty.background):
             return
         release = None
         if self._releases is not None and (release := self._releases.current) is None:

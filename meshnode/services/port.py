@@ -14,6 +14,7 @@ from meshnode.core.signal import Changes
 from meshnode.engine import open_span
 from meshnode.engine.port import Engine
 from meshnode.model.release import ServedRelease
+from meshnode.policy.duty import Duty
 from meshnode.policy.guards import Guard
 from meshnode.store.port import OpenFile
 from protocols.advert.messages import Advert, Announcement, Holding, Span
@@ -323,6 +324,22 @@ class Load(Protocol):
     @property
     def queue_us(self) -> int:
         """How long a step waits for the engine, a moving average; small moves are not told."""
+
+
+class Owner(Protocol):
+    """What the owner has this node do (`owner.py`)."""
+
+    @property
+    def changes(self) -> Changes:
+        """Whenever `duty` changes."""
+
+    @property
+    def duty(self) -> Duty:
+        """All of it, no background work, or nothing."""
+
+    @property
+    def why(self) -> str:
+        """Why not all of it, for people; empty when it is."""
 
 
 class Attention(Protocol):

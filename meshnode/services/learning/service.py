@@ -16,7 +16,7 @@ from meshnode.core.signal import Changes
 from meshnode.services.learning.ground import Ground
 from meshnode.services.learning.lessons import Given, followed
 from meshnode.services.learning.report import Report
-from meshnode.services.port import Attention, Comparison, Proposals, Ranks
+from meshnode.services.port import Attention, Comparison, Owner, Proposals, Ranks
 from meshnode.state.samples_port import SampleBuffer
 from protocols.backoff import Backoff
 from protocols.errors import MeshError, ProtocolError
@@ -46,6 +46,7 @@ class School:
     trainer: Trainer
     samples: SampleBuffer
     permission: Permission
+    owner: Owner
     rhythm: Rhythm
     private: PrivateSteps | None = None  # None: training is not differentially private
 
@@ -171,7 +172,7 @@ class LearningService:
             report.why = ""
             desk = await open_desk(ground, study, school, model, report)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(give_way, school.trainer, self._attention, report)
+                nursery.start_soon(give_way, school.trainer, self._attention, school.owner, report)
                 if not desk.page.done:
                     await Course(desk, school.permission, report).run(ground.notices.changes)
                 nursery.cancel_scope.cancel()

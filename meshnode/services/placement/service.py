@@ -34,7 +34,7 @@ from meshnode.policy.prediction import Prediction
 from meshnode.services.placement.departure import Departure
 from meshnode.services.placement.report import PlacementReport
 from meshnode.services.placement.wants import want_of
-from meshnode.services.port import Directory, Holds, Load, ManySpans, Releases, Rights
+from meshnode.services.port import Directory, Holds, Load, ManySpans, Owner, Releases, Rights
 from protocols.advert.messages import DRAINING, IDLE, INTENT, LOADING, SERVING, Advert, Serving, Span
 from protocols.errors import ProtocolError
 from protocols.ids import PeerId
@@ -42,6 +42,7 @@ from protocols.intent import machine as intent
 from protocols.intent.messages import Answer, Hold
 from protocols.membership.messages import SERVE
 
+GIVING_S: Final = 600.0  # most time that layers are kept for others to take them over, when the owner wants no more
 OTHER_RELEASE: Final = "the network serves another release now"
 
 _log = get_logger("placement")
@@ -61,10 +62,11 @@ class PlacementSettings:
 
 @dataclass(frozen=True, slots=True)
 class OurStage:
-    """The layers that this node serves, and how busy they are."""
+    """The layers that this node serves, how busy they are, and whether the owner has it serve."""
 
     spans: ManySpans
     load: Load
+    owner: Owner
 
 
 class PlacementService:
@@ -86,7 +88,7 @@ class PlacementService:
         self._us = PeerId(directory.me().peer)
         self._directory = directory
         self._releases = releases
-        self._spans, self._load = stage.spans, stage.load
+        self._spans, self._load, self._owner = stage.spans, stage.load, stage.owner
         self._rights = rights
         self._settings = settings
         self._keeper = intent.Keeper()
@@ -104,6 +106,9 @@ class PlacementService:
         self._ready_since: float | None = None  # while it waits for the others to have the new release
         self._opening = trio.CancelScope()
         self._draining = False
+        self._given = not self._owner.duty.serves  # the owner wanted no layers here, and they are gone
+        self._give_by = inf  # while others take them over
+        self._stops = False  # the whole node
         self._left = False
         self._considered: object = None  # the view in which there was nothing to do
         self._assessed: object = None
@@ -132,7 +137,7 @@ class PlacementService:
 
         If cancelled: the node stays in the draining state.
         """
-        self._draining = True
+        self._stops = self._draining = True
         self._post(intent.Cancelled("this node leaves"))
         self._publish()
         with trio.move_on_after(self._settings.drain_s) as limit:
@@ -151,7 +156,7 @@ class PlacementService:
         """Negotiate until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._tasks.run)
-            causes = (self._directory, self._releases, self._spans, self._load)
+            causes = (self._directory, self._releases, self._spans, self._load, self._owner)
             watch = Watch(self._posted, *(cause.changes for cause in causes))
             self._check_rights()
             self._publish()
@@ -170,6 +175,7 @@ class PlacementService:
         """Take in what happened and act. Returns when to look again."""
         now = trio.current_time()
         self._live = self._directory.live()  # read once: a turn decides about one view
+        self._check_owner(now)
         self._check_rights()
         self._check_release()
         if self._ready is not None and self._ready.lost:
@@ -187,14 +193,32 @@ class PlacementService:
         if self._mover.deadline is not None and self._mover.deadline <= now:
             self._feed(intent.Expired(), now)
             self._take_events(now)
-        look_at = min(over_at, self._consider(now))
+        look_at = min(over_at, self._consider(now), self._give_by)
         self._publish()
         return look_at if self._mover.deadline is None else min(look_at, self._mover.deadline)
+
+    def _check_owner(self, now: float) -> None:
+        """The owner may have us give our layers away while we run, and take some again."""
+        if self._stops:
+            return
+        if self._owner.duty.serves:
+            self._draining = self._given = False
+            self._give_by = inf
+            return
+        if self._given:
+            return
+        if not self._draining:
+            self._draining, self._give_by = True, now + GIVING_S
+            self._events.append(intent.Cancelled("the owner of this node has it give its layers away"))
+        if self._may_leave() or now >= self._give_by:
+            self._draining, self._given, self._give_by = False, True, inf
+            self._spans.vacate()
 
     def _check_rights(self) -> None:
         """The role serve may be taken from us while we run, and given back."""
         may = self._rights.has(self._us, SERVE)
-        self._memory = self._settings.memory_bytes if may and not self._is_refused() else 0
+        gives = may and not self._is_refused() and not self._given
+        self._memory = self._settings.memory_bytes if gives else 0
         if may or not self._settings.memory_bytes:
             self._health.clear("may-not-serve")
             return

@@ -109,6 +109,7 @@ class ReplicationService:
         self._grew: dict[PeerId, tuple[int, float]] = {}  # files of the model that a node holds, and since when
         self._looked = Changes()
         self._leaving = False
+        self._copying = trio.CancelScope()
 
     def copies(self) -> Copies | None:
         """As last counted; None without a model."""
@@ -133,7 +134,11 @@ class ReplicationService:
             name = self._due()
             if name is None:
                 await self._looked.wait(version)
-            elif await self._copy(self._files[name], name):
+                continue
+            made = False
+            with trio.CancelScope() as self._copying:
+                made = await self._copy(self._files[name], name)
+            if made:
                 self._look()
                 if self._duties.load.sessions:
                     await trio.sleep(min(LAST_PAUSE_S, trio.current_time() - began))
@@ -180,6 +185,8 @@ class ReplicationService:
             self._health.clear("few-copies")
             return
         shelves = self._shelves.all()
+        if self._shelves.resting:
+            self._copying.cancel()  # what has come of the file stays
         self._shelves.protect(shelves, self._replicas)
         if self._opened != release:
             self._opened, self._files = release, _files_of(release)

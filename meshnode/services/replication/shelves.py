@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Final
 
+from meshnode.policy.duty import Duty, duty_of
 from meshnode.policy.replication import Shelf, Standing, standing
 from meshnode.services.port import Adverts, Inventory
 from meshnode.store.port import LAST_PIN, SPARE_PIN, Content
@@ -30,6 +31,7 @@ class Shelves:
         self._names: dict[PeerId, tuple[tuple[Holding, ...], frozenset[bytes]]] = {}  # of each advert, taken apart
         self._pinned: dict[Standing, frozenset[Cid]] = {}
         self._judged: object = None
+        self.resting = False  # our owner has us make no copies, as of the last `all`
 
     def all(self) -> list[Shelf]:
         """Everybody's but of those who are about to leave; ours is the last."""
@@ -39,7 +41,7 @@ class Shelves:
             Shelf(
                 peer,
                 self._names_of(peer, advert.holdings),
-                advert.disk_free_bytes,
+                advert.disk_free_bytes if duty_of(advert.tags).background else 0,
                 steady="battery" not in advert.tags,
             )
             for peer, advert in live.items()
@@ -48,7 +50,9 @@ class Shelves:
         me = live.get(self.us)
         battery = me is not None and "battery" in me.tags
         ours = self._names_of(self.us, self.inventory.holdings())
-        return [*shelves, Shelf(self.us, ours, self._store.usage().room_bytes, steady=not battery)]
+        self.resting = me is not None and not duty_of(me.tags).background
+        room = 0 if self.resting else self._store.usage().room_bytes
+        return [*shelves, Shelf(self.us, ours, room, steady=not battery)]
 
     def urgent(self) -> bool:
         """Whether somebody waits until others hold what it alone has."""
@@ -91,4 +95,6 @@ class Shelves:
 
 def _goes(advert: Advert) -> bool:
     """Whether a node is about to leave and takes its copies with it."""
-    return HANDOVER in advert.tags or (advert.serving is not None and advert.serving.state == DRAINING)
+    stays = duty_of(advert.tags) is Duty.DRAINED  # it gives its layers away and keeps its files
+    drains = advert.serving is not None and advert.serving.state == DRAINING
+    return HANDOVER in advert.tags or (drains and not stays)
