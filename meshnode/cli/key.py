@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scopes",
         default="infer,embed,feedback",
         metavar="SCOPE,SCOPE",
-        help=f"what it opens: {', '.join(SCOPES)} (metrics, events, and all the others); default %(default)s",
+        help=f"what it opens: {', '.join(SCOPES)} (metrics, events, orders, and all the others); default %(default)s",
     )
     add.add_argument("--days", type=float, default=0.0, help="how long it is good (default: for ever)")
     add.add_argument("--requests-per-minute", type=int, default=0, metavar="N", help="default: no limit")
