@@ -148,6 +148,8 @@ def _load(load: Load) -> tuple[Sessions, Loaded]:
 def _open(sessions: Sessions, request: Open, frame: Frame) -> Answer:
     if len(frame.body) % 4:
         raise RemoteProtocolError(f"an Open carries {len(frame.body)} bytes of prompt, which is no array of int32")
+    if request.drawn > len(frame.body) // 4:
+        raise RemoteProtocolError(f"an Open has {len(frame.body) // 4} tokens, {request.drawn} of them of its answer")
     try:
         sessions.open(
             request.session,
@@ -158,6 +160,7 @@ def _open(sessions: Sessions, request: Open, frame: Frame) -> Answer:
             prompt=np.frombuffer(frame.body, "<i4"),
             adapter=request.adapter,
             pooled=request.pooled,
+            drawn=request.drawn,
         )
     except Declined as no:
         return _refused(request.number, no)

@@ -64,6 +64,7 @@ class LocalEngine:
         prompt: tuple[int, ...],
         adapter: str = "",
         pooled: bool = False,
+        drawn: int = 0,
     ) -> None:
         async with self._one_at_a_time:
             await self._pass_time()
@@ -76,6 +77,7 @@ class LocalEngine:
                 prompt=np.asarray(prompt, np.int32),
                 adapter=adapter,
                 pooled=pooled,
+                drawn=drawn,
             )
 
     async def adapt(self, adapter: AdapterSpec) -> None:

@@ -84,6 +84,7 @@ class Engine(Protocol):
         prompt: tuple[int, ...],
         adapter: str = "",
         pooled: bool = False,
+        drawn: int = 0,
     ) -> None:
         """Reserve KV for `capacity` tokens of one session that runs layers [first, last) of this span.
 
@@ -91,7 +92,8 @@ class Engine(Protocol):
 
         `pooled`: the last stage gives the mean of all rows (after the final norm, of length 1) instead of a token.
 
-        `sampling` and `prompt` (for the penalties) only on the last stage.
+        `sampling` and `prompt` (for the penalties) only on the last stage; the last `drawn` tokens of the prompt are
+        those of the answer that were drawn before, elsewhere.
         Raises Declined `busy` (no slot or no KV memory), `too-long` (above the context, or all of
         that memory), `fenced` (not our span, no such adapter), `no-pooling` (this model gives no vectors).
         """
@@ -126,7 +128,8 @@ class Engine(Protocol):
         Writing at an earlier position rewinds: everything from there on is forgotten. Steps of several
         sessions are run one after the other in the order of the calls. One row is the decode kernel, which
         rounds differently from the others; `prefill` marks rows of a prompt, where one row is padded inside, so
-        that results do not depend on how a prompt is cut into steps.
+        that results do not depend on how a prompt is cut into steps. Rows of an answer run one by one, by the decode
+        kernel: many of them are what single steps were.
         `sample`: the last stage samples the token that follows the last row; `mask`: which tokens it may draw, a bit
         for each, the lowest bit of the first byte for token 0; empty: all of them.
         Raises EngineLost (killed after its deadline), Declined `fenced` (unknown session, a gap in positions) or

@@ -73,8 +73,9 @@ class Deadlines:
     def of_load(self, weight_bytes: int) -> float:
         return self.load + weight_bytes / self.load_bytes
 
-    def of_step(self, rows: int, report: StageReport) -> float:
-        return self.call + self.margin * (report.decode_us + rows * report.prefill_us) / 1e6
+    def of_step(self, rows: int, report: StageReport, *, prefill: bool) -> float:
+        singles = 1 if prefill else rows  # rows of an answer run one by one
+        return self.call + self.margin * (singles * report.decode_us + rows * report.prefill_us) / 1e6
 
 
 class EngineProcess:
@@ -154,6 +155,7 @@ class EngineProcess:
         prompt: tuple[int, ...],
         adapter: str = "",
         pooled: bool = False,
+        drawn: int = 0,
     ) -> None:
         """See port.py. If cancelled: the session may be open."""
         request = Open(
@@ -165,6 +167,7 @@ class EngineProcess:
             sampling=sampling,
             adapter=adapter,
             pooled=pooled,
+            drawn=drawn,
         )
         await self._ask(request, struct.pack(f"<{len(prompt)}i", *prompt), seconds=self._deadlines.call)
 
@@ -191,7 +194,7 @@ class EngineProcess:
             prefill=prefill,
             mask=len(mask),
         )
-        seconds = self._deadlines.of_step(rows, self._report)
+        seconds = self._deadlines.of_step(rows, self._report, prefill=prefill)
         answer, body = await self._ask(request, data + mask if mask else data, seconds=seconds)
         assert isinstance(answer, Stepped)  # the machine lets nothing else through
         shape = self._spec.architecture

@@ -43,7 +43,7 @@ class _Session:
     kv_bytes: int
     sampling: Sampling | None
     adapter: Adapter | None  # held as long as the session: it counts while it is used
-    tokens: list[int]  # what is known of the text: the prompt, then what was sampled here
+    tokens: list[int]  # what is known of the text: the prompt, then the answer so far
     prompt: int  # how many of them are the prompt
     pool: Pool | None = None  # of one that wants no tokens
     rows: int = 0  # positions that hold KV
@@ -67,12 +67,14 @@ class Sessions:
         prompt: Array,
         adapter: str = "",
         pooled: bool = False,
+        drawn: int = 0,
     ) -> None:
         """Reserve a session; one of the same name is replaced.
 
         Args:
           pooled: after the last layer, the mean of all rows is wanted (`pooling.py`), and no token.
-          prompt: int32 (tokens,).
+          prompt: int32 (tokens,), and after it what was drawn elsewhere of the answer.
+          drawn: how many of these tokens are the answer's.
           adapter: the name of the one that it runs with to its end; "" for none.
 
         Raises:
@@ -127,7 +129,7 @@ class Sessions:
             ) from None
         pool = Pool(load.hidden) if pooled and last == load.layers else None
         self._open[name] = _Session(
-            track, first, last, capacity, wanted, sampling, used_adapter, prompt.tolist(), len(prompt), pool
+            track, first, last, capacity, wanted, sampling, used_adapter, prompt.tolist(), len(prompt) - drawn, pool
         )
 
     def step(
@@ -145,6 +147,7 @@ class Sessions:
 
         Args:
           body: int32 (rows,) token ids into layer 0, else float32 (rows, hidden).
+          prefill: rows of the prompt; those of an answer run one by one.
           sample_after: whether to sample the token after the last row, if this is the last stage.
           mask: a bit for each token that may be drawn, the lowest bit of the first byte for token 0; empty: all.
 
@@ -170,7 +173,7 @@ class Sessions:
         if sample_after and ends and pool is None:
             self._require_history(session, end)
         try:
-            out = session.track.run(position, data, prefill=prefill, wanted=sample_after)
+            out = _run(session.track, position, data, prefill=prefill, wanted=sample_after)
         except MemoryError:
             raise Declined(
                 BUSY, f"This node has no memory left for a step of {rows} rows. Try again soon.", retry_ms=_RETRY_MS
@@ -230,6 +233,17 @@ class Sessions:
         many = [_time(track, 0, data, prefill=True) for _ in range(3)]
         one = [_time(track, min(rows + i, capacity - 1), data[:1], prefill=False) for i in range(_PROBES)]
         return round(median(one)), round(median(many) / rows)
+
+
+def _run(track: Track, position: int, data: Array, *, prefill: bool, wanted: bool) -> Array:
+    """What a track makes of rows: those of a prompt at once, those of an answer one by one, as when it was drawn."""
+    if prefill or len(data) == 1:
+        return track.run(position, data, prefill=prefill, wanted=wanted)
+    out = [
+        track.run(position + i, data[i : i + 1], prefill=False, wanted=wanted and i == len(data) - 1).copy()
+        for i in range(len(data))
+    ]
+    return np.concatenate(out)
 
 
 def _time(track: Track, position: int, data: Array, *, prefill: bool) -> float:

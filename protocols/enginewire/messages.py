@@ -67,7 +67,7 @@ class Load:
 @message(tag=2)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Open:
-    """Node -> engine: reserve a session. Body: int32 prompt ids, where tokens will be sampled."""
+    """Node -> engine: reserve a session. Body: int32 ids of prompt and answer, where tokens will be sampled."""
 
     number: int = at(1)
     session: bytes = at(2, size=SESSION_BYTES)
@@ -77,6 +77,7 @@ class Open:
     sampling: Sampling | None = at(6)
     adapter: str = at(7, limit=MAX_ADAPTER_NAME, default="")  # that it runs with; "": none
     pooled: bool = at(8, default=False)  # after the last layer, the mean of all rows is wanted, and no token
+    drawn: int = at(9, high=MAX_POSITION, default=0)  # how many ids of the body are the answer's, drawn elsewhere
 
 
 @message(tag=3)
@@ -89,7 +90,7 @@ class Step:
     position: int = at(3, high=MAX_POSITION)  # of the first row
     rows: int = at(4, low=1, high=MAX_ROWS)
     sample: bool = at(5)
-    prefill: bool = at(6)  # use the many-row kernels even for one row
+    prefill: bool = at(6)  # rows of the prompt: use the many-row kernels even for one row; others run one by one
     mask: int = at(
         7, high=MAX_MASK_BYTES, default=0
     )  # bytes at the end of the body: a bit for each token that may be

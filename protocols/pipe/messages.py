@@ -75,7 +75,10 @@ class Grammar:
 @message(tag=1)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Open:
-    """Origin -> every stage: reserve a session. Body: int32 prompt ids, for the last stage only."""
+    """Origin -> every stage: reserve a session.
+
+    Body: int32 ids of the prompt and of what was drawn already, for the last stage only.
+    """
 
     session: bytes = at(1, size=SESSION_BYTES)
     attempt: int = at(2, high=1 << 16)
@@ -89,6 +92,7 @@ class Open:
     adapter: str = at(10, limit=MAX_ADAPTER_NAME, default="")  # CID of the one that it runs with; "": none
     grammar: Grammar | None = at(14, default=None)  # to the last stage, with sampling
     pooled: bool = at(12, default=False)  # to the last stage, instead of sampling: the mean of all rows is wanted
+    drawn: int = at(16, high=MAX_POSITION, default=0)  # to the last stage: how many ids of the body are the answer's
 
 
 @message(tag=2)
@@ -126,7 +130,7 @@ class Step:
     sample: bool = at(5)  # whether the last stage samples after the last row
     sent_us: int = at(6)  # the sender's monotonic clock
     times: tuple[HopTime, ...] = at(7, limit=MAX_STAGES, default=())
-    prefill: bool = at(8, default=False)  # rows of the prompt: run by the many-row kernel even if it is one row
+    prefill: bool = at(8, default=False)  # rows of the prompt, by the many-row kernel; others run one by one
 
 
 @message(tag=5)

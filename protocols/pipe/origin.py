@@ -35,6 +35,7 @@ from protocols.pipe.timeouts import OPEN_S, PREFILL_ROW_S, STEP_S
 from protocols.words import layers
 
 TIMEOUT: Final = "timeout"
+REPLAY_ROWS: Final = 32  # of one step: while one stage runs them, the one before runs the next ones
 LENGTH_TOLERANCE: Final = 1e-3  # float32 numbers of a vector of length 1 square up to it within 1e-6
 
 
@@ -182,10 +183,13 @@ class Task:
 
 
 class Origin:
-    """One generation, seen from the node that asked.
+    """One attempt at a generation, seen from the node that asked.
 
     Prompt chunks are all sent at once (the stages work on them in a pipeline); afterwards one step is under
     way at a time. Chunk boundaries are given, because they are a function of the prompt alone.
+
+    An attempt after the first one knows what was drawn before: its stages run the same rows once more, in the
+    shapes that they had, and go on with the token after them.
     """
 
     def __init__(
@@ -196,14 +200,20 @@ class Origin:
         us: str,
         route: tuple[Hop, ...],
         task: Task,
+        drawn: tuple[int, ...] = (),
         open_s: float = OPEN_S,
     ) -> None:
-        """`open_s`: how long all stages may take to answer Open; less where there is another way."""
+        """Args:
+        drawn: tokens of the answer that earlier attempts have given.
+        open_s: how long all stages may take to answer Open; less where there is another way.
+        """
         prompt = task.prompt
         if not route or not prompt or sum(task.chunks) != len(prompt) or (task.max_tokens < 1) != (task.pooled > 0):
             raise LocalProtocolError(
                 "a session needs a route, a prompt that its chunks add up to, and max_tokens unless it is pooled"
             )
+        if drawn and (len(drawn) >= task.max_tokens or drawn[-1] in task.eos):
+            raise LocalProtocolError(f"an answer of {len(drawn)} tokens is complete and can't be gone on with")
         self.state = OriginState.NEW
         self.deadline: float | None = None
         self.peers: Final = tuple(dict.fromkeys(hop.peer for hop in route))  # distinct, in their order
@@ -211,7 +221,8 @@ class Origin:
         self._route, self._task = route, task
         self._end = len(prompt) + task.max_tokens  # position after the last token that may be sampled
         self._opened: set[int] = set()
-        self._next = len(prompt)  # position of the token that comes next
+        self._drawn = drawn
+        self._next = len(prompt) + len(drawn)  # position of the token that comes next
         self._open_s = open_s
         self._patience = 0.0  # seconds until the deadline, when it was set
 
@@ -316,8 +327,9 @@ class Origin:
                     adapter=self._task.adapter,
                     grammar=self._task.grammar if index == last else None,
                     pooled=index == last and self._task.pooled > 0,
+                    drawn=len(self._drawn) if index == last else 0,
                 ),
-                self._task.prompt if index == last else (),
+                self._task.prompt + self._drawn if index == last else (),
             )
             for index, hop in enumerate(self._route)
         )
@@ -336,13 +348,18 @@ class Origin:
         self._patience = seconds
 
     def _prefill(self, now: float) -> tuple[OriginEffect, ...]:
-        self._wait(now, STEP_S + PREFILL_ROW_S * len(self._task.prompt))
+        """The prompt, and what was drawn already: the last row brings the next token."""
+        self._wait(now, STEP_S + PREFILL_ROW_S * self._next)
         steps: list[OriginEffect] = []
         position = 0
         for rows in self._task.chunks:
             body = self._task.prompt[position : position + rows]
             position += rows
-            steps.append(self._step(position - rows, body, sample=position == len(self._task.prompt), prefill=True))
+            steps.append(self._step(position - rows, body, sample=position == self._next, prefill=True))
+        for begin in range(0, len(self._drawn), REPLAY_ROWS):
+            body = self._drawn[begin : begin + REPLAY_ROWS]
+            sample = begin + len(body) == len(self._drawn)
+            steps.append(self._step(position + begin, body, sample=sample, prefill=False))
         return tuple(steps)
 
     def _step(self, position: int, body: tuple[int, ...], *, sample: bool, prefill: bool) -> Send:

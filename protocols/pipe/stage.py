@@ -64,22 +64,27 @@ class StageSession:
             )
         if opening.grammar is not None and opening.sampling is None:
             raise RemoteProtocolError(f"{opening.origin} gave a grammar to a stage that draws no tokens")
+        if opening.drawn and opening.sampling is None:
+            raise RemoteProtocolError(
+                f"{opening.origin} gave an answer to go on with to a stage that draws no tokens"
+            )
         self._upstream = opening.origin if opening.index == 0 else route[opening.index - 1].peer
         self.downstream = opening.origin if self.is_last else route[opening.index + 1].peer
         self._next = 0  # position after the last row that was taken
-        self._in_prompt = True  # whether more rows of the prompt may follow
+        self._catching_up = True  # whether what is on its way may be many rows: of the prompt, or of a replay
+        self._sampled = False  # whether the last step asked for a token
 
     @property
     def patience(self) -> float:
         """Seconds without a step after which a session is not kept: its Close must have got lost.
 
         The origin feeds the first stage as soon as all have opened; others wait for what the stages before make of
-        the first rows. While the prompt is on its way, a step may carry many rows.
+        the first rows. While the prompt or a replay is on its way, stages behind us may have many rows to run.
         """
         capacity = self.opening.capacity
         if not self._next:
             return FIRST_STEP_S + PREFILL_ROW_S * min(capacity, FIRST_ROWS) * self.opening.index
-        return IDLE_S + (PREFILL_ROW_S * capacity if self._in_prompt else 0.0)
+        return IDLE_S + (PREFILL_ROW_S * capacity if self._catching_up else 0.0)
 
     def take(self, peer: str, step: Step) -> bool:
         """A step came in. Whether the engine is to run it; one of another attempt or a closed session is ignored.
@@ -101,7 +106,8 @@ class StageSession:
         if len(step.times) != self.opening.index:
             raise RemoteProtocolError(f"{peer} sent {len(step.times)} hop times to stage {self.opening.index}")
         self._next = step.position + step.rows
-        self._in_prompt = step.prefill
+        self._catching_up = step.prefill or not self._sampled
+        self._sampled = step.sample
         self.state = after
         return True
 

@@ -329,6 +329,33 @@ async def _check_seeded_sampling(make: Make) -> None:
             await say(engine, PROMPT, session=3)
 
 
+async def _check_an_answer_goes_on(make: Make) -> None:
+    """Another engine that runs the rows once more draws what the first one would have drawn."""
+    sampling = Sampling(seed=7, temperature_milli=1500, repetition_milli=1300, presence_milli=500, chances=3)
+    async with make(0, 4) as first, make(0, 4) as other:
+        await enter(first, capacity=32, sampling=sampling, prompt=PROMPT)
+        results = [await say(first, PROMPT)]
+        for position in range(len(PROMPT), len(PROMPT) + 12):
+            results.append(await say(first, (_token(results[-1]),), position, prefill=False))
+        drawn = [_token(result) for result in results]
+        for many in (1, 5, 12):
+            spoken = drawn[:many]
+            await other.open(
+                name(1), first=0, last=4, capacity=32, sampling=sampling, prompt=(*PROMPT, *spoken), drawn=many
+            )
+            await other.step(name(1), position=0, rows=len(PROMPT), data=ids(*PROMPT), sample=False, prefill=True)
+            again = await say(other, spoken, len(PROMPT), prefill=False)
+            assert (again.token, again.chances) == (results[many].token, results[many].chances)
+            following = await say(other, (_token(again),), len(PROMPT) + many, prefill=False)
+            if many + 1 < len(results):
+                assert (following.token, following.chances) == (results[many + 1].token, results[many + 1].chances)
+
+
+def _token(result: StepResult) -> int:
+    assert result.token is not None
+    return result.token
+
+
 async def _check_many_callers(make: Make) -> None:
     """Steps of several sessions may be called at the same time; each session gets its own answers."""
     async with make(0, 4) as engine:

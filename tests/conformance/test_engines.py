@@ -13,6 +13,7 @@ SHAPES = (
     "_check_part_of_a_span",
     "_check_pooling",
     "_check_rewind",
+    "_check_an_answer_goes_on",
 )  # what depends on the kernels
 CASES = [(kind, check) for kind in ("null", "int4") for check in CHECKS]
 CASES += [(variant, check) for variant in ("fp32", "int8") for check in CHECKS if check.__name__ in SHAPES]

@@ -82,22 +82,18 @@ class World:
     """One origin, its stages, and a bag of messages under way: (from, to, message, body)."""
 
     def __init__(self, stages: int, prompt: Rows, cuts: Sequence[int], most: int) -> None:
-        route = tuple(Hop(peer=f"n{i}", incarnation=1, first=i, last=i + 1) for i in range(stages))
-        self.origin = pipe.Origin(
-            session=S,
-            attempt=1,
-            us="me",
-            route=route,
-            task=pipe.Task(
-                manifest="m",
-                variant="v",
-                prompt=prompt,
-                chunks=tuple(cuts),
-                max_tokens=most,
-                eos=frozenset({EOS}),
-                sampling=Sampling(seed=1),
-            ),
+        self.route = tuple(Hop(peer=f"n{i}", incarnation=1, first=i, last=i + 1) for i in range(stages))
+        self.task = pipe.Task(
+            manifest="m",
+            variant="v",
+            prompt=prompt,
+            chunks=tuple(cuts),
+            max_tokens=most,
+            eos=frozenset({EOS}),
+            sampling=Sampling(seed=1),
         )
+        self.attempt = 1
+        self.origin = pipe.Origin(session=S, attempt=1, us="me", route=self.route, task=self.task)
         self.prompt = prompt
         self.right = answer_of(prompt, stages, most)
         self.nodes: dict[str, Node] = {}
@@ -105,6 +101,23 @@ class World:
         self.tokens: list[int] = []
         self.end: pipe.Finished | pipe.Failed | None = None
         self.now = 0.0
+
+    def go_on(self, lost: set[int]) -> None:
+        """Begin the next attempt, with other nodes in the places of those that are lost."""
+        self.attempt += 1
+        self.route = tuple(
+            replace(hop, peer=f"{hop.peer}'") if index in lost else hop for index, hop in enumerate(self.route)
+        )
+        self.origin = pipe.Origin(
+            session=S,
+            attempt=self.attempt,
+            us="me",
+            route=self.route,
+            task=self.task,
+            drawn=tuple(self.tokens),
+        )
+        self.end = None
+        self.tell(pipe.Begin())
 
     def tell(self, event: pipe.OriginEvent) -> None:
         """Give the origin an event and see that it ends once."""
@@ -146,11 +159,13 @@ class World:
                 self.tell(pipe.Received(sender, message))
             return
         node = self.nodes.get(receiver)
-        if isinstance(message, Open) and node is None:
+        if isinstance(message, Open) and (node is None or node.machine.opening.attempt < message.attempt):
             self.nodes[receiver] = Node(StageSession(message, receiver))
-            self.bag.append((receiver, sender, Opened(session=S, attempt=1, index=message.index), ()))
+            opened = Opened(session=S, attempt=message.attempt, index=message.index)
+            self.bag.append((receiver, sender, opened, ()))
         elif isinstance(message, Close) and node is not None and node.machine.may_close(sender):
-            node.machine.close()
+            if message.attempt == node.machine.opening.attempt:
+                node.machine.close()
         elif isinstance(message, Step) and node is not None:
             self.step(node, sender, message, body)
 
@@ -200,6 +215,34 @@ def test_in_order_the_answer_is_that_of_one_process(world: World) -> None:
     assert world.tokens == world.right
     assert world.end == pipe.Finished("eos" if world.tokens[-1] == EOS else "length")
     assert all(node.machine.state is StageState.CLOSED for node in world.nodes.values())
+
+
+@settings(max_examples=200)
+@given(worlds(), st.data())
+def test_an_answer_goes_on_as_it_would_have_whoever_is_lost_and_when(world: World, data: st.DataObject) -> None:
+    """Stages are lost one after the other and together, in an opening, a prompt, a replay or between two tokens.
+
+    What older attempts have sent arrives late, and in any order; that of the present one in order, as pipes keep it.
+    """
+    losses = data.draw(st.integers(1, 4))
+    old: list[tuple[str, str, Message, Rows]] = []
+    while world.end is None or isinstance(world.end, pipe.Failed):
+        deed = data.draw(st.sampled_from(("deliver", "deliver", "deliver", "deliver", "late", "gone")))
+        if deed == "gone" and losses:
+            losses -= 1
+            lost = data.draw(st.sets(st.integers(0, len(world.route) - 1), min_size=1))
+            world.tell(pipe.PeerGone(world.route[min(lost)].peer, "lost"))
+            assert isinstance(world.end, pipe.Failed)
+            for index in lost:
+                world.nodes.pop(world.route[index].peer, None)
+            old += world.bag
+            world.bag = []
+            world.go_on(lost)
+        elif deed == "late" and old:
+            world.deliver(*old.pop(data.draw(st.integers(0, len(old) - 1))))
+        elif world.bag:
+            world.deliver(*world.bag.pop(0))
+    assert world.tokens == world.right
 
 
 @settings(max_examples=200)

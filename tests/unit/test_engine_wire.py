@@ -48,6 +48,7 @@ REQUEST_SAMPLES: dict[str, wire.Request] = {
     "open": OPEN,
     "open, greedy": dataclasses.replace(OPEN, sampling=None),
     "open, pooled": dataclasses.replace(OPEN, sampling=None, pooled=True),
+    "open, that goes on": dataclasses.replace(OPEN, drawn=3),
     "open, with an adapter": dataclasses.replace(OPEN, adapter=NAME),
     "step": STEP,
     "step with a mask": dataclasses.replace(STEP, mask=6144),

@@ -61,8 +61,8 @@ def origin(**more: Any) -> pipe.Origin:
         "eos": frozenset({2}),
         "sampling": SAMPLING,
     }
-    route = more.pop("route", ROUTE)
-    return pipe.Origin(session=S, attempt=1, us="me", route=route, task=pipe.Task(**settings | more))
+    route, drawn = more.pop("route", ROUTE), more.pop("drawn", ())
+    return pipe.Origin(session=S, attempt=1, us="me", route=route, task=pipe.Task(**settings | more), drawn=drawn)
 
 
 def opened(index: int, attempt: int = 1) -> pipe.Received:
@@ -154,6 +154,34 @@ def test_each_token_is_the_next_step_until_the_length_is_reached() -> None:
     assert o.handle(token(7, 13), 5.0) == (pipe.Emit(13, 7, TIMES, 70), *CLOSES, pipe.Finished("length"))
     assert (o.state, o.deadline) == (pipe.OriginState.CLOSED, None)
     assert o.handle(token(8), 6.0) == (), "what comes after the end is nobody's fault"
+
+
+def test_an_answer_goes_on_after_what_was_drawn_before() -> None:
+    drawn = tuple(20 + i for i in range(pipe.REPLAY_ROWS + 1))
+    o = origin(drawn=drawn, max_tokens=40)
+    opens = [effect for effect in o.handle(pipe.Begin(), 0.0) if isinstance(effect, pipe.Send)]
+    assert [e.message.drawn for e in opens if isinstance(e.message, Open)] == [0, 0, len(drawn)]
+    assert [e.message.capacity for e in opens if isinstance(e.message, Open)] == [45, 45, 45]
+    assert [effect.body for effect in opens] == [(), (), (5, 6, 7, 8, 9, *drawn)]
+    o.handle(opened(0), 1.0)
+    o.handle(opened(1), 1.0)
+    assert o.handle(opened(2), 1.0) == (
+        pipe.Send("ann", step(0, 3, prefill=True), (5, 6, 7)),
+        pipe.Send("ann", step(3, 2, prefill=True), (8, 9)),
+        pipe.Send("ann", step(5, pipe.REPLAY_ROWS), drawn[:-1]),
+        pipe.Send("ann", step(5 + pipe.REPLAY_ROWS, 1, sample=True), drawn[-1:]),
+    )
+    assert o.deadline == 1.0 + STEP_S + (5 + len(drawn)) * PREFILL_ROW_S
+    at = 5 + len(drawn)
+    sent, emit = o.handle(token(at), 2.0)
+    assert sent == pipe.Send("ann", step(at, 1, sample=True), (11,))
+    assert emit == pipe.Emit(11, at, TIMES, 70)
+
+
+def test_an_answer_that_is_complete_does_not_go_on() -> None:
+    for drawn in ((11, 12, 13), (11, 2)):
+        with pytest.raises(LocalProtocolError, match="is complete"):
+            origin(drawn=drawn)
 
 
 def test_chances_are_those_that_were_asked_for() -> None:
@@ -401,7 +429,11 @@ def test_a_stage_outlasts_the_patience_of_any_origin() -> None:
     assert s.patience == FIRST_STEP_S + PREFILL_ROW_S * FIRST_ROWS
     s.take("ann", step(0, 256, hops=1, prefill=True))
     assert s.patience >= longest.deadline
-    s.take("ann", step(256, 1, hops=1, prefill=False))
+    s.take("ann", step(256, 32, hops=1))
+    assert s.patience >= longest.deadline, "stages behind us may have a replay to run"
+    s.take("ann", step(288, 1, hops=1, sample=True))
+    assert s.patience >= longest.deadline
+    s.take("ann", step(289, 1, hops=1, sample=True))
     assert STEP_S < s.patience == IDLE_S
     assert StageSession(opening(0), "ann").patience == FIRST_STEP_S > OPEN_S
 
@@ -419,6 +451,7 @@ def test_a_stage_outlasts_the_patience_of_any_origin() -> None:
         ({"route": (*ROUTE[:2], replace(ROUTE[2], peer="ann"))}, "bob", "names a node twice"),
         ({"sampling": SAMPLING}, "bob", "has to tell the last stage, and no other"),
         ({"grammar": Grammar(kind="regex", text=b"a")}, "bob", "gave a grammar to a stage that draws no tokens"),
+        ({"drawn": 1}, "bob", "gave an answer to go on with to a stage that draws no tokens"),
         ({"pooled": True}, "bob", "has to tell the last stage, and no other"),
         ({"index": 2}, "cat", "either how to sample or to pool"),
         ({"index": 2, "sampling": SAMPLING, "pooled": True}, "cat", "either how to sample or to pool"),
@@ -444,11 +477,13 @@ SAMPLES: dict[str, Message] = {
     "open with an adapter": opening(0, adapter=ADAPTER),
     "open with a grammar": opening(2, grammar=Grammar(kind="regex", text=b"a|b")),
     "open, pooled": opening(2, sampling=None, pooled=True),
+    "open that goes on": opening(2, drawn=3),
     "opened": Opened(session=S, attempt=0, index=2),
     "refused": Refused(session=S, attempt=0, index=2, code="busy", reason="All 8 sessions are taken.", retry_ms=1000),
     "refused, no retry": Refused(session=S, attempt=0, index=0, code="fenced", reason="bob serves layers 4 to 4"),
     "step of a prompt": step(0, 256, prefill=True),
     "step that samples": step(300, 1, sample=True, hops=2),
+    "step of a replay": step(300, 32, hops=2),
     "token": Token(session=S, attempt=1, position=301, token=42, sent_us=123_456, times=TIMES),
     "token with chances": Token(
         session=S, attempt=1, position=301, token=42, sent_us=123_456, times=TIMES, chances=CHANCES
@@ -503,6 +538,7 @@ def test_vectors() -> None:
         ),
         "capacity 0": dumps({0: 1, 1: S, 2: 1, 3: "me", 4: "m", 5: "v", 6: [], 7: 0, 8: 0}),
         "no nucleus": dumps({0: 1, 1: S, 2: 1, 3: "me", 4: "m", 5: "v", 6: [], 7: 0, 8: 1, 9: {1: 0, 4: 0}}),
+        "too much drawn": dumps({0: 1, 1: S, 2: 1, 3: "me", 4: "m", 5: "v", 6: [], 7: 0, 8: 1, 16: (1 << 20) + 1}),
         "long adapter": dumps({0: 1, 1: S, 2: 1, 3: "me", 4: "m", 5: "v", 6: [], 7: 0, 8: 1, 10: "b" * 65}),
         "long code": dumps({0: 3, 1: S, 2: 1, 3: 0, 4: "b" * 33, 5: "no"}),
         "unknown even key": dumps({0: 6, 1: S, 2: 1, 4: 1}),
@@ -545,6 +581,7 @@ def test_the_specification_shows_the_constants() -> None:
         "FIRST_ROWS": FIRST_ROWS,
         "STEP_S": STEP_S,
         "IDLE_S": IDLE_S,
+        "REPLAY_ROWS": pipe.REPLAY_ROWS,
         "PREFILL_ROW_S": PREFILL_ROW_S,
     }
     for name, seconds in limits.items():

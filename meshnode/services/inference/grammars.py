@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -35,6 +35,15 @@ class Course:
                 f"an answer with a grammar goes on at position {self._next}, and not at {position}; ask again",
             )
         return await self._guide.mask()
+
+    async def follow(self, position: int, tokens: Sequence[int]) -> None:
+        """Go along what was drawn elsewhere, the first of it at this position. Raises as `mask`.
+
+        Masks are waited for, because a guide gives one before it takes a token.
+        """
+        for place, token in enumerate(tokens, position):
+            await self.mask(place)
+            await self.take(place, token)
 
     async def take(self, position: int, token: int) -> None:
         """What was drawn there. If cancelled: the session is over."""

@@ -81,6 +81,7 @@ class StageService:
         self._adapters = adapters
         self._grammars = grammars
         self._sessions: dict[bytes, _Session] = {}
+        self._working: set[_Session] = set()  # those, and others until the engine has let go of them
         self._tasks = Tasks()
         self._untold: Counter[PeerId] = Counter()
         pipes.handle(Open, self._open)
@@ -119,6 +120,8 @@ class StageService:
                 f"{peer} sent a prompt of {len(body)} bytes; token ids have 4 bytes each, "
                 f"and the session holds {opening.capacity}"
             )
+        if opening.drawn > len(body) // 4:
+            raise RemoteProtocolError(f"{peer} sent {len(body) // 4} tokens, {opening.drawn} of them of its answer")
         old = self._sessions.get(opening.session)
         if old is not None and (old.machine.opening.origin != peer or old.machine.opening.attempt >= opening.attempt):
             raise RemoteProtocolError(f"{peer} opened a session id a second time")
@@ -130,7 +133,8 @@ class StageService:
         if served is None or why:
             self._tell_soon(peer, refusal(opening, "fenced", why, RETRY_MS))
             return
-        before = [] if old is None else [old]
+        # also one that has ended: the engine knows it by the same name until it has let go of it
+        before = [other for other in self._working if other.machine.opening.session == opening.session]
         if old is not None:
             self._end(old)
         session = _Session(machine, served, struct.unpack(f"<{len(body) // 4}i", body))
@@ -138,6 +142,7 @@ class StageService:
             self._tell_soon(peer, refusal(opening, "busy", f"{self._us} is busy: {why}", BUSY_MS))
             return
         self._sessions[opening.session] = session
+        self._working.add(session)
         self._load.count(len(self._sessions))
         self._tasks.start_soon(self._work, session, before)
 
@@ -225,7 +230,11 @@ class StageService:
                             prompt=session.prompt,
                             adapter=adapter,
                             pooled=opening.pooled,
+                            drawn=opening.drawn,
                         )
+                        if session.course is not None:
+                            asked = len(session.prompt) - opening.drawn
+                            await session.course.follow(asked, session.prompt[asked:])
                         opened = Opened(session=opening.session, attempt=opening.attempt, index=opening.index)
                         await self._pass_on(opening.origin, opened)
                         await self._run_steps(session)
@@ -244,6 +253,7 @@ class StageService:
             session.served.leave()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
                 await engine.close(key)
+            self._working.discard(session)
             session.ended.set()
 
     async def _run_steps(self, session: _Session) -> None:
