@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
@@ -10,12 +11,17 @@ from typing import Any, Final
 
 import psutil
 
-from meshnode.config.settings import LearnSection
+from meshnode.config.settings import LearnSection, OwnerSection
 from meshnode.config.values import hours_of
 from meshnode.policy.idle import DeviceFacts, IdleRule
+from meshnode.policy.owner_first import OwnerRule
 
 _TERMINALS: Final = Path("/dev")
 _WHOLE: Final = 100.0
+_PROCESSORS: Final = frozenset(  # as Linux names their sensors; disks and batteries have limits of their own
+    ("coretemp", "k10temp", "zenpower", "cpu_thermal", "cpu-thermal", "soc_thermal", "acpitz", "x86_pkg_temp")
+)
+_COLDEST_C, _HOTTEST_C = 0.0, 150.0
 
 
 class Activity:
@@ -27,12 +33,13 @@ class Activity:
         self._before: tuple[float, float, dict[int, float]] | None = None  # busy, all, ours; CPU seconds so far
 
     def read(self, ours: Collection[int] = ()) -> DeviceFacts:
-        """The facts now. `ours`: process ids of our training, whose load does not count."""
+        """The facts now. `ours`: process ids whose load does not count."""
         battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
         local = time.localtime(self._wall())
         return DeviceFacts(
             on_mains=None if battery is None else bool(battery.power_plugged),
             battery_percent=None if battery is None else round(battery.percent),
+            heat_c=heat_c(),
             load_percent=self._load_percent(ours),
             owner_idle_s=idle_s((user.terminal for user in psutil.users()), self._wall()),
             minute=local.tm_hour * 60 + local.tm_min,
@@ -62,6 +69,18 @@ def rule_of(learn: LearnSection) -> IdleRule:
     )
 
 
+def owner_rule(owner: OwnerSection) -> OwnerRule:
+    """What the owner has set, as the rule takes it."""
+    return OwnerRule(
+        battery_percent=owner.battery,
+        heat_c=owner.heat,
+        load_percent=owner.load,
+        idle_s=60.0 * owner.idle,
+        hours=hours_of(owner.hours),
+        drain_after_s=60.0 * owner.drain_after,
+    )
+
+
 def idle_s(terminals: Iterable[str | None], now: float, folder: Path = _TERMINALS) -> float | None:
     """Seconds since somebody typed into one of these terminals, as `w` shows it; None when none can be read.
 
@@ -74,6 +93,31 @@ def idle_s(terminals: Iterable[str | None], now: float, folder: Path = _TERMINAL
             if name:
                 read.append((folder / name).stat().st_atime)
     return max(0.0, now - max(read)) if read else None
+
+
+def heat_c() -> float | None:
+    """The hottest processor; None where the system does not tell, or tells nonsense (a sensor that is not there)."""
+    read = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
+    found = [
+        sensor.current
+        for chip, sensors in read.items()
+        if chip in _PROCESSORS
+        for sensor in sensors
+        if sensor.current
+    ]
+    return max((heat for heat in found if _COLDEST_C < heat < _HOTTEST_C), default=None)
+
+
+def our_processes() -> tuple[int, ...]:
+    """This process and everything that it has started."""
+    us = psutil.Process()
+    return (us.pid, *(child.pid for child in us.children(recursive=True)))
+
+
+def use_cores(most: int) -> None:
+    """Keep this process, and all that it will start, to so many cores; 0: to all that it has. Linux alone can."""
+    if most and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:most])
 
 
 def _cpu_s(pid: int) -> float | None:

@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING
 
 import psutil
 
-from meshnode.activity import Activity
+from meshnode.activity import Activity, our_processes
 from meshnode.config.settings import Config
 from meshnode.core.clock import monotonic, wall_ms
 from meshnode.core.errors import ConfigError
@@ -82,6 +82,7 @@ def assemble(config: Config, identity: Identity, stack: ExitStack) -> Parts:
         trainer=trainer,
         private=private_steps_of(config, stack),
         activity=activity_of(trainer),
+        device=device_facts(),
         learned=paths.learned,
         engine=EngineProcess,
         tokenizer=open_tokenizer,
@@ -121,6 +122,12 @@ def activity_of(trainer: TrainerProcess | None) -> Callable[[], DeviceFacts]:
         return activity.read(() if trainer is None else trainer.pids)
 
     return read
+
+
+def device_facts() -> Callable[[], DeviceFacts]:
+    """How busy this device is with everything but this node."""
+    activity = Activity()
+    return lambda: activity.read(our_processes())
 
 
 def this_machine(name: str) -> Machine:

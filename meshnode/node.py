@@ -13,6 +13,7 @@ from dataclasses import replace
 import trio
 
 from meshnode import __version__, outside
+from meshnode.activity import owner_rule
 from meshnode.config.settings import Config
 from meshnode.core.log import get_logger
 from meshnode.core.supervise import Service, supervise
@@ -94,7 +95,7 @@ class Node:
                 rng=rng,
             ),
         )
-        self.owner = OwnerService(self.directory, self.database, wall)
+        self.owner = OwnerService(self.directory, self.database, wall, parts.device, owner_rule(config.owner))
         self.nearby = outside.local_discovery(parts, self.membership)
         self.dialling = DiallingService(
             self.host,
@@ -112,7 +113,7 @@ class Node:
             self.store,
             self.directory,
             Sources(self.host, self.directory, self.external, finder=self.dht, outside=fallback),
-            Access(config.content.share, self.membership, self.external),
+            Access(config.content.share, self.membership, self.external, config.limits.upload),
             self.health,
             parts.workers,
         )

@@ -52,7 +52,8 @@ class Parts:
     samples: SampleBuffer
     trainer: Trainer | None  # None: this device does not learn
     private: PrivateSteps | None  # None: training is not differentially private
-    activity: Callable[[], DeviceFacts]  # how busy this device is
+    activity: Callable[[], DeviceFacts]  # how busy this device is with everything but its training
+    device: Callable[[], DeviceFacts]  # with everything but this node
     learned: Path  # folder of what was learned here
     engine: Callable[[StageSpec], Engine]  # a new engine for a span
     tokenizer: OpenTokenizer  # opens that of a model

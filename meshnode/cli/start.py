@@ -51,10 +51,12 @@ def run_node(config: Config) -> int:
     """Run the node in this process. Ctrl-C or SIGTERM once: hand over the layers first; twice: stop immediately."""
     import trio
 
+    from meshnode.activity import use_cores
     from meshnode.core import log
     from meshnode.core.memory import give_back
     from meshnode.embed import LocalNode, open_node
 
+    use_cores(config.limits.cores)
     file = config.paths.folder / config.log.file if config.log.file else None
     log.set_up(level=config.log.level, format=config.log.format, file=file)
 

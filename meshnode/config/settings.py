@@ -15,6 +15,7 @@ from meshnode.config.values import (
     NAME_EXAMPLE,
     ORIGIN_EXAMPLE,
     PEER_EXAMPLE,
+    RATE_EXAMPLE,
     Amount,
     gateway_urls,
     host_port,
@@ -25,6 +26,7 @@ from meshnode.config.values import (
     origins,
     parse_amount,
     path,
+    rate,
     real,
     rpc_address,
     setting,
@@ -221,6 +223,36 @@ class LearnSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OwnerSection:
+    battery: int = setting(
+        30, number(0, 100), "percent below which, unplugged, background work stops and then serving; 0: never"
+    )
+    heat: int = setting(95, number(0, 120), "the same above so many degrees Celsius, where sensors tell; 0: never")
+    idle: int = setting(
+        0, number(0, 1440), "the same for so many minutes after somebody typed, where that can be seen; 0: never"
+    )
+    load: int = setting(
+        0, number(0, 100), "the same while other programs take more than so many percent of all cores; 0: never"
+    )
+    hours: str = setting("", hours, f"the same outside this part of the day, like {HOURS_EXAMPLE}; empty: never")
+    drain_after: int = setting(
+        5, number(0, 1440), "minutes from the end of background work to that of serving; 0: serving goes on"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitsSection:
+    upload: int = setting(
+        0, rate, f"bytes a second of model files that others get from this node, like {RATE_EXAMPLE}; 0: no limit"
+    )
+    cores: int = setting(
+        0,
+        number(0, 1024),
+        "most processor cores that the node and its engines use (Linux); 0: all; at the next start",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseSection:
     collect: int = setting(
         120, number(0, 86_400), "seconds in which votes on an adapter are collected before the first node uses it"
@@ -252,6 +284,8 @@ class Config:
     http: HttpSection = HttpSection()
     content: ContentSection = ContentSection()
     learn: LearnSection = LearnSection()
+    owner: OwnerSection = OwnerSection()
+    limits: LimitsSection = LimitsSection()
     release: ReleaseSection = ReleaseSection()
     log: LogSection = LogSection()
     origins: Mapping[str, str] = field(default_factory=dict)  # "serve.memory" -> "the command line"; absent: default

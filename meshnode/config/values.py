@@ -17,6 +17,7 @@ T = TypeVar("T")
 
 MAX_GATEWAYS: Final = 16
 MAX_ORIGINS: Final = 64
+LEAST_RATE: Final = 64_000  # bytes a second: whoever waits 5 s for a byte gives a peer up (protocols/bitswap)
 
 _HOURS = re.compile(r"([0-9]{1,2})(?::([0-5][0-9]))?\s*-\s*([0-9]{1,2})(?::([0-5][0-9]))?")
 _ORIGIN = re.compile(r"https?://(?:[a-z0-9.\-]{1,253}|\[[0-9a-f:.]{2,45}\])(?::[0-9]{1,5})?")
@@ -37,6 +38,7 @@ HTTP_EXAMPLE = "127.0.0.1:4333"
 ORIGIN_EXAMPLE = "https://chat.example"
 GATEWAY_EXAMPLE = "https://gateway.example"
 NAME_EXAMPLE = "/dns4/node.example/tcp/4331"
+RATE_EXAMPLE = "2 MB/s"
 PEER_EXAMPLE = "/ip4/192.0.2.7/tcp/4331/p2p/12D3KooW..."
 
 
@@ -124,6 +126,18 @@ def real(low: float, high: float) -> Callable[[object], float]:
         return float(value)
 
     return read
+
+
+def rate(value: object) -> int:
+    """Bytes a second, of "2 MB/s" or 0."""
+    text = value.strip() if isinstance(value, str) else value
+    try:
+        speed = _size(text[:-2] if isinstance(text, str) and text.endswith("/s") else text)
+    except ValueError:
+        raise ValueError(f"{_said(value)} is not a speed; write it like {RATE_EXAMPLE}, or 0 for no limit") from None
+    if 0 < speed < LEAST_RATE:
+        raise ValueError(f"{_said(value)} is less than 64 kB/s, at which others would take this node for stalled")
+    return speed
 
 
 def hours(value: object) -> str:

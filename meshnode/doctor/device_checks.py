@@ -357,6 +357,20 @@ def check_cores(cores: int, threads: int) -> Finding:
     return ok("cores", f"{counted(cores, 'core')}, {threads} of them for an engine step")
 
 
+def check_owner(untold: Sequence[str], chosen: Sequence[str]) -> Finding:
+    """`untold`: settings of `[owner]` of which the system tells nothing; `chosen`: those that somebody has set."""
+    asked = [name for name in untold if name in chosen]
+    if asked:
+        return warning(
+            "owner",
+            f"This system does not tell what {' and '.join(asked)} would need, so it has no effect.",
+            "Set owner.hours instead, or use `meshnode pause` and `drain`.",
+        )
+    if untold:
+        return ok("owner", f"this system tells nothing for {', '.join(untold)}; the rest of [owner] holds")
+    return ok("owner", "the rules of [owner] can be followed")
+
+
 def check_publishing(*, possible: bool) -> Finding:
     """Only to know: a serving node needs no torch."""
     if possible:

@@ -18,6 +18,7 @@ from typing import Final, TypedDict
 import psutil
 
 import meshnode
+from meshnode.activity import Activity, owner_rule
 from meshnode.config.settings import Config
 from meshnode.core.confinement import landlock, seccomp
 from meshnode.core.errors import ConfigError, DiskError, IdentityError
@@ -36,6 +37,7 @@ from meshnode.membership.identity import Identity
 from meshnode.membership.network import founder_path, has_network, load_network, network_path
 from meshnode.net.addresses import reachable_hosts
 from meshnode.net.swarm_key import load_swarm_key
+from meshnode.policy.owner_first import untold
 from meshnode.state.database import Database
 from meshnode.store.os_files import is_locked
 from protocols.errors import RemoteProtocolError
@@ -279,6 +281,11 @@ def _limit(total: int) -> int | None:
 def cores() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def owner_facts(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Settings of `[owner]` of which this system tells nothing, and those that somebody has set."""
+    return untold(Activity().read(), owner_rule(config.owner)), tuple(config.origins)
 
 
 def lock_facts(folder: Path) -> LockFacts:

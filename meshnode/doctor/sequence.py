@@ -118,5 +118,6 @@ def _machine(config: Config, lock: LockFacts, status: Status | None) -> Iterator
         yield device.check_port(port)
     yield device.check_addresses(hosts, announced)
     yield device.check_memory(facts.memory_facts(config, running=lock.answers))
-    yield device.check_cores(facts.cores(), config.serve.threads)
+    yield device.check_cores(min(facts.cores(), config.limits.cores or facts.cores()), config.serve.threads)
+    yield device.check_owner(*facts.owner_facts(config))
     yield device.check_open_files(*facts.open_file_limits())

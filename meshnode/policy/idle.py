@@ -11,7 +11,8 @@ class DeviceFacts:
 
     on_mains: bool | None = None  # None: it has no battery, as far as anybody knows
     battery_percent: int | None = None
-    load_percent: float = 0.0  # of all its cores, by everything but our training
+    load_percent: float = 0.0  # of all its cores, by everything but us: our training, or the whole node
+    heat_c: float | None = None  # of its hottest processor
     owner_idle_s: float | None = None  # since somebody last typed on it
     minute: int = 0  # of the local day, from 0 to 1439
 
@@ -37,7 +38,7 @@ class Verdict:
 
 def may_train(facts: DeviceFacts, rule: IdleRule) -> Verdict:
     """The first thing that forbids it, if one does."""
-    if rule.hours is not None and not _within(facts.minute, rule.hours):
+    if rule.hours is not None and not within(facts.minute, rule.hours):
         first, last = (f"{minute // 60}:{minute % 60:02d}" for minute in rule.hours)
         return Verdict(False, f"it trains from {first} to {last} only (learn.hours)")
     if facts.on_mains is False:
@@ -59,6 +60,7 @@ def may_train(facts: DeviceFacts, rule: IdleRule) -> Verdict:
     return Verdict(True)
 
 
-def _within(minute: int, hours: tuple[int, int]) -> bool:
+def within(minute: int, hours: tuple[int, int]) -> bool:
+    """Whether a minute of the day lies in [from, to), over midnight when from is the greater."""
     first, last = hours
     return first <= minute < last if first <= last else minute >= first or minute < last

@@ -1,10 +1,12 @@
-"""What the owner has this node do: everything, no background work (`meshnode pause`), or nothing (`meshnode drain`).
+"""What the owner has this node do: everything, no background work (`meshnode pause`), or nothing (`meshnode drain`);
+by order, or by the rule of `[owner]` and what the device does at the moment. Of the two the stricter counts.
 
 Whoever works in the background or serves asks here; others see it among the tags of our advert.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Final
@@ -16,12 +18,15 @@ from meshnode.core.durations import format_duration
 from meshnode.core.log import get_logger
 from meshnode.core.signal import Changes
 from meshnode.policy.duty import Duty, Standing, tags_for
+from meshnode.policy.idle import DeviceFacts
+from meshnode.policy.owner_first import OwnerFirst, OwnerRule, can_apply
 from meshnode.services.port import Directory
 from meshnode.state.port import Records
 from protocols.codec import at, decode, encode
 from protocols.errors import RemoteProtocolError
 
 KIND: Final = "order"
+LOOK_S: Final = 20.0  # between looks at the device
 MAX_SLEEP_S: Final = 600.0  # the wall clock may be set meanwhile
 
 _log = get_logger("owner")
@@ -41,12 +46,27 @@ class OwnerService:
 
     name = "owner"
 
-    def __init__(self, directory: Directory, state: Records, wall: Wall) -> None:
-        """What was ordered before the last stop holds from the first advert on."""
+    def __init__(
+        self,
+        directory: Directory,
+        state: Records,
+        wall: Wall,
+        facts: Callable[[], DeviceFacts],
+        rule: OwnerRule,
+    ) -> None:
+        """What was ordered before the last stop holds from the first advert on.
+
+        Args:
+          facts: what the device does; loads are averages since it was asked before.
+        """
         self._directory = directory
         self._state = state
         self._wall = wall
         self._order = self._kept()
+        self._facts = facts
+        self._rule = rule
+        self._first = OwnerFirst(rule)
+        self._by_rule = Standing()
         self._standing = Standing()
         self.changes = Changes()
         self._look()
@@ -80,12 +100,21 @@ class OwnerService:
         self._look()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Notice when an order runs out, until cancelled."""
+        """Notice when an order runs out, and what the device does, until cancelled."""
         task_status.started()
+        async with trio.open_nursery() as nursery:
+            if can_apply(self._facts(), self._rule):
+                nursery.start_soon(self._watch_device)
+            while True:
+                version = self.changes.version
+                with trio.move_on_after(self._look()):
+                    await self.changes.wait(version)
+
+    async def _watch_device(self) -> None:
         while True:
-            version = self.changes.version
-            with trio.move_on_after(self._look()):
-                await self.changes.wait(version)
+            await trio.sleep(LOOK_S)
+            self._by_rule = self._first.look(self._facts(), trio.current_time())
+            self._look()
 
     def _kept(self) -> Order | None:
         data = self._state.record(KIND, KIND)
@@ -113,7 +142,8 @@ class OwnerService:
         return min(MAX_SLEEP_S, (self._order.until_ms - now) / 1000)
 
     def _judge(self, now: int) -> Standing:
-        return Standing() if self._order is None else _standing_of(self._order, now)
+        ordered = Standing() if self._order is None else _standing_of(self._order, now)
+        return max(ordered, self._by_rule, key=lambda standing: standing.duty)
 
     def _say(self, duty: Duty) -> None:
         me = self._directory.me()

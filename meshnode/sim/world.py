@@ -79,6 +79,7 @@ class Device:
     broken: str = ""  # why its engines don't start
     trainer: Trainer | None = None  # set before it starts, to have it learn
     engines: list[LocalEngine] = field(default_factory=list)  # of the present run
+    facts: DeviceFacts = DeviceFacts()  # what its system tells
     copied: bool = False  # somebody has copied another device's data folder
     node: Node | None = None
     store: BlobStore | None = None  # while the node runs
@@ -284,6 +285,7 @@ class World:
             trainer=device.trainer,
             private=None,
             activity=DeviceFacts,
+            device=lambda: device.facts,
             learned=device.folder / "learned",
             engine=engine,
             tokenizer=open_in_process,

@@ -12,6 +12,8 @@ from meshnode.cli.status import describe
 from meshnode.core.durations import MAX_S
 from meshnode.core.errors import BadRequest
 from meshnode.embed import LocalNode
+from meshnode.policy.duty import Duty, duty_of
+from meshnode.policy.idle import DeviceFacts
 from meshnode.sim.world import World
 
 
@@ -131,3 +133,31 @@ async def test_a_time_that_is_none(world: World, autojump_clock: MockClock, seco
     with pytest.raises(BadRequest, match="it takes a number from 0"):
         await library(world, "n1").pause(seconds)  # type: ignore[arg-type] # wrong on purpose
     assert (await library(world, "n1").status()).duty.duty == "full"
+
+
+async def test_the_owner_comes_first(world: World, autojump_clock: MockClock) -> None:
+    """Its battery runs low: background work pauses, then its layers go; plugged in, all comes back."""
+    world.add(3, memory="2.2MB")
+    low = DeviceFacts(on_mains=False, battery_percent=20)
+    for device in world.devices.values():
+        device.facts = DeviceFacts(on_mains=True, battery_percent=20)
+    await world.start_all()
+    await world.publish("n1")
+    await world.until(world.all_ready)
+    right = await world.ask("n1")
+    world["n3"].facts = low
+    await world.until(lambda: world["n3"].running.owner.duty is Duty.PAUSED)
+    assert (await library(world, "n3").resume()).duty == "paused", "an order is not what pauses it"
+    await trio.sleep(200)
+    assert world["n3"].running.owner.duty is Duty.PAUSED
+    await world.until(lambda: world["n3"].running.owner.duty is Duty.DRAINED)
+    await world.until(lambda: layers_of(world, "n3") is None)
+    await world.until(world.all_ready)
+    assert await world.ask("n3") == right
+    status = await library(world, "n3").status()
+    assert status.duty.why == "its battery is at 20 % (owner.battery = 30)"
+    assert "this node is drained, because its battery is at 20 %" in describe(status)
+    world["n3"].facts = DeviceFacts(on_mains=True, battery_percent=21)
+    await world.until(lambda: world["n3"].running.owner.duty is Duty.FULL, within_s=200)
+    n3 = world["n3"].peer_id
+    await world.until(lambda: duty_of(world["n1"].running.directory.live()[n3].tags) is Duty.FULL)

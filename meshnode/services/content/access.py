@@ -1,4 +1,4 @@
-"""Who may have our blocks, and who comes first."""
+"""Who may have our blocks, who comes first, and how fast all of them get them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from protocols.ids import PeerId
 class Access:
     """Our owner's rule (`content.share`), applied to peers."""
 
-    def __init__(self, share: str, members: Members, guests: Guests) -> None:
+    def __init__(self, share: str, members: Members, guests: Guests, upload: int = 0) -> None:
         """
         Args:
           share: who gets our blocks: "members", "guests" (the peers that a setting names, too) or "anyone".
+          upload: bytes a second, to all together; 0: as fast as they read.
         """
+        self.upload = upload
         self._share = share
         self._members = members
         self._guests = guests

@@ -23,7 +23,7 @@ from meshnode.core.workers import Workers
 from meshnode.net.port import Host, Lane, PeerEvent, Stream
 from meshnode.services.content.access import Access
 from meshnode.services.content.answers import Answers
-from meshnode.services.content.outbox import Outbox, Outboxes
+from meshnode.services.content.outbox import Outbox, Outboxes, Pace
 from meshnode.services.content.session import Session
 from meshnode.services.port import Adverts
 from meshnode.store.port import Store
@@ -55,7 +55,7 @@ class Exchange:
     ) -> None:
         """`adverts`: names of peers, for people. `workers`: where blocks are loaded and hashed."""
         self.client = asking.Client()
-        self._outboxes = Outboxes()
+        self._outboxes = Outboxes(Pace(access.upload))
         self.answers = Answers(store, access, workers, self._outboxes)
         self.fetched_from: Counter[PeerId] = Counter()  # bytes of blocks that came, also wrong or double ones
         self.last_block_at = -math.inf  # when the last verified block came, for any session

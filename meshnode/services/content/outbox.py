@@ -5,12 +5,44 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from typing import Final
 
 import trio
 
 from meshnode.net.port import Stream
 from protocols.bitswap.messages import Message, frame_parts
+from protocols.bucket import Bucket
 from protocols.ids import PeerId
+
+MAX_DEBT_S: Final = 60.0  # that the pieces under way may be ahead of the limit; they are few and small
+
+
+class Pace:
+    """How fast answers are written, all peers together: in pieces, so that each peer sees that something comes."""
+
+    def __init__(self, bytes_s: int) -> None:
+        """`bytes_s`: 0 for no limit."""
+        self._bytes_s = bytes_s
+        self._piece = min(1 << 18, max(1 << 13, bytes_s // 16))
+        self._bucket: Bucket | None = None
+
+    async def write(self, stream: Stream, message: Message) -> None:
+        """Raises PeerUnreachable. If cancelled: it may be half written."""
+        if not self._bytes_s:
+            await write(stream, message)
+            return
+        for part in frame_parts(message):
+            view = memoryview(part)
+            for first in range(0, len(view), self._piece):
+                piece = view[first : first + self._piece]
+                await trio.sleep(self._owed_s(len(piece)))
+                await stream.send_all(piece)
+
+    def _owed_s(self, size: int) -> float:
+        now = trio.current_time()
+        if self._bucket is None:
+            self._bucket = Bucket(self._bytes_s, self._bytes_s, now)
+        return self._bucket.spend(size, now, MAX_DEBT_S)
 
 
 class Outbox:
@@ -20,8 +52,9 @@ class Outbox:
     the answering machine allows under way.
     """
 
-    def __init__(self, peer: PeerId) -> None:
+    def __init__(self, peer: PeerId, pace: Pace) -> None:
         self.peer = peer
+        self._pace = pace
         self.sessions: set[int] = set()  # fetches that ask this peer
         self.trouble = ""  # why the last stream could not be opened or broke
         self._wishes: deque[Message] = deque()
@@ -73,12 +106,12 @@ class Outbox:
             while True:
                 while self._wishes or self._answers:
                     if self._wishes:
-                        await _write(stream, self._wishes.popleft())
+                        await write(stream, self._wishes.popleft())
                         continue
                     message, sent = self._answers.popleft()
                     written = False
                     try:
-                        await _write(stream, message)
+                        await self._pace.write(stream, message)
                         written = True
                     finally:
                         sent(written)
@@ -91,7 +124,8 @@ class Outbox:
 class Outboxes:
     """One for each peer that something is to be written to."""
 
-    def __init__(self) -> None:
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
         self._of: dict[PeerId, Outbox] = {}
         self._made, self._new = trio.open_memory_channel[Outbox](math.inf)
 
@@ -99,7 +133,7 @@ class Outboxes:
         """The one of this peer, made when there is none."""
         outbox = self._of.get(peer)
         if outbox is None:
-            outbox = self._of[peer] = Outbox(peer)
+            outbox = self._of[peer] = Outbox(peer, self._pace)
             self._made.send_nowait(outbox)
         return outbox
 
@@ -123,6 +157,7 @@ class Outboxes:
             yield outbox
 
 
-async def _write(stream: Stream, message: Message) -> None:
+async def write(stream: Stream, message: Message) -> None:
+    """A whole message. Raises PeerUnreachable. If cancelled: it may be half written."""
     for part in frame_parts(message):
         await stream.send_all(part if isinstance(part, bytes) else memoryview(part))
