@@ -168,7 +168,16 @@ class Node:
         self.adapters = AdapterService(self.content, self.spans, self.rollout)
         self.grammars = GrammarService(self.releases, self.content, parts.tokenizer)
         us = identity.peer_id
-        self.stage = StageService(us, self.pipes, self.spans, self.load, self.rights, self.adapters, self.grammars)
+        self.stage = StageService(
+            us,
+            self.pipes,
+            self.spans,
+            self.load,
+            self.rights,
+            self.adapters,
+            self.grammars,
+            prefix_cache=config.serve.prefix_cache,
+        )
         router = Router(us, self.directory, self.releases, self.health)
         self.origin = OriginService(us, self.pipes, router, self.releases, self.rollout, self.rights, rng)
         self.readiness = ReadinessService(router, self.origin, self.host, self.pipes, self.health)

@@ -91,6 +91,11 @@ class ServeSection:
         parse_amount,
         "bytes, or share of serve.memory, for the KV of all sessions; the rest holds weights",
     )
+    prefix_cache: bool = setting(
+        True,
+        yes_or_no,
+        "keep the KV of prompts, for those of the same node that begin alike, until a session needs its memory",
+    )
     engine: str = setting(
         "onnx",
         one_of("onnx", "null"),

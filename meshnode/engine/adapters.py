@@ -34,11 +34,21 @@ class Adapter:
 class Adapters:
     """By name. What they take counts with the keys and values of the sessions."""
 
-    def __init__(self, stage: Stage, load: Load, taken: Callable[[], int]) -> None:
-        """`taken`: bytes of the keys and values of the sessions."""
+    def __init__(
+        self,
+        stage: Stage,
+        load: Load,
+        taken: Callable[[], int],
+        make_room: Callable[[int], None] = lambda _most: None,
+    ) -> None:
+        """`taken`: bytes of the keys and values of the sessions.
+
+        `make_room`: have all that is kept for later take no more bytes than this.
+        """
         self._stage = stage
         self._load = load
         self._taken = taken
+        self._make_room = make_room
         self._known: dict[str, Adapter] = {}
         self._alive: WeakSet[Adapter] = WeakSet()
 
@@ -91,6 +101,7 @@ class Adapters:
                 f"{taken / 1e6:.1f} of {most / 1e6:.1f} MB. Try again soon, or give this node more memory.",
                 retry_ms=_RETRY_MS,
             )
+        self._make_room(most - taken - factors.nbytes)
         adapter.factors[layer] = factors
 
     def drop(self, name: str) -> None:

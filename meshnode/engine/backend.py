@@ -19,6 +19,10 @@ class Factors(Protocol):
     def nbytes(self) -> int: ...
 
 
+class Rows(Protocol):
+    """Keys and values of the first rows of a track that has ended, as the stage that made them keeps them."""
+
+
 class Track(Protocol):
     """One session on a stage: its KV and what is bound to it."""
 
@@ -38,6 +42,18 @@ class Track(Protocol):
         Raises:
           MemoryError: the process may not take what the step needs.
           ModelError: the layers can't be computed.
+        """
+
+    def keep(self, count: int) -> Rows:
+        """The keys and values of the first rows. The track is over.
+
+        Raises MemoryError: the process may not take what they need beside those of one layer.
+        """
+
+    def fill(self, rows: Rows, count: int, *, move: bool) -> None:
+        """Have the first rows of another track over the same layers, as if they had been run here.
+
+        `move`: they are given up there, layer by layer.
         """
 
 

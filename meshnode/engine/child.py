@@ -38,6 +38,7 @@ from protocols.enginewire.messages import (
     Load,
     Loaded,
     Open,
+    Opened,
     Refused,
     Step,
     Stepped,
@@ -112,13 +113,13 @@ def _serve(link: Link) -> int:
             case Step():
                 answer, body = _step(sessions, request, frame)
             case Close():
-                sessions.close(request.session)
-                answer = Done(number=request.number)
+                sessions.close(request.session, keep=request.keep)
+                answer = _done(sessions, request.number)
             case Adapt() | AdapterLayer():
                 answer = _adapt(sessions, request, frame)
             case Drop():
                 sessions.adapters.drop(request.adapter)
-                answer = Done(number=request.number)
+                answer = _done(sessions, request.number)
         link.send(ANSWERS.encode(answer), body)
         if isinstance(request, Load):
             gc.freeze()  # what is there now stays: collections need not look at it in the middle of a step
@@ -151,7 +152,7 @@ def _open(sessions: Sessions, request: Open, frame: Frame) -> Answer:
     if request.drawn > len(frame.body) // 4:
         raise RemoteProtocolError(f"an Open has {len(frame.body) // 4} tokens, {request.drawn} of them of its answer")
     try:
-        sessions.open(
+        rows = sessions.open(
             request.session,
             first=request.first,
             last=request.last,
@@ -161,10 +162,11 @@ def _open(sessions: Sessions, request: Open, frame: Frame) -> Answer:
             adapter=request.adapter,
             pooled=request.pooled,
             drawn=request.drawn,
+            prefixes=request.prefixes,
         )
     except Declined as no:
         return _refused(request.number, no)
-    return Done(number=request.number)
+    return Opened(number=request.number, rows=rows, kept_bytes=sessions.kept.nbytes)
 
 
 def _adapt(sessions: Sessions, request: Adapt | AdapterLayer, frame: Frame) -> Answer:
@@ -175,7 +177,7 @@ def _adapt(sessions: Sessions, request: Adapt | AdapterLayer, frame: Frame) -> A
             sessions.adapters.fill(request.adapter, request.layer, frame.body)
     except Declined as no:
         return _refused(request.number, no)
-    return Done(number=request.number)
+    return _done(sessions, request.number)
 
 
 def _step(sessions: Sessions, request: Step, frame: Frame) -> tuple[Answer, bytes | memoryview]:
@@ -198,6 +200,10 @@ def _step(sessions: Sessions, request: Step, frame: Frame) -> tuple[Answer, byte
     compute_us = (perf_counter_ns() - begin) // 1000
     answer = Stepped(number=request.number, token=out.token, compute_us=compute_us, chances=out.chances)
     return answer, out.hidden.data.cast("B") if out.hidden.size else b""
+
+
+def _done(sessions: Sessions, number: int) -> Done:
+    return Done(number=number, kept_bytes=sessions.kept.nbytes)
 
 
 def _refused(number: int, no: Declined) -> Refused:

@@ -15,7 +15,7 @@ from meshnode.engine.sessions import Sessions
 from protocols.enginewire.messages import BAD_INPUT
 from protocols.errors import RemoteProtocolError
 from protocols.ids import SessionId
-from protocols.pipe.messages import Sampling
+from protocols.pipe.messages import Prefix, Sampling
 
 RSS_BYTES: Final = 100_000_000  # what a small engine process takes
 
@@ -44,6 +44,10 @@ class LocalEngine:
     def rss_bytes(self) -> int:
         return RSS_BYTES if self._running else 0
 
+    @property
+    def kept_bytes(self) -> int:
+        return 0 if self._lost.is_set() else self._sessions.kept.nbytes
+
     async def start(self) -> StageReport:
         await trio.sleep(self._load_s)
         self._check()
@@ -65,10 +69,11 @@ class LocalEngine:
         adapter: str = "",
         pooled: bool = False,
         drawn: int = 0,
-    ) -> None:
+        prefixes: tuple[Prefix, ...] = (),
+    ) -> int:
         async with self._one_at_a_time:
             await self._pass_time()
-            self._sessions.open(
+            return self._sessions.open(
                 session,
                 first=first,
                 last=last,
@@ -78,6 +83,7 @@ class LocalEngine:
                 adapter=adapter,
                 pooled=pooled,
                 drawn=drawn,
+                prefixes=prefixes,
             )
 
     async def adapt(self, adapter: AdapterSpec) -> None:
@@ -122,9 +128,9 @@ class LocalEngine:
         spent_us = round(self._step_s * 1e6)
         return StepResult(data=out.hidden.tobytes(), token=out.token, compute_us=spent_us, chances=out.chances)
 
-    async def close(self, session: SessionId) -> None:
+    async def close(self, session: SessionId, *, keep: bool = False) -> None:
         async with self._one_at_a_time:
-            self._sessions.close(session)
+            self._sessions.close(session, keep=keep)
         await trio.lowlevel.checkpoint()
 
     async def stop(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from meshnode.engine.backend import Array, Factors
+from meshnode.engine.backend import Array, Factors, Rows
 from meshnode.model.adapter_file import Pair
 
 _PRIME: Final = 8_388_593  # the largest prime below 2**23
@@ -39,6 +39,13 @@ class NullFactors:
 
     salt: int  # of the bytes; never 0
     nbytes: int
+
+
+@dataclass(slots=True)
+class NullRows:
+    """Implements `Rows` (backend.py)."""
+
+    sums: Ints  # (layers, rows + 1, hidden)
 
 
 class NullTrack:
@@ -83,6 +90,15 @@ class NullTrack:
         if not wanted:
             return np.empty(0, np.float32)
         return self._logits(x[-1])
+
+    def keep(self, count: int) -> NullRows:
+        return NullRows(self._sums[:, : count + 1].copy())
+
+    def fill(self, rows: Rows, count: int, *, move: bool) -> None:
+        assert isinstance(rows, NullRows)  # this stage made them
+        self._sums[:, : count + 1] = rows.sums[:, : count + 1]
+        if move:
+            rows.sums = rows.sums[:, :1]
 
     def _logits(self, row: Ints) -> Array:
         value = int((row * np.arange(1, self._hidden + 1) % _PRIME).sum() % _PRIME)

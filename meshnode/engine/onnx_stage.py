@@ -25,7 +25,7 @@ from weakref import WeakSet
 import numpy as np
 
 from meshnode.core.errors import Declined, ModelError
-from meshnode.engine.backend import Array, Factors
+from meshnode.engine.backend import Array, Factors, Rows
 from meshnode.engine.cut import Cut, WeightlessGraph
 from meshnode.engine.lora import Product, Widths, packed
 from meshnode.engine.model_files import ModelFiles
@@ -80,6 +80,13 @@ class OnnxFactors:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
+
+
+@dataclass(slots=True)
+class OnnxRows:
+    """Implements `Rows` (backend.py)."""
+
+    arrays: dict[str, Array]  # (heads, rows, width) by the end of their names: `7.key`
 
 
 class OnnxStage:
@@ -237,15 +244,11 @@ class OnnxStage:
 
     # ------------------------------------------------------------ what tracks use
 
-    def keys_and_values(self, first: int, last: int, capacity: int) -> dict[str, Any]:
+    def keys_and_values(self, first: int, last: int, capacity: int) -> dict[str, Array]:
         """Zeroed buffers (1, heads, capacity, width) by the end of their names: `7.key`."""
         # one position more than asked: for the ignored row
         shape = (1, self._load.kv_heads, capacity + 1, self._load.head_dim)
-        return {
-            f"{layer}.{part}": ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
-            for layer in range(first, last)
-            for part in _PARTS
-        }
+        return {f"{layer}.{part}": np.zeros(shape, np.float32) for layer in range(first, last) for part in _PARTS}
 
     def rows(self, name: str, count: int) -> Array:
         """A new array for `count` rows of the tensor of this name."""
@@ -287,7 +290,9 @@ class OnnxTrack:
         for given in self._owners:
             assert isinstance(given, OnnxFactors)  # this stage made them
             self._factors.update(given.values)
-        self._kv = stage.keys_and_values(first, last, capacity)
+        self._buffers = stage.keys_and_values(first, last, capacity)
+        # onnxruntime reads and writes them in place
+        self._kv = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self._buffers.items()}
         self._splits = -1
         self._path: list[_Segment] = []
         self._one: list[Any] = []  # bindings of one-row steps, one per segment of the path
@@ -299,6 +304,20 @@ class OnnxTrack:
         if prefill or len(data) > 1:
             return self._run_many(position, data, wanted)
         return self._run_one(position, data, wanted)
+
+    def keep(self, count: int) -> OnnxRows:
+        self.unbind()
+        self._kv = {}
+        kept: dict[str, Array] = {}
+        while self._buffers:  # each is let go before the next one is copied
+            name, buffer = self._buffers.popitem()
+            kept[name] = buffer[0, :, :count].copy()
+        return OnnxRows(kept)
+
+    def fill(self, rows: Rows, count: int, *, move: bool) -> None:
+        assert isinstance(rows, OnnxRows)  # this stage made them
+        for name, buffer in self._buffers.items():
+            buffer[0, :, :count] = (rows.arrays.pop(name) if move else rows.arrays[name])[:, :count]
 
     def unbind(self) -> None:
         """Let go of the segments; the next step binds those that are there then."""

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from protocols.ids import SessionId
 from protocols.manifest.messages import Architecture
-from protocols.pipe.messages import Chance, Sampling
+from protocols.pipe.messages import Chance, Prefix, Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +85,13 @@ class Engine(Protocol):
         adapter: str = "",
         pooled: bool = False,
         drawn: int = 0,
-    ) -> None:
+        prefixes: tuple[Prefix, ...] = (),
+    ) -> int:
         """Reserve KV for `capacity` tokens of one session that runs layers [first, last) of this span.
+
+        `prefixes`: beginnings of its prompt, each longer than the one before. Their names tell everything that the
+        rows depend on beside the layers and the adapter; the rows of the longest one that `close` has kept are
+        taken over. How many that are is returned: the first step may be anywhere up to there.
 
         `adapter`: the name of one that `adapt` has brought; the session keeps it to its end. "" is none.
 
@@ -138,8 +143,16 @@ class Engine(Protocol):
         If cancelled: the step may still run to its end; its result is thrown away.
         """
 
-    async def close(self, session: SessionId) -> None:
-        """Free the session. Unknown sessions are ignored."""
+    async def close(self, session: SessionId, *, keep: bool = False) -> None:
+        """Free the session. Unknown sessions are ignored.
+
+        `keep`: the rows of its longest prefix that were run as rows of a prompt stay, as long as no session and no
+        adapter wants their memory.
+        """
+
+    @property
+    def kept_bytes(self) -> int:
+        """Keys and values that are kept of sessions which have ended; a part of `max_kv_bytes`."""
 
     async def stop(self) -> None:
         """End the process (politely, then by kill within 2 s)."""

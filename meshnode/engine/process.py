@@ -39,10 +39,12 @@ from protocols.enginewire.messages import (
     AdapterLayer,
     Answer,
     Close,
+    Done,
     Drop,
     Failed,
     Loaded,
     Open,
+    Opened,
     Refused,
     Request,
     Step,
@@ -51,7 +53,7 @@ from protocols.enginewire.messages import (
 from protocols.errors import RemoteProtocolError
 from protocols.frame import Frame, FrameReader, pack
 from protocols.ids import SessionId
-from protocols.pipe.messages import Sampling
+from protocols.pipe.messages import Prefix, Sampling
 from protocols.words import layers
 
 _READ_BYTES: Final = 1 << 18
@@ -98,6 +100,7 @@ class EngineProcess:
         self._report: StageReport | None = None
         self._end = ""  # why the process is gone; empty while it is not
         self._last_words = ""  # the end of its stderr
+        self._kept_bytes = 0
 
     @property
     def spec(self) -> StageSpec:
@@ -116,6 +119,10 @@ class EngineProcess:
             return int(psutil.Process(self._process.pid).memory_info().rss)
         except psutil.Error:
             return 0
+
+    @property
+    def kept_bytes(self) -> int:
+        return 0 if self._end else self._kept_bytes
 
     async def start(self) -> StageReport:
         """Start the process and load the span. Call once.
@@ -156,7 +163,8 @@ class EngineProcess:
         adapter: str = "",
         pooled: bool = False,
         drawn: int = 0,
-    ) -> None:
+        prefixes: tuple[Prefix, ...] = (),
+    ) -> int:
         """See port.py. If cancelled: the session may be open."""
         request = Open(
             number=0,
@@ -168,8 +176,15 @@ class EngineProcess:
             adapter=adapter,
             pooled=pooled,
             drawn=drawn,
+            prefixes=prefixes,
         )
-        await self._ask(request, struct.pack(f"<{len(prompt)}i", *prompt), seconds=self._deadlines.call)
+        body = struct.pack(f"<{len(prompt)}i", *prompt)
+        answer, _ = await self._ask(request, body, seconds=self._deadlines.call)
+        assert isinstance(answer, Opened)  # the machine lets nothing else through
+        if answer.rows not in (0, *(prefix.tokens for prefix in prefixes)):
+            await self._bury(f"it says that {answer.rows} rows of a new session are filled, which is no prefix of it")
+            raise self._lost()
+        return answer.rows
 
     async def step(
         self,
@@ -206,12 +221,12 @@ class EngineProcess:
             raise self._lost()
         return StepResult(data=body, token=answer.token, compute_us=answer.compute_us, chances=answer.chances)
 
-    async def close(self, session: SessionId) -> None:
+    async def close(self, session: SessionId, *, keep: bool = False) -> None:
         """See port.py. A lost engine has no sessions: no error.
 
         If cancelled: the session is freed before the next request, whoever makes it.
         """
-        await self._free(Close(number=0, session=session))
+        await self._free(Close(number=0, session=session, keep=keep))
 
     async def adapt(self, adapter: AdapterSpec) -> None:
         """See port.py."""
@@ -395,6 +410,8 @@ class EngineProcess:
         frame = self._frames.popleft()
         answer = ANSWERS.decode(frame.header)
         self._machine.answered(answer)
+        if isinstance(answer, Done | Opened):
+            self._kept_bytes = answer.kept_bytes
         return answer, frame.body
 
     def _shorten_log(self) -> None:

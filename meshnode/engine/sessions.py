@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter_ns
@@ -11,12 +13,13 @@ import numpy as np
 
 from meshnode.core.errors import Declined, ModelError
 from meshnode.engine.adapters import Adapter, Adapters
-from meshnode.engine.backend import Array, Stage, Track
+from meshnode.engine.backend import Array, Factors, Stage, Track
+from meshnode.engine.kept import KeptPrompt, KeptPrompts
 from meshnode.engine.pooling import Pool
 from meshnode.engine.sampling import chances, masked, needs_history, sample
 from meshnode.policy.shares import PROBE_SESSIONS, PROBE_TOKENS
 from protocols.enginewire.messages import BAD_INPUT, BUSY, FENCED, NO_POOLING, TOO_LONG, Load
-from protocols.pipe.messages import Chance, Sampling
+from protocols.pipe.messages import Chance, Prefix, Sampling
 from protocols.words import layers
 
 _RETRY_MS: Final = 1000
@@ -43,10 +46,13 @@ class _Session:
     kv_bytes: int
     sampling: Sampling | None
     adapter: Adapter | None  # held as long as the session: it counts while it is used
+    adapter_name: str
     tokens: list[int]  # what is known of the text: the prompt, then the answer so far
     prompt: int  # how many of them are the prompt
     pool: Pool | None = None  # of one that wants no tokens
     rows: int = 0  # positions that hold KV
+    prompt_rows: int = 0  # of them, those from 0 on that were run as rows of a prompt
+    prefixes: tuple[Prefix, ...] = ()
 
 
 class Sessions:
@@ -54,7 +60,10 @@ class Sessions:
         self._stage = stage
         self._load = load
         self._open: dict[bytes, _Session] = {}
-        self.adapters = Adapters(stage, load, lambda: sum(session.kv_bytes for session in self._open.values()))
+        self.kept = KeptPrompts()
+        self.adapters = Adapters(
+            stage, load, lambda: sum(session.kv_bytes for session in self._open.values()), self.kept.shrink
+        )
 
     def open(
         self,
@@ -68,14 +77,20 @@ class Sessions:
         adapter: str = "",
         pooled: bool = False,
         drawn: int = 0,
-    ) -> None:
+        prefixes: Sequence[Prefix] = (),
+    ) -> int:
         """Reserve a session; one of the same name is replaced.
 
         Args:
+          prefixes: beginnings of the prompt, each longer than the one before. Rows of a session that ended are
+            taken over, up to the longest of them that was kept.
           pooled: after the last layer, the mean of all rows is wanted (`pooling.py`), and no token.
           prompt: int32 (tokens,), and after it what was drawn elsewhere of the answer.
           drawn: how many of these tokens are the answer's.
           adapter: the name of the one that it runs with to its end; "" for none.
+
+        Returns:
+          how many rows are filled already.
 
         Raises:
           Declined: `fenced` (layers outside the span, no such adapter), `too-long` (above the context or our
@@ -116,9 +131,12 @@ class Sessions:
                 "Try again soon.",
                 retry_ms=_RETRY_MS,
             )
+        fitting = () if pooled else tuple(prefix for prefix in prefixes if prefix.tokens <= capacity)
+        found = self.kept.find((first, last, adapter), fitting)
+        self.kept.shrink(load.max_kv_bytes - used - wanted, spare=None if found is None else found[0])
         try:
             factors = {} if used_adapter is None else used_adapter.factors
-            track = self._stage.open(first, last, capacity, factors, normed=pooled)
+            track = self._track(first, last, capacity, factors, pooled)
         except ModelError as error:
             if not pooled:
                 raise
@@ -128,9 +146,42 @@ class Sessions:
                 BUSY, f"The device has no {wanted / 1e6:.1f} MB of memory left for the session.", retry_ms=_RETRY_MS
             ) from None
         pool = Pool(load.hidden) if pooled and last == load.layers else None
-        self._open[name] = _Session(
-            track, first, last, capacity, wanted, sampling, used_adapter, prompt.tolist(), len(prompt) - drawn, pool
+        session = self._open[name] = _Session(
+            track,
+            first,
+            last,
+            capacity,
+            wanted,
+            sampling,
+            used_adapter,
+            adapter,
+            prompt.tolist(),
+            len(prompt) - drawn,
+            pool,
+            prefixes=fitting,
         )
+        if found is not None and found[0] in self.kept:
+            # beside the session where both fit, else in it
+            session.rows = session.prompt_rows = self._fill(track, *found, load.max_kv_bytes - used - wanted)
+        return session.rows
+
+    def _track(self, first: int, last: int, capacity: int, factors: Mapping[int, Factors], normed: bool) -> Track:
+        """Raises ModelError, MemoryError: even without what is kept for later."""
+        try:
+            return self._stage.open(first, last, capacity, factors, normed=normed)
+        except MemoryError:
+            if not self.kept:
+                raise
+        self.kept.shrink(0)
+        return self._stage.open(first, last, capacity, factors, normed=normed)
+
+    def _fill(self, track: Track, prompt: KeptPrompt, count: int, room: int) -> int:
+        """Have the rows of a prompt in a new track. `room`: bytes that all kept prompts may take beside it."""
+        move = self.kept.nbytes > room
+        if move:
+            self.kept.remove(prompt)
+        track.fill(prompt.rows, count, move=move)
+        return count
 
     def step(
         self,
@@ -173,12 +224,16 @@ class Sessions:
         if sample_after and ends and pool is None:
             self._require_history(session, end)
         try:
-            out = _run(session.track, position, data, prefill=prefill, wanted=sample_after)
+            out = self._run(session.track, position, data, prefill, sample_after)
         except MemoryError:
             raise Declined(
                 BUSY, f"This node has no memory left for a step of {rows} rows. Try again soon.", retry_ms=_RETRY_MS
             ) from None
         session.rows = end
+        if not prefill:
+            session.prompt_rows = min(session.prompt_rows, position)
+        elif position <= session.prompt_rows:
+            session.prompt_rows = end
         if pool is not None:
             pool.add(position, out)
             return StepOut(pool.mean() if sample_after else _NOTHING)
@@ -197,8 +252,30 @@ class Sessions:
         session.tokens[end:] = [token]
         return StepOut(_NOTHING, token, chances(out, token, 0 if sampling is None else sampling.chances))
 
-    def close(self, name: bytes) -> None:
-        self._open.pop(name, None)
+    def _run(self, track: Track, position: int, data: Array, prefill: bool, wanted: bool) -> Array:
+        """Raises MemoryError: even without what is kept for later."""
+        try:
+            return _run(track, position, data, prefill=prefill, wanted=wanted)
+        except MemoryError:
+            if not self.kept:
+                raise
+        self.kept.shrink(0)
+        return _run(track, position, data, prefill=prefill, wanted=wanted)
+
+    def close(self, name: bytes, *, keep: bool = False) -> None:
+        """Free a session; unknown ones are ignored. `keep`: but for the rows of its longest prefix."""
+        session = self._open.pop(name, None)
+        if session is None or not keep:
+            return
+        held = [prefix for prefix in session.prefixes if prefix.tokens <= session.prompt_rows]
+        scope = (session.first, session.last, session.adapter_name)
+        if not held or self.kept.has(scope, held[-1]):
+            return
+        count = held[-1].tokens
+        with suppress(MemoryError):
+            rows = session.track.keep(count)
+            nbytes = kv_bytes(self._load, session.first, session.last, count)
+            self.kept.add(KeptPrompt(scope, rows, nbytes, {prefix.name: prefix.tokens for prefix in held}))
 
     def _tensor(self, session: _Session, rows: int, body: bytes) -> Array:
         """int32 (rows,) or float32 (rows, hidden) over the bytes. Raises Declined `bad-input`."""

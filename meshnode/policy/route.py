@@ -18,6 +18,7 @@ from typing import Final
 from meshnode.core.sizes import counted
 from meshnode.model.fit import Range
 from meshnode.policy.chain import START, cheapest
+from meshnode.policy.kept_prompts import Kept
 from meshnode.policy.mesh_view import layer_us_of
 from meshnode.policy.placement import runs
 from protocols.advert.messages import INTENT, LOADING, SERVING, Advert, Serving, Span
@@ -32,6 +33,8 @@ HOP_US: Final = 800  # every hop costs this much besides the wire: fewer stages 
 CUT_US: Final = 200  # entering or leaving a span inside it
 FULL_US: Final = 10_000_000  # a peer without a free session is the last choice
 BANDWIDTH_BYTES_MS: Final = 12_500  # 100 Mbit/s, where the link is not loopback
+ANSWER_TOKENS: Final = 128  # an answer is taken to be so long when a shorter prompt is weighed against a slower chain
+PROMPT_SPEED: Final = 2  # rows of a prompt in the time of one token, on the slowest device seen
 ROW_BYTES: Final = 4096  # hidden state of one token, if the caller does not know better
 
 
@@ -116,8 +119,11 @@ def plan_route(
     avoid: Collection[PeerId] = (),
     least_us: Mapping[PeerId, int] | None = None,
     row_bytes: int = ROW_BYTES,
+    kept: Sequence[Kept] = (),
 ) -> tuple[Hop, ...] | NoRoute:
     """The chain of stages for a new session, or why there is none.
+
+    A chain that has kept a beginning of the prompt is taken where that saves more than it costs.
 
     Args:
       view: live adverts, ours included if we serve.
@@ -127,6 +133,7 @@ def plan_route(
       avoid: peers that failed us a moment ago.
       least_us: per peer, below which its word on the time of a layer is not believed.
       row_bytes: size of one hidden state.
+      kept: chains that may hold a beginning of the prompt.
     """
     busy = in_flight or {}
     speed = layer_us_of(view)
@@ -148,24 +155,69 @@ def plan_route(
         return _why_not(view, stages, model, avoid)
     if len(chain) > MAX_STAGES:
         return NoRoute(f"the shortest chain has {len(chain)} stages; {MAX_STAGES} are possible", 30_000)
-    return tuple(Hop(peer=s.peer, incarnation=s.incarnation, first=a, last=b) for s, (a, b) in chain)
+    planned = tuple(Hop(peer=s.peer, incarnation=s.incarnation, first=a, last=b) for s, (a, b) in chain)
+    return _kept_chain(
+        view, stages, planned, origin, row_bytes, [one for one in kept if one.manifest == model.manifest]
+    )
+
+
+def _kept_chain(
+    view: Mapping[PeerId, Advert],
+    stages: Sequence[_Candidate],
+    planned: tuple[Hop, ...],
+    origin: PeerId,
+    row_bytes: int,
+    kept: Sequence[Kept],
+) -> tuple[Hop, ...]:
+    """The chain that answers soonest: the planned one, or one that has a part of the prompt."""
+    known = {stage.peer: stage for stage in stages}
+
+    def answer_us(route: tuple[Hop, ...]) -> int:
+        peers = [PeerId(hop.peer) for hop in route]
+        links = zip([origin, *peers], [*peers, origin], strict=True)
+        ways = sum(_link_us(view, one, other, row_bytes) for one, other in links)
+        work = sum(_run_us(known[PeerId(hop.peer)], (hop.first, hop.last)) for hop in route)
+        return (ways + work) * ANSWER_TOKENS
+
+    def saved_us(one: Kept) -> int:
+        row = sum((hop.last - hop.first) * known[PeerId(hop.peer)].layer_us for hop in one.route)
+        return one.tokens * row // PROMPT_SPEED
+
+    def stands(hop: Hop) -> bool:
+        stage = known.get(PeerId(hop.peer))
+        if stage is None or stage.incarnation != hop.incarnation:
+            return False
+        return stage.first <= hop.first and hop.last <= stage.last
+
+    able = [one for one in kept if all(map(stands, one.route))]
+    best = min(able, key=lambda one: answer_us(one.route) - saved_us(one), default=None)
+    if best is None or answer_us(best.route) - saved_us(best) >= answer_us(planned):
+        return planned
+    return best.route
+
+
+def _link_us(view: Mapping[PeerId, Advert], one: PeerId, other: PeerId, row_bytes: int) -> int:
+    """One row on its way."""
+    if one == other:
+        return 0
+    trip = round_trip_us(view, one, other)
+    return HOP_US + trip // 2 + (row_bytes * 1000 // BANDWIDTH_BYTES_MS if trip else 0)
+
+
+def _run_us(stage: _Candidate, part: Range) -> int:
+    """One row through these layers of a stage, and before that its wait."""
+    first, last = part
+    cuts = (first != stage.first) + (last != stage.last)
+    return stage.wait_us + (last - first) * stage.layer_us + cuts * CUT_US
 
 
 def _cheapest(
     view: Mapping[PeerId, Advert], stages: list[_Candidate], layers: int, origin: PeerId, seed: int, row_bytes: int
 ) -> list[tuple[_Candidate, Range]] | None:
-    def link(one: PeerId, other: PeerId) -> int:
-        if one == other:
-            return 0
-        trip = round_trip_us(view, one, other)
-        return HOP_US + trip // 2 + (row_bytes * 1000 // BANDWIDTH_BYTES_MS if trip else 0)
-
     known = {stage.peer: stage for stage in stages}
 
-    def run(peer: str, part: Range) -> int:
-        stage, (first, last) = known[PeerId(peer)], part
-        cuts = (first != stage.first) + (last != stage.last)
-        return stage.wait_us + (last - first) * stage.layer_us + cuts * CUT_US
+    def link(one: PeerId, other: PeerId) -> int:
+        return _link_us(view, one, other, row_bytes)
 
     def drawn(at: int, able: Sequence[str]) -> list[str]:
         out: list[str] = [stage.peer for stage in _draw([known[PeerId(peer)] for peer in able], seed, at)]
@@ -175,7 +227,7 @@ def _cheapest(
         {stage.peer: (stage.first, stage.last) for stage in stages},
         layers,
         hop_us=lambda before, peer: link(PeerId(before) if before != START else origin, PeerId(peer)),
-        run_us=run,
+        run_us=lambda peer, part: _run_us(known[PeerId(peer)], part),
         back_us=lambda peer: link(PeerId(peer), origin),
         candidates=drawn,
     )

@@ -26,6 +26,7 @@ from protocols.enginewire.messages import (
     Load,
     Loaded,
     Open,
+    Opened,
     Refused,
     Request,
     Step,
@@ -52,6 +53,7 @@ NODE: Final[Mapping[tuple[State, type], State]] = {
     (State.READY, AdapterLayer): State.READY,
     (State.READY, Drop): State.READY,
     (State.READY, Done): State.READY,
+    (State.READY, Opened): State.READY,
     (State.READY, Stepped): State.READY,
     (State.READY, Refused): State.READY,
     (State.READY, Failed): State.ENDED,
@@ -68,7 +70,7 @@ ENGINE: Final[Mapping[tuple[State, type], State]] = {
 # Which answers a request can get; Failed can come to any of them.
 ANSWERED_BY: Final[Mapping[type, tuple[type, ...]]] = {
     Load: (Loaded, Failed),
-    Open: (Done, Refused, Failed),
+    Open: (Opened, Refused, Failed),
     Step: (Stepped, Refused, Failed),
     Close: (Done, Failed),
     Adapt: (Done, Refused, Failed),

@@ -12,7 +12,15 @@ from typing import Final
 
 from protocols.codec import Union, at, message
 from protocols.ids import SESSION_BYTES
-from protocols.pipe.messages import MAX_ADAPTER_NAME, MAX_CHANCES, MAX_POSITION, Chance, Sampling
+from protocols.pipe.messages import (
+    MAX_ADAPTER_NAME,
+    MAX_CHANCES,
+    MAX_POSITION,
+    MAX_PREFIXES,
+    Chance,
+    Prefix,
+    Sampling,
+)
 
 MAX_MESSAGE_BYTES: Final = 1 << 18  # bytes: a Load that names 1026 group files is the largest
 MAX_ROWS: Final = 1 << 16
@@ -78,6 +86,8 @@ class Open:
     adapter: str = at(7, limit=MAX_ADAPTER_NAME, default="")  # that it runs with; "": none
     pooled: bool = at(8, default=False)  # after the last layer, the mean of all rows is wanted, and no token
     drawn: int = at(9, high=MAX_POSITION, default=0)  # how many ids of the body are the answer's, drawn elsewhere
+    # rows that may be kept, each more than the one before; the names tell the prompt and all else they depend on
+    prefixes: tuple[Prefix, ...] = at(10, limit=MAX_PREFIXES, default=())
 
 
 @message(tag=3)
@@ -103,6 +113,7 @@ class Close:
 
     number: int = at(1)
     session: bytes = at(2, size=SESSION_BYTES)
+    keep: bool = at(3, default=False)  # the rows of its prefixes, for sessions that begin alike
 
 
 @message(tag=5)
@@ -157,6 +168,7 @@ class Done:
     """Engine -> node: a request without a result of its own was carried out."""
 
     number: int = at(1)
+    kept_bytes: int = at(2, default=0)  # keys and values that are kept of sessions which have ended
 
 
 @message(tag=18)
@@ -191,11 +203,21 @@ class Failed:
     reason: str = at(2, limit=MAX_REASON)
 
 
+@message(tag=21)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """Engine -> node: the session is open."""
+
+    number: int = at(1)
+    rows: int = at(2, high=MAX_POSITION, default=0)  # that are filled already: one of its prefixes, or none
+    kept_bytes: int = at(3, default=0)  # as in Done
+
+
 Request = Load | Open | Step | Close | Adapt | AdapterLayer | Drop
-Answer = Loaded | Done | Stepped | Refused | Failed
+Answer = Loaded | Done | Stepped | Refused | Failed | Opened
 REQUESTS: Final[Union[Request]] = Union(
     "enginewire requests", Load, Open, Step, Close, Adapt, AdapterLayer, Drop, limit=MAX_MESSAGE_BYTES
 )
 ANSWERS: Final[Union[Answer]] = Union(
-    "enginewire answers", Loaded, Done, Stepped, Refused, Failed, limit=MAX_MESSAGE_BYTES
+    "enginewire answers", Loaded, Done, Stepped, Refused, Failed, Opened, limit=MAX_MESSAGE_BYTES
 )

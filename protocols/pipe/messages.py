@@ -19,6 +19,8 @@ MAX_POSITION: Final = 1 << 20  # tokens
 MAX_ADAPTER_NAME: Final = 64  # characters of the CID of an adapter
 MAX_CHANCES: Final = 21  # of one token: its own, and those of the 20 best
 MAX_GRAMMAR_BYTES: Final = 1 << 16
+MAX_PREFIXES: Final = 64
+PREFIX_BYTES: Final = 16
 LOST: Final = "lost"  # a peer went away, or the stage before it could not reach it
 
 
@@ -72,6 +74,14 @@ class Grammar:
     text: bytes = at(2, limit=MAX_GRAMMAR_BYTES)  # UTF-8; empty for json_object
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefix:
+    """A beginning of a prompt, by a name that only the same tokens have (`prefixes.py`)."""
+
+    tokens: int = at(1, low=1, high=MAX_POSITION)
+    name: bytes = at(2, size=PREFIX_BYTES)
+
+
 @message(tag=1)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Open:
@@ -93,6 +103,8 @@ class Open:
     grammar: Grammar | None = at(14, default=None)  # to the last stage, with sampling
     pooled: bool = at(12, default=False)  # to the last stage, instead of sampling: the mean of all rows is wanted
     drawn: int = at(16, high=MAX_POSITION, default=0)  # to the last stage: how many ids of the body are the answer's
+    # beginnings of the prompt, each longer than the one before: rows that a stage may have kept, and may keep
+    prefixes: tuple[Prefix, ...] = at(11, limit=MAX_PREFIXES, default=())
 
 
 @message(tag=2)
@@ -103,6 +115,7 @@ class Opened:
     session: bytes = at(1, size=SESSION_BYTES)
     attempt: int = at(2, high=1 << 16)
     index: int = at(3, high=MAX_STAGES)
+    kept: int = at(5, high=MAX_POSITION, default=0)  # rows that are there already: one of the prefixes, or none
 
 
 @message(tag=3)
@@ -154,6 +167,7 @@ class Close:
 
     session: bytes = at(1, size=SESSION_BYTES)
     attempt: int = at(2, high=1 << 16)
+    keep: bool = at(3, default=False)  # all went well: the rows of its prefixes are worth keeping
 
 
 @message(tag=7)

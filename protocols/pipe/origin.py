@@ -26,6 +26,7 @@ from protocols.pipe.messages import (
     Open,
     Opened,
     Pooled,
+    Prefix,
     Refused,
     Sampling,
     Step,
@@ -179,6 +180,7 @@ class Task:
     sampling: Sampling
     grammar: Grammar | None = None  # what the answer has to be
     adapter: str = ""  # CID of what the stages add to the model; "": nothing
+    prefixes: tuple[Prefix, ...] = ()  # beginnings of the prompt that the stages may have kept, and may keep
     pooled: int = 0  # numbers of the vector that the prompt is to become, instead of an answer; 0: an answer
 
 
@@ -221,6 +223,7 @@ class Origin:
         self._route, self._task = route, task
         self._end = len(prompt) + task.max_tokens  # position after the last token that may be sampled
         self._opened: set[int] = set()
+        self._kept: list[int] = []  # rows that each stage which has opened has already
         self._drawn = drawn
         self._next = len(prompt) + len(drawn)  # position of the token that comes next
         self._open_s = open_s
@@ -230,6 +233,11 @@ class Origin:
     def began(self) -> bool:
         """Whether every stage has opened, at some time."""
         return len(self._opened) == len(self._route)
+
+    @property
+    def cached(self) -> int:
+        """Tokens of the prompt that need not be computed, once every stage has opened: what all have kept."""
+        return min(*self._kept, len(self._task.prompt) - 1) if self.began else 0
 
     def handle(self, event: OriginEvent, now: float) -> tuple[OriginEffect, ...]:
         """Take one event at time `now` (seconds, monotonic) and return what to do, in order.
@@ -252,7 +260,7 @@ class Origin:
         effects = self._act(turn, event, now)
         if after is OriginState.CLOSED:
             self.deadline = None
-            closes = () if self.state is OriginState.NEW else self._closes()
+            closes = () if self.state is OriginState.NEW else self._closes(keep=isinstance(effects[-1], Finished))
             effects = (*effects[:-1], *closes, effects[-1])
         self.state = after
         return effects
@@ -305,7 +313,10 @@ class Origin:
             raise RemoteProtocolError(f"{peer} answered for stage {message.index}, which is not its own")
         if isinstance(message, Refused):
             return (self._refused(message),)
+        if message.kept not in (0, *(prefix.tokens for prefix in self._task.prefixes)):
+            raise RemoteProtocolError(f"{peer} has kept {message.kept} rows, which is none of the prefixes")
         self._opened.add(message.index)
+        self._kept.append(message.kept)
         return self._prefill(now) if turn is OriginTurn.ALL_OPENED else ()
 
     def _begin(self, now: float) -> tuple[OriginEffect, ...]:
@@ -328,6 +339,7 @@ class Origin:
                     grammar=self._task.grammar if index == last else None,
                     pooled=index == last and self._task.pooled > 0,
                     drawn=len(self._drawn) if index == last else 0,
+                    prefixes=self._task.prefixes,
                 ),
                 self._task.prompt + self._drawn if index == last else (),
             )
@@ -353,9 +365,10 @@ class Origin:
         steps: list[OriginEffect] = []
         position = 0
         for rows in self._task.chunks:
-            body = self._task.prompt[position : position + rows]
-            position += rows
-            steps.append(self._step(position - rows, body, sample=position == self._next, prefill=True))
+            begin, position = max(position, self.cached), position + rows
+            if begin < position:
+                body = self._task.prompt[begin:position]
+                steps.append(self._step(begin, body, sample=position == self._next, prefill=True))
         for begin in range(0, len(self._drawn), REPLAY_ROWS):
             body = self._drawn[begin : begin + REPLAY_ROWS]
             sample = begin + len(body) == len(self._drawn)
@@ -421,8 +434,12 @@ class Origin:
         text = f"no token came within {seconds} from {' and '.join(_layers(hop) for hop in self._route)}".rstrip(",")
         return Failed(TIMEOUT, text, None)
 
-    def _closes(self) -> tuple[Send, ...]:
-        return tuple(Send(peer, Close(session=self._session, attempt=self._attempt)) for peer in self.peers)
+    def _closes(self, *, keep: bool) -> tuple[Send, ...]:
+        """`keep`: nothing went wrong, so the rows of the prompt are what they should be."""
+        keep = keep and bool(self._task.prefixes)
+        return tuple(
+            Send(peer, Close(session=self._session, attempt=self._attempt, keep=keep)) for peer in self.peers
+        )
 
 
 _TURNS: Final[Mapping[type[OriginEvent], OriginTurn]] = {

@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Final
 
 from protocols.errors import RemoteProtocolError
-from protocols.pipe.messages import Chance, Close, HopTime, Message, Open, Pooled, Refused, Step, Token
+from protocols.pipe.messages import Chance, Close, HopTime, Message, Open, Opened, Pooled, Refused, Step, Token
 from protocols.pipe.timeouts import FIRST_ROWS, FIRST_STEP_S, IDLE_S, PREFILL_ROW_S
 
 
@@ -68,9 +68,16 @@ class StageSession:
             raise RemoteProtocolError(
                 f"{opening.origin} gave an answer to go on with to a stage that draws no tokens"
             )
+        ends = [0, *(prefix.tokens for prefix in opening.prefixes)]
+        if any(a >= b for a, b in itertools.pairwise(ends)) or ends[-1] > opening.capacity:
+            raise RemoteProtocolError(
+                f"{opening.origin} named beginnings of {ends[1:5]} tokens; each has to be longer than the one "
+                f"before, and the session holds {opening.capacity}"
+            )
         self._upstream = opening.origin if opening.index == 0 else route[opening.index - 1].peer
         self.downstream = opening.origin if self.is_last else route[opening.index + 1].peer
         self._next = 0  # position after the last row that was taken
+        self._fed = False  # whether a step came
         self._catching_up = True  # whether what is on its way may be many rows: of the prompt, or of a replay
         self._sampled = False  # whether the last step asked for a token
 
@@ -82,9 +89,15 @@ class StageSession:
         the first rows. While the prompt or a replay is on its way, stages behind us may have many rows to run.
         """
         capacity = self.opening.capacity
-        if not self._next:
+        if not self._fed:
             return FIRST_STEP_S + PREFILL_ROW_S * min(capacity, FIRST_ROWS) * self.opening.index
         return IDLE_S + (PREFILL_ROW_S * capacity if self._catching_up else 0.0)
+
+    def opened(self, kept: int) -> Opened:
+        """The engine has the session, and so many of its rows are there already: they need not come again."""
+        self._next = kept
+        opening = self.opening
+        return Opened(session=opening.session, attempt=opening.attempt, index=opening.index, kept=kept)
 
     def take(self, peer: str, step: Step) -> bool:
         """A step came in. Whether the engine is to run it; one of another attempt or a closed session is ignored.
@@ -106,6 +119,7 @@ class StageSession:
         if len(step.times) != self.opening.index:
             raise RemoteProtocolError(f"{peer} sent {len(step.times)} hop times to stage {self.opening.index}")
         self._next = step.position + step.rows
+        self._fed = True
         self._catching_up = step.prefill or not self._sampled
         self._sampled = step.sample
         self.state = after

@@ -19,7 +19,7 @@ from meshnode.engine.process import Deadlines, EngineProcess
 from protocols.errors import RemoteProtocolError
 from protocols.ids import SessionId
 from protocols.manifest.messages import Architecture
-from protocols.pipe.messages import Sampling
+from protocols.pipe.messages import Prefix, Sampling
 from tests.adapters import written
 
 # make(first, last, ...) -> a started engine of one small model that ends with the context
@@ -66,10 +66,11 @@ async def enter(
     sampling: Sampling | None = None,
     prompt: Sequence[int] = (),
     adapter: str = "",
-) -> None:
+    prefixes: tuple[Prefix, ...] = (),
+) -> int:
     """Open a session over the whole span of an engine."""
     spec = engine.spec
-    await engine.open(
+    return await engine.open(
         name(session),
         first=spec.first,
         last=spec.last,
@@ -77,6 +78,7 @@ async def enter(
         sampling=sampling,
         prompt=tuple(prompt),
         adapter=adapter,
+        prefixes=prefixes,
     )
 
 
@@ -423,6 +425,80 @@ async def _check_adapters(make: Make) -> None:
                 await whole.adapt(damaged)
             assert caught.value.code == "bad-adapter"
             assert await generate([whole], 6, session=4) == plain
+
+
+def _beginnings(*ends: int) -> tuple[Prefix, ...]:
+    return tuple(Prefix(tokens=end, name=bytes([end] * 16)) for end in ends)
+
+
+async def _check_kept_rows(make: Make) -> None:
+    """A session that begins like one that has ended goes on from its rows, with the tokens of one that does not."""
+    async with make(0, 4) as engine:
+        expected = await generate([engine], 4)
+        await enter(engine, 1, capacity=30, prompt=PROMPT, prefixes=_beginnings(4, 7))
+        await say(engine, PROMPT[:7])
+        assert engine.kept_bytes == 0
+        await engine.close(name(1), keep=True)
+        arch = engine.spec.architecture
+        assert engine.kept_bytes == 4 * 2 * arch.kv_heads * arch.head_dim * 4 * 7
+
+        async def answer(session: int, ends: tuple[int, ...], begin: int) -> list[int]:
+            assert await enter(engine, session, capacity=20, prompt=PROMPT, prefixes=_beginnings(*ends)) == begin
+            result = await say(engine, PROMPT[begin:], begin, session=session)
+            out = []
+            for position in range(11, 15):
+                assert result.token is not None
+                out.append(result.token)
+                result = await say(engine, out[-1:], position, session=session, prefill=False)
+            await engine.close(name(session))
+            return out
+
+        assert await answer(2, (4, 7, 11), 7) == expected
+        assert await answer(3, (4, 11), 4) == expected, "what was kept is there for more than one"
+        assert await answer(4, (3, 11), 0) == expected
+        assert await enter(engine, 5, capacity=6, prefixes=_beginnings(4, 7)) == 4, "rows that fit into the session"
+        await say(engine, (9, 9, 9, 9), 1, session=5)  # another text: what is kept does not change
+        await engine.close(name(5))
+        assert await answer(6, (4, 7, 11), 7) == expected
+
+
+async def _check_rows_of_answers_are_not_kept(make: Make) -> None:
+    async with make(0, 4) as engine:
+        await enter(engine, 1, capacity=20, prompt=PROMPT, prefixes=_beginnings(4, 7, 11))
+        await say(engine, PROMPT[:6])
+        for position in range(6, 11):
+            await say(engine, PROMPT[position : position + 1], position, prefill=False)
+        await engine.close(name(1), keep=True)
+        assert await enter(engine, 2, capacity=20, prefixes=_beginnings(4, 7, 11)) == 4
+        await engine.close(name(2))
+        await enter(engine, 3, capacity=20, prompt=PROMPT, prefixes=_beginnings(5))
+        await say(engine, PROMPT, session=3)
+        await say(engine, (9,), 3, session=3, prefill=False)  # rewound to 3, and on as an answer
+        await engine.close(name(3), keep=True)
+        assert await enter(engine, 4, capacity=20, prefixes=_beginnings(5)) == 0
+
+
+async def _check_kept_rows_give_way(make: Make) -> None:
+    async with make(0, 4) as engine:
+        arch = engine.spec.architecture
+        per_token = 4 * 2 * arch.kv_heads * arch.head_dim * 4
+        expected = await generate([engine], 1)
+    async with make(0, 4, max_kv_bytes=per_token * 20) as engine:
+        for session, end in ((1, 8), (2, 9)):
+            await enter(engine, session, capacity=11, prompt=PROMPT, prefixes=_beginnings(end))
+            await say(engine, PROMPT, session=session)
+            await engine.close(name(session), keep=True)
+        assert engine.kept_bytes == per_token * 17
+        await enter(engine, 3, capacity=5)
+        assert engine.kept_bytes == per_token * 9, "the oldest goes"
+        await engine.close(name(3))
+        assert await enter(engine, 4, capacity=18, prompt=PROMPT, prefixes=_beginnings(9)) == 9
+        assert engine.kept_bytes == 0, "where both have no room, the session takes the rows with it"
+        assert (await say(engine, PROMPT[9:], 9, session=4)).token == expected[0]
+        await engine.close(name(4), keep=True)
+        assert engine.kept_bytes == per_token * 9
+        await enter(engine, 5, capacity=20)
+        assert engine.kept_bytes == 0
 
 
 async def _check_stop(make: Make) -> None:

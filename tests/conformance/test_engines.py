@@ -14,6 +14,7 @@ SHAPES = (
     "_check_pooling",
     "_check_rewind",
     "_check_an_answer_goes_on",
+    "_check_kept_rows",
 )  # what depends on the kernels
 CASES = [(kind, check) for kind in ("null", "int4") for check in CHECKS]
 CASES += [(variant, check) for variant in ("fp32", "int8") for check in CHECKS if check.__name__ in SHAPES]

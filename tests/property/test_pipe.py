@@ -274,7 +274,7 @@ CODES = st.sampled_from(("busy", "lost", "fenced", "timeout", ""))
 ROWS = st.integers(1, 12)
 CHANCES = st.lists(st.builds(Chance, token=st.integers(0, 9), nano_nats=NOW), max_size=3).map(tuple)
 LIES = st.one_of(
-    lie(Opened, index=INDICES),
+    lie(Opened, index=INDICES, kept=st.integers(0, 7)),
     lie(Refused, index=INDICES, code=CODES, reason=st.text(max_size=5)),
     lie(Token, position=POSITIONS, token=st.integers(0, 1 << 24), sent_us=NOW, times=HOPS),
     lie(Token, position=POSITIONS, token=st.integers(0, 9), sent_us=NOW, times=HOPS, chances=CHANCES),

@@ -95,9 +95,10 @@ class LocalEngine(local.LocalEngine):
         if adapter in self.adapters:
             self.adapters.remove(adapter)
 
-    async def open(self, session: SessionId, **settings: Any) -> None:
-        await super().open(session, **settings)
+    async def open(self, session: SessionId, **settings: Any) -> int:
+        rows = await super().open(session, **settings)
         self.open_sessions.add(session)
+        return rows
 
     async def step(self, session: SessionId, *, position: int, rows: int, **settings: Any) -> StepResult:
         if self.dies_after is not None and len(self.steps) >= self.dies_after:
@@ -107,8 +108,8 @@ class LocalEngine(local.LocalEngine):
             await self.held.wait()
         return self.tampers(await super().step(session, position=position, rows=rows, **settings))
 
-    async def close(self, session: SessionId) -> None:
-        await super().close(session)
+    async def close(self, session: SessionId, *, keep: bool = False) -> None:
+        await super().close(session, keep=keep)
         self.open_sessions.discard(session)
         self.changed()
 

@@ -11,7 +11,7 @@ from protocols.codec import dumps
 from protocols.enginewire import messages as wire
 from protocols.enginewire.machine import ANSWERED_BY, ENGINE, NODE, EngineSide, NodeSide, State
 from protocols.errors import LocalProtocolError, RemoteProtocolError
-from protocols.pipe.messages import Chance, Sampling
+from protocols.pipe.messages import Chance, Prefix, Sampling
 from tests.vectors import PROTOCOLS, Case, hold
 
 S = bytes(range(16))
@@ -50,10 +50,12 @@ REQUEST_SAMPLES: dict[str, wire.Request] = {
     "open, pooled": dataclasses.replace(OPEN, sampling=None, pooled=True),
     "open, that goes on": dataclasses.replace(OPEN, drawn=3),
     "open, with an adapter": dataclasses.replace(OPEN, adapter=NAME),
+    "open, with prefixes": dataclasses.replace(OPEN, prefixes=(Prefix(tokens=64, name=S),)),
     "step": STEP,
     "step with a mask": dataclasses.replace(STEP, mask=6144),
     "step, decode": dataclasses.replace(STEP, position=5, rows=1, prefill=False, sample=False),
     "close": CLOSE,
+    "close and keep": dataclasses.replace(CLOSE, keep=True),
     "adapt": ADAPT,
     "layer of an adapter": LAYER,
     "drop": DROP,
@@ -63,6 +65,9 @@ ANSWER_SAMPLES: dict[str, wire.Answer] = {
         number=1, load_ms=300, weight_bytes=22_737_280, decode_us=1350, prefill_us=760, confined=("memory",)
     ),
     "done": wire.Done(number=2),
+    "done, with kept rows": wire.Done(number=2, kept_bytes=22_118_400),
+    "opened": wire.Opened(number=2),
+    "opened, with rows": wire.Opened(number=2, rows=1440, kept_bytes=22_118_400),
     "stepped": wire.Stepped(number=3, token=None, compute_us=1300),
     "stepped, token": wire.Stepped(number=3, token=42, compute_us=1300),
     "stepped, token and chances": wire.Stepped(

@@ -17,6 +17,7 @@ from protocols.pipe import origin as pipe
 from protocols.pipe.messages import (
     MAX_CHANCES,
     MAX_MESSAGE_BYTES,
+    MAX_PREFIXES,
     MAX_STAGES,
     PIPE,
     Chance,
@@ -30,11 +31,13 @@ from protocols.pipe.messages import (
     Ping,
     Pong,
     Pooled,
+    Prefix,
     Refused,
     Sampling,
     Step,
     Token,
 )
+from protocols.pipe.prefixes import PREFIX_STEP, kept_as, prefixes
 from protocols.pipe.stage import STAGE_TRANSITIONS, Ran, StageSession, StageState, refusal
 from protocols.pipe.timeouts import FIRST_OPEN_S, FIRST_ROWS, FIRST_STEP_S, IDLE_S, OPEN_S, PREFILL_ROW_S, STEP_S
 from tests.vectors import PROTOCOLS, Case, hold
@@ -46,6 +49,7 @@ ROUTE = (
     Hop(peer="cat", incarnation=3, first=5, last=9),
 )
 SAMPLING = Sampling(seed=7, temperature_milli=700, top_k=40, top_p_micro=950_000, repetition_milli=1100)
+PREFIXES = (Prefix(tokens=2, name=bytes(16)), Prefix(tokens=5, name=bytes([1] * 16)))
 ADAPTER = "bafyreihdwdcefgh4dqkjv67uzcmw7ojee6xedzdetojuzjevtenxquvyku"
 CHANCES = (Chance(token=11, nano_nats=2_302_585_093), Chance(token=9, nano_nats=105_360_516))
 TIMES = tuple(HopTime(network_us=100 * i, queue_us=10, compute_us=1500) for i in range(3))
@@ -65,8 +69,8 @@ def origin(**more: Any) -> pipe.Origin:
     return pipe.Origin(session=S, attempt=1, us="me", route=route, task=pipe.Task(**settings | more), drawn=drawn)
 
 
-def opened(index: int, attempt: int = 1) -> pipe.Received:
-    return pipe.Received(ROUTE[index].peer, Opened(session=S, attempt=attempt, index=index))
+def opened(index: int, attempt: int = 1, kept: int = 0) -> pipe.Received:
+    return pipe.Received(ROUTE[index].peer, Opened(session=S, attempt=attempt, index=index, kept=kept))
 
 
 def token(position: int, number: int = 11, **more: Any) -> pipe.Received:
@@ -405,6 +409,96 @@ def test_a_closed_stage_neither_takes_nor_sends() -> None:
     assert s.ran(Ran(taken, None, TIMES[1])) is None
 
 
+@pytest.mark.parametrize(
+    ("kept", "cached", "steps"),
+    [
+        ((0, 5, 5), 0, [(0, 3), (3, 2)]),
+        ((2, 5, 2), 2, [(2, 1), (3, 2)]),
+        ((5, 5, 5), 4, [(4, 1)]),
+    ],
+)
+def test_what_all_stages_have_kept_is_not_sent(
+    kept: tuple[int, ...], cached: int, steps: list[tuple[int, int]]
+) -> None:
+    o = origin(prefixes=PREFIXES)
+    begun = o.handle(pipe.Begin(), 0.0)
+    assert all(
+        e.message.prefixes == PREFIXES for e in begun if isinstance(e, pipe.Send) and isinstance(e.message, Open)
+    )
+    assert o.cached == 0
+    sent = [effect for index in range(3) for effect in o.handle(opened(index, kept=kept[index]), 1.0)]
+    messages = [e.message for e in sent if isinstance(e, pipe.Send) and isinstance(e.message, Step)]
+    assert [(m.position, m.rows) for m in messages] == steps
+    assert [m.sample for m in messages] == [False] * (len(steps) - 1) + [True]
+    assert [e.body for e in sent if isinstance(e, pipe.Send)] == [(5, 6, 7, 8, 9)[p : p + n] for p, n in steps]
+    assert o.cached == cached
+    for position in (5, 6, 7):
+        ended = o.handle(token(position), 2.0)
+    closes = [e.message for e in ended if isinstance(e, pipe.Send)]
+    assert closes == [Close(session=S, attempt=1, keep=True)] * 3
+
+
+def test_rows_of_an_answer_that_failed_are_not_kept() -> None:
+    o = running(prefixes=PREFIXES)
+    ended = o.handle(pipe.PeerGone("bob", "it is gone"), 2.0)
+    assert [e.message for e in ended if isinstance(e, pipe.Send)] == [Close(session=S, attempt=1)] * 3
+    stopped = running(prefixes=PREFIXES).handle(pipe.Stop("cancelled"), 2.0)
+    assert stopped[0] == pipe.Send("ann", Close(session=S, attempt=1, keep=True))
+
+
+def test_a_stage_has_kept_what_it_was_asked_for_or_nothing() -> None:
+    o = origin(prefixes=PREFIXES)
+    o.handle(pipe.Begin(), 0.0)
+    with pytest.raises(RemoteProtocolError, match="bob has kept 3 rows, which is none of the prefixes"):
+        o.handle(opened(1, kept=3), 1.0)
+
+
+def test_steps_begin_anywhere_in_what_a_stage_has_kept() -> None:
+    s = StageSession(opening(1, prefixes=PREFIXES), "bob")
+    assert s.opened(5) == Opened(session=S, attempt=1, index=1, kept=5)
+    assert s.patience == FIRST_STEP_S + PREFILL_ROW_S * 8, "no step has come yet"
+    with pytest.raises(RemoteProtocolError, match="only 5 rows are here"):
+        s.take("ann", step(6, 1, hops=1))
+    assert s.take("ann", step(2, 1, hops=1))
+    with pytest.raises(RemoteProtocolError, match="only 3 rows are here"):
+        s.take("ann", step(5, 1, hops=1))
+
+
+def test_beginnings_of_a_prompt_have_names_that_only_their_tokens_have() -> None:
+    prompt = tuple(range(300))
+    assert prefixes(prompt[: PREFIX_STEP - 1]) == ()
+    named = prefixes(prompt, seen=(10, 100, 500))
+    assert [prefix.tokens for prefix in named] == [64, 100, 128, 192, 256, 300]
+    assert prefixes(prompt[:128]) == tuple(p for p in named if p.tokens in (64, 128))
+    changed = prefixes((*prompt[:130], 7, *prompt[131:]), seen=(100,))
+    assert [a == b for a, b in zip(named, changed, strict=True)] == [True, True, True, False, False, False]
+    salted = prefixes(prompt, seen=(100,), salt=b"somebody")
+    assert not {p.name for p in salted} & {p.name for p in named}
+    for length in (64, 2048, 2049, 4096, 100_000):
+        many = prefixes((1,) * length, seen=range(1, length, 50))
+        assert len(many) <= MAX_PREFIXES and many[-1].tokens == length
+        assert len({p.name for p in many}) == len(many)
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"session": bytes(16), "attempt": 2, "capacity": 9}, True),
+        ({"route": (*ROUTE[:2], replace(ROUTE[2], peer="dan"))}, True),  # what comes later changes nothing here
+        ({"route": (replace(ROUTE[0], peer="dan"), *ROUTE[1:])}, False),
+        ({"route": (replace(ROUTE[0], incarnation=7), *ROUTE[1:])}, False),
+        ({"origin": "dan"}, False),
+        ({"manifest": "n"}, False),
+        ({"variant": "int8"}, False),
+        ({"adapter": ADAPTER}, False),
+    ],
+)
+def test_rows_are_kept_under_all_that_they_depend_on(change: dict[str, Any], same: bool) -> None:
+    first = kept_as(opening(1, prefixes=PREFIXES))
+    assert [prefix.tokens for prefix in first] == [2, 5]
+    assert (kept_as(opening(1, prefixes=PREFIXES, **change)) == first) is same
+
+
 def test_another_attempt_of_a_step_is_stale() -> None:
     assert not stage(1).take("ann", replace(step(0, 3, hops=1), attempt=0))
 
@@ -454,6 +548,9 @@ def test_a_stage_outlasts_the_patience_of_any_origin() -> None:
         ({"drawn": 1}, "bob", "gave an answer to go on with to a stage that draws no tokens"),
         ({"pooled": True}, "bob", "has to tell the last stage, and no other"),
         ({"index": 2}, "cat", "either how to sample or to pool"),
+        ({"prefixes": PREFIXES[::-1]}, "bob", "each has to be longer than the one before"),
+        ({"prefixes": PREFIXES[:1] * 2}, "bob", "each has to be longer than the one before"),
+        ({"prefixes": PREFIXES, "capacity": 4}, "bob", "the session holds 4"),
         ({"index": 2, "sampling": SAMPLING, "pooled": True}, "cat", "either how to sample or to pool"),
     ],
 )
@@ -478,7 +575,9 @@ SAMPLES: dict[str, Message] = {
     "open with a grammar": opening(2, grammar=Grammar(kind="regex", text=b"a|b")),
     "open, pooled": opening(2, sampling=None, pooled=True),
     "open that goes on": opening(2, drawn=3),
+    "open with prefixes": opening(0, prefixes=PREFIXES),
     "opened": Opened(session=S, attempt=0, index=2),
+    "opened, with kept rows": Opened(session=S, attempt=0, index=2, kept=1440),
     "refused": Refused(session=S, attempt=0, index=2, code="busy", reason="All 8 sessions are taken.", retry_ms=1000),
     "refused, no retry": Refused(session=S, attempt=0, index=0, code="fenced", reason="bob serves layers 4 to 4"),
     "step of a prompt": step(0, 256, prefill=True),
@@ -490,6 +589,7 @@ SAMPLES: dict[str, Message] = {
     ),
     "pooled": Pooled(session=S, attempt=1, sent_us=123_456, times=TIMES),
     "close": Close(session=S, attempt=1),
+    "close and keep": Close(session=S, attempt=1, keep=True),
     "ping": Ping(number=1, sent_us=123_456),
     "pong": Pong(number=1, ping_sent_us=123_456, received_us=999, sent_us=1001),
 }
@@ -540,6 +640,21 @@ def test_vectors() -> None:
         "no nucleus": dumps({0: 1, 1: S, 2: 1, 3: "me", 4: "m", 5: "v", 6: [], 7: 0, 8: 1, 9: {1: 0, 4: 0}}),
         "too much drawn": dumps({0: 1, 1: S, 2: 1, 3: "me", 4: "m", 5: "v", 6: [], 7: 0, 8: 1, 16: (1 << 20) + 1}),
         "long adapter": dumps({0: 1, 1: S, 2: 1, 3: "me", 4: "m", 5: "v", 6: [], 7: 0, 8: 1, 10: "b" * 65}),
+        "too many prefixes": dumps(
+            {
+                0: 1,
+                1: S,
+                2: 1,
+                3: "me",
+                4: "m",
+                5: "v",
+                6: [],
+                7: 0,
+                8: 1,
+                11: [{1: i + 1, 2: S} for i in range(MAX_PREFIXES + 1)],
+            }
+        ),
+        "short name": dumps({0: 1, 1: S, 2: 1, 3: "me", 4: "m", 5: "v", 6: [], 7: 0, 8: 1, 11: [{1: 1, 2: S[:15]}]}),
         "long code": dumps({0: 3, 1: S, 2: 1, 3: 0, 4: "b" * 33, 5: "no"}),
         "unknown even key": dumps({0: 6, 1: S, 2: 1, 4: 1}),
         "spelt-out default": dumps({0: 3, 1: S, 2: 1, 3: 0, 4: "busy", 5: "no", 6: 0}),
@@ -580,6 +695,8 @@ def test_the_specification_shows_the_constants() -> None:
         "FIRST_STEP_S": FIRST_STEP_S,
         "FIRST_ROWS": FIRST_ROWS,
         "STEP_S": STEP_S,
+        "PREFIX_STEP": PREFIX_STEP,
+        "MAX_PREFIXES": MAX_PREFIXES,
         "IDLE_S": IDLE_S,
         "REPLAY_ROWS": pipe.REPLAY_ROWS,
         "PREFILL_ROW_S": PREFILL_ROW_S,

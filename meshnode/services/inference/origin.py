@@ -18,14 +18,15 @@ from meshnode.core.signal import Watch
 from meshnode.core.tasks import Tasks
 from meshnode.model.release import ServedRelease
 from meshnode.policy.chunking import chunks
+from meshnode.policy.kept_prompts import KeptPrompts
 from meshnode.policy.route import NoRoute
 from meshnode.services.inference.receipt import RELEASED, Piece, Receipt, Request, Taken, Vector
 from meshnode.services.inference.router import Router
 from meshnode.services.port import Pipes, ReleasedAdapter, Releases, Rights
 from protocols.errors import RemoteProtocolError
-from protocols.ids import SESSION_BYTES, PeerId, short
+from protocols.ids import SESSION_BYTES, Cid, PeerId, short
 from protocols.membership.messages import ASK
-from protocols.pipe.messages import LOST, Close, Hop, Opened, Pooled, Refused, Token
+from protocols.pipe.messages import LOST, Close, Hop, Opened, Pooled, Prefix, Refused, Token
 from protocols.pipe.origin import (
     TIMEOUT,
     Begin,
@@ -44,6 +45,7 @@ from protocols.pipe.origin import (
     Task,
 )
 from protocols.pipe.origin import Send as SendEffect
+from protocols.pipe.prefixes import prefixes
 from protocols.pipe.timeouts import FIRST_OPEN_S, OPEN_S
 
 EVENTS: Final = 256  # messages of one session that wait for us: stages answer once per step
@@ -62,9 +64,10 @@ _log = get_logger("origin")
 class Generation:
     """One running session: its machine, and the events that wait for it."""
 
-    def __init__(self, machine: Origin, receipt: Receipt) -> None:
+    def __init__(self, machine: Origin, receipt: Receipt, prefixes: tuple[Prefix, ...]) -> None:
         self.machine = machine
         self.receipt = receipt
+        self.prefixes = prefixes
         self.goodbyes: list[SendEffect] = []
         self.failure: Exception | None = None
         self.waited_in_vain = False
@@ -120,6 +123,7 @@ class OriginService:
         self._rights = rights
         self._rng = rng
         self._running: dict[bytes, Generation] = {}
+        self._kept = KeptPrompts()
         self._tasks = Tasks()
         pipes.handle(Opened, self.receive)
         pipes.handle(Refused, self.receive)
@@ -195,7 +199,9 @@ class OriginService:
         hasty = False  # whether it may have been given too little time
         for attempt in range(OPEN_ATTEMPTS):
             seed = self._rng.getrandbits(32)
-            chosen = self._router.choose(seed, in_flight=self.in_flight(), avoid=avoid)
+            named = () if request.pooled else prefixes(request.prompt, self._kept.lengths, request.asker.encode())
+            kept = [one for one in self._kept.of(named) if one.adapter == self._adapter(Cid(one.manifest), request)]
+            chosen = self._router.choose(seed, in_flight=self.in_flight(), avoid=avoid, kept=kept)
             if isinstance(chosen, NoRoute) and failure is not None:
                 chosen = await self._other_route(seed, avoid)
             if isinstance(chosen, NoRoute) and hasty:  # there is no other way: then with patience
@@ -208,7 +214,7 @@ class OriginService:
             # is there
             fetched = request.adapter not in ("", RELEASED) or request.grammar is not None
             open_s = OPEN_S if attempt or fetched else FIRST_OPEN_S
-            generation = self._begin(*chosen, request, min(request.max_tokens, room), open_s)
+            generation = self._begin(*chosen, request, min(request.max_tokens, room), open_s, named)
             try:
                 async for piece in generation.receive:
                     taken, started = True, started or not isinstance(piece, Taken)
@@ -241,12 +247,22 @@ class OriginService:
                 chosen = self._router.choose(seed, in_flight=self.in_flight(), avoid=avoid)
         return chosen
 
+    def _adapter(self, manifest: Cid, request: Request) -> str:
+        """CID of the one that a question is answered with on this release; "": the bare model."""
+        return self._released.current(manifest) or "" if request.adapter == RELEASED else request.adapter
+
     def _begin(
-        self, release: ServedRelease, route: tuple[Hop, ...], request: Request, max_tokens: int, open_s: float
+        self,
+        release: ServedRelease,
+        route: tuple[Hop, ...],
+        request: Request,
+        max_tokens: int,
+        open_s: float,
+        prefixes: tuple[Prefix, ...],
     ) -> Generation:
         """A new session. Cancel its scope: then it ends on every stage."""
         key = self._rng.randbytes(SESSION_BYTES)
-        adapter = self._released.current(release.cid) or "" if request.adapter == RELEASED else request.adapter
+        adapter = self._adapter(release.cid, request)
         machine = Origin(
             session=key,
             attempt=0,
@@ -263,11 +279,12 @@ class OriginService:
                 sampling=request.sampling,
                 grammar=request.grammar,
                 adapter=adapter,
+                prefixes=prefixes,
             ),
             open_s=open_s,
         )
         receipt = Receipt(route, request.prompt, release, adapter=adapter, began=trio.current_time())
-        generation = Generation(machine, receipt)
+        generation = Generation(machine, receipt, prefixes)
         self._tasks.start_soon(self._drive, key, generation)
         return generation
 
@@ -294,6 +311,12 @@ class OriginService:
 
     def _learn(self, generation: Generation) -> None:
         """Let the router know how it went. Without a name, any stage may have been the silent one."""
+        receipt, machine = generation.receipt, generation.machine
+        place = (receipt.release.cid, receipt.adapter, receipt.route)
+        if machine.began and not receipt.cached:
+            self._kept.forget(*place, generation.prefixes)
+        if generation.failure is None and receipt.arrivals:
+            self._kept.remember(*place, generation.prefixes)
         match generation.failure:
             case None if generation.receipt.reason:
                 self._router.answered(generation.receipt)
@@ -314,6 +337,7 @@ class OriginService:
             before = machine.state
             effects = self._handle(machine, event)
             if before is OriginState.OPENING and machine.state is OriginState.RUNNING:
+                receipt.cached = machine.cached
                 generation.send.send_nowait(Taken())
             for effect in effects:
                 match effect:

@@ -26,6 +26,7 @@ class Request:
     adapter: str = RELEASED  # or the CID of another one, or "" for the bare model
     grammar: Grammar | None = None  # what the answer has to be
     pooled: bool = False  # the prompt is wanted as one vector; max_tokens and sampling have no say then
+    asker: str = ""  # whom this node asks for; what was kept for one of them is no help to another one
     token_space: tuple[object, ...] = ()  # of the release whose tokenizer made the prompt; empty: whatever is served
 
 
@@ -37,6 +38,7 @@ class Receipt:
     prompt: tuple[int, ...]
     release: ServedRelease  # which has answered
     adapter: str = ""  # CID of the one that answered; "": the bare model
+    cached: int = 0  # tokens of the prompt that every stage had kept of an earlier one
     tokens: list[int] = field(default_factory=list)
     began: float = 0.0
     arrivals: list[float] = field(default_factory=list)  # of each token

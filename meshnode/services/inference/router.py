@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from statistics import median
 from typing import Final
@@ -14,6 +14,7 @@ from meshnode.core.log import get_logger
 from meshnode.core.signal import Changes
 from meshnode.model.release import ServedRelease
 from meshnode.policy.experience import Experience, Part
+from meshnode.policy.kept_prompts import Kept
 from meshnode.policy.route import NoRoute, claimed_us, plan_route, round_trip_us
 from meshnode.services.inference.receipt import Receipt
 from meshnode.services.port import Adverts, Releases
@@ -43,6 +44,7 @@ class Router:
         *,
         in_flight: Mapping[PeerId, int] | None = None,
         avoid: Collection[PeerId] = (),
+        kept: Sequence[Kept] = (),
     ) -> tuple[Hop, ...] | NoRoute:
         """A chain for one session, or why there is none.
 
@@ -52,6 +54,7 @@ class Router:
           seed: draws between peers of equal worth.
           in_flight: our own sessions per peer, which adverts don't show yet.
           avoid: peers that failed this very session.
+          kept: chains that may hold a beginning of the prompt.
         """
         shape = release.manifest.architecture
         view = self._adverts.live()
@@ -68,13 +71,19 @@ class Router:
                 avoid=without,
                 least_us=self._experience.least_us(claims),
                 row_bytes=4 * shape.hidden,
+                kept=kept,
             )
 
         found = plan({*avoid, *suspects})
         return plan(avoid) if suspects and isinstance(found, NoRoute) else found
 
     def choose(
-        self, seed: int, *, in_flight: Mapping[PeerId, int] | None = None, avoid: Collection[PeerId] = ()
+        self,
+        seed: int,
+        *,
+        in_flight: Mapping[PeerId, int] | None = None,
+        avoid: Collection[PeerId] = (),
+        kept: Sequence[Kept] = (),
     ) -> tuple[ServedRelease, tuple[Hop, ...]] | NoRoute:
         """The release and chain for one session: the one before, while the present one is not whole yet.
 
@@ -83,11 +92,11 @@ class Router:
         release, before = self._releases.current, self._releases.previous
         if release is None:
             return NoRoute(self._releases.why_none, ASK_AGAIN_MS)
-        found = self.route(release, seed, in_flight=in_flight, avoid=avoid)
+        found = self.route(release, seed, in_flight=in_flight, avoid=avoid, kept=kept)
         if not isinstance(found, NoRoute):
             return release, found
         if before is not None and before.token_space == release.token_space:
-            other = self.route(before, seed, in_flight=in_flight, avoid=avoid)
+            other = self.route(before, seed, in_flight=in_flight, avoid=avoid, kept=kept)
             if not isinstance(other, NoRoute):
                 return before, other
         return found

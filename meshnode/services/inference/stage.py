@@ -21,7 +21,8 @@ from meshnode.services.port import OpenSpan, Pipes, Rights, Spans
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId, SessionId, short
 from protocols.membership.messages import ASK, FORBIDDEN
-from protocols.pipe.messages import LOST, Close, HopTime, Message, Open, Opened, Step
+from protocols.pipe.messages import LOST, Close, HopTime, Message, Open, Step
+from protocols.pipe.prefixes import kept_as
 from protocols.pipe.stage import Ran, StageSession, StageState, refusal
 from protocols.words import layers
 
@@ -41,6 +42,7 @@ class _Session:
         self.served = served
         self.prompt = prompt
         self.course: Course | None = None  # along the grammar of the answer
+        self.keep = False  # whether the rows of its prompt are worth keeping when it has ended
         self.scope = trio.CancelScope()
         self.ended = trio.Event()
         self.waiting_rows = 0  # and those that run
@@ -71,8 +73,10 @@ class StageService:
         rights: Rights,
         adapters: AdapterService,
         grammars: GrammarService,
+        *,
+        prefix_cache: bool = True,
     ) -> None:
-        """`load` is kept up to date here."""
+        """`load` is kept up to date here. `prefix_cache`: whether rows of prompts outlive their sessions."""
         self._us = us
         self._pipes = pipes
         self._spans = spans
@@ -80,6 +84,7 @@ class StageService:
         self._rights = rights
         self._adapters = adapters
         self._grammars = grammars
+        self._prefix_cache = prefix_cache
         self._sessions: dict[bytes, _Session] = {}
         self._working: set[_Session] = set()  # those, and others until the engine has let go of them
         self._tasks = Tasks()
@@ -100,6 +105,7 @@ class StageService:
         if session is not None and session.machine.opening.attempt == message.attempt:
             if not session.machine.may_close(peer):
                 raise RemoteProtocolError(f"{peer} closed a session of another origin")
+            session.keep = message.keep
             self._end(session)
 
     def _peer_lost(self, peer: PeerId, reason: str) -> None:
@@ -221,7 +227,7 @@ class StageService:
                         self._adapters.lent(session.served, opening.adapter) as adapter,
                         self._grammars.lent(session.served, opening.grammar) as session.course,
                     ):
-                        await engine.open(
+                        kept = await engine.open(
                             key,
                             first=machine.hop.first,
                             last=machine.hop.last,
@@ -231,12 +237,12 @@ class StageService:
                             adapter=adapter,
                             pooled=opening.pooled,
                             drawn=opening.drawn,
+                            prefixes=kept_as(opening) if self._prefix_cache else (),
                         )
                         if session.course is not None:
                             asked = len(session.prompt) - opening.drawn
                             await session.course.follow(asked, session.prompt[asked:])
-                        opened = Opened(session=opening.session, attempt=opening.attempt, index=opening.index)
-                        await self._pass_on(opening.origin, opened)
+                        await self._pass_on(opening.origin, machine.opened(kept))
                         await self._run_steps(session)
                 except Declined as error:
                     self._refuse(session, error.code, str(error), error.retry_ms)
@@ -252,7 +258,7 @@ class StageService:
             self._end(session)
             session.served.leave()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
-                await engine.close(key)
+                await engine.close(key, keep=session.keep)
             self._working.discard(session)
             session.ended.set()
 
