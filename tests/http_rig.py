@@ -51,6 +51,7 @@ MODEL = Offered(
 RECEIPT = Receipt(
     model=ServedModel(name="small", manifest="bafyreismall", variant="int4", layers=4),
     route=(Stage(peer="A", first=0, last=2), Stage(peer="B", first=2, last=4)),
+    cached_tokens=2,
     ttft_ms=12.5,
     decode_tok_s=50.0,
     hops=(StageTimes(peer="A", first=0, last=2, network_ms=0.1, queue_ms=0.2, compute_ms=3.0),),
@@ -91,7 +92,7 @@ class FakeDoor:
                 await trio.lowlevel.checkpoint()
             if self.error is not None and not self.error_after:
                 raise self.error
-            yield Started(3)
+            yield Started(3, 2)
             for call in self.calls:
                 yield Piece("", -1, call=call)
             for index, word in enumerate(self.words[: question.max_tokens]):

@@ -129,6 +129,7 @@ def _receipt(figures: receipt.Receipt) -> Receipt:
         model=model_of(figures.release),
         route=tuple(Stage(peer=hop.peer, first=hop.first, last=hop.last) for hop in figures.route),
         adapter=figures.adapter,
+        cached_tokens=figures.cached,
         ttft_ms=round(figures.first_token_ms, 2) if figures.arrivals else 0.0,
         decode_tok_s=round(figures.decode_tokens_s, 2) if len(figures.arrivals) > 1 else None,
         hops=tuple(read(StageTimes, hop) for hop in figures.hops()),

@@ -109,6 +109,7 @@ class Receipt:
     model: ServedModel = ServedModel()  # what has answered
     route: tuple[Stage, ...] = ()
     adapter: str = ""  # CID of what was learned that answered; "": the bare model
+    cached_tokens: int = 0  # of the prompt, computed for an earlier question and kept by all stages
     ttft_ms: float = 0.0  # from the question to the first token
     decode_tok_s: float | None = None  # tokens per second after the first; None below two tokens
     hops: tuple[StageTimes, ...] = ()
@@ -239,6 +240,7 @@ class EngineStatus:
     pid: int = 0
     rss_bytes: int = 0
     weight_bytes: int = 0
+    kept_bytes: int = 0  # keys and values of prompts, for those that begin alike
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

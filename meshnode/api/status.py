@@ -147,7 +147,10 @@ def _engine(node: Node) -> EngineStatus | None:
     if stage is None:
         return None
     return EngineStatus(
-        pid=stage.report.pid, rss_bytes=stage.engine.rss_bytes, weight_bytes=stage.report.weight_bytes
+        pid=stage.report.pid,
+        rss_bytes=stage.engine.rss_bytes,
+        weight_bytes=stage.report.weight_bytes,
+        kept_bytes=stage.engine.kept_bytes,
     )
 
 

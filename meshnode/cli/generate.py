@@ -107,6 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
     if receipt.decode_tok_s:
         speed = f"{receipt.decode_tok_s} tok/s, first after {receipt.ttft_ms:.0f} ms"
         facts[:0] = [counted(len(answer.token_ids), "token"), speed, counted(len(receipt.route), "stage")]
+    if receipt.cached_tokens:
+        facts.append(f"{receipt.cached_tokens} of {len(answer.prompt_token_ids)} tokens of the prompt were kept")
     if receipt.adapter:
         facts.append(f"adapter {short(receipt.adapter)}")
     if facts:

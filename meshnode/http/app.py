@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -157,7 +158,11 @@ class App:
         return Delivery(partial(self._questions, key), task, refused, partial(self._receipts.keep, task.id))
 
     async def _questions(self, key: ApiKey | None, question: Question) -> AsyncGenerator[Event, None]:
-        """The events of one question, measured and counted for its key."""
+        """The events of one question, measured and counted for its key.
+
+        A prompt that was kept for one key is no help to another: time would tell what its owner asked.
+        """
+        question = replace(question, asker="" if key is None else key.id)
         async with aclosing(self._metrics.measured(self._door.ask(question))) as events:
             try:
                 async for event in events:

@@ -43,6 +43,8 @@ class Metrics:
 
         self._responses = counter("http_responses_total", "Responses by route and status.", ("route", "status"))
         self._prompt = counter("prompt_tokens_total", "Tokens of the prompts that were answered.")
+        self._asked_for = counter("prefix_cache_queries_total", "Tokens of prompts, kept or not.")
+        self._hits = counter("prefix_cache_hits_total", "Of them, those that all stages had kept.")
         self._generated = counter("generation_tokens_total", "Tokens of answers.")
         self._succeeded = counter("request_success_total", "Questions answered.", ("finished_reason",))
         self._failed = counter("request_failure_total", "Questions that ended with an error.")
@@ -72,6 +74,7 @@ class Metrics:
         self._serving = gauge("layers_served", "Layers that this node serves.")
         self._rss = gauge("process_rss_bytes", "Memory of the node's process.")
         self._engine = gauge("engine_rss_bytes", "Memory of its engine.")
+        self._kept = gauge("prefix_cache_bytes", "Keys and values of prompts that its engine has kept.")
         self._used = gauge("content_used_bytes", "Model files on this device.")
         self._quota = gauge("content_quota_bytes", "Most that they may take.")
         self._fetched = gauge("content_fetched_bytes", "Bytes of model files fetched since the start.")
@@ -90,6 +93,7 @@ class Metrics:
         self._serving.set(0 if me.first is None or me.last is None else me.last - me.first)
         self._rss.set(status.rss_bytes)
         self._engine.set(0 if status.engine is None else status.engine.rss_bytes)
+        self._kept.set(0 if status.engine is None else status.engine.kept_bytes)
         self._used.set(status.content.used_bytes)
         self._quota.set(status.content.quota_bytes)
         self._fetched.set(status.content.fetched_bytes)
@@ -144,6 +148,8 @@ class Metrics:
 
     def _answered(self, answer: Answer, whole_s: float, decode_s: float) -> None:
         self._prompt.inc(len(answer.prompt_token_ids))
+        self._asked_for.inc(len(answer.prompt_token_ids))
+        self._hits.inc(answer.receipt.cached_tokens)
         self._generated.inc(len(answer.token_ids))
         self._succeeded.labels("length" if answer.reason == "length" else "stop").inc()
         self._whole.observe(whole_s)

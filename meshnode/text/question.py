@@ -96,12 +96,14 @@ class Question:
     tools: tuple[Tool, ...] = ()
     tool_choice: str = AUTO
     adapter: str | None = None  # None: the one that is released; "none"; or the CID of one
+    asker: str = ""  # for whom the node asks, by its own word; no part of a request
 
     def as_json(self) -> dict[str, Any]:
         """As it is sent to a node."""
         document = {
             field.name: value
             for field in dataclasses.fields(self)
+            if field.name != "asker"
             if (value := getattr(self, field.name)) is not None
         }
         if (form := document.pop("form", None)) is not None:

@@ -169,10 +169,19 @@ def test_adapters_and_other_names_of_models() -> None:
 
 def told(task: Task) -> list[Any]:
     """The JSON of a streamed answer."""
-    sent = task.feed(0, Started(3)) + task.feed(0, Piece("Hi", 1)) + task.feed(0, Piece("", 2))
+    sent = task.feed(0, Started(3, 2)) + task.feed(0, Piece("Hi", 1)) + task.feed(0, Piece("", 2))
     sent += task.feed(0, Piece(" there", -1)) + task.feed(0, ANSWER) + task.end([ANSWER])
     lines = [line.removeprefix("data: ") for line in sent.decode().splitlines() if line and line[:7] != "event: "]
     return [json.loads(line) if line != "[DONE]" else line for line in lines]
+
+
+def test_every_dialect_tells_what_was_kept_of_the_prompt() -> None:
+    chat, response = read("chat").document([ANSWER]), read("response").document([ANSWER])
+    assert chat["usage"]["prompt_tokens_details"]["cached_tokens"] == 2
+    assert response["usage"]["input_tokens_details"] == {"cached_tokens": 2}
+    twice = read("completion", prompt=["hello", "you"], n=2).document([ANSWER] * 4)
+    assert twice["usage"]["prompt_tokens"] == 6
+    assert twice["usage"]["prompt_tokens_details"]["cached_tokens"] == 4, "every prompt counts once"
 
 
 def test_streams_say_the_same_as_whole_answers() -> None:
@@ -195,7 +204,8 @@ def test_streams_say_the_same_as_whole_answers() -> None:
     whole = read("message").document([ANSWER])
     assert message[-2]["delta"] == {"stop_reason": "stop_sequence", "stop_sequence": "END"}
     assert (whole["stop_reason"], whole["stop_sequence"]) == ("stop_sequence", "END")
-    assert message[0]["message"]["usage"]["input_tokens"] == whole["usage"]["input_tokens"] == 3
+    for usage in (message[0]["message"]["usage"], message[-2]["usage"], whole["usage"]):
+        assert (usage["input_tokens"], usage["cache_read_input_tokens"]) == (1, 2), "they add up to the prompt"
     response = told(read("response", stream=True))
     assert response[-1]["response"]["output"][0]["content"][0]["text"] == "Hi there"
     assert response[-1]["type"] == "response.completed"

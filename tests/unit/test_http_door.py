@@ -204,6 +204,8 @@ async def test_a_wrong_key_reaches_nothing() -> None:
         assert [(await ask(slow)).status_code for _ in range(3)] == [200, 200, 429]
         few = key(tokens_per_day=7)  # an answer has six with its prompt
         assert [(await ask(few)).status_code for _ in range(3)] == [200, 200, 429]
+        asked = [question.asker for question in http.door.asked[-4:]]
+        assert len(set(asked)) == 2 and all(asked), "prompts of one key are kept for that key alone"
         revoke_key(http.state, secret.split("-")[1], 5)
         assert (await ask(good)).status_code == 401
 
@@ -230,6 +232,7 @@ async def test_receipts_and_feedback() -> None:
         assert answer.headers["x-request-id"] == "mine-1"
         assert answer.headers["x-meshnode-route"] == "A:0-2, B:2-4"
         receipt = (await http.get(f"/v1/receipts/{answer.json()['id']}")).json()
+        assert receipt["answers"][0]["cached_tokens"] == 2
         assert receipt["answers"][0]["route"][1] == {"peer": "B", "first": 2, "last": 4}
         assert "text" not in receipt["answers"][0]
         judged = await http.post("/v1/feedback", {"answer": answer.json()["id"], "correct": True})
@@ -243,6 +246,8 @@ async def test_figures_and_their_page() -> None:
         await http.get("/%2e/unknown")
         page = (await http.get("/metrics")).text
         assert "meshnode_generation_tokens_total 6.0" in page
+        assert "meshnode_prefix_cache_queries_total 6.0" in page
+        assert "meshnode_prefix_cache_hits_total 4.0" in page
         assert 'meshnode_request_success_total{finished_reason="length"} 2.0' in page
         assert 'meshnode_http_responses_total{route="/v1/chat/completions",status="200"} 1.0' in page
         assert 'route="none",status="404"' in page

@@ -71,15 +71,15 @@ class Message:
         return {
             **self._head(_content(answer)),
             **_ending(answer),
-            "usage": _usage(len(answer.prompt_token_ids), len(answer.token_ids)),
+            "usage": _used(answer),
         }
 
     def feed(self, index: int, event: Event) -> bytes:
         """See Task."""
         match event:
-            case Started(prompt_tokens):
+            case Started(prompt, cached):
                 head = {**self._head([]), "stop_reason": None, "stop_sequence": None}
-                return _event("message_start", message={**head, "usage": _usage(prompt_tokens, 0)}) + self.ping
+                return _event("message_start", message={**head, "usage": _usage(prompt, cached, 0)}) + self.ping
             case Piece(call=call) if call is not None:
                 block = {"type": "tool_use", "id": f"toolu_{new_call_id()}", "name": call.name, "input": {}}
                 delta = {"type": "input_json_delta", "partial_json": call.arguments}
@@ -107,8 +107,8 @@ class Message:
     def end(self, answers: Sequence[Answer]) -> bytes:
         """See Task."""
         (answer,) = answers
-        used = _usage(len(answer.prompt_token_ids), len(answer.token_ids))
-        return self._close() + _event("message_delta", delta=_ending(answer), usage=used) + _event("message_stop")
+        used = _event("message_delta", delta=_ending(answer), usage=_used(answer))
+        return self._close() + used + _event("message_stop")
 
     def fail(self, problem: Problem) -> bytes:
         """See Task."""
@@ -141,10 +141,15 @@ def _ending(answer: Answer) -> Json:
     return {"stop_reason": STOP[answer.reason], "stop_sequence": answer.stopped_by or None}
 
 
-def _usage(prompt: int, completion: int) -> Json:
+def _used(answer: Answer) -> Json:
+    return _usage(len(answer.prompt_token_ids), answer.receipt.cached_tokens, len(answer.token_ids))
+
+
+def _usage(prompt: int, cached: int, completion: int) -> Json:
+    """The three kinds of input tokens add up to the prompt."""
     return {
-        "input_tokens": prompt,
+        "input_tokens": prompt - cached,
         "output_tokens": completion,
         "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": 0,
+        "cache_read_input_tokens": cached,
     }

@@ -117,6 +117,7 @@ class Completion:
         first = answers[:: self.each]
         used = usage_of(answers)
         used["prompt_tokens"] = sum(len(answer.prompt_token_ids) for answer in first)
+        used["prompt_tokens_details"]["cached_tokens"] = sum(answer.receipt.cached_tokens for answer in first)
         used["total_tokens"] = used["prompt_tokens"] + used["completion_tokens"]
         return used
 

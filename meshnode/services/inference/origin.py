@@ -338,7 +338,7 @@ class OriginService:
             effects = self._handle(machine, event)
             if before is OriginState.OPENING and machine.state is OriginState.RUNNING:
                 receipt.cached = machine.cached
-                generation.send.send_nowait(Taken())
+                generation.send.send_nowait(Taken(machine.cached))
             for effect in effects:
                 match effect:
                     case SendEffect(message=Close()):

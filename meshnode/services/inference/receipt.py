@@ -108,6 +108,8 @@ class Waiting:
 class Taken:
     """Every stage of a route has taken the session: its tokens follow."""
 
+    cached: int = 0  # tokens of the prompt that all of them had kept
+
 
 class Generator(Protocol):
     """Answers in tokens (`origin.py`)."""

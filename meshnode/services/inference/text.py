@@ -76,6 +76,7 @@ class Started:
     """Every stage has taken the question, which has so many tokens: the answer follows."""
 
     prompt_tokens: int
+    cached_tokens: int = 0  # of them, those that were computed for an earlier question
 
 
 class _Said:
@@ -284,6 +285,7 @@ class TextService:
             question.max_tokens,
             self._sampling(question),
             adapter=_adapter(question),
+            asker=question.asker,
             token_space=space,
             grammar=_grammar(form_of(style, question.tools, question.tool_choice) or question.form),
         )
@@ -307,9 +309,9 @@ class TextService:
             async for piece in pieces:
                 if isinstance(piece, Taken):
                     place.leave()
-                    yield Started(len(prompt))
-                    if len(prompt) >= LONG_PROMPT:
-                        yield Waiting(f"it reads the prompt first, {len(prompt)} tokens")
+                    yield Started(len(prompt), piece.cached)
+                    if (unread := len(prompt) - piece.cached) >= LONG_PROMPT:
+                        yield Waiting(f"it reads the prompt first, {unread} tokens")
                     continue
                 if isinstance(piece, Receipt):
                     shown, met, calls = said.end(words.cut() if piece.reason == "length" else words.rest())
