@@ -239,6 +239,14 @@ class Client:
         answer: Json = self._done("learn-start", FETCH_S, suite=absolute(suite), **options)
         return answer
 
+    def pair(self, roles: Sequence[str] = ()) -> Iterator[Json]:
+        """Let in one device by a PIN: `pin`, `addresses`, `seconds` and `roles`, then `done`: who got the ticket.
+
+        Closing the iterator closes pairing. Raises Declined `pairing-closed` (nobody came, or with wrong PINs),
+        IdentityError (this node may not invite), NotRunning.
+        """
+        return self.request("pair", None, roles=list(roles))
+
     def learn_stop(self) -> None:
         """Take back the lesson that this node has given. What was learned stays."""
         self._done("learn-stop", SECONDS)

@@ -19,6 +19,7 @@ from meshnode.core.log import get_logger
 from meshnode.core.supervise import Service, supervise
 from meshnode.ipfs.source_order import Fallback
 from meshnode.learning import learning_service, rollout_service
+from meshnode.membership.pairing import PairingTickets
 from meshnode.membership.registry import Registry
 from meshnode.membership.rights import Rights
 from meshnode.net.pipes import Pipes
@@ -41,6 +42,7 @@ from meshnode.services.inference.text import TextService
 from meshnode.services.inventory import InventoryService
 from meshnode.services.membership import Introduction, MembershipService
 from meshnode.services.owner import OwnerService
+from meshnode.services.pairing import PairingService
 from meshnode.services.placement.service import OurStage, PlacementService, PlacementSettings
 from meshnode.services.releases import ReleasesService
 from meshnode.services.replication.copies import Duties, ReplicationService, ReplicationSettings
@@ -80,6 +82,8 @@ class Node:
             wall,
             Introduction(name=parts.machine.name, software=__version__),
         )
+        tickets = PairingTickets(parts.membership, parts.state, lambda: self.host.addresses, wall)
+        self.pairing = PairingService(self.host, tickets)
         self.rights = Rights(self.membership.roles_of, self.health)
         memory = config.serve.memory.of(parts.machine.free_memory_bytes)
         self.directory = DirectoryService(

@@ -17,6 +17,7 @@ from meshnode.api.releases import check_servable, check_variant, find_release
 from meshnode.api.status import status_of
 from meshnode.core.errors import BadRequest, Declined, ModelError
 from meshnode.core.sizes import format_size
+from meshnode.membership.enrolment import open_ticket
 from meshnode.model.fit import facts_of
 from meshnode.node import Node
 from meshnode.policy.mesh_view import nodes_of
@@ -28,6 +29,7 @@ from protocols.ids import DAG_CBOR, Cid, cid_codec
 from protocols.manifest.codec import open_manifest
 from protocols.manifest.messages import Manifest
 from protocols.notice.messages import LESSON
+from protocols.pairing.messages import OPEN_S
 
 MAX_WAIT_S: Final = 86_400.0
 
@@ -56,6 +58,7 @@ class Commands:
             "learn-stop": self._learn_stop,
             "members-changed": self._members_changed,
             **{order: partial(self._obey, order) for order in ORDERS},
+            "pair": self._pair,
             "stop": self._stop,
         }
 
@@ -174,6 +177,22 @@ class Commands:
     async def _obey(self, order: str, request: Json) -> AsyncGenerator[Json, None]:
         """Do less for the mesh, or all of it again."""
         yield {"done": plain(obey(self._node, order, request.get("seconds", 0)))}
+
+    async def _pair(self, request: Json) -> AsyncGenerator[Json, None]:
+        """Let in one device by a PIN, until it has come, or whoever asked has gone."""
+        roles = request.get("roles", [])
+        if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
+            raise BadRequest(f"roles is {repr(roles)[:MAX_SHOWN]}; it takes a list of names such as serve")
+        node = self._node
+        async with node.pairing.open(roles) as pairing:
+            yield {
+                "pin": pairing.pin,
+                "addresses": list(node.host.addresses),
+                "seconds": OPEN_S,
+                "roles": list(open_ticket(pairing.ticket).roles),
+            }
+            paired = await pairing.outcome()
+            yield {"done": {"peer": paired.peer, "name": paired.name}}
 
     async def _stop(self, _request: Json) -> AsyncGenerator[Json, None]:
         self._node.stopping.set()

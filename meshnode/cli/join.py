@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import (
@@ -26,6 +27,9 @@ from meshnode.cli.settings import (
 from meshnode.config.keep import keep_settings
 from meshnode.core.errors import ConfigError
 from meshnode.core.paths import Paths
+
+if TYPE_CHECKING:
+    from meshnode.net.port import Host
 
 MAX_BYTES: Final = 1 << 18  # of a text with a ticket in it; what is longer is something else
 
@@ -50,11 +54,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Dial the addresses in the ticket, redeem it, keep the membership and the flags in the data folder."""
+    from meshnode.membership.enrolment import describe_ticket, open_ticket
+
+    text = _text(arguments)
+    if not text.strip():
+        raise ConfigError(
+            "there is no ticket: what was given is empty. Give what `meshnode init` or `meshnode invite` printed on "
+            "another device, on standard input, with --ticket-file, or as an argument"
+        )
+    open_ticket(text)
+    print(describe_ticket(text))
+
+    async def obtain(_host: Host, _name: str) -> str:
+        return text
+
+    return enter(arguments, obtain)
+
+
+def enter(arguments: argparse.Namespace, obtain: Callable[[Host, str], Awaitable[str]]) -> int:
+    """Redeem the ticket that `obtain` (a running host, the name of this node) gives, and keep what comes of it.
+
+    Raises FatalError, and what `obtain` and `meshnode.membership.joining.join` raise.
+    """
     import trio
 
     from meshnode import __version__
     from meshnode.core import log
-    from meshnode.membership.enrolment import describe_ticket, open_identity, open_ticket
+    from meshnode.membership.enrolment import open_identity, open_ticket
     from meshnode.membership.identity import Identity
     from meshnode.membership.joining import join
     from meshnode.membership.network import has_network, load_network
@@ -68,14 +94,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.memory is not None:
         check_memory(config)
     log.set_up(level=arguments.log_level or "error", format=config.log.format)
-    text = _text(arguments)
-    if not text.strip():
-        raise ConfigError(
-            "there is no ticket: what was given is empty. Give what `meshnode init` or `meshnode invite` printed on "
-            "another device, on standard input, with --ticket-file, or as an argument"
-        )
-    ticket = open_ticket(text)
-    print(describe_ticket(text))
     paths = Paths(folder)
     paths.create()
     if Identity.exists(folder):
@@ -85,20 +103,22 @@ def run(arguments: argparse.Namespace) -> int:
     name = config.node.name or os.uname().nodename
     swarm_key = load_swarm_key(config.network.swarm_key)
 
-    async def enter() -> Membership:
+    async def redeem() -> tuple[str, Membership]:
         host = Libp2pHost(identity.seed, ["/ip4/127.0.0.1/tcp/0"], swarm_key=swarm_key)
         async with trio.open_nursery() as nursery:
             await nursery.start(host.run)
-            membership = await join(host, text, folder=folder, name=name, software=__version__, anew=arguments.anew)
+            text = await obtain(host, name)
+            anew = bool(getattr(arguments, "anew", False))
+            membership = await join(host, text, folder=folder, name=name, software=__version__, anew=anew)
             nursery.cancel_scope.cancel()
-        return membership
+        return text, membership
 
     before = load_network(folder) if has_network(folder) else None
-    membership = trio.run(enter, strict_exception_groups=True)
+    text, membership = trio.run(redeem, strict_exception_groups=True)
     with Database(paths.state) as database:
         from meshnode.core.clock import wall_ms
 
-        for peer, addresses in ticket.peers().items():
+        for peer, addresses in open_ticket(text).peers().items():
             database.remember_peer(peer, addresses, wall_ms())
     keep_settings(folder, flags_given(arguments))
     if membership == before:

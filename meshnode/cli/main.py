@@ -23,6 +23,7 @@ COMMANDS: Final = (
     ("init", "meshnode.cli.init", "make a new private network and print a ticket for the next device"),
     ("join", "meshnode.cli.join", "enter a network with a ticket"),
     ("invite", "meshnode.cli.invite", "print another ticket; list tickets, make one worthless"),
+    ("pair", "meshnode.cli.pair", "let a device in, or enter a network, by a PIN instead of a ticket"),
     ("members", "meshnode.cli.members", "who belongs to the network; put somebody out"),
     ("start", "meshnode.cli.start", "run this node"),
     ("bootstrap", "meshnode.cli.bootstrap", "run this node as a meeting point that serves no layers"),

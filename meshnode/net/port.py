@@ -113,16 +113,21 @@ class Host(Protocol):
         """
 
     def handle(
-        self, protocol: str, handler: Handler, *, open_to_strangers: bool = False, bounded: bool = True
+        self,
+        protocol: str,
+        handler: Handler,
+        *,
+        open_to_strangers: bool | Callable[[], bool] = False,
+        bounded: bool = True,
     ) -> None:
         """Serve a protocol id. Call before `run`.
 
         bounded: a peer that opens more than `STREAMS_PER_S` (protocol_table.py) has them reset.
 
-        A stream of a peer that is not admitted (see `admit`) is refused unless `open_to_strangers`; only the
-        membership protocol sets that. The handler runs in the host's own nursery: MeshError ends the stream,
-        any other exception is logged with its traceback and ends the stream, never the process. The stream
-        is closed when the handler returns.
+        A stream of a peer that is not admitted (see `admit`) is refused unless `open_to_strangers` (a function
+        is asked each time), which few protocols set. The handler runs in the host's own nursery: MeshError ends
+        the stream, any other exception is logged with its traceback and ends the stream, never the process. The
+        stream is closed when the handler returns.
         """
 
     def on_flood(self, listener: Callable[[PeerId, str], None]) -> None:

@@ -28,18 +28,27 @@ class ProtocolTable:
 
     def __init__(self) -> None:
         self._handlers: dict[str, Handler] = {}
-        self._open: set[str] = set()
+        self._open: dict[str, Callable[[], bool]] = {}  # whether strangers may use it now
         self._unbounded: set[str] = set()
         self._streams = Buckets(STREAMS_PER_S, STREAM_BURST)
         self.on_flood: Callable[[PeerId, str], None] = lambda peer, protocol: None
 
-    def add(self, protocol: str, handler: Handler, *, open_to_strangers: bool = False, bounded: bool = True) -> None:
+    def add(
+        self,
+        protocol: str,
+        handler: Handler,
+        *,
+        open_to_strangers: bool | Callable[[], bool] = False,
+        bounded: bool = True,
+    ) -> None:
         """Raises LocalProtocolError when the protocol is served already."""
         if protocol in self._handlers:
             raise LocalProtocolError(f"{protocol} has a handler already")
         self._handlers[protocol] = handler
-        if open_to_strangers:
-            self._open.add(protocol)
+        if callable(open_to_strangers):
+            self._open[protocol] = open_to_strangers
+        elif open_to_strangers:
+            self._open[protocol] = lambda: True
         if not bounded:
             self._unbounded.add(protocol)
 
@@ -53,7 +62,9 @@ class ProtocolTable:
 
     def serves(self, protocol: str, peer: PeerId, admitted: Container[PeerId]) -> bool:
         """Whether this peer may use this protocol now."""
-        return protocol in self._handlers and (protocol in self._open or peer in admitted)
+        if protocol not in self._handlers:
+            return False
+        return peer in admitted or (protocol in self._open and self._open[protocol]())
 
     def names(self, peer: PeerId, admitted: Container[PeerId]) -> list[str]:
         """Every protocol that this peer may use, sorted."""

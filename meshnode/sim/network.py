@@ -386,7 +386,12 @@ class MemoryHost:
             self._network._break(self, peer, "this host has stopped")
 
     def handle(
-        self, protocol: str, handler: Handler, *, open_to_strangers: bool = False, bounded: bool = True
+        self,
+        protocol: str,
+        handler: Handler,
+        *,
+        open_to_strangers: bool | Callable[[], bool] = False,
+        bounded: bool = True,
     ) -> None:
         self._table.add(protocol, handler, open_to_strangers=open_to_strangers, bounded=bounded)
 

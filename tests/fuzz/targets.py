@@ -379,6 +379,36 @@ def _trust(_folder: Path) -> Ready:
     return Ready(seeds, take, fresh, (odd_cbor, injured))
 
 
+@target("pairing", 2, needs=("spake2",))
+def _pairing(_folder: Path) -> Ready:
+    """Frames for both sides of a pairing, in any order."""
+    from protocols.pairing.machine import Begin, Deny, Joiner, Judged, Opener
+    from protocols.pairing.messages import PAIRING, WRONG_PIN
+
+    bob = peer_of("bob")
+
+    def sides() -> tuple[Opener, Joiner]:
+        chance = random.Random(1).randbytes
+        opener = Opener("123456", us=PEER, joiner=bob, now=0.0, random_bytes=chance)
+        joiner = Joiner("123456", us=bob, opener=PEER, name="kitchen", now=0.0, random_bytes=chance)
+        joiner.handle(Begin(), 0.0)
+        return opener, joiner
+
+    def take(data: bytes) -> bool:
+        taken = 0
+        for side in sides():
+            with suppress(RemoteProtocolError):
+                for message, _body in messages_in(data, PAIRING):
+                    effects = side.handle(message, 0.0)
+                    taken += 1
+                    if effects and isinstance(effects[0], Judged):
+                        assert not effects[0].right, "somebody has guessed 256 bits"
+                        side.handle(Deny(WRONG_PIN, "no"), 0.0)
+        return taken > 0
+
+    return Ready([b"".join(pack(data) for data in vectors("pairing")[:3])], take, framed(PAIRING))
+
+
 @target("hello", 50)
 def _hello(_folder: Path) -> Ready:
     from tests.unit.membership_actors import World

@@ -16,9 +16,11 @@ from meshnode.membership.enrolment import create_invite, init_network, open_iden
 from meshnode.membership.identity import Identity
 from meshnode.membership.joining import join
 from meshnode.membership.network import load_network
+from meshnode.membership.pairing import PairingTickets
 from meshnode.membership.registry import Registry
 from meshnode.net.port import Stream
 from meshnode.services.membership import Introduction, MembershipService
+from meshnode.services.pairing import PairingService
 from meshnode.sim.network import MemoryHost, MemoryNetwork
 from meshnode.state.database import Database
 from protocols.ids import PeerId
@@ -54,6 +56,7 @@ class Node:
     membership: MembershipService
     health: Health
     wall: VirtualWall
+    pairing: PairingService
     ended: trio.Event = field(default_factory=trio.Event)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
@@ -157,7 +160,8 @@ class Mesh:
             Introduction(name=membership.name, software="0.1.0"),
         )
         host.handle(ECHO, echo)
-        node = Node(name, folder, identity, host, database, service, health, wall)
+        pairing = PairingService(host, PairingTickets(membership, database, lambda: host.addresses, wall))
+        node = Node(name, folder, identity, host, database, service, health, wall, pairing)
         await self._nursery.start(self._run, node, passive)
         return node
 

@@ -375,7 +375,12 @@ class Libp2pHost(ConnectionWatcher):
             over.set()
 
     def handle(
-        self, protocol: str, handler: Handler, *, open_to_strangers: bool = False, bounded: bool = True
+        self,
+        protocol: str,
+        handler: Handler,
+        *,
+        open_to_strangers: bool | Callable[[], bool] = False,
+        bounded: bool = True,
     ) -> None:
         self._table.add(protocol, handler, open_to_strangers=open_to_strangers, bounded=bounded)
 
