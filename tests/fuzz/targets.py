@@ -382,8 +382,9 @@ def _trust(_folder: Path) -> Ready:
 @target("pairing", 2, needs=("spake2",))
 def _pairing(_folder: Path) -> Ready:
     """Frames for both sides of a pairing, in any order."""
+    from protocols.pairing.exchange import Exchange
     from protocols.pairing.machine import Begin, Deny, Joiner, Judged, Opener
-    from protocols.pairing.messages import PAIRING, WRONG_PIN
+    from protocols.pairing.messages import PAIRING, WRONG_PIN, Ask, Share
 
     bob = peer_of("bob")
 
@@ -406,7 +407,14 @@ def _pairing(_folder: Path) -> Ready:
                         side.handle(Deny(WRONG_PIN, "no"), 0.0)
         return taken > 0
 
-    return Ready([b"".join(pack(data) for data in vectors("pairing")[:3])], take, framed(PAIRING))
+    proof, refused = vectors("pairing")[2], vectors("pairing")[4]
+    shares = [
+        Exchange("123456", joiner=bob, opener=PEER, joins=joins, random_bytes=random.Random(2).randbytes).share
+        for joins in (True, False)
+    ]
+    first = [PAIRING.encode(Ask(share=shares[0], name="kitchen")), PAIRING.encode(Share(share=shares[1]))]
+    seeds = [b"".join(pack(data) for data in words) for words in ((first[0], proof), (first[1], refused))]
+    return Ready(seeds, take, framed(PAIRING))
 
 
 @target("hello", 50)
