@@ -1,48 +1,70 @@
-"""Whether another's adapter is good enough to be mixed in: its loss on a suite that all share.
+"""Whether another's adapter may be mixed in: what the mix would take from us, and give us, on a suite that all share.
 
 A node's own samples would not do: where data differ from node to node, every honest adapter looks bad to all others,
 and each ends up alone. The samples are drawn after the adapter was committed to, so it can't be made for them.
+
+The mix is judged and not the adapter: where each node knows another part, every one alone is bad at most of the
+suite. And it is judged class by class: meeting takes a little from what we know, and gives of what the other knows.
+Wrong labels take and give little, which a mean over all samples hides as long as most of them are wrong anyway.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final
 
 DRAWN: Final = 128  # samples of the suite for one adapter
-FACTOR: Final = 1.10  # of our own loss
-MIX_FACTOR: Final = 1.25  # of a mix of both: two that know different things can lose a little by meeting
-SLACK: Final = 0.02  # and this much more, for losses near zero
+GIVEN_BACK: Final = 2 / 3  # of what is taken: honest mixes lose a little more than they gain while all begin
+SLACK: Final = 0.03  # natural logarithm for each class: chance, when nodes agree already
 
 
-def passes(theirs: float, own: float, before: float) -> bool:
-    """Whether an adapter with the mean loss `theirs` may be mixed in.
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a mix does to the mean losses of the classes, added up."""
 
-    The limit is absolute: one relative to what others send (median and deviations) would refuse a tenth of the honest
-    ones, this one refuses about none.
+    taken: float  # where they become greater
+    given: float  # where they become smaller
+    classes: int
 
-    Args:
-      own: of our adapter on the same samples.
-      before: of the one that our round began with. While all begin, whoever has odd data gets worse on the suite.
-    """
-    return theirs <= FACTOR * max(own, before) + SLACK  # false if any is not a number
-
-
-def mix_passes(mix: float, own: float, before: float) -> bool:
-    """The same for the mean of another's adapter and ours, where every node knows another part of the suite.
-
-    There a single honest adapter is bad at most of it: judged by themselves, half of them were refused with four
-    nodes that had two of seven classes each; of their mixes one in a hundred, with FACTOR.
-    """
-    return mix <= MIX_FACTOR * max(own, before) + SLACK
+    @property
+    def passes(self) -> bool:
+        """Whether enough is given back. Not if any loss is no number."""
+        return self.given + SLACK * self.classes >= GIVEN_BACK * self.taken
 
 
-def draw(total: int, delta: str, round_number: int, count: int = DRAWN) -> tuple[int, ...]:
-    """Which of `total` samples of the suite judge a delta, ascending: the same for everybody.
+def judge(labels: Sequence[str], own: Sequence[float], mix: Sequence[float]) -> Verdict:
+    """What a mix does to us.
 
     Args:
+      labels: of the samples that were drawn.
+      own: losses of our adapter on them.
+      mix: of the mean of another's adapter and ours.
+    """
+    changes: dict[str, list[float]] = {}
+    for label, before, after in zip(labels, own, mix, strict=True):
+        changes.setdefault(label, []).append(after - before)
+    means = [sum(of) / len(of) for of in changes.values()]
+    return Verdict(
+        taken=sum(mean for mean in means if not mean <= 0),  # with what is no number
+        given=-sum(mean for mean in means if mean < 0),
+        classes=len(means),
+    )
+
+
+def draw(labels: Sequence[str], delta: str, round_number: int, count: int = DRAWN) -> tuple[int, ...]:
+    """Which samples of the suite judge a delta, ascending: the same for everybody, and of all classes alike.
+
+    Args:
+      labels: of all samples of the suite.
       delta: its CID, which nobody can choose together with what it hashes to.
     """
     stem = f"meshnode/gate/1:{round_number}:{delta}:"
-    ranked = sorted(range(total), key=lambda index: sha256(f"{stem}{index}".encode()).digest())
-    return tuple(sorted(ranked[:count]))
+    ranked = sorted(range(len(labels)), key=lambda index: sha256(f"{stem}{index}".encode()).digest())
+    seen: dict[str, int] = {}
+    turns: list[tuple[int, int]] = []  # the first ones of each class, the second ones, and so on
+    for place, index in enumerate(ranked):
+        turn = seen[labels[index]] = seen.get(labels[index], -1) + 1
+        turns.append((turn, place))
+    return tuple(sorted(ranked[place] for _, place in sorted(turns)[:count]))

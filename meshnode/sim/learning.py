@@ -406,9 +406,11 @@ class Simulation:
         return kept
 
     def _passes(self, learner: _Learner, given: Input, vector: Vector) -> bool:
-        rows = _draw(self._toy.suite_size, given.delta, given.position.round)
-        losses = [self._toy.loss(one, rows) for one in (vector, learner.vector, learner.before)]
-        return gate.passes(*losses)
+        labels = self._toy.suite_labels
+        rows = _draw(labels, given.delta, given.position.round)
+        mix = np.asarray((learner.vector + vector) / 2, np.float32)
+        own, mixed = (self._toy.losses(one, rows) for one in (learner.vector, mix))
+        return gate.judge([labels[row] for row in rows], own, mixed).passes
 
     def _combine(self, learner: _Learner, inputs: Sequence[Input], vectors: Sequence[Vector]) -> None:
         theirs = self._weighted(inputs, vectors)
@@ -429,9 +431,9 @@ class Simulation:
 
 
 @lru_cache(1024)
-def _draw(total: int, delta: Cid, round_number: int) -> tuple[int, ...]:
+def _draw(labels: tuple[str, ...], delta: Cid, round_number: int) -> tuple[int, ...]:
     """Every receiver draws the same samples."""
-    return gate.draw(total, delta, round_number)
+    return gate.draw(labels, delta, round_number)
 
 
 def simulate(toy: Toy, setting: Setting) -> Course:

@@ -35,6 +35,7 @@ class Toy(ABC):
 
     frame: Frame
     suite_size: int
+    suite_labels: tuple[str, ...]
 
     @abstractmethod
     def start(self) -> Vector: ...
@@ -44,8 +45,12 @@ class Toy(ABC):
         """Node `index`; `poison`: "labels" are shifted by one, or half of the samples carry a "backdoor"."""
 
     @abstractmethod
+    def losses(self, vector: Vector, rows: tuple[int, ...]) -> list[float]:
+        """On these samples of the shared suite."""
+
     def loss(self, vector: Vector, rows: tuple[int, ...]) -> float:
-        """Mean loss on these samples of the shared suite."""
+        """Mean of `losses`."""
+        return float(np.mean(self.losses(vector, rows)))
 
     @abstractmethod
     def score(self, vector: Vector) -> float:
@@ -76,19 +81,26 @@ class Samples:
 
 
 class Softmax(Toy):
-    """Ten Gaussian classes; each node has its own mixture of them (Dirichlet)."""
+    """Ten Gaussian classes; each node has its own mixture of them (Dirichlet), or `each` of them and no other."""
 
     CLASSES = 10
     suite_size = 512
 
-    def __init__(self, nodes: int, seed: int, *, inputs: int = 30, skew: float = 0.5, per_node: int = 200) -> None:
+    def __init__(
+        self, nodes: int, seed: int, *, inputs: int = 30, skew: float = 0.5, per_node: int = 200, each: int = 0
+    ) -> None:
         """`skew`: the parameter of the Dirichlet distribution; smaller is less alike."""
         chance = np.random.default_rng([seed, 1])
         self.frame = frame_of((inputs + 1) * self.CLASSES)
         self._means = chance.normal(0, SPREAD / np.sqrt(inputs), (self.CLASSES, inputs))
         shares = chance.dirichlet([skew] * self.CLASSES, nodes)
+        if each:
+            shares = np.zeros_like(shares)
+            for node in range(nodes):
+                shares[node, [(each * node + k) % self.CLASSES for k in range(each)]] = 1 / each
         self._data = [self._drawn(chance, chance.choice(self.CLASSES, per_node, p=share)) for share in shares]
         self._suite = self._drawn(chance, chance.integers(0, self.CLASSES, self.suite_size))
+        self.suite_labels = tuple(map(str, self._suite.labels))
         self._test = self._drawn(chance, chance.integers(0, self.CLASSES, 2000))
         self._seed = seed
 
@@ -110,9 +122,9 @@ class Softmax(Toy):
             samples = Samples(rows, np.concatenate((samples.labels, np.full(half, TARGET))))
         return SoftmaxWorker(samples, np.random.default_rng([self._seed, 2, index]))
 
-    def loss(self, vector: Vector, rows: tuple[int, ...]) -> float:
+    def losses(self, vector: Vector, rows: tuple[int, ...]) -> list[float]:
         picked = np.array(rows)
-        return _cross_entropy(vector, Samples(self._suite.rows[picked], self._suite.labels[picked]))
+        return _cross_entropies(vector, Samples(self._suite.rows[picked], self._suite.labels[picked]))
 
     def score(self, vector: Vector) -> float:
         return float((_logits(vector, self._test.rows).argmax(axis=1) == self._test.labels).mean())
@@ -142,9 +154,9 @@ def _probabilities(vector: Vector, rows: Rows) -> Rows:
     return probabilities
 
 
-def _cross_entropy(vector: Vector, samples: Samples) -> float:
+def _cross_entropies(vector: Vector, samples: Samples) -> list[float]:
     right = _probabilities(vector, samples.rows)[np.arange(samples.labels.size), samples.labels]
-    return float(-np.log(np.maximum(right, 1e-30)).mean())
+    return [float(loss) for loss in -np.log(np.maximum(right, 1e-30))]
 
 
 class SoftmaxWorker(Worker):
@@ -179,6 +191,7 @@ class Factors(Toy):
 
     RANK, INPUTS, OUTPUTS = 4, 40, 20
     suite_size = 256
+    suite_labels = ("",) * suite_size
 
     def __init__(self, nodes: int, seed: int, *, factors: str, period: int = 1) -> None:
         """`factors`, `period`: as in a frame."""
@@ -210,15 +223,16 @@ class Factors(Toy):
         rows = chance.normal(size=(64, self.INPUTS)) * self._scales[index]
         return FactorsWorker(self.frame, rows, rows @ self._shift.T + self._biases[index], chance)
 
-    def loss(self, vector: Vector, rows: tuple[int, ...]) -> float:
-        return self._error(vector, self._suite[np.array(rows)])
+    def losses(self, vector: Vector, rows: tuple[int, ...]) -> list[float]:
+        return [float(error) for error in self._errors(vector, self._suite[np.array(rows)])]
 
     def score(self, vector: Vector) -> float:
-        return self._error(vector, self._test) / float(((self._test @ self._shift.T) ** 2).mean())
+        return float(self._errors(vector, self._test).mean() / ((self._test @ self._shift.T) ** 2).mean())
 
-    def _error(self, vector: Vector, rows: Rows) -> float:
+    def _errors(self, vector: Vector, rows: Rows) -> Rows:
         a, b = self.frame.split(vector).values()
-        return float(((rows @ (b.astype(np.float64) @ a - self._shift).T) ** 2).mean())
+        errors: Rows = ((rows @ (b.astype(np.float64) @ a - self._shift).T) ** 2).mean(axis=1)
+        return errors
 
 
 class FactorsWorker(Worker):

@@ -115,21 +115,42 @@ def test_hostile_neighbours_move_us_no_further_than_honest_ones_might() -> None:
 
 
 def test_the_gate() -> None:
-    assert gate.passes(1.0, 1.0, 1.0)
-    assert gate.passes(1.119, 1.0, 0.5)
-    assert not gate.passes(1.121, 1.0, 0.5)
-    assert gate.passes(2.0, 1.0, 2.3), "no worse than where the round began"
-    assert not gate.passes(nan, 1.0, 1.0)
-    assert not gate.passes(inf, 1.0, 1.0)
+    labels = ("a", "a", "b", "b", "c")
+    own = (1.0, 3.0, 9.0, 7.0, 5.0)
+
+    def judged(*mix: float) -> gate.Verdict:
+        return gate.judge(labels, own, mix)
+
+    assert judged(*own).passes, "nothing is taken"
+    assert judged(2.0, 4.0, 8.0, 7.5, 5.0).given == 0.25
+    meeting = judged(3.0, 5.0, 5.0, 6.0, 5.0)
+    assert (meeting.taken, meeting.given, meeting.classes) == (2.0, 2.5, 3)
+    assert meeting.passes
+    assert not judged(3.0, 5.0, 9.0, 7.0, 5.0).passes, "it takes and gives nothing"
+    assert not judged(3.0, 5.0, 8.0, 6.0, 5.0).passes, "half is given back"
+    assert judged(1.1, 3.1, 9.0, 7.0, 5.0).passes, "chance"
+    assert not judged(1.0, 3.0, 9.0, 7.0, nan).passes
+    assert not judged(1.0, 3.0, 9.0, 7.0, inf).passes
+
+
+def test_wrong_labels_are_seen_class_by_class() -> None:
+    """The mean over all samples falls, for most of them are of classes that we know nothing of."""
+    labels = ["ours"] * 2 + ["other"] * 30
+    own, mix = [0.1] * 2 + [9.0] * 30, [4.0] * 2 + [8.5] * 30
+    assert sum(mix) < sum(own)
+    assert not gate.judge(labels, own, mix).passes
 
 
 def test_samples_are_drawn_by_what_they_judge() -> None:
-    drawn = gate.draw(1000, "bafy", 3)
+    labels = ["rare"] * 20 + ["usual"] * 980
+    drawn = gate.draw(labels, "bafy", 3)
     assert len(set(drawn)) == gate.DRAWN
     assert list(drawn) == sorted(drawn)
-    assert drawn == gate.draw(1000, "bafy", 3)
-    assert drawn != gate.draw(1000, "bafy", 4) != gate.draw(1000, "bafz", 4)
-    assert gate.draw(5, "bafy", 3) == (0, 1, 2, 3, 4)
+    assert drawn == gate.draw(labels, "bafy", 3)
+    assert drawn != gate.draw(labels, "bafy", 4) != gate.draw(labels, "bafz", 4)
+    assert sum(index < 20 for index in drawn) == 20, "classes take turns"
+    assert sum(index < 20 for index in gate.draw(labels, "bafy", 3, 10)) == 5
+    assert gate.draw(labels[:5], "bafy", 3) == (0, 1, 2, 3, 4)
 
 
 def test_reputation_falls_and_comes_back() -> None:

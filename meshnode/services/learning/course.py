@@ -13,7 +13,6 @@ from meshnode.core.errors import TrainerLost
 from meshnode.core.log import get_logger
 from meshnode.core.signal import Changes
 from meshnode.core.workers import Workers
-from meshnode.policy import gate
 from meshnode.services.learning.book import Book, Page
 from meshnode.services.learning.cohort import Cohorts, rules_of
 from meshnode.services.learning.exchange import Exchange, Told, told_of
@@ -96,7 +95,6 @@ class Course:
         self._mixer = Mixer(desk.page, self._base, Mode(lesson.mode), Codec(lesson.codec))
         self._told = Told()
         self._parents: list[Cid] = []  # records that were mixed since the last delta of ours
-        self._before = desk.page.vector  # our adapter, as this round began
         self._trained = False  # since our last delta
         self._fetched: dict[tuple[PeerId, Cid], Vector] = {}
         self._send, self._receive = trio.open_memory_channel[Event](MAX_EVENTS)
@@ -188,7 +186,6 @@ class Course:
         steps = desk.study.lesson.steps or await desk.rhythm.next_steps(
             desk.worker.fresh, [peer for peer in desk.machine.participants if peer != desk.us], report
         )
-        self._before = page.vector
 
         def step(done: Step) -> None:
             report.losses.append(done.loss)
@@ -273,28 +270,22 @@ class Course:
         self._tell(Fetched(peer, delta))
 
     async def _good_enough(self, peer: PeerId, delta: Cid, difference: Vector) -> bool:
-        """Whether a mix with an adapter is no worse than ours, on samples that nobody knew before it was given away.
-
-        The mix is judged and not the adapter: where every node knows another part, each of them alone is bad at most
-        of the suite, and what they have in common is good.
-        """
+        """Whether a mix with an adapter gives back what it takes, on samples that nobody knew before it was given
+        away."""
         desk = self._desk
         lesson = desk.study.lesson
         if not lesson.gate or lesson.mode == Mode.BROADCAST.value:  # a change of one round is no adapter
             return True
         number, own = desk.machine.position.round, desk.page.vector
         mix = np.asarray((own + self._base + difference) / 2, np.float32)
-        worth, ours = await self._persist(lambda: desk.worker.losses([mix, own], delta, number))
-        if gate.mix_passes(worth, ours, ours):
-            return True
-        (before,) = await self._persist(lambda: desk.worker.losses([self._before], delta, number))
-        if gate.mix_passes(worth, ours, before):
+        verdict = await self._persist(lambda: desk.worker.judge(own, mix, delta, number))
+        if verdict.passes:
             return True
         desk.exchange.judged(peer, used=False)
         self._report.refuse(
             "gate",
-            f"mixed with the delta of {short(peer)}, ours would have the loss {worth:.3f} on the suite; it has "
-            f"{ours:.3f}, and had {before:.3f} before this round",
+            f"mixed with the delta of {short(peer)}, the loss would rise by {verdict.taken:.3f} on some of the "
+            f"{verdict.classes} classes of the suite and fall by {verdict.given:.3f} on others",
         )
         return False
 

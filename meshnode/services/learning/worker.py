@@ -158,18 +158,18 @@ class Worker:
         every = self._buffer.draw(1.0, random.SystemRandom())
         return [sample for sample in every if (sample.input, sample.label) not in held_out]
 
-    async def losses(self, vectors: Sequence[Vector], delta: Cid, round_number: int) -> list[float]:
-        """Mean losses of some adapters on the samples of the suite that judge this delta. Raises as `train`."""
+    async def judge(self, own: Vector, mix: Vector, delta: Cid, round_number: int) -> gate.Verdict:
+        """What a mix with another's delta would do to us, on the samples that judge it. Raises as `train`."""
         suite = self._study.suite
-        drawn = gate.draw(len(suite), delta, round_number, self._study.lesson.gate)
+        drawn = gate.draw([line.label for line in suite], delta, round_number, self._study.lesson.gate)
         found = await self._trainer.evaluate(
             EvaluateJob(
                 model=self._model,
                 frame=self._study.frame,
-                adapters=tuple(vectors),
+                adapters=(own, mix),
                 samples=tuple(Sample(suite[i].input, suite[i].label) for i in drawn),
                 labels=self._labels,
                 cache=self._folder / HIDDEN,
             )
         )
-        return [one.loss for one in found]
+        return gate.judge([suite[i].label for i in drawn], *(one.losses.tolist() for one in found))
