@@ -30,6 +30,7 @@ from meshnode.net.multicast import Multicast
 from meshnode.net.swarm_key import load_swarm_key
 from meshnode.parts import Machine, Parts
 from meshnode.policy.idle import DeviceFacts
+from meshnode.state.audit import Audit, AuditLog, NoAudit
 from meshnode.state.budget import Budget, Limit
 from meshnode.state.database import Database
 from meshnode.state.open_samples import open_samples
@@ -86,6 +87,7 @@ def assemble(config: Config, identity: Identity, stack: ExitStack) -> Parts:
         learned=paths.learned,
         engine=EngineProcess,
         tokenizer=open_tokenizer,
+        audit=audit_of(config, database, health),
         sources=gateways if daemon is None else (daemon, *gateways),
         daemon=daemon,
         machine=this_machine(config.node.name or membership.name or os.uname().nodename),
@@ -128,6 +130,15 @@ def device_facts() -> Callable[[], DeviceFacts]:
     """How busy this device is with everything but this node."""
     activity = Activity()
     return lambda: activity.read(our_processes())
+
+
+def audit_of(config: Config, state: Database, health: Health) -> Audit:
+    """Where is noted what the node is asked for, if the owner wants that."""
+    settings, folder = config.audit, config.paths.folder
+    if not settings.enabled:
+        return NoAudit()
+    size = settings.max_size.of(os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize)
+    return AuditLog(folder, state, wall_ms, health, max_bytes=size, files=settings.files, text=settings.text)
 
 
 def this_machine(name: str) -> Machine:

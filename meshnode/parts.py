@@ -19,6 +19,7 @@ from meshnode.membership.identity import Identity
 from meshnode.membership.port import Membership
 from meshnode.net.port import Host, LocalNetwork
 from meshnode.policy.idle import DeviceFacts
+from meshnode.state.audit import Audit
 from meshnode.state.port import State
 from meshnode.state.samples_port import SampleBuffer
 from meshnode.store.port import Store
@@ -57,6 +58,7 @@ class Parts:
     learned: Path  # folder of what was learned here
     engine: Callable[[StageSpec], Engine]  # a new engine for a span
     tokenizer: OpenTokenizer  # opens that of a model
+    audit: Audit  # where is noted what the node is asked for
     sources: tuple[Source, ...]  # asked for what no peer gives, in this order
     daemon: IpfsApi | None  # the operator's own, one of the sources
     machine: Machine

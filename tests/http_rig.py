@@ -33,6 +33,7 @@ from meshnode.http.listen import bind
 from meshnode.http.page.files import read_page
 from meshnode.http.server import HttpService
 from meshnode.services.inference.text import Started
+from meshnode.state.audit import Audit, NoAudit
 from meshnode.state.memory_state import MemoryState
 from meshnode.text.question import Question
 
@@ -76,6 +77,7 @@ class FakeDoor:
         self.calls: list[ToolCall] = []
         self.offered: Sequence[Offered] = (MODEL,)
         self.news = trio.Event()
+        self.audit: Audit = NoAudit()
 
     def models(self) -> Sequence[Offered]:
         return self.offered

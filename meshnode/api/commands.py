@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from functools import partial
@@ -32,6 +33,9 @@ from protocols.notice.messages import LESSON
 from protocols.pairing.messages import OPEN_S
 
 MAX_WAIT_S: Final = 86_400.0
+QUIET: Final = ("status", "ready")  # asked all the time, and nothing comes of it
+
+Command = Callable[[Json], AsyncGenerator[Json, None]]
 
 
 class Commands:
@@ -41,7 +45,7 @@ class Commands:
         """`api_url`: where the node answers HTTP."""
         self._node = node
         self._api_url = api_url
-        self.table: Final[dict[str, Callable[[Json], AsyncGenerator[Json, None]]]] = {
+        table: dict[str, Command] = {
             "status": self._status,
             "ready": self._ready,
             "generate": self._generate,
@@ -61,6 +65,17 @@ class Commands:
             "pair": self._pair,
             "stop": self._stop,
         }
+        self.table: Final = {name: partial(self._noted, name, command) for name, command in table.items()}
+
+    async def _noted(self, name: str, command: Command, request: Json) -> AsyncGenerator[Json, None]:
+        """The command, and a line about it in the audit log."""
+        if name not in QUIET:
+            audit = self._node.audit
+            text = json.dumps(request, default=str) if audit.keeps_text else ""
+            audit.note("socket", "this device", name, text)
+        async with aclosing(command(request)) as answers:
+            async for answer in answers:
+                yield answer
 
     def name_peers(self, sentence: str) -> str:
         """See `asking.name_peers`."""

@@ -41,6 +41,7 @@ COMMANDS: Final = (
     ("learn", "meshnode.cli.learn", "have the network learn from what its devices keep, and see how it goes"),
     ("model", "meshnode.cli.model", "add, list, show, verify and remove models"),
     ("key", "meshnode.cli.key", "keys by which programs may ask this node over HTTP"),
+    ("audit", "meshnode.cli.audit", "who asked this node for what kind of thing when, and whether that was changed"),
     ("release", "meshnode.cli.release", "adapters that were learned: what is served, propose one, go back from one"),
     ("demo", "meshnode.cli.demo", "a bootstrap peer and three nodes on this machine answer a question together"),
     ("harness", "meshnode.cli.harness", "a whole mesh on this machine, to try things out and to test"),

@@ -258,6 +258,18 @@ class LimitsSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AuditSection:
+    enabled: bool = setting(
+        False, yes_or_no, "note who asks this node for what kind of thing when: `meshnode audit show`, `verify`"
+    )
+    text: bool = setting(False, yes_or_no, "note what was asked as well")
+    max_size: Amount = setting(
+        Amount(size_bytes=10_000_000), parse_amount, "bytes of a file of it; then the next one begins"
+    )
+    files: int = setting(10, number(2, 1000), "of it that are kept; the oldest goes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseSection:
     collect: int = setting(
         120, number(0, 86_400), "seconds in which votes on an adapter are collected before the first node uses it"
@@ -291,6 +303,7 @@ class Config:
     learn: LearnSection = LearnSection()
     owner: OwnerSection = OwnerSection()
     limits: LimitsSection = LimitsSection()
+    audit: AuditSection = AuditSection()
     release: ReleaseSection = ReleaseSection()
     log: LogSection = LogSection()
     origins: Mapping[str, str] = field(default_factory=dict)  # "serve.memory" -> "the command line"; absent: default

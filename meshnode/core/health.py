@@ -84,6 +84,12 @@ _REGISTRY: Final = (
         lasts_s=_EVENT_S,
     ),
     HealthCode(
+        "audit-failed",
+        _H,
+        "What this node is asked for is not noted: the audit log in {folder} can't be written: {reason} Free some "
+        "space or repair it; `meshnode audit verify` shows what is wrong; audit.enabled = false ends it.",
+    ),
+    HealthCode(
         "learning-failed",
         _M,
         "This node can't follow the lesson of the network: {reason} It tries again by itself.",

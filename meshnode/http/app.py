@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -133,7 +134,9 @@ class App:
         """Keys first; what goes wrong is said in the dialect of the route."""
         request.scope["meshnode.route"] = way.path
         try:
-            request.scope["meshnode.key"] = self._gate.admit(request, way.scope)
+            key = request.scope["meshnode.key"] = self._admit(way, request)
+            if way.audited:
+                self._door.audit.note("http", who_asks(request, key), f"{way.method} {way.path}")
             return await way.handler(request)
         except ClientDisconnect:
             return GONE
@@ -141,6 +144,14 @@ class App:
             return refuse(request.url.path, problem)
         except MeshError as error:
             return refuse(request.url.path, problem_of(error))
+
+    def _admit(self, way: Way, request: Request) -> ApiKey | None:
+        try:
+            return self._gate.admit(request, way.scope)
+        except Problem as problem:
+            who = who_asks(request, None)
+            self._door.audit.refused("http", who, f"{way.method} {way.path}: {problem.text}")
+            raise
 
     def _ask(self, read: Read) -> Handler:
         return partial(self._answer, read)
@@ -163,6 +174,9 @@ class App:
         A prompt that was kept for one key is no help to another: time would tell what its owner asked.
         """
         question = replace(question, asker="" if key is None else key.id)
+        if self._door.audit.keeps_text:
+            who = "this device" if key is None else named(key)
+            self._door.audit.note("http", who, "question", json.dumps(question.as_json(), default=str))
         async with aclosing(self._metrics.measured(self._door.ask(question))) as events:
             try:
                 async for event in events:
@@ -291,6 +305,18 @@ class App:
     async def _ready(self, _: Request) -> Response:
         ready, sentence = self._door.ready
         return JsonResponse({"ready": ready, "readiness": sentence}, 200 if ready else 503)
+
+
+def named(key: ApiKey) -> str:
+    """A key in the audit log."""
+    return f"key {key.name} ({key.id})"
+
+
+def who_asks(request: Request, key: ApiKey | None) -> str:
+    """Whose request it is, for the audit log."""
+    if key is not None:
+        return named(key)
+    return "somebody" if request.client is None else f"a program at {request.client.host}"
 
 
 async def _cancel_when_gone(request: Request, scope: trio.CancelScope) -> None:

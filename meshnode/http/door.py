@@ -15,6 +15,7 @@ from meshnode.core.clock import monotonic
 from meshnode.core.signal import Watch
 from meshnode.http.shorter import Shorter
 from meshnode.node import Node
+from meshnode.state.audit import Audit
 from meshnode.text.question import Question
 
 
@@ -36,6 +37,10 @@ class Offered:
 
 class Door(Protocol):
     """A node, as the dialects see it."""
+
+    @property
+    def audit(self) -> Audit:
+        """Where is noted what is asked."""
 
     def models(self) -> Sequence[Offered]:
         """Those that are served now; none while there is none."""
@@ -77,6 +82,11 @@ class NodeDoor:
         self._node = node
         self._api_url = api_url
         self._shorter = Shorter(monotonic)
+
+    @property
+    def audit(self) -> Audit:
+        """See Door."""
+        return self._node.audit
 
     def models(self) -> Sequence[Offered]:
         """See Door."""

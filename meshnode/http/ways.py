@@ -22,3 +22,8 @@ class Way:
     handler: Handler
     needs: Sequence[str] = ()  # fields that its body must have
     gives: str = "application/json"
+
+    @property
+    def audited(self) -> bool:
+        """Whether a request is worth a line in the audit log: it asks, changes or reads what somebody has asked."""
+        return bool(self.scope) and (self.method != "GET" or "{id}" in self.path)

@@ -43,6 +43,7 @@ from meshnode.policy.idle import DeviceFacts
 from meshnode.services.inference.text import Text
 from meshnode.sim.model import ModelSpec, ToyModel, make_model
 from meshnode.sim.network import MemoryNetwork
+from meshnode.state.audit import NoAudit
 from meshnode.state.memory_state import MemoryState
 from meshnode.state.samples import Samples
 from meshnode.state.samples_port import Limits
@@ -289,6 +290,7 @@ class World:
             learned=device.folder / "learned",
             engine=engine,
             tokenizer=open_in_process,
+            audit=NoAudit(),
             sources=(),
             daemon=None,
             machine=Machine(name=device.name, free_memory_bytes=1 << 30, tags=("cpu",)),

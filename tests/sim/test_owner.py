@@ -15,6 +15,7 @@ from meshnode.embed import LocalNode
 from meshnode.policy.duty import Duty, duty_of
 from meshnode.policy.idle import DeviceFacts
 from meshnode.sim.world import World
+from meshnode.state.audit import NoAudit
 
 
 def library(world: World, name: str) -> LocalNode:
@@ -161,3 +162,26 @@ async def test_the_owner_comes_first(world: World, autojump_clock: MockClock) ->
     await world.until(lambda: world["n3"].running.owner.duty is Duty.FULL, within_s=200)
     n3 = world["n3"].peer_id
     await world.until(lambda: duty_of(world["n1"].running.directory.live()[n3].tags) is Duty.FULL)
+
+
+async def test_what_others_and_this_device_ask_is_noted(world: World, autojump_clock: MockClock) -> None:
+    await mesh(world, 3, "1.4MB")
+    kept: dict[str, list[tuple[str, str, str]]] = {}
+
+    class Noting(NoAudit):
+        def __init__(self, name: str) -> None:
+            self.lines = kept[name] = []
+
+        def note(self, via: str, who: str, what: str, text: str = "") -> None:
+            assert not text
+            self.lines.append((via, who, what))
+
+    for name in world.devices:
+        world[name].running.audit = Noting(name)
+    await library(world, "n1").generate([5, 6, 7], max_tokens=3)
+    await library(world, "n1").status()
+    asker = world["n1"].peer_id
+    assert ("socket", "this device", "generate") in kept["n1"]
+    assert not [line for line in kept["n1"] if line[2] == "status"]
+    assert ("mesh", asker, "layers for an answer") in kept["n2"]
+    assert ("mesh", asker, "layers for an answer") in kept["n3"]

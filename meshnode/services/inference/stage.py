@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import trio
@@ -89,6 +89,7 @@ class StageService:
         self._working: set[_Session] = set()  # those, and others until the engine has let go of them
         self._tasks = Tasks()
         self._untold: Counter[PeerId] = Counter()
+        self.taken: Callable[[PeerId], object] = lambda origin: None  # told who asks, for each session of others
         pipes.handle(Open, self._open)
         pipes.handle(Step, self._step)
         pipes.handle(Close, self._close)
@@ -151,6 +152,8 @@ class StageService:
         self._working.add(session)
         self._load.count(len(self._sessions))
         self._tasks.start_soon(self._work, session, before)
+        if peer != self._us:
+            self.taken(peer)
 
     def _make_room(self, session: _Session, gone: list[_Session]) -> str:
         """Why there is no room for it; empty when there is. Silent sessions that had to go for it join `gone`."""
