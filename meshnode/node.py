@@ -43,13 +43,14 @@ from meshnode.services.inventory import InventoryService
 from meshnode.services.membership import Introduction, MembershipService
 from meshnode.services.owner import OwnerService
 from meshnode.services.pairing import PairingService
-from meshnode.services.placement.service import OurStage, PlacementService, PlacementSettings
+from meshnode.services.placement.service import OurStage, PlacementService
 from meshnode.services.releases import ReleasesService
 from meshnode.services.replication.copies import Duties, ReplicationService, ReplicationSettings
 from meshnode.services.replication.shelves import Shelves
 from meshnode.services.round_trips import RoundTripsService
 from meshnode.services.samples import SamplesService
-from meshnode.services.spans import SpansService, SpansSettings
+from meshnode.services.spans import SpansService
+from meshnode.serving import placement_settings, spans_settings
 from meshnode.state.address_book import AddressBook
 from protocols.advert.messages import Advert
 from protocols.membership.messages import SERVE
@@ -85,7 +86,6 @@ class Node:
         tickets = PairingTickets(parts.membership, parts.state, lambda: self.host.addresses, wall)
         self.pairing = PairingService(self.host, tickets)
         self.rights = Rights(self.membership.roles_of, self.health)
-        memory = config.serve.memory.of(parts.machine.free_memory_bytes)
         self.directory = DirectoryService(
             self.host,
             identity,
@@ -136,15 +136,7 @@ class Node:
             self.store,
             parts.engine,
             self.health,
-            SpansSettings(
-                incarnation=lambda: self.directory.me().incarnation,
-                memory_bytes=memory,
-                rng=rng,
-                kind=config.serve.engine,
-                threads=config.serve.threads,
-                max_sessions=config.serve.sessions,
-                kv_bytes=config.serve.kv_memory.of(memory),
-            ),
+            spans_settings(parts, config, lambda: self.directory.me().incarnation),
         )
         self.load = AdvertisedLoad()
         self.placement = PlacementService(
@@ -154,13 +146,7 @@ class Node:
             HoldQuestions(self.host),
             self.rights,
             self.health,
-            PlacementSettings(
-                memory_bytes=memory,
-                rng=rng,
-                wall=wall,
-                max_layers=config.serve.layers,
-                max_sessions=config.serve.sessions,
-            ),
+            placement_settings(parts, config),
         )
         HoldAnswers(self.host, self.placement, self.rights)
         self.learning = learning_service(
