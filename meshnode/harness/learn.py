@@ -30,6 +30,7 @@ Json = dict[str, Any]
 
 IMPORT_S: Final = 120.0
 LEARN_S: Final = 3600.0
+BUSY_S: Final = 60.0  # for an answer while several trainers and engines share few cores
 _LOOK_S: Final = 0.5
 # A node of the harness trains whatever the machine does meanwhile.
 SETTINGS: Final = (
@@ -164,7 +165,7 @@ def _watch(members: Sequence[Member], rounds: int, say: Say) -> tuple[LearningSt
     """Until all rounds are done everywhere."""
     told, ends = -1, time.monotonic() + LEARN_S
     while True:
-        statuses = tuple(member.status().learning for member in members)
+        statuses = tuple(member.client.status(timeout=BUSY_S).learning for member in members)
         if all(status.state == "done" for status in statuses):
             return statuses
         slowest = min(statuses, key=lambda status: (status.round, status.steps))

@@ -33,6 +33,14 @@ class Verdict:
         """Whether enough is given back. Not if any loss is no number."""
         return self.given + SLACK * self.classes >= GIVEN_BACK * self.taken
 
+    @property
+    def words(self) -> str:
+        """For people."""
+        return (
+            f"the loss would rise by {self.taken:.3f} on some of the {self.classes} classes of the suite, "
+            f"and fall by {self.given:.3f} on others"
+        )
+
 
 def judge(labels: Sequence[str], own: Sequence[float], mix: Sequence[float]) -> Verdict:
     """What a mix does to us.

@@ -10,6 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from meshnode.harness.hostile import HostileTrainer
 from meshnode.services.learning.cohort import Cohorts, Outcome, _Run
 from meshnode.sim.world import World
 from protocols.cohort.masking import Pads
@@ -17,7 +18,7 @@ from protocols.delta.frame import Vector
 from protocols.delta.messages import open_delta
 from protocols.ids import PeerId
 from protocols.notice.messages import DELTA
-from tests.sim.test_learning_nodes import SEED, Class
+from tests.sim.test_learning_nodes import SEED, Class, SlowTrainer
 
 VANISHES = 4  # round
 
@@ -79,3 +80,20 @@ async def test_four_learn_and_one_vanishes_after_its_shares(
     assert before <= 0.5, f"seed {SEED}"
     assert after >= 0.6  # whoever knows two labels of four has 0.5
     assert not [school.report(name).refusals for name in honest if school.report(name).refusals]
+
+
+@pytest.mark.parametrize("gate", [40, 0])
+async def test_a_spoilt_mean_is_not_taken(autojump_clock: MockClock, school: Class, gate: int) -> None:
+    """Nobody sees which of the four sends its changes backwards; all see what came of it."""
+    school.add(3)
+    school.add(1, lambda: HostileTrainer(SlowTrainer(), "sign-flip"))
+    frame = await school.begin(rounds=3, wait=60, mode="masked", gate=gate)
+    honest = ("n1", "n2", "n3")
+    await school.world.until(lambda: school.done(*honest), within_s=3600)
+    before, after = await school.losses(frame, None, school.vector("n1", frame))
+    refused = [school.report(name).refused["gate"] for name in honest]
+    if gate:
+        assert min(refused) >= 1
+        assert after <= before
+    else:
+        assert after > before + 1, "otherwise the attack would show nothing"

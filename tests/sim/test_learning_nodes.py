@@ -23,7 +23,7 @@ from meshnode.sim.model import ModelSpec
 from meshnode.sim.trainer import SimTrainer
 from meshnode.sim.world import World
 from meshnode.state.samples_port import NewSample
-from meshnode.trainer.port import EvaluateJob, ModelFiles, Report, Sample, Trainer, TrainJob
+from meshnode.trainer.port import EvaluateJob, Evaluation, ModelFiles, Report, Sample, Trainer, TrainJob
 from meshnode.trainer.port import Trained as Done
 from protocols.codec import encode
 from protocols.delta.evidence import read_evidence
@@ -93,8 +93,14 @@ class Class:
         return np.load(self.world[name].folder / "learned" / frame.cid / ADAPTER)
 
     async def accuracy(self, frame: Frame, *vectors: Vector | None) -> list[float]:
+        return [one.accuracy for one in await self._judged(frame, vectors)]
+
+    async def losses(self, frame: Frame, *vectors: Vector | None) -> list[float]:
+        return [one.loss for one in await self._judged(frame, vectors)]
+
+    async def _judged(self, frame: Frame, vectors: tuple[Vector | None, ...]) -> tuple[Evaluation, ...]:
         job = EvaluateJob(model=FILES, frame=frame, adapters=vectors, samples=tuple(self.suite), labels=LABELS)
-        return [one.accuracy for one in await SimTrainer().evaluate(job)]
+        return await SimTrainer().evaluate(job)
 
 
 @pytest.fixture

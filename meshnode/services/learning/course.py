@@ -28,7 +28,7 @@ from protocols.backoff import Backoff
 from protocols.delta.checks import Expected
 from protocols.delta.frame import Vector
 from protocols.delta.messages import MAX_RECENT, Codec
-from protocols.ids import Cid, PeerId, cid_from_bytes, short
+from protocols.ids import RAW, Cid, PeerId, cid_from_bytes, cid_of, short
 from protocols.round.events import (
     Arrived,
     Begin,
@@ -252,8 +252,22 @@ class Course:
             return
         desk = self._desk
         found = await cohorts.mean(number, desk.machine.participants, desk.machine.behind, self._mixer.difference)
-        if found.mean is not None:
+        if found.mean is not None and await self._mean_is_good(number, found.mean):
             self._mixer.meet(found.mean, included=found.included)
+
+    async def _mean_is_good(self, number: int, mean: Vector) -> bool:
+        """Whether our cohort's mean gives back what it takes from what all had in common before. Nobody can look at
+        what its members have put in; of one that is refused, ours goes into the next one."""
+        desk = self._desk
+        if not desk.study.lesson.gate:
+            return True
+        common = desk.page.reference
+        assert common is not None
+        drawn_by = cid_of(RAW, mean.tobytes())
+        verdict = await self._persist(lambda: desk.worker.judge(common, self._base + mean, drawn_by, number))
+        if not verdict.passes:
+            self._report.refuse("gate", f"the mean of the cohort of round {number} is not taken: {verdict.words}")
+        return verdict.passes
 
     # ------------------------------------------------------------ taking
 
@@ -284,8 +298,7 @@ class Course:
         desk.exchange.judged(peer, used=False)
         self._report.refuse(
             "gate",
-            f"mixed with the delta of {short(peer)}, the loss would rise by {verdict.taken:.3f} on some of the "
-            f"{verdict.classes} classes of the suite and fall by {verdict.given:.3f} on others",
+            f"the delta of {short(peer)} is not mixed in: {verdict.words}",
         )
         return False
 
