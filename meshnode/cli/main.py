@@ -27,6 +27,7 @@ COMMANDS: Final = (
     ("members", "meshnode.cli.members", "who belongs to the network; put somebody out"),
     ("start", "meshnode.cli.start", "run this node"),
     ("bootstrap", "meshnode.cli.bootstrap", "run this node as a meeting point that serves no layers"),
+    ("service", "meshnode.cli.service", "have the system run this node whenever you are logged in"),
     ("stop", "meshnode.cli.stop", "hand over the layers, then stop the node"),
     ("pause", "meshnode.cli.pause", "no background work on this device, for a while or until resume"),
     ("drain", "meshnode.cli.drain", "the same, and give the layers to other nodes; the node stays"),
