@@ -19,6 +19,7 @@ from meshnode.core.clock import monotonic, wall_ms
 from meshnode.core.errors import ConfigError
 from meshnode.core.health import Health
 from meshnode.core.paths import PUBLISH_PREFIX
+from meshnode.core.tracing import NoTracer, Tracer
 from meshnode.core.workers import Threads
 from meshnode.engine.process import EngineProcess
 from meshnode.ipfs.gateway import Gateway
@@ -64,6 +65,7 @@ def assemble(config: Config, identity: Identity, stack: ExitStack) -> Parts:
         open_samples(paths.samples, learn.max_samples, learn.max_size, key, encrypt=content.encrypt)
     )
     trainer = trainer_of(config)
+    name = config.node.name or membership.name or os.uname().nodename
     health = Health(monotonic)
     daemon = IpfsApi(config.content.ipfs_api, health) if config.content.ipfs_api else None
     gateways = tuple(Gateway(url, health) for url in config.content.gateways)
@@ -90,12 +92,22 @@ def assemble(config: Config, identity: Identity, stack: ExitStack) -> Parts:
         audit=audit_of(config, database, health),
         sources=gateways if daemon is None else (daemon, *gateways),
         daemon=daemon,
-        machine=this_machine(config.node.name or membership.name or os.uname().nodename),
+        machine=this_machine(name),
         health=health,
         wall=wall_ms,
         rng=random.Random(os.urandom(16)),
         workers=Threads(),
+        tracer=tracer_of(config, name, identity, stack),
     )
+
+
+def tracer_of(config: Config, name: str, identity: Identity, stack: ExitStack) -> Tracer:
+    """Who keeps spans. Raises ConfigError: the extra for that is missing."""
+    if not config.trace.otlp:
+        return NoTracer()
+    from meshnode.otlp import open_tracer  # brings OpenTelemetry
+
+    return open_tracer(config.trace.otlp, name, identity.peer_id, stack)
 
 
 def trainer_of(config: Config) -> TrainerProcess | None:

@@ -168,6 +168,7 @@ class Node:
             self.adapters,
             self.grammars,
             prefix_cache=config.serve.prefix_cache,
+            tracer=parts.tracer,
         )
         self.stage.taken = lambda peer: self.audit.note("mesh", peer, "layers for an answer")
         router = Router(us, self.directory, self.releases, self.health)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from meshnode.config.settings import Config
 from meshnode.core.clock import Wall
 from meshnode.core.health import Health
+from meshnode.core.tracing import NoTracer, Tracer
 from meshnode.core.workers import Workers
 from meshnode.engine.port import Engine, StageSpec
 from meshnode.ipfs.rpc import IpfsApi
@@ -65,6 +66,7 @@ class Parts:
     health: Health
     wall: Wall
     rng: random.Random
+    tracer: Tracer = NoTracer()  # who keeps spans of questions
     workers: Workers  # for what blocks: disks, hashes
 
 

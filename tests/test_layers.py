@@ -196,6 +196,17 @@ def test_only_the_http_door_imports_a_web_server() -> None:
     assert users == {"http"}
 
 
+def test_only_the_tracer_imports_opentelemetry() -> None:
+    """It is an extra, and `assemble.py` imports the tracer when the owner has set a collector."""
+    users = {
+        str(path.relative_to(ROOT))
+        for folder in ("protocols", "meshnode")
+        for path in (ROOT / folder).rglob("*.py")
+        if "opentelemetry" in imports(path)
+    }
+    assert users == {"meshnode/otlp.py"}
+
+
 def test_only_the_codecs_import_cbor2() -> None:
     users = {
         str(path.relative_to(ROOT))

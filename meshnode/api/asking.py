@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import Any, Final
+
+import structlog
 
 from meshnode.api.messages import (
     Answer,
@@ -21,12 +24,14 @@ from meshnode.api.messages import (
 )
 from meshnode.api.status import model_of
 from meshnode.core.errors import BadRequest, Declined
+from meshnode.core.tracing import Phases, read_traceparent, unsampled
 from meshnode.node import Node
 from meshnode.services.inference import receipt, text
 from meshnode.services.inference.receipt import Waiting
 from meshnode.services.inference.text import Called, Started, Text
 from meshnode.text.question import MAX_SHOWN, Question
 from protocols.enginewire.messages import BAD_ADAPTER
+from protocols.errors import MeshError
 from protocols.ids import short
 
 SPOILT: Final = ("no-adapter", BAD_ADAPTER)  # codes of answers that failed for their adapter
@@ -45,10 +50,15 @@ async def ask(node: Node, question: Question) -> AsyncGenerator[Event, None]:
     texts: list[str] = []
     likely: list[Likelihood] = []
     calls: list[ToolCall] = []
-    async with _watched(node, question), aclosing(node.text.answer(question)) as pieces:
+    async with (
+        _traced(node, question) as (phases, asked),
+        _watched(node, question),
+        aclosing(node.text.answer(asked)) as pieces,
+    ):
         async for piece in pieces:
             match piece:
                 case Text(words, token, chance, best):
+                    phases.enter("decode")
                     texts.append(words)
                     if token >= 0:
                         tokens.append(token)
@@ -75,6 +85,8 @@ async def ask(node: Node, question: Question) -> AsyncGenerator[Event, None]:
                         receipt=_receipt(piece),
                     )
                 case _:
+                    if isinstance(piece, Started):
+                        phases.enter("prefill")
                     yield piece
 
 
@@ -98,6 +110,28 @@ def name_peers(node: Node, sentence: str) -> str:
         if advert.name:
             sentence = sentence.replace(peer, f"{advert.name} ({short(peer)})")
     return sentence
+
+
+@asynccontextmanager
+async def _traced(node: Node, question: Question) -> AsyncIterator[tuple[Phases, Question]]:
+    """The span of a question, and the question as a child of it: so its stages know where theirs belong.
+
+    Log lines that come of it have the id of its trace, here and on the stages, whether anybody keeps spans or not.
+    """
+    phases = Phases(node.parts.tracer, "question", read_traceparent(question.traceparent))
+    place = phases.context or unsampled()
+    structlog.contextvars.bind_contextvars(request=place.trace_id.hex())
+    phases.enter("queue")
+    failed = "cancelled"
+    try:
+        yield phases, replace(question, traceparent=place.traceparent)
+        failed = ""
+    except MeshError as error:
+        failed = str(error)
+        raise
+    finally:
+        phases.end(failed)
+        structlog.contextvars.unbind_contextvars("request")
 
 
 @asynccontextmanager

@@ -7,12 +7,14 @@ import gc
 import signal
 import sys
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import add_settings, ask_passphrase, check_memory, folder_of, settings
 from meshnode.config.settings import Config
 from meshnode.core.paths import Paths
 from meshnode.core.sizes import counted
+from protocols.errors import MeshError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,12 +51,14 @@ def _check_tickets(arguments: argparse.Namespace, config: Config) -> None:
 
 def run_node(config: Config) -> int:
     """Run the node in this process. Ctrl-C or SIGTERM once: hand over the layers first; twice: stop immediately."""
+    import structlog
     import trio
 
     from meshnode.activity import use_cores
     from meshnode.core import log
     from meshnode.core.memory import give_back
     from meshnode.embed import LocalNode, open_node
+    from meshnode.membership.enrolment import own_peer
 
     use_cores(config.limits.cores)
     file = config.paths.folder / config.log.file if config.log.file else None
@@ -68,6 +72,8 @@ def run_node(config: Config) -> int:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(obey, signals, nursery.cancel_scope)
+                with suppress(MeshError):  # what is wrong with the membership is said by who needs it
+                    structlog.contextvars.bind_contextvars(node=own_peer(config.paths.folder))
                 async with open_node(config, passphrase=ask_passphrase) as node:
                     give_back()
                     gc.freeze()  # what start-up has made stays: collections need not look at it between two tokens

@@ -14,6 +14,7 @@ from meshnode.config.values import (
     LISTEN_EXAMPLE,
     NAME_EXAMPLE,
     ORIGIN_EXAMPLE,
+    OTLP_EXAMPLE,
     PEER_EXAMPLE,
     RATE_EXAMPLE,
     Amount,
@@ -31,6 +32,7 @@ from meshnode.config.values import (
     rpc_address,
     setting,
     text,
+    url_or_none,
     yes_or_no,
 )
 from meshnode.core.paths import Paths
@@ -291,6 +293,16 @@ class LogSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TraceSection:
+    otlp: str = setting(
+        "",
+        url_or_none,
+        f"OpenTelemetry collector (OTLP over HTTP), like {OTLP_EXAMPLE}, that gets a trace of every question, never "
+        "its text; needs meshnode[otlp]; empty: none",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The effective settings of one node and where each came from."""
 
@@ -306,4 +318,5 @@ class Config:
     audit: AuditSection = AuditSection()
     release: ReleaseSection = ReleaseSection()
     log: LogSection = LogSection()
+    trace: TraceSection = TraceSection()
     origins: Mapping[str, str] = field(default_factory=dict)  # "serve.memory" -> "the command line"; absent: default

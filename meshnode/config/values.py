@@ -38,6 +38,7 @@ HTTP_EXAMPLE = "127.0.0.1:4333"
 ORIGIN_EXAMPLE = "https://chat.example"
 GATEWAY_EXAMPLE = "https://gateway.example"
 NAME_EXAMPLE = "/dns4/node.example/tcp/4331"
+OTLP_EXAMPLE = "http://127.0.0.1:4318"
 RATE_EXAMPLE = "2 MB/s"
 PEER_EXAMPLE = "/ip4/192.0.2.7/tcp/4331/p2p/12D3KooW..."
 
@@ -246,6 +247,15 @@ def gateway_urls(value: object) -> tuple[str, ...]:
         if not isinstance(item, str) or not _URL.fullmatch(item) or not _has_port(item):
             raise ValueError(f"{item!r} is not an address like {GATEWAY_EXAMPLE}, without user, query or fragment")
     return tuple(dict.fromkeys(item.rstrip("/") for item in items))
+
+
+def url_or_none(value: object) -> str:
+    """One address of a web service, or the empty text."""
+    if value == "":
+        return ""
+    if not isinstance(value, str) or not _URL.fullmatch(value) or not _has_port(value):
+        raise ValueError(f"{_said(value)} is not an address like {OTLP_EXAMPLE}, without user, query or fragment")
+    return value.rstrip("/")
 
 
 def _has_port(url: str) -> bool:

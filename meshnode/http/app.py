@@ -166,14 +166,15 @@ class App:
         task = read(body, choose(self._door, body.get("model")), self._now_s())
         refused = partial(refuse, request.url.path)
         key: ApiKey | None = request.scope["meshnode.key"]
-        return Delivery(partial(self._questions, key), task, refused, partial(self._receipts.keep, task.id))
+        trace = request.headers.get("traceparent", "")
+        return Delivery(partial(self._questions, key, trace), task, refused, partial(self._receipts.keep, task.id))
 
-    async def _questions(self, key: ApiKey | None, question: Question) -> AsyncGenerator[Event, None]:
+    async def _questions(self, key: ApiKey | None, trace: str, question: Question) -> AsyncGenerator[Event, None]:
         """The events of one question, measured and counted for its key.
 
         A prompt that was kept for one key is no help to another: time would tell what its owner asked.
         """
-        question = replace(question, asker="" if key is None else key.id)
+        question = replace(question, asker="" if key is None else key.id, traceparent=trace)
         if self._door.audit.keeps_text:
             who = "this device" if key is None else named(key)
             self._door.audit.note("http", who, "question", json.dumps(question.as_json(), default=str))

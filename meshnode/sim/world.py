@@ -32,6 +32,7 @@ from meshnode.core.clock import VirtualWall, monotonic
 from meshnode.core.health import Health
 from meshnode.core.paths import Paths
 from meshnode.core.sizes import parse_size
+from meshnode.core.tracing import NoTracer, Tracer
 from meshnode.core.workers import InLoop
 from meshnode.engine.local import LocalEngine
 from meshnode.engine.port import StageSpec
@@ -80,6 +81,7 @@ class Device:
     broken: str = ""  # why its engines don't start
     trainer: Trainer | None = None  # set before it starts, to have it learn
     engines: list[LocalEngine] = field(default_factory=list)  # of the present run
+    tracer: Tracer = NoTracer()  # set before it starts, to keep its spans
     facts: DeviceFacts = DeviceFacts()  # what its system tells
     copied: bool = False  # somebody has copied another device's data folder
     node: Node | None = None
@@ -298,6 +300,7 @@ class World:
             wall=self.wall,
             rng=random.Random(self.rng.getrandbits(64)),
             workers=InLoop(),
+            tracer=device.tracer,
         )
 
     def _config(self, device: Device) -> Config:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypedDict
 
 from meshnode.core.errors import BadRequest, Declined
+from meshnode.core.tracing import read_traceparent
 from meshnode.text.forms import JSON_OBJECT, JSON_SCHEMA, LARK, REGEX
 from meshnode.text.tools import AUTO, NONE, Tool, read_choice, read_tools
 from protocols.errors import RemoteProtocolError
@@ -71,6 +72,7 @@ class Options(TypedDict, total=False):
     tools: Sequence[Tool]  # that the answer may call, as the OpenAI API has them
     tool_choice: str  # "auto", "none", "required", or the name of the one that is to be called; auto
     adapter: str  # what was learned that answers: a CID, or "none" for the bare model; the released one
+    traceparent: str  # the span of a trace that the answer belongs to, as W3C Trace Context has it
     raw: bool  # a text is continued as it stands, without the model's chat template
 
 
@@ -96,6 +98,7 @@ class Question:
     tools: tuple[Tool, ...] = ()
     tool_choice: str = AUTO
     adapter: str | None = None  # None: the one that is released; "none"; or the CID of one
+    traceparent: str = ""  # W3C Trace Context; empty: none
     asker: str = ""  # for whom the node asks, by its own word; no part of a request
 
     def as_json(self) -> dict[str, Any]:
@@ -103,7 +106,7 @@ class Question:
         document = {
             field.name: value
             for field in dataclasses.fields(self)
-            if field.name != "asker"
+            if field.name != "asker" and (field.name != "traceparent" or self.traceparent)
             if (value := getattr(self, field.name)) is not None
         }
         if (form := document.pop("form", None)) is not None:
@@ -170,7 +173,17 @@ def read_question(request: Mapping[str, Any]) -> Question:
         raise BadRequest("an answer that has to call a tool takes no other form")
     if request.get("adapter") is not None:
         found["adapter"] = _adapter(request["adapter"])
+    if request.get("traceparent"):
+        found["traceparent"] = _traceparent(request["traceparent"])
     return Question(**found)
+
+
+def _traceparent(given: Any) -> str:
+    if not isinstance(given, str) or read_traceparent(given) is None:
+        raise BadRequest(
+            f"traceparent is {repr(given)[:MAX_SHOWN]}; it takes 00-TRACE-SPAN-01, with 32 and 16 hexadecimal digits"
+        )
+    return given
 
 
 def _number(request: Mapping[str, Any], name: str) -> float:

@@ -21,6 +21,8 @@ MAX_CHANCES: Final = 21  # of one token: its own, and those of the 20 best
 MAX_GRAMMAR_BYTES: Final = 1 << 16
 MAX_PREFIXES: Final = 64
 PREFIX_BYTES: Final = 16
+TRACE_BYTES: Final = 16
+SPAN_BYTES: Final = 8
 LOST: Final = "lost"  # a peer went away, or the stage before it could not reach it
 
 
@@ -82,6 +84,15 @@ class Prefix:
     name: bytes = at(2, size=PREFIX_BYTES)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """A place in a trace, as W3C Trace Context has it: spans of this session are its children."""
+
+    id: bytes = at(1, size=TRACE_BYTES)
+    span: bytes = at(2, size=SPAN_BYTES)
+    sampled: bool = at(3, default=False)  # whether anybody keeps it
+
+
 @message(tag=1)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Open:
@@ -105,6 +116,7 @@ class Open:
     drawn: int = at(16, high=MAX_POSITION, default=0)  # to the last stage: how many ids of the body are the answer's
     # beginnings of the prompt, each longer than the one before: rows that a stage may have kept, and may keep
     prefixes: tuple[Prefix, ...] = at(11, limit=MAX_PREFIXES, default=())
+    trace: Trace | None = at(13, default=None)
 
 
 @message(tag=2)

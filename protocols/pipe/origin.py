@@ -31,6 +31,7 @@ from protocols.pipe.messages import (
     Sampling,
     Step,
     Token,
+    Trace,
 )
 from protocols.pipe.timeouts import OPEN_S, PREFILL_ROW_S, STEP_S
 from protocols.words import layers
@@ -181,6 +182,7 @@ class Task:
     grammar: Grammar | None = None  # what the answer has to be
     adapter: str = ""  # CID of what the stages add to the model; "": nothing
     prefixes: tuple[Prefix, ...] = ()  # beginnings of the prompt that the stages may have kept, and may keep
+    trace: Trace | None = None  # that the stages' spans belong to
     pooled: int = 0  # numbers of the vector that the prompt is to become, instead of an answer; 0: an answer
 
 
@@ -340,6 +342,7 @@ class Origin:
                     pooled=index == last and self._task.pooled > 0,
                     drawn=len(self._drawn) if index == last else 0,
                     prefixes=self._task.prefixes,
+                    trace=self._task.trace,
                 ),
                 self._task.prompt + self._drawn if index == last else (),
             )

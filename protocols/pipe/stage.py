@@ -68,6 +68,8 @@ class StageSession:
             raise RemoteProtocolError(
                 f"{opening.origin} gave an answer to go on with to a stage that draws no tokens"
             )
+        if opening.trace is not None and not (any(opening.trace.id) and any(opening.trace.span)):
+            raise RemoteProtocolError(f"{opening.origin} named a trace of zeros, which is none")
         ends = [0, *(prefix.tokens for prefix in opening.prefixes)]
         if any(a >= b for a, b in itertools.pairwise(ends)) or ends[-1] > opening.capacity:
             raise RemoteProtocolError(

@@ -210,6 +210,17 @@ async def test_a_wrong_key_reaches_nothing() -> None:
         assert (await ask(good)).status_code == 401
 
 
+async def test_an_answer_belongs_to_the_trace_of_its_request() -> None:
+    """What is no `traceparent` is ignored, as W3C wants it; the node begins a trace of its own then."""
+    async with serving() as http:
+        body = {"model": "auto", "messages": [{"role": "user", "content": "hi"}]}
+        for given in ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "nonsense", None):
+            headers = {} if given is None else {"traceparent": given}
+            response = await http.post("/v1/chat/completions", body, headers=headers)
+            assert response.status_code == 200
+            assert http.door.asked[-1].traceparent == (given or "")
+
+
 async def test_pages_of_others_may_not_ask() -> None:
     async with serving(origins=["https://chat.example"]) as http:
         for headers in ({"origin": "https://evil.example"}, {"host": "evil.example"}, {"origin": "null"}):

@@ -36,6 +36,7 @@ from protocols.pipe.messages import (
     Sampling,
     Step,
     Token,
+    Trace,
 )
 from protocols.pipe.prefixes import PREFIX_STEP, kept_as, prefixes
 from protocols.pipe.stage import STAGE_TRANSITIONS, Ran, StageSession, StageState, refusal
@@ -561,6 +562,16 @@ def test_routes_that_are_no_chain(change: dict[str, Any], us: str, words: str) -
 
 # ---------------------------------------------------------------- the wire
 
+TRACE = Trace(id=bytes(range(16)), span=bytes(range(8)))
+
+
+@pytest.mark.parametrize("trace", [replace(TRACE, id=bytes(16)), replace(TRACE, span=bytes(8))])
+def test_a_trace_of_zeros_is_none(trace: Trace) -> None:
+    StageSession(opening(0, trace=TRACE), ROUTE[0].peer)
+    with pytest.raises(RemoteProtocolError, match="trace of zeros"):
+        StageSession(opening(0, trace=trace), ROUTE[0].peer)
+
+
 SAMPLES: dict[str, Message] = {
     "open": opening(0),
     "open the last stage": opening(2),
@@ -576,6 +587,8 @@ SAMPLES: dict[str, Message] = {
     "open, pooled": opening(2, sampling=None, pooled=True),
     "open that goes on": opening(2, drawn=3),
     "open with prefixes": opening(0, prefixes=PREFIXES),
+    "open with a trace": opening(0, trace=TRACE),
+    "open with a trace that is kept": opening(0, trace=replace(TRACE, sampled=True)),
     "opened": Opened(session=S, attempt=0, index=2),
     "opened, with kept rows": Opened(session=S, attempt=0, index=2, kept=1440),
     "refused": Refused(session=S, attempt=0, index=2, code="busy", reason="All 8 sessions are taken.", retry_ms=1000),
@@ -655,6 +668,9 @@ def test_vectors() -> None:
             }
         ),
         "short name": dumps({0: 1, 1: S, 2: 1, 3: "me", 4: "m", 5: "v", 6: [], 7: 0, 8: 1, 11: [{1: 1, 2: S[:15]}]}),
+        "short trace": dumps(
+            {0: 1, 1: S, 2: 1, 3: "me", 4: "m", 5: "v", 6: [], 7: 0, 8: 1, 13: {1: S[:15], 2: S[:8]}}
+        ),
         "long code": dumps({0: 3, 1: S, 2: 1, 3: 0, 4: "b" * 33, 5: "no"}),
         "unknown even key": dumps({0: 6, 1: S, 2: 1, 4: 1}),
         "spelt-out default": dumps({0: 3, 1: S, 2: 1, 3: 0, 4: "busy", 5: "no", 6: 0}),

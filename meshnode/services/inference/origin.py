@@ -280,6 +280,7 @@ class OriginService:
                 grammar=request.grammar,
                 adapter=adapter,
                 prefixes=prefixes,
+                trace=request.trace,
             ),
             open_s=open_s,
         )

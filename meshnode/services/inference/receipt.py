@@ -10,7 +10,7 @@ from typing import Final, Protocol
 
 from meshnode.model.release import ServedRelease
 from meshnode.policy.chunking import CHUNK_ROWS
-from protocols.pipe.messages import Chance, Grammar, Hop, HopTime, Sampling
+from protocols.pipe.messages import Chance, Grammar, Hop, HopTime, Sampling, Trace
 
 RELEASED: Final = "released"  # the adapter that the network answers with at the moment, if any
 
@@ -27,6 +27,7 @@ class Request:
     grammar: Grammar | None = None  # what the answer has to be
     pooled: bool = False  # the prompt is wanted as one vector; max_tokens and sampling have no say then
     asker: str = ""  # whom this node asks for; what was kept for one of them is no help to another one
+    trace: Trace | None = None  # that the spans of its stages belong to
     token_space: tuple[object, ...] = ()  # of the release whose tokenizer made the prompt; empty: whatever is served
 
 

@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Final
 
+import structlog
 import trio
 
 from meshnode.core.errors import Declined, EngineLost, PeerUnreachable
 from meshnode.core.log import get_logger
 from meshnode.core.tasks import Tasks
+from meshnode.core.tracing import NoTracer, Phases, TraceContext, Tracer
 from meshnode.model.fit import kv_bytes
 from meshnode.policy.shares import Held, Room, victim, why_refused
 from meshnode.services.inference.adapters import AdapterService
@@ -42,6 +44,9 @@ class _Session:
         self.served = served
         self.prompt = prompt
         self.course: Course | None = None  # along the grammar of the answer
+        self.phases: Phases | None = None  # of its trace, if it has one
+        self.rows = self.compute_us = self.queue_us = 0  # of all its steps
+        self.trouble = ""  # why we have ended it
         self.keep = False  # whether the rows of its prompt are worth keeping when it has ended
         self.scope = trio.CancelScope()
         self.ended = trio.Event()
@@ -57,6 +62,12 @@ class _Session:
             kv_bytes=kv_bytes(self.served.engine.spec.architecture, hop.last - hop.first, opening.capacity),
             silent_s=0.0 if self.waiting_rows else now - self.heard_at,
         )
+
+
+def _request(session: _Session) -> dict[str, str]:
+    """By which log lines about one question are found on all nodes; nothing for the probes of a node."""
+    trace = session.machine.opening.trace
+    return {} if trace is None else {"request": trace.id.hex()}
 
 
 class StageService:
@@ -75,8 +86,12 @@ class StageService:
         grammars: GrammarService,
         *,
         prefix_cache: bool = True,
+        tracer: Tracer = NoTracer(),
     ) -> None:
-        """`load` is kept up to date here. `prefix_cache`: whether rows of prompts outlive their sessions."""
+        """`load` is kept up to date here. `prefix_cache`: whether rows of prompts outlive their sessions.
+
+        `tracer`: keeps how long each session waits, reads and writes here.
+        """
         self._us = us
         self._pipes = pipes
         self._spans = spans
@@ -85,6 +100,7 @@ class StageService:
         self._adapters = adapters
         self._grammars = grammars
         self._prefix_cache = prefix_cache
+        self._tracer = tracer
         self._sessions: dict[bytes, _Session] = {}
         self._working: set[_Session] = set()  # those, and others until the engine has let go of them
         self._tasks = Tasks()
@@ -148,12 +164,22 @@ class StageService:
         if why := self._make_room(session, before):
             self._tell_soon(peer, refusal(opening, "busy", f"{self._us} is busy: {why}", BUSY_MS))
             return
+        session.phases = self._phases(session)
         self._sessions[opening.session] = session
         self._working.add(session)
         self._load.count(len(self._sessions))
         self._tasks.start_soon(self._work, session, before)
         if peer != self._us:
             self.taken(peer)
+
+    def _phases(self, session: _Session) -> Phases | None:
+        trace, hop = session.machine.opening.trace, session.machine.hop
+        if trace is None:
+            return None
+        place = TraceContext(trace.id, trace.span, trace.sampled)
+        phases = Phases(self._tracer, "stage", place, peer=self._us, first=hop.first, last=hop.last)
+        phases.enter("queue")
+        return phases
 
     def _make_room(self, session: _Session, gone: list[_Session]) -> str:
         """Why there is no room for it; empty when there is. Silent sessions that had to go for it join `gone`."""
@@ -220,6 +246,7 @@ class StageService:
         machine, engine = session.machine, session.served.engine
         opening = machine.opening
         key = SessionId(opening.session)
+        structlog.contextvars.bind_contextvars(**_request(session))  # of this task alone
         session.served.enter()
         try:
             with session.scope:
@@ -246,6 +273,8 @@ class StageService:
                             asked = len(session.prompt) - opening.drawn
                             await session.course.follow(asked, session.prompt[asked:])
                         await self._pass_on(opening.origin, machine.opened(kept))
+                        if session.phases is not None:
+                            session.phases.enter("")
                         await self._run_steps(session)
                 except Declined as error:
                     self._refuse(session, error.code, str(error), error.retry_ms)
@@ -262,6 +291,13 @@ class StageService:
             session.served.leave()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
                 await engine.close(key, keep=session.keep)
+            if session.phases is not None:
+                session.phases.end(
+                    session.trouble, rows=session.rows, compute_us=session.compute_us, queue_us=session.queue_us
+                )
+            _log.debug(
+                "session.ended", origin=short(opening.origin), rows=session.rows, compute_us=session.compute_us
+            )
             self._working.discard(session)
             session.ended.set()
 
@@ -281,6 +317,8 @@ class StageService:
     async def _run_step(self, session: _Session, step: Step, body: bytes, network_us: int, arrived: float) -> None:
         machine, course = session.machine, session.course
         sample, after = step.sample and machine.is_last, step.position + step.rows
+        if session.phases is not None:
+            session.phases.enter("prefill" if step.prefill else "decode")
         mask = await course.mask(after) if course is not None and sample else b""
         result = await session.served.engine.step(
             SessionId(step.session),
@@ -296,6 +334,9 @@ class StageService:
         spent_us = round((trio.current_time() - arrived) * 1e6)
         queue_us = max(0, spent_us - result.compute_us)
         self._load.waited(queue_us)
+        session.rows += step.rows
+        session.compute_us += result.compute_us
+        session.queue_us += queue_us
         times = HopTime(network_us=network_us, queue_us=queue_us, compute_us=result.compute_us)
         onward = machine.ran(Ran(step, result.token, times, result.chances))
         if onward is not None:
@@ -317,7 +358,8 @@ class StageService:
         if session.machine.state is StageState.CLOSED:
             return
         origin, message = session.machine.refusal(code, reason, retry_ms)
-        _log.info("session.refused", origin=short(origin), code=code, reason=reason)
+        session.trouble = f"{code}: {reason}"
+        _log.info("session.refused", origin=short(origin), code=code, reason=reason, **_request(session))
         self._tell_soon(PeerId(origin), message)
         self._end(session)
 

@@ -12,6 +12,7 @@ import trio
 
 from meshnode.core.errors import BadRequest, Declined, TokenizerLost
 from meshnode.core.log import get_logger
+from meshnode.core.tracing import read_traceparent
 from meshnode.services.inference.origin import SUPERSEDED
 from meshnode.services.inference.queue import Place, QuestionQueue
 from meshnode.services.inference.readiness import ReadinessService
@@ -25,7 +26,7 @@ from meshnode.text.stops import StopStrings
 from meshnode.text.tool_calls import ToolCall, ToolCalls
 from meshnode.text.tools import AUTO, NONE, Tool, form_of, names_of
 from protocols.errors import MeshError
-from protocols.pipe.messages import MAX_GRAMMAR_BYTES, Chance, Grammar, Sampling
+from protocols.pipe.messages import MAX_GRAMMAR_BYTES, Chance, Grammar, Sampling, Trace
 
 _log = get_logger("text")
 
@@ -286,6 +287,7 @@ class TextService:
             self._sampling(question),
             adapter=_adapter(question),
             asker=question.asker,
+            trace=_trace(question),
             token_space=space,
             grammar=_grammar(form_of(style, question.tools, question.tool_choice) or question.form),
         )
@@ -365,6 +367,12 @@ def _grammar(form: tuple[str, str] | None) -> Grammar | None:
 def _offered(question: Question) -> tuple[Tool, ...]:
     """Tools that the model is told about."""
     return () if question.tool_choice == NONE else question.tools
+
+
+def _trace(question: Question) -> Trace | None:
+    """As the pipe has it."""
+    place = read_traceparent(question.traceparent)
+    return None if place is None else Trace(id=place.trace_id, span=place.span_id, sampled=place.sampled)
 
 
 def _adapter(question: Question) -> str:
