@@ -110,6 +110,7 @@ bench: setup
 	mkdir -p build/bench
 	$(BIN)/meshnode bench decode --variant int4 --cache build/cache --json build/bench/decode-int4.json
 	$(BIN)/meshnode bench decode --variant int8 --cache build/cache --json build/bench/decode-int8.json
+	$(BIN)/meshnode bench prefix --cache build/cache --json build/bench/prefix.json
 	$(BIN)/meshnode bench confinement --cache build/cache --json build/bench/confinement.json
 	$(BIN)/meshnode bench adapter --cache build/cache --json build/bench/adapter.json
 	$(BIN)/meshnode bench content --json build/bench/content.json

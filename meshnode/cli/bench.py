@@ -24,6 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decode.add_argument("--cache", type=Path, metavar="FOLDER", help="published models are kept here between runs")
     decode.add_argument("--json", type=Path, metavar="OUT")
     decode.set_defaults(bootstrap=False, engine="onnx")
+    prefix = actions.add_parser(
+        "prefix", help="the first token of a chat's second turn, with its history kept and not"
+    )
+    prefix.add_argument("--nodes", type=int, default=3, metavar="N", help="of each of two meshes (default 3)")
+    prefix.add_argument("--variant", choices=VARIANTS, default="int4")
+    prefix.add_argument("--model", default="example:smollm2", metavar="PATH_OR_PACKAGE")
+    prefix.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5; the medians are shown")
+    prefix.add_argument("--tokens", type=int, default=32, metavar="N", help="length of an answer (default 32)")
+    prefix.add_argument("--cache", type=Path, metavar="FOLDER", help="published models are kept here")
+    prefix.add_argument("--json", type=Path, metavar="OUT")
     content = actions.add_parser("content", help="megabytes per second from one peer, three, slow and corrupt ones")
     content.add_argument("--size-mb", type=int, default=500, metavar="N")
     content.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5; the medians are shown")
@@ -105,6 +115,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.action == "decode":
         return _decode(arguments)
+    if arguments.action == "prefix":
+        return _prefix(arguments)
     if arguments.action == "content":
         from meshnode.bench import content
 
@@ -174,6 +186,43 @@ def _decode(arguments: argparse.Namespace) -> int:
         f"after 512: {result['mesh_ttft_ms_512']:.0f} ms ({result['single_ttft_ms_512']:.0f})\n"
         f"memory of the nodes: {', '.join(f'{mb:.0f}' for mb in result['nodes_rss_mb'])} MB, of it weights "
         f"{', '.join(f'{mb:.0f}' for mb in result['nodes_weights_mb'])}"
+    )
+    return 0
+
+
+def _prefix(arguments: argparse.Namespace) -> int:
+    import os
+    import tempfile
+    from contextlib import ExitStack
+
+    from meshnode.bench.machine import line
+    from meshnode.bench.prefix import FORGETS, HISTORY, KEEPS, measure
+    from meshnode.harness.mesh import Mesh, Plan
+    from meshnode.harness.published import cache_folder, published
+
+    _check_counts(arguments)
+    if arguments.tokens >= HISTORY:
+        raise ConfigError(f"--tokens takes less than {HISTORY}, the history of the chat")
+    cache = (arguments.cache or cache_folder(os.environ)).absolute()
+    folder = published(arguments.model, (arguments.variant,), cache)
+    meshes: dict[str, Mesh] = {}
+    with tempfile.TemporaryDirectory(prefix="meshnode-") as temporary, ExitStack() as running_ones:
+        for side in (KEEPS, FORGETS):
+            settings = (("serve.prefix_cache", side == KEEPS),)
+            plan = Plan(arguments.nodes, published=folder, variant=arguments.variant, settings=settings)
+            meshes[side] = Mesh.make(Path(temporary) / side, plan)
+            running_ones.callback(meshes[side].down)
+            meshes[side].up()
+        for mesh in meshes.values():
+            mesh.wait_ready()
+        result = measure(meshes, folder, rounds=arguments.rounds, tokens=arguments.tokens, say=_say)
+    write_receipt(arguments.json, {"variant": arguments.variant, **result})
+    print(line(result["machine"]))
+    print(
+        f"{arguments.variant} over {result['nodes']} nodes, {result['kept_tokens']} of {result['prompt_tokens']} "
+        f"tokens of the prompt kept:\n"
+        f"first token after {result['with_ttft_ms']:.0f} ms, {result['without_ttft_ms']:.0f} without: "
+        f"{result['sooner']:.1f} times as soon; same tokens: {result['tokens_equal']}"
     )
     return 0
 

@@ -24,6 +24,7 @@ from protocols.pipe.messages import (
     Open,
     Opened,
     Pooled,
+    Prefix,
     Refused,
     Sampling,
     Step,
@@ -60,6 +61,14 @@ def answer_of(prompt: Rows, spans: int, most: int) -> list[int]:
     return out
 
 
+def inputs_of(prompt: Rows, index: int) -> list[int]:
+    """The rows that come into a stage."""
+    rows: Sequence[int] = prompt
+    for layer in range(index):
+        rows = [mix(layer, rows[: i + 1]) for i in range(len(rows))]
+    return list(rows)
+
+
 @dataclass
 class Node:
     """A stage with its engine: rows by position."""
@@ -81,7 +90,8 @@ class Node:
 class World:
     """One origin, its stages, and a bag of messages under way: (from, to, message, body)."""
 
-    def __init__(self, stages: int, prompt: Rows, cuts: Sequence[int], most: int) -> None:
+    def __init__(self, stages: int, prompt: Rows, cuts: Sequence[int], most: int, kept: Sequence[int] = ()) -> None:
+        """`kept`: rows of the prompt that each stage has of an earlier session."""
         self.route = tuple(Hop(peer=f"n{i}", incarnation=1, first=i, last=i + 1) for i in range(stages))
         self.task = pipe.Task(
             manifest="m",
@@ -91,7 +101,9 @@ class World:
             max_tokens=most,
             eos=frozenset({EOS}),
             sampling=Sampling(seed=1),
+            prefixes=tuple(Prefix(tokens=n, name=bytes([n] * 16)) for n in sorted({*kept} - {0})),
         )
+        self.kept = dict(zip((hop.peer for hop in self.route), kept, strict=False))
         self.attempt = 1
         self.origin = pipe.Origin(session=S, attempt=1, us="me", route=self.route, task=self.task)
         self.prompt = prompt
@@ -160,9 +172,10 @@ class World:
             return
         node = self.nodes.get(receiver)
         if isinstance(message, Open) and (node is None or node.machine.opening.attempt < message.attempt):
-            self.nodes[receiver] = Node(StageSession(message, receiver))
-            opened = Opened(session=S, attempt=message.attempt, index=message.index)
-            self.bag.append((receiver, sender, opened, ()))
+            node = self.nodes[receiver] = Node(StageSession(message, receiver))
+            kept = self.kept.get(receiver, 0)
+            node.rows = inputs_of(self.prompt[:kept], message.index)
+            self.bag.append((receiver, sender, node.machine.opened(kept), ()))
         elif isinstance(message, Close) and node is not None and node.machine.may_close(sender):
             if message.attempt == node.machine.opening.attempt:
                 node.machine.close()
@@ -202,7 +215,10 @@ def worlds(draw: st.DrawFn) -> World:
     prompt = tuple(draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=6)))
     cut = draw(st.integers(1, len(prompt)))
     cuts = (cut, len(prompt) - cut) if cut < len(prompt) else (cut,)
-    world = World(draw(st.integers(1, 5)), prompt, cuts, draw(st.integers(1, 4)))
+    stages = draw(st.integers(1, 5))
+    counts = st.one_of(st.just(0), st.integers(0, len(prompt)), st.just(len(prompt)))
+    kept = draw(st.lists(counts, min_size=stages, max_size=stages))
+    world = World(stages, prompt, cuts, draw(st.integers(1, 4)), kept)
     world.tell(pipe.Begin())
     return world
 

@@ -10,9 +10,14 @@ from trio.testing import MockClock
 
 from meshnode.core.errors import Declined
 from meshnode.services.inference.receipt import Piece, Receipt, Request
+from protocols.delta.frame import Frame, Target
 from protocols.pipe.messages import Sampling
+from tests.adverts import MANIFEST
 from tests.services.pipe_mesh import GREEDY, Member, Mesh, alone, open_mesh
 
+FRAME = Frame(
+    base=MANIFEST, rank=2, alpha=4, targets=(Target("q_proj", 8, 8), Target("v_proj", 8, 4)), first=4, last=8, seed=1
+)
 FIRST = tuple(3 + i * 7 % 200 for i in range(100))
 DRAWN = Sampling(seed=11, temperature_milli=900, repetition_milli=1100)
 
@@ -165,6 +170,19 @@ async def test_rows_that_a_broken_answer_leaves_are_dropped(mesh: Mesh, autojump
         await asker.ask(FIRST, most=8)
     await mesh.freed()
     assert [member.local.kept_bytes for member in mesh.members[:2]] == [0, 0]
+
+
+async def test_each_adapter_has_rows_of_its_own(mesh: Mesh, asker: Member, autojump_clock: MockClock) -> None:
+    """Also a stage whose layers it does not change: what comes in there is another thing."""
+    one, other = (mesh.content.build(FRAME, seed) for seed in (1, 2))
+    for cached in (0, 99):
+        for adapter in (one, other):
+            receipt = await asker.ask(FIRST, most=8, adapter=adapter)
+            assert receipt.cached == cached
+            assert receipt.tokens == alone(FIRST, most=8, adapter=mesh.content.whole(FRAME, adapter))
+            await mesh.freed()
+    plain = await asker.ask(FIRST, most=8, adapter="")
+    assert (plain.cached, plain.tokens) == (99, alone(FIRST, most=8))
 
 
 async def test_pooled_prompts_leave_nothing(mesh: Mesh, asker: Member, autojump_clock: MockClock) -> None:
