@@ -17,6 +17,7 @@ from meshnode.api.messages import (
     Likely,
     Piece,
     Receipt,
+    Replaced,
     Stage,
     StageTimes,
     ToolCall,
@@ -168,4 +169,17 @@ def _receipt(figures: receipt.Receipt) -> Receipt:
         decode_tok_s=round(figures.decode_tokens_s, 2) if len(figures.arrivals) > 1 else None,
         hops=tuple(read(StageTimes, hop) for hop in figures.hops()),
         return_ms=figures.return_ms(),
+        replaced=tuple(_replaced(loss, figures.began) for loss in figures.replaced),
+    )
+
+
+def _replaced(loss: receipt.Replaced, began: float) -> Replaced:
+    return Replaced(
+        peer="" if loss.hop is None else loss.hop.peer,
+        first=0 if loss.hop is None else loss.hop.first,
+        last=0 if loss.hop is None else loss.hop.last,
+        tokens=loss.tokens,
+        at_ms=round((loss.lost_at - began) * 1000, 2),
+        gap_ms=0.0 if loss.back_at is None else round((loss.back_at - loss.lost_at) * 1000, 2),
+        reason=loss.reason,
     )

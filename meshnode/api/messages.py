@@ -103,6 +103,19 @@ class ServedModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Replaced:
+    """A stage that was lost in the middle of an answer, which others went on with."""
+
+    peer: str = ""  # empty: nobody knows which stage was silent
+    first: int = 0
+    last: int = 0  # one behind its last layer
+    tokens: int = 0  # of the answer, when it was noticed
+    at_ms: float = 0.0  # from the question until it was noticed
+    gap_ms: float = 0.0  # from then to the next token
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
     """How an answer was computed."""
 
@@ -114,6 +127,7 @@ class Receipt:
     decode_tok_s: float | None = None  # tokens per second after the first; None below two tokens
     hops: tuple[StageTimes, ...] = ()
     return_ms: float = 0.0  # from the last stage back to this node
+    replaced: tuple[Replaced, ...] = ()  # stages that were lost on the way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -221,7 +221,8 @@ class Origin:
         self.state = OriginState.NEW
         self.deadline: float | None = None
         self.peers: Final = tuple(dict.fromkeys(hop.peer for hop in route))  # distinct, in their order
-        self._session, self._attempt, self._us = session, attempt, us
+        self.attempt: Final = attempt
+        self._session, self._us = session, us
         self._route, self._task = route, task
         self._end = len(prompt) + task.max_tokens  # position after the last token that may be sampled
         self._opened: set[int] = set()
@@ -270,7 +271,7 @@ class Origin:
     def _is_stale(self, event: OriginEvent) -> bool:
         match event:
             case Received():
-                return event.message.attempt != self._attempt
+                return event.message.attempt != self.attempt
             case PeerGone(peer):
                 return peer not in self.peers
         return False
@@ -329,7 +330,7 @@ class Origin:
                 hop.peer,
                 Open(
                     session=self._session,
-                    attempt=self._attempt,
+                    attempt=self.attempt,
                     origin=self._us,
                     manifest=self._task.manifest,
                     variant=self._task.variant,
@@ -381,7 +382,7 @@ class Origin:
     def _step(self, position: int, body: tuple[int, ...], *, sample: bool, prefill: bool) -> Send:
         step = Step(
             session=self._session,
-            attempt=self._attempt,
+            attempt=self.attempt,
             position=position,
             rows=len(body),
             sample=sample,
@@ -440,9 +441,7 @@ class Origin:
     def _closes(self, *, keep: bool) -> tuple[Send, ...]:
         """`keep`: nothing went wrong, so the rows of the prompt are what they should be."""
         keep = keep and bool(self._task.prefixes)
-        return tuple(
-            Send(peer, Close(session=self._session, attempt=self._attempt, keep=keep)) for peer in self.peers
-        )
+        return tuple(Send(peer, Close(session=self._session, attempt=self.attempt, keep=keep)) for peer in self.peers)
 
 
 _TURNS: Final[Mapping[type[OriginEvent], OriginTurn]] = {

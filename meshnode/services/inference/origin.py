@@ -8,6 +8,7 @@ import random
 import sys
 from collections import deque
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from typing import Final
 
 import trio
@@ -20,7 +21,8 @@ from meshnode.model.release import ServedRelease
 from meshnode.policy.chunking import chunks
 from meshnode.policy.kept_prompts import KeptPrompts
 from meshnode.policy.route import NoRoute
-from meshnode.services.inference.receipt import RELEASED, Piece, Receipt, Request, Taken, Vector
+from meshnode.services.inference.attempts import Attempts
+from meshnode.services.inference.receipt import RELEASED, Piece, Receipt, Request, Taken, Vector, Waiting
 from meshnode.services.inference.router import Router
 from meshnode.services.port import Pipes, ReleasedAdapter, Releases, Rights
 from protocols.errors import RemoteProtocolError
@@ -50,11 +52,6 @@ from protocols.pipe.timeouts import FIRST_OPEN_S, OPEN_S
 
 EVENTS: Final = 256  # messages of one session that wait for us: stages answer once per step
 GOODBYE_S: Final = 2.0  # for telling the stages that a session is over
-TAKEOVER_S: Final = 2.0  # for the news who serves the layers of a node that has gone
-OPEN_ATTEMPTS: Final = 3  # routes that are tried when a stage refuses before the first token
-RETRY_CODES: Final = frozenset(
-    {"fenced", "busy", "not-ready", "engine-lost", "bad-input", "too-long", "no-adapter", "no-grammar", LOST}
-)
 SUPERSEDED: Final = "superseded"  # the prompt must be made anew
 FAULTS: Final = frozenset({"engine-lost", "bad-input", "not-ready"})  # refusals that are no mere want of room
 
@@ -62,7 +59,7 @@ _log = get_logger("origin")
 
 
 class Generation:
-    """One running session: its machine, and the events that wait for it."""
+    """One attempt at a session: its machine, and the events that wait for it."""
 
     def __init__(self, machine: Origin, receipt: Receipt, prefixes: tuple[Prefix, ...]) -> None:
         self.machine = machine
@@ -95,6 +92,17 @@ class Generation:
             with trio.move_on_at(math.inf if deadline is None else deadline):
                 await self._came.wait()
         return self._events.popleft() if self._events else Expired()
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What all attempts at one answer have in common."""
+
+    key: bytes  # of the session
+    request: Request
+    max_tokens: int
+    prefixes: tuple[Prefix, ...]
+    attempts: Attempts
 
 
 class OriginService:
@@ -153,8 +161,8 @@ class OriginService:
         Raises RemoteProtocolError when the peer may not send it: its pipe is closed.
         """
         generation = self._running.get(message.session)
-        if generation is None:
-            return
+        if generation is None or generation.machine.attempt != message.attempt:
+            return  # it is over, or goes on elsewhere
         if peer not in generation.machine.peers:
             raise RemoteProtocolError(f"{peer} answers for a session that it takes no part in")
         if generation.waiting >= EVENTS:
@@ -162,7 +170,7 @@ class OriginService:
         generation.put(Received(peer, message, network_us, body))
 
     def peer_lost(self, peer: PeerId, reason: str) -> None:
-        """Our connection or pipe to a peer broke: sessions that pass through it fail at once."""
+        """Our connection or pipe to a peer broke: sessions that pass through it go on without it, or fail."""
         for generation in self._running.values():
             if peer in generation.machine.peers:
                 generation.put(PeerGone(peer, reason))
@@ -171,7 +179,7 @@ class OriginService:
         """See `receipt.Generator`."""
         self._rights.demand(self._us, ASK, "ask questions")
 
-    async def generate(self, request: Request) -> AsyncGenerator[Taken | Piece | Vector | Receipt, None]:
+    async def generate(self, request: Request) -> AsyncGenerator[Taken | Waiting | Piece | Vector | Receipt, None]:
         """See `receipt.Generator`."""
         self.check_may_ask()
         release = self._releases.current
@@ -194,78 +202,108 @@ class OriginService:
                 "too-long",
                 f"the prompt has {len(request.prompt)} tokens; the model holds {context} with its answer",
             )
-        avoid: set[PeerId] = set()
-        failure: Declined | PeerUnreachable | None = None
-        hasty = False  # whether it may have been given too little time
-        for attempt in range(OPEN_ATTEMPTS):
-            seed = self._rng.getrandbits(32)
-            named = () if request.pooled else prefixes(request.prompt, self._kept.lengths, request.asker.encode())
-            kept = [one for one in self._kept.of(named) if one.adapter == self._adapter(Cid(one.manifest), request)]
-            chosen = self._router.choose(seed, in_flight=self.in_flight(), avoid=avoid, kept=kept)
-            if isinstance(chosen, NoRoute) and failure is not None:
-                chosen = await self._other_route(seed, avoid)
-            if isinstance(chosen, NoRoute) and hasty:  # there is no other way: then with patience
-                chosen = self._router.choose(seed, in_flight=self.in_flight())
-            if isinstance(chosen, NoRoute):
-                # That there is no other way is no news; why this one failed is.
-                raise failure or Declined("no-route", chosen.reason, retry_ms=chosen.retry_ms)
-            taken = started = False
-            # what a question names itself may have to be fetched, and a grammar needs the tokenizer; what is released
-            # is there
-            fetched = request.adapter not in ("", RELEASED) or request.grammar is not None
-            open_s = OPEN_S if attempt or fetched else FIRST_OPEN_S
-            generation = self._begin(*chosen, request, min(request.max_tokens, room), open_s, named)
-            try:
+        generation: Generation | None = None
+        attempts = Attempts(request.heal_s)
+        asked = _Asked(
+            key=self._rng.randbytes(SESSION_BYTES),
+            request=request,
+            max_tokens=0 if request.pooled else min(request.max_tokens, room),
+            prefixes=() if request.pooled else prefixes(request.prompt, self._kept.lengths, request.asker.encode()),
+            attempts=attempts,
+        )
+        try:
+            while True:
+                chosen = self._choose(asked, generation)
+                if isinstance(chosen, NoRoute) and attempts.waits():
+                    yield Waiting(f"{chosen.reason}; the answer waits for somebody who goes on with it")
+                if isinstance(chosen, NoRoute) and attempts.failure is not None:
+                    chosen = await self._other_route(asked, generation)
+                if isinstance(chosen, NoRoute):
+                    if attempts.failure is None:
+                        raise Declined("no-route", chosen.reason, retry_ms=chosen.retry_ms)
+                    raise attempts.given_up(chosen.reason)
+                generation = self._begin(asked, *chosen, generation)
                 async for piece in generation.receive:
-                    taken, started = True, started or not isinstance(piece, Taken)
-                    yield piece
-                if generation.failure is not None:
-                    raise generation.failure
-            except (Declined, PeerUnreachable) as error:
-                code = error.code if isinstance(error, Declined) else LOST
-                if started or code not in RETRY_CODES or error.peer is None or attempt == OPEN_ATTEMPTS - 1:
-                    raise
-                _log.info("route.retried", peer=short(error.peer), reason=str(error))
-                avoid.add(error.peer)
-                failure = error
-                hasty = not attempt and not taken and isinstance(error, PeerUnreachable)
-            else:
-                yield generation.receipt
-                return
-            finally:
+                    if not isinstance(piece, Taken):
+                        attempts.progressed()
+                        yield piece
+                    elif attempts.taken():
+                        yield piece
+                failure = generation.failure
+                if failure is None:
+                    break
+                if not isinstance(failure, Declined | PeerUnreachable):
+                    raise failure
+                ran = generation.machine.began
+                attempts.failed(failure, ran=ran, now=trio.current_time())
+                _log.info("route.retried", peer=short(failure.peer or ""), reason=str(failure))
+                if ran and attempts.goes_on:
+                    generation.receipt.lost(failure.peer, str(failure), trio.current_time())
+        finally:
+            if generation is not None:
                 generation.scope.cancel()
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + GOODBYE_S):
                     await generation.over.wait()
+        yield generation.receipt
 
-    async def _other_route(self, seed: int, avoid: set[PeerId]) -> tuple[ServedRelease, tuple[Hop, ...]] | NoRoute:
+    def _choose(
+        self, asked: _Asked, before: Generation | None, *, patient: bool = False
+    ) -> tuple[ServedRelease, tuple[Hop, ...]] | NoRoute:
+        """The release and route of the next attempt: what has begun goes on with the release that it began with.
+
+        patient: those that may only have been given too little time are asked again.
+        """
+        seed = self._rng.getrandbits(32)
+        avoid = set() if patient else asked.attempts.avoided(trio.current_time())
+        kept = [
+            one
+            for one in self._kept.of(asked.prefixes)
+            if one.adapter == self._adapter(Cid(one.manifest), asked.request, before)
+        ]
+        if before is None or not before.receipt.tokens:
+            return self._router.choose(seed, in_flight=self.in_flight(), avoid=avoid, kept=kept)
+        release = before.receipt.release
+        route = self._router.route(release, seed, in_flight=self.in_flight(), avoid=avoid, kept=kept)
+        return route if isinstance(route, NoRoute) else (release, route)
+
+    async def _other_route(
+        self, asked: _Asked, before: Generation | None
+    ) -> tuple[ServedRelease, tuple[Hop, ...]] | NoRoute:
         """A route without those that have failed; who takes over from a node that left is heard within moments."""
-        watch = Watch(*self._router.changes)
-        chosen = self._router.choose(seed, in_flight=self.in_flight(), avoid=avoid)
-        with trio.move_on_after(TAKEOVER_S):
-            while isinstance(chosen, NoRoute):
+        watch, attempts = Watch(*self._router.changes), asked.attempts
+        chosen = self._choose(asked, before)
+        while isinstance(chosen, NoRoute) and attempts.has_time(now := trio.current_time()):
+            with trio.move_on_at(attempts.look_again_at(now)):
                 await watch.next()
-                chosen = self._router.choose(seed, in_flight=self.in_flight(), avoid=avoid)
+            chosen = self._choose(asked, before)
+        if isinstance(chosen, NoRoute) and attempts.may_be_slow:
+            return self._choose(asked, before, patient=True)
         return chosen
 
-    def _adapter(self, manifest: Cid, request: Request) -> str:
-        """CID of the one that a question is answered with on this release; "": the bare model."""
+    def _adapter(self, manifest: Cid, request: Request, before: Generation | None) -> str:
+        """CID of the one that a question is answered with on this release; "": the bare model.
+
+        before: what has begun goes on with the adapter that it began with.
+        """
+        if before is not None and before.receipt.tokens:
+            return before.receipt.adapter
         return self._released.current(manifest) or "" if request.adapter == RELEASED else request.adapter
 
     def _begin(
-        self,
-        release: ServedRelease,
-        route: tuple[Hop, ...],
-        request: Request,
-        max_tokens: int,
-        open_s: float,
-        prefixes: tuple[Prefix, ...],
+        self, asked: _Asked, release: ServedRelease, route: tuple[Hop, ...], before: Generation | None
     ) -> Generation:
-        """A new session. Cancel its scope: then it ends on every stage."""
-        key = self._rng.randbytes(SESSION_BYTES)
-        adapter = self._adapter(release.cid, request)
+        """The next attempt of a session. Cancel its scope: then it ends on every stage.
+
+        before: the attempt before, whose tokens it goes on with.
+        """
+        request, key = asked.request, asked.key
+        adapter = self._adapter(release.cid, request, before)
+        # what a question names itself may have to be fetched, and a grammar needs the tokenizer; what is released
+        # is there
+        fetched = request.adapter not in ("", RELEASED) or request.grammar is not None
         machine = Origin(
             session=key,
-            attempt=0,
+            attempt=asked.attempts.number,
             us=self._us,
             route=route,
             task=Task(
@@ -273,25 +311,30 @@ class OriginService:
                 variant=release.variant_name,
                 prompt=request.prompt,
                 chunks=tuple(chunks(len(request.prompt), request.chunk_rows)),
-                max_tokens=0 if request.pooled else max_tokens,
+                max_tokens=asked.max_tokens,
                 pooled=release.manifest.architecture.hidden if request.pooled else 0,
                 eos=frozenset(release.manifest.architecture.eos_ids),
                 sampling=request.sampling,
                 grammar=request.grammar,
                 adapter=adapter,
-                prefixes=prefixes,
+                prefixes=asked.prefixes,
                 trace=request.trace,
             ),
-            open_s=open_s,
+            drawn=() if before is None else tuple(before.receipt.tokens),
+            open_s=OPEN_S if asked.attempts.number or fetched else FIRST_OPEN_S,
         )
-        receipt = Receipt(route, request.prompt, release, adapter=adapter, began=trio.current_time())
-        generation = Generation(machine, receipt, prefixes)
+        if before is None:
+            receipt = Receipt(route, request.prompt, release, adapter=adapter, began=trio.current_time())
+        else:
+            receipt = before.receipt
+            receipt.go_on(route, release, adapter)
+        generation = Generation(machine, receipt, asked.prefixes)
+        self._running[key] = generation
         self._tasks.start_soon(self._drive, key, generation)
         return generation
 
     async def _drive(self, key: bytes, generation: Generation) -> None:
         """Feed the machine until the session ends; then, whatever happened, tell its stages that it is over."""
-        self._running[key] = generation
         try:
             with generation.scope, generation.send:
                 try:
@@ -300,7 +343,8 @@ class OriginService:
                     generation.failure = error
             self._learn(generation)
         finally:
-            del self._running[key]
+            if self._running.get(key) is generation:
+                del self._running[key]  # whoever reads the answer may begin another attempt from here on
             stopped = generation.machine.handle(Stop("cancelled"), trio.current_time())
             goodbyes = generation.goodbyes + [effect for effect in stopped if isinstance(effect, SendEffect)]
             # All at once: a stage that takes nothing must not keep the others from hearing of it.
@@ -314,7 +358,7 @@ class OriginService:
         """Let the router know how it went. Without a name, any stage may have been the silent one."""
         receipt, machine = generation.receipt, generation.machine
         place = (receipt.release.cid, receipt.adapter, receipt.route)
-        if machine.began and not receipt.cached:
+        if machine.began and not machine.cached:
             self._kept.forget(*place, generation.prefixes)
         if generation.failure is None and receipt.arrivals:
             self._kept.remember(*place, generation.prefixes)
@@ -338,7 +382,7 @@ class OriginService:
             before = machine.state
             effects = self._handle(machine, event)
             if before is OriginState.OPENING and machine.state is OriginState.RUNNING:
-                receipt.cached = machine.cached
+                receipt.cached = receipt.cached if receipt.replaced else machine.cached  # as its asker was told
                 generation.send.send_nowait(Taken(machine.cached))
             for effect in effects:
                 match effect:
@@ -349,10 +393,7 @@ class OriginService:
                         if failure is not None:
                             generation.put(PeerGone(effect.peer, failure))
                     case Emit():
-                        receipt.tokens.append(effect.token)
-                        receipt.arrivals.append(trio.current_time())
-                        receipt.hop_times.append(effect.times)
-                        receipt.return_us.append(effect.return_us)
+                        receipt.came(effect.token, effect.times, effect.return_us, trio.current_time())
                         generation.send.send_nowait(Piece(effect.token, receipt, effect.chances))
                     case EmitPooled(vector=values):
                         generation.send.send_nowait(Vector(values))

@@ -24,7 +24,9 @@ from protocols.pipe.messages import Sampling
 PROBE_S: Final = 20.0  # a probe that takes longer has failed
 AGAIN_S: Final = 60.0  # an unchanged chain is probed this often
 RETRY_S: Final = 1.0  # after a failure, doubling up to the above
-PROBE: Final = Request((1, 1), 1, Sampling(seed=0))  # any two token ids: what is proven is that the chain answers
+PROBE: Final = Request(
+    (1, 1), 1, Sampling(seed=0), heal_s=0
+)  # any two token ids: what is proven is that the chain answers
 
 _log = get_logger("readiness")
 

@@ -126,7 +126,8 @@ class Router:
         self._experience.answered([PeerId(hop.peer) for _, hop in others])
         for _, hop in others:
             self._health.clear("peer-avoided", peer=hop.peer)
-        steps = receipt.hop_times[1:]
+        begin = receipt.since  # what came before came by other stages
+        steps = receipt.hop_times[begin + 1 :]
         if not steps or not others:
             return
 
@@ -137,14 +138,14 @@ class Router:
         view = self._adverts.live()
         told = [
             *(median(step[i].network_us for step in steps) for i in range(len(receipt.route))),
-            median(receipt.return_us[1:]),
+            median(receipt.return_us[begin + 1 :]),
         ]
         ways = sum(
             min(told_us, WAY_US + round_trip_us(view, one, other) / 2)
             for told_us, (one, other) in zip(told, pairwise(peers), strict=True)
         )
         own = sum(spent(index) for index, hop in enumerate(receipt.route) if hop.peer == self._us)
-        token_us = median((b - a) * 1e6 for a, b in pairwise(receipt.arrivals)) - ways - own
+        token_us = median((b - a) * 1e6 for a, b in pairwise(receipt.arrivals[begin:])) - ways - own
         parts = [Part(PeerId(hop.peer), hop.last - hop.first, round(spent(index))) for index, hop in others]
         self._experience.measured(parts, token_us)
         claims = {PeerId(hop.peer): claimed_us(view[PeerId(hop.peer)]) for _, hop in others if hop.peer in view}

@@ -315,6 +315,9 @@ class TextService:
                     if (unread := len(prompt) - piece.cached) >= LONG_PROMPT:
                         yield Waiting(f"it reads the prompt first, {unread} tokens")
                     continue
+                if isinstance(piece, Waiting):
+                    yield piece
+                    continue
                 if isinstance(piece, Receipt):
                     shown, met, calls = said.end(words.cut() if piece.reason == "length" else words.rest())
                     if shown:
