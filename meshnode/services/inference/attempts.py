@@ -13,7 +13,7 @@ OPEN_ATTEMPTS: Final = 3  # routes that are tried until every stage has taken th
 TAKEOVER_S: Final = 2.0  # until then, for the news who serves the layers of a node that has gone
 HEAL_S: Final = 60.0  # and later: until somebody serves them
 FRUITLESS: Final = 3  # routes that are lost one after the other without a token: then it may be the question
-AVOID_S: Final = 5.0  # for one that was lost: it may come back, and be the only one that has its layers
+AVOID_S: Final = 1.0  # for one that was lost and may be the only one that has its layers: it may be back by then
 PAUSE_S: Final = 1.0  # for one that refused and named no time
 RETRY_CODES: Final = frozenset(
     {"fenced", "busy", "not-ready", "engine-lost", "bad-input", "too-long", "no-adapter", "no-grammar", LOST}
