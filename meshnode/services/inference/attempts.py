@@ -12,8 +12,8 @@ from protocols.pipe.messages import LOST
 OPEN_ATTEMPTS: Final = 3  # routes that are tried until every stage has taken the session
 TAKEOVER_S: Final = 2.0  # until then, for the news who serves the layers of a node that has gone
 HEAL_S: Final = 60.0  # and later: until somebody serves them
-FRUITLESS: Final = 3  # routes that are lost one after the other without a token: then it may be the question
-AVOID_S: Final = 1.0  # for one that was lost and may be the only one that has its layers: it may be back by then
+FRUITLESS: Final = 4  # routes that are lost one after the other without a token: then it may be the question
+AVOID_S: Final = 1.0  # for one that was lost: it may be back, and the only one with its layers; doubles each time
 PAUSE_S: Final = 1.0  # for one that refused and named no time
 RETRY_CODES: Final = frozenset(
     {"fenced", "busy", "not-ready", "engine-lost", "bad-input", "too-long", "no-adapter", "no-grammar", LOST}
@@ -77,7 +77,7 @@ class Attempts:
             if now >= self._deadline:
                 raise self.given_up(str(failure))
             retry_ms = failure.retry_ms if isinstance(failure, Declined) and code == "busy" else 0
-            pause = AVOID_S if code != "busy" else retry_ms / 1000 or PAUSE_S
+            pause = AVOID_S * 2.0**self._fruitless if code != "busy" else retry_ms / 1000 or PAUSE_S
         else:
             last = self.number == OPEN_ATTEMPTS - 1
             if self._begun or code not in RETRY_CODES or failure.peer is None or last:
