@@ -45,7 +45,7 @@ test-process: setup
 # What takes minutes: a hundred nodes in virtual time, ten real ones under load, outages of a minute and of five.
 test-long: setup
 	MESHNODE_TEST_LONG=1 $(BIN)/pytest -q -s tests/sim/test_cost.py tests/process/test_mesh_ten.py tests/process/test_lan_outages.py \
-		tests/process/test_mesh_crowd.py tests/sim/test_learning_nodes.py tests/model/test_mesh_quantised.py
+		tests/process/test_mesh_crowd.py tests/sim/test_learning_nodes.py tests/model/test_mesh_quantised.py tests/model/test_mesh_answers.py
 
 # A hostile member with a plain ticket, for five minutes against five nodes that answer questions.
 attack: setup

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from tests.model.real_mesh import Alone, alone, ask, asked, real_mesh, wait_unti
 pytestmark = [pytest.mark.model, pytest.mark.process, pytest.mark.slow]
 
 Json = dict[str, Any]
+LONG = "MESHNODE_TEST_LONG" in os.environ
 COUNT = "Count from one to five in words, separated by commas."
 
 
@@ -51,6 +53,29 @@ def cli(member: Member, *arguments: str, receipt: Path | None = None) -> tuple[s
 def sessions_of(mesh: Mesh) -> list[int]:
     """Of each node: answers it waits for and, as its advert says, sessions that pass through it."""
     return [n for status in (m.status() for m in mesh.serving) for n in (status.sessions, status.me.sessions)]
+
+
+# ---------------------------------------------------------------- prompts that begin alike
+
+
+@pytest.mark.parametrize(
+    ("temperature", "sampling"),
+    [(0, Sampling(seed=0)), (0.9, Sampling(seed=7, temperature_milli=900))][: 2 if LONG else 1],
+)
+def test_the_turns_of_a_chat_go_on_from_what_was_kept(
+    mesh: Mesh, single: Alone, temperature: float, sampling: Sampling
+) -> None:
+    """Bit for bit: three turns have the tokens of a process that computes every prompt anew."""
+    member = mesh.serving[1]
+    prompt, expected = list(range(2000 + sampling.seed, 2301 + sampling.seed)), 0
+    for _ in range(3):
+        answer = ask(member, token_ids=prompt, max_tokens=24, temperature=temperature, seed=sampling.seed, top_p=1.0)
+        assert answer["cached_tokens"] == expected
+        assert answer["token_ids"] == single.answer(prompt, 24, sampling)
+        expected = len(prompt)
+        prompt += [*answer["token_ids"], *range(500, 521)]
+    other = ask(mesh.serving[0], token_ids=prompt, max_tokens=24, temperature=0)
+    assert other["cached_tokens"] == 0, "another node has not asked that"
 
 
 # ---------------------------------------------------------------- several at once, and going away

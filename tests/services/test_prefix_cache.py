@@ -202,3 +202,23 @@ async def test_a_node_may_keep_nothing(autojump_clock: MockClock) -> None:
             assert (await asker.ask(FIRST, most=4)).cached == 0
             await mesh.freed()
         assert [member.local.kept_bytes > 0 for member in mesh.members[:3]] == [True, False, True]
+
+
+async def test_a_full_memory_keeps_the_prompt_that_goes_on(autojump_clock: MockClock) -> None:
+    """Where a session and what it begins with have no room beside each other, it takes the rows with it."""
+    async with open_mesh() as mesh:
+        for first, last in ((0, 3), (3, 6), (6, 9)):
+            await mesh.start(first, last, max_kv_bytes=3 * 2 * 4 * 4 * 170)
+        asker = await mesh.start()
+        receipt, cached = await asker.ask(FIRST, most=8), 0
+        for _ in range(4):
+            await mesh.freed()
+            cached = len(receipt.prompt)
+            prompt = turn(receipt)
+            receipt = await asker.ask(prompt, most=8)
+            assert (receipt.cached, receipt.tokens) == (cached, alone(prompt, most=8))
+        await mesh.freed()
+        other = (4, *FIRST, *FIRST[:50])
+        assert (await asker.ask(other, most=8)).tokens == alone(other, most=8), "nothing is in its way"
+        await mesh.freed()
+        assert (await asker.ask(receipt.prompt, most=8)).cached == 0
