@@ -41,6 +41,7 @@ from meshnode.store.cipher import Cipher
 from meshnode.store.open import open_store
 from meshnode.store.os_files import remove_abandoned
 from meshnode.text.process import open_tokenizer
+from meshnode.upstream.server import UpstreamServer
 
 if TYPE_CHECKING:
     from meshnode.trainer.process import TrainerProcess
@@ -89,6 +90,7 @@ def assemble(config: Config, identity: Identity, stack: ExitStack) -> Parts:
         learned=paths.learned,
         engine=EngineProcess,
         tokenizer=open_tokenizer,
+        upstream=UpstreamServer(config.serve.upstream) if config.serve.upstream else None,
         audit=audit_of(config, database, health),
         sources=gateways if daemon is None else (daemon, *gateways),
         daemon=daemon,

@@ -100,6 +100,7 @@ class Node:
             ),
         )
         self.owner = OwnerService(self.directory, self.database, wall, parts.device, owner_rule(config.owner))
+        self.upstream = outside.upstream_service(parts, config, self.directory, self.rights)
         self.nearby = outside.local_discovery(parts, self.membership)
         self.dialling = DiallingService(
             self.host,
@@ -217,6 +218,7 @@ class Node:
             async with trio.open_nursery() as work:
                 for service in (
                     self.owner,
+                    self.upstream,
                     self.round_trips,
                     self.rollout,
                     self.adapters,

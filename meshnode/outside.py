@@ -4,8 +4,10 @@ operator's daemon, members nearby."""
 from __future__ import annotations
 
 from meshnode.config.settings import Config
+from meshnode.membership.rights import Rights
 from meshnode.parts import Parts
 from meshnode.services.dht.client import DhtClient, DhtSettings
+from meshnode.services.directory.directory import DirectoryService
 from meshnode.services.external_peers import ExternalPeers, ExternalSettings
 from meshnode.services.inventory import InventoryService
 from meshnode.services.ipfs_daemon import IpfsDaemonService, Publication
@@ -13,6 +15,7 @@ from meshnode.services.local_discovery import LocalDiscovery
 from meshnode.services.membership import MembershipService
 from meshnode.services.port import Owner
 from meshnode.services.releases import ReleasesService
+from meshnode.services.upstream import UpstreamService
 from protocols.bitswap import messages as bitswap
 from protocols.membership import messages as membership
 
@@ -33,6 +36,12 @@ def external_peers(parts: Parts, config: Config) -> ExternalPeers:
         parts.rng,
         health=parts.health,
     )
+
+
+def upstream_service(parts: Parts, config: Config, directory: DirectoryService, rights: Rights) -> UpstreamService:
+    """Offers what the owner has named of a server of its own, and asks for what others offer."""
+    models = config.serve.upstream_models
+    return UpstreamService(parts.host, directory, directory.notices, rights, parts.upstream, models)
 
 
 def local_discovery(parts: Parts, members: MembershipService) -> LocalDiscovery | None:

@@ -28,6 +28,7 @@ from meshnode.text.port import OpenTokenizer
 from protocols.advert.messages import Advert
 
 if TYPE_CHECKING:
+    from meshnode.services.upstream import Server
     from meshnode.state.private_steps import PrivateSteps
     from meshnode.trainer.port import Trainer
 
@@ -59,6 +60,7 @@ class Parts:
     learned: Path  # folder of what was learned here
     engine: Callable[[StageSpec], Engine]  # a new engine for a span
     tokenizer: OpenTokenizer  # opens that of a model
+    upstream: Server | None  # of the owner's own, whose models are offered by name
     audit: Audit  # where is noted what the node is asked for
     sources: tuple[Source, ...]  # asked for what no peer gives, in this order
     daemon: IpfsApi | None  # the operator's own, one of the sources

@@ -67,6 +67,7 @@ class FakeDoor:
         self.asked: list[Question] = []
         self.judged: list[tuple[Any, Any, Any]] = []
         self.orders: list[tuple[str, Any]] = []
+        self.upstream: list[str] = []
         self.begun = trio.Event()  # set when the first question comes
         self.ended = trio.Event()  # set when a question ends before its answer
         self.hold: trio.Event | None = None  # the answer stops after its first word until this is set
@@ -117,6 +118,10 @@ class FakeDoor:
             tool_calls=tuple(self.calls),
             receipt=RECEIPT,
         )
+
+    def ask_upstream(self, model: str, question: Question) -> AsyncGenerator[Event, None]:
+        self.upstream.append(model)
+        return self.ask(question)
 
     async def embed(self, text: str | Sequence[int], adapter: str | None) -> Embedding:
         await trio.lowlevel.checkpoint()

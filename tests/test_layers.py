@@ -91,6 +91,7 @@ BAD: dict[str, dict[str, str]] = {
     },
     "meshnode/services": {**TOP, **NO_HEAVY, **ADAPTERS},
     "meshnode/doctor": {**NO_HEAVY, **ON_TOP},
+    "meshnode/upstream": {**LOW, **others()},
     "meshnode/system": {**NO_HEAVY, **ADAPTERS, **ON_TOP},
     "meshnode/api": {**NO_HEAVY, **ADAPTERS, **ON_TOP},
     "meshnode/http": {**NO_HEAVY, **ADAPTERS, **ON_TOP},

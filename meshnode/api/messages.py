@@ -128,6 +128,7 @@ class Receipt:
     hops: tuple[StageTimes, ...] = ()
     return_ms: float = 0.0  # from the last stage back to this node
     replaced: tuple[Replaced, ...] = ()  # stages that were lost on the way
+    upstream: str = ""  # peer whose own server has answered; the mesh computed nothing then
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -452,6 +453,7 @@ class Status:
     samples: SamplesStatus = SamplesStatus()
     releases: tuple[ReleaseStatus, ...] = ()  # of adapters, the newest first
     learning: LearningStatus = field(default_factory=LearningStatus)
+    upstream: dict[str, tuple[str, ...]] = field(default_factory=dict)  # model -> peers whose own servers run it
     health: tuple[HealthStatus, ...] = ()
     refusals: tuple[RefusalStatus, ...] = ()
     unreachable: dict[str, str] = field(default_factory=dict)  # peer or address -> why

@@ -67,6 +67,7 @@ def status_of(node: Node, api_url: str = "") -> Status:
         samples=_samples(node),
         releases=releases_of(node),
         learning=_learning(node),
+        upstream={model: tuple(peers) for model, peers in node.upstream.offers().items()},
         health=tuple(
             HealthStatus(code=warning.code, severity=warning.severity.name.lower(), text=warning.text)
             for warning in node.health.current()

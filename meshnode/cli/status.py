@@ -54,6 +54,11 @@ def describe(status: Status) -> str:
     lines += [
         f"adapter {line(one)}" for one in status.releases if one.in_use or one.phase in ("open", "rolling", "held")
     ]
+    names = {peer.peer: peer.name for peer in (status.me, *status.peers)}
+    lines += [
+        f"upstream {model}: asked by name, by a server of {', '.join(names.get(p) or _short(p) for p in peers)}"
+        for model, peers in status.upstream.items()
+    ]
     if status.copies:
         lines += ["", _copies(status, status.copies), _tiers(status.content)]
     if status.learning.lesson:

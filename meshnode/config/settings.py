@@ -17,10 +17,12 @@ from meshnode.config.values import (
     OTLP_EXAMPLE,
     PEER_EXAMPLE,
     RATE_EXAMPLE,
+    UPSTREAM_EXAMPLE,
     Amount,
     gateway_urls,
     host_port,
     hours,
+    model_names,
     multiaddrs,
     number,
     one_of,
@@ -30,6 +32,7 @@ from meshnode.config.values import (
     rate,
     real,
     rpc_address,
+    server_url,
     setting,
     text,
     url_or_none,
@@ -97,6 +100,14 @@ class ServeSection:
         True,
         yes_or_no,
         "keep the KV of prompts, for those of the same node that begin alike, until a session needs its memory",
+    )
+    upstream: str = setting(
+        "",
+        server_url,
+        f"a server of your own that speaks OpenAI's dialect (Ollama, vLLM), like {UPSTREAM_EXAMPLE}; empty: none",
+    )
+    upstream_models: tuple[str, ...] = setting(
+        (), model_names, "models of serve.upstream that the network may ask for by name; empty: none"
     )
     engine: str = setting(
         "onnx",

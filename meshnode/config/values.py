@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from meshnode.core.sizes import parse_size
 from protocols.errors import RemoteProtocolError
 from protocols.multiaddr import parse_address
+from protocols.upstream.messages import MAX_MODELS, MAX_NAME
 
 T = TypeVar("T")
 
@@ -39,6 +40,7 @@ ORIGIN_EXAMPLE = "https://chat.example"
 GATEWAY_EXAMPLE = "https://gateway.example"
 NAME_EXAMPLE = "/dns4/node.example/tcp/4331"
 OTLP_EXAMPLE = "http://127.0.0.1:4318"
+UPSTREAM_EXAMPLE = "http://127.0.0.1:11434"
 RATE_EXAMPLE = "2 MB/s"
 PEER_EXAMPLE = "/ip4/192.0.2.7/tcp/4331/p2p/12D3KooW..."
 
@@ -207,6 +209,26 @@ def _no_multiaddr(item: object, example: str) -> str:
     if not _TRANSPORTS.isdisjoint(item.split("/")):
         return f"{words}; {_TAKEN}"
     return words
+
+
+def server_url(value: object) -> str:
+    """The root of an HTTP server; "" for none."""
+    if value == "":
+        return ""
+    if not isinstance(value, str) or not _URL.fullmatch(value) or not _has_port(value):
+        raise ValueError(f"{_said(value)} is not an address like {UPSTREAM_EXAMPLE}, without user, query or fragment")
+    return value.rstrip("/")
+
+
+def model_names(value: object) -> tuple[str, ...]:
+    """Names as a server has them: "llama3:8b"."""
+    items = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)) or len(items) > MAX_MODELS:
+        raise ValueError(f"{_said(value)} is not a list of at most {MAX_MODELS} names of models")
+    for item in items:
+        if not isinstance(item, str) or not 1 <= len(item) <= MAX_NAME or not item.isprintable() or "@" in item:
+            raise ValueError(f"{item!r} is not the name of a model: 1 to {MAX_NAME} printable characters, no @")
+    return tuple(dict.fromkeys(items))
 
 
 def rpc_address(value: object) -> str:

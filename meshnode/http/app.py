@@ -26,13 +26,13 @@ from meshnode.http.body import Json, read_json
 from meshnode.http.border import Border
 from meshnode.http.delivery import Delivery
 from meshnode.http.dialect import is_anthropic, refuse
-from meshnode.http.door import Door
+from meshnode.http.door import Door, Offered
 from meshnode.http.embeddings import check_size, ollama_document, openai_document, texts_of
 from meshnode.http.events import Events, Listeners
 from meshnode.http.gate import OPEN, Gate
 from meshnode.http.json_text import JsonResponse
 from meshnode.http.metrics import CONTENT_TYPE, Metrics
-from meshnode.http.models import Chosen, choose, find
+from meshnode.http.models import Chosen, choose, computed, find
 from meshnode.http.ollama import asking as ollama
 from meshnode.http.ollama.models import ps_document, show_document, tags_document, version_document
 from meshnode.http.openai.chat import read_chat
@@ -163,13 +163,17 @@ class App:
         return self._delivery(read, request, await read_json(request))
 
     def _delivery(self, read: Read, request: Request, body: Json) -> Response:
-        task = read(body, choose(self._door, body.get("model")), self._now_s())
+        chosen = choose(self._door, body.get("model"))
+        task = read(body, chosen, self._now_s())
         refused = partial(refuse, request.url.path)
         key: ApiKey | None = request.scope["meshnode.key"]
         trace = request.headers.get("traceparent", "")
-        return Delivery(partial(self._questions, key, trace), task, refused, partial(self._receipts.keep, task.id))
+        asked = partial(self._questions, key, chosen.model, trace)
+        return Delivery(asked, task, refused, partial(self._receipts.keep, task.id))
 
-    async def _questions(self, key: ApiKey | None, trace: str, question: Question) -> AsyncGenerator[Event, None]:
+    async def _questions(
+        self, key: ApiKey | None, model: Offered, trace: str, question: Question
+    ) -> AsyncGenerator[Event, None]:
         """The events of one question, measured and counted for its key.
 
         A prompt that was kept for one key is no help to another: time would tell what its owner asked.
@@ -178,7 +182,9 @@ class App:
         if self._door.audit.keeps_text:
             who = "this device" if key is None else named(key)
             self._door.audit.note("http", who, "question", json.dumps(question.as_json(), default=str))
-        async with aclosing(self._metrics.measured(self._door.ask(question))) as events:
+        door = self._door
+        asked = door.ask_upstream(model.name, question) if model.upstream else door.ask(question)
+        async with aclosing(self._metrics.measured(asked)) as events:
             try:
                 async for event in events:
                     if isinstance(event, Answer):
@@ -213,7 +219,7 @@ class App:
 
     async def _count(self, request: Request) -> Response:
         body = await read_json(request)
-        question = question_of_message(body, choose(self._door, body.get("model")))
+        question = question_of_message(body, computed(choose(self._door, body.get("model"))))
         return JsonResponse({"input_tokens": await self._door.count(question)})
 
     async def _answer_ollama(self, read: Read, request: Request) -> Response:
@@ -224,13 +230,13 @@ class App:
 
     async def _embeddings(self, request: Request) -> Response:
         body = await read_json(request)
-        chosen = choose(self._door, body.get("model"))
+        chosen = computed(choose(self._door, body.get("model")))
         check_size(body, chosen)
         return JsonResponse(openai_document(body, chosen, await self._vectors(request, body, chosen)))
 
     async def _embed(self, request: Request) -> Response:
         body, began = await read_json(request), monotonic()
-        chosen = choose(self._door, body.get("model"))
+        chosen = computed(choose(self._door, body.get("model")))
         made = await self._vectors(request, body, chosen)
         return JsonResponse(ollama_document(chosen, made, int((monotonic() - began) * 1e9)))
 

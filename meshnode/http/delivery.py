@@ -151,7 +151,7 @@ class Delivery(Response):
         route = ", ".join(f"{stage.peer}:{stage.first}-{stage.last}" for stage in receipt.route)
         return {
             "x-meshnode-receipt": self._task.id,
-            "x-meshnode-model": receipt.model.manifest,
+            "x-meshnode-model": receipt.model.manifest or receipt.model.name,
             "x-meshnode-route": route,
         }
 

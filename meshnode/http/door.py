@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -11,6 +11,7 @@ from meshnode.api.asking import Event, ask, embed, judge, name_peers
 from meshnode.api.duties import obey
 from meshnode.api.messages import DutyStatus, Embedding, Judgement, Status
 from meshnode.api.status import status_of
+from meshnode.api.upstream import VARIANT, ask_upstream
 from meshnode.core.clock import monotonic
 from meshnode.core.signal import Watch
 from meshnode.http.shorter import Shorter
@@ -33,6 +34,7 @@ class Offered:
     layers: int
     size_bytes: int  # of its weights
     created_s: int
+    upstream: str = ""  # who offers it from a server of its own; empty: the mesh computes it
 
 
 class Door(Protocol):
@@ -49,6 +51,9 @@ class Door(Protocol):
 
     def ask(self, question: Question) -> AsyncGenerator[Event, None]:
         """See `asking.ask`."""
+
+    def ask_upstream(self, model: str, question: Question) -> AsyncGenerator[Event, None]:
+        """See `upstream.ask_upstream`."""
 
     async def embed(self, text: str | Sequence[int], adapter: str | None) -> Embedding:
         """See `asking.embed`."""
@@ -90,9 +95,9 @@ class NodeDoor:
 
     def models(self) -> Sequence[Offered]:
         """See Door."""
-        release = self._node.releases.current
+        release, offers = self._node.releases.current, tuple(self._upstream())
         if release is None:
-            return ()
+            return offers
         manifest, shape = release.manifest, release.manifest.architecture
         return (
             Offered(
@@ -107,7 +112,25 @@ class NodeDoor:
                 size_bytes=release.variant.span_bytes(0, shape.layers),
                 created_s=manifest.created_ms // 1000,
             ),
+            *offers,
         )
+
+    def _upstream(self) -> Iterator[Offered]:
+        live = self._node.directory.live()
+        for model, peers in self._node.upstream.offers().items():
+            yield Offered(
+                name=model,
+                version="",
+                manifest="",
+                variant=VARIANT,
+                family="",
+                context=0,
+                hidden=0,
+                layers=0,
+                size_bytes=0,
+                created_s=0,
+                upstream=" and ".join(live[peer].name or peer for peer in peers if peer in live),
+            )
 
     def why_no_model(self) -> str:
         """See Door."""
@@ -118,6 +141,10 @@ class NodeDoor:
         release = self._node.releases.current
         context = question.max_tokens if release is None else release.manifest.architecture.context
         return self._shorter.ask(partial(ask, self._node), question, context)
+
+    def ask_upstream(self, model: str, question: Question) -> AsyncGenerator[Event, None]:
+        """See Door."""
+        return ask_upstream(self._node, model, question)
 
     async def embed(self, text: str | Sequence[int], adapter: str | None) -> Embedding:
         """See Door."""

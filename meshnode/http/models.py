@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from meshnode.http.body import shown
 from meshnode.http.door import Door, Offered
-from meshnode.http.problems import RETRY_S, Problem, wrong
+from meshnode.http.problems import RETRY_S, Problem, unsupported, wrong
 
 AUTO: Final = "auto"  # whatever is served
 LATEST: Final = "latest"  # Ollama's clients put it behind a name without a tag
@@ -32,7 +32,7 @@ def choose(door: Door, name: Any) -> Chosen:
         name = AUTO
     if not isinstance(name, str):
         raise wrong("model", f"model is {shown(name)}; it takes the name of a model")
-    if not offered:
+    if not offered or (name == AUTO and all(model.upstream for model in offered)):
         raise Problem(503, "not_ready", door.why_no_model(), retry_s=RETRY_S)
     base, _, adapter = name.partition("@")
     for model in offered:
@@ -47,6 +47,16 @@ def choose(door: Door, name: Any) -> Chosen:
     )
 
 
+def computed(chosen: Chosen) -> Chosen:
+    """For what only the mesh itself can do: count tokens, make vectors. Raises Problem 400."""
+    if chosen.model.upstream:
+        raise unsupported(
+            "model",
+            f"{chosen.model.name} runs on a server of {chosen.model.upstream}, which is asked for answers alone",
+        )
+    return chosen
+
+
 def find(offered: Sequence[Offered], name: str) -> Offered:
     """The model of that name. Raises Problem 404."""
     for model in offered:
@@ -56,5 +66,7 @@ def find(offered: Sequence[Offered], name: str) -> Offered:
 
 
 def names_of(model: Offered) -> Sequence[str]:
-    """All names of one model."""
+    """All names of one model. Nobody gets the answer of a member's server who has not asked for it by name."""
+    if model.upstream:
+        return (model.name,)
     return (AUTO, model.name, model.manifest, f"{model.name}:{model.variant}", f"{model.name}:{LATEST}")

@@ -42,6 +42,7 @@ from meshnode.node import Node
 from meshnode.parts import Machine, Parts
 from meshnode.policy.idle import DeviceFacts
 from meshnode.services.inference.text import Text
+from meshnode.services.upstream import Server
 from meshnode.sim.model import ModelSpec, ToyModel, make_model
 from meshnode.sim.network import MemoryNetwork
 from meshnode.state.audit import NoAudit
@@ -83,6 +84,8 @@ class Device:
     engines: list[LocalEngine] = field(default_factory=list)  # of the present run
     tracer: Tracer = NoTracer()  # set before it starts, to keep its spans
     facts: DeviceFacts = DeviceFacts()  # what its system tells
+    upstream: Server | None = None  # of its owner's own
+    offered: tuple[str, ...] = ()  # models of that
     copied: bool = False  # somebody has copied another device's data folder
     node: Node | None = None
     store: BlobStore | None = None  # while the node runs
@@ -292,6 +295,7 @@ class World:
             learned=device.folder / "learned",
             engine=engine,
             tokenizer=open_in_process,
+            upstream=device.upstream,
             audit=NoAudit(),
             sources=(),
             daemon=None,
@@ -311,7 +315,10 @@ class World:
                 bootstrap=tuple(self.network.host(other.peer_id).addresses[0] for other in others)
             ),
             serve=ServeSection(
-                memory=Amount(size_bytes=parse_size(device.memory)), layers=device.layers, engine="null"
+                memory=Amount(size_bytes=parse_size(device.memory)),
+                layers=device.layers,
+                engine="null",
+                upstream_models=device.offered,
             ),
             content=device.content,
             release=self.release,

@@ -9,7 +9,7 @@ from typing import Final
 from protocols.codec import at
 from protocols.errors import RemoteProtocolError
 from protocols.ids import PeerId
-from protocols.membership.messages import ASK, PUBLISH, TRAIN, VOTE
+from protocols.membership.messages import ASK, PUBLISH, SERVE, TRAIN, VOTE
 
 LESSON: Final = "lesson"  # which frame and suite the network learns with
 DELTA: Final = "delta"  # what a device has learned
@@ -17,12 +17,14 @@ CANDIDATE: Final = "candidate"  # an adapter that is proposed to be served
 BALLOT: Final = "ballot"  # votes on candidates
 LIVE: Final = "live"  # what who serves candidates has seen of them
 EVIDENCE: Final = "evidence"  # who made two deltas for one position, with the proof
+UPSTREAM: Final = "upstream"  # models of a server of its own that a member offers
 COHORT: Final = "cohort"  # keys, shares and masked vectors, of which a cohort makes its mean
 REVOCATION: Final = "revocation"  # candidates that must not be served any more
 
 # Each kind is a domain of signed records, and its signer needs this role.
 ROLE_OF: Final[Mapping[str, str]] = {
     LESSON: PUBLISH,
+    UPSTREAM: SERVE,
     DELTA: TRAIN,
     EVIDENCE: TRAIN,
     COHORT: TRAIN,

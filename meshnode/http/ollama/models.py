@@ -58,6 +58,17 @@ def show_document(model: Offered) -> Json:
 
 
 def _model(model: Offered) -> Json:
+    if model.upstream:  # as Ollama marks what another machine runs
+        return {
+            "name": model.name,
+            "model": model.name,
+            "modified_at": date_of(model.created_s),
+            "size": 0,
+            "digest": "",
+            "remote_model": model.name,
+            "remote_host": model.upstream,
+            "details": _details(model),
+        }
     name = f"{model.name}:latest"
     return {
         "name": name,

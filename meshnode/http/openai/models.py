@@ -15,6 +15,14 @@ def models_document(offered: Sequence[Offered]) -> Json:
 
 def model_document(model: Offered) -> Json:
     """One of them."""
+    if model.upstream:
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": model.created_s,
+            "owned_by": f"a server of {model.upstream}",
+            "upstream": model.upstream,
+        }
     return {
         "id": model.name,
         "object": "model",
