@@ -130,7 +130,6 @@ class Node:
         )
         self.pipes = Pipes(self.host)
         self.host.on_flood(lambda peer, protocol: self.health.set("too-fast", peer=peer, what=protocol))
-        self.audit = parts.audit
         self.pipes.flooded = lambda peer: self.health.set("too-fast", peer=peer, what="steps of questions")
         self.spans = SpansService(
             self.content,
@@ -171,7 +170,7 @@ class Node:
             prefix_cache=config.serve.prefix_cache,
             tracer=parts.tracer,
         )
-        self.stage.taken = lambda peer: self.audit.note("mesh", peer, "layers for an answer")
+        self.stage.taken = lambda peer: self.parts.audit.note("mesh", peer, "layers for an answer")
         router = Router(us, self.directory, self.releases, self.health)
         self.origin = OriginService(us, self.pipes, router, self.releases, self.rollout, self.rights, rng)
         self.readiness = ReadinessService(router, self.origin, self.host, self.pipes, self.health)

@@ -70,7 +70,7 @@ class Commands:
     async def _noted(self, name: str, command: Command, request: Json) -> AsyncGenerator[Json, None]:
         """The command, and a line about it in the audit log."""
         if name not in QUIET:
-            audit = self._node.audit
+            audit = self._node.parts.audit
             text = json.dumps(request, default=str) if audit.keeps_text else ""
             audit.note("socket", "this device", name, text)
         async with aclosing(command(request)) as answers:

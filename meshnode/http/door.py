@@ -91,7 +91,7 @@ class NodeDoor:
     @property
     def audit(self) -> Audit:
         """See Door."""
-        return self._node.audit
+        return self._node.parts.audit
 
     def models(self) -> Sequence[Offered]:
         """See Door."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import trio
 from trio.testing import MockClock
@@ -177,7 +179,8 @@ async def test_what_others_and_this_device_ask_is_noted(world: World, autojump_c
             self.lines.append((via, who, what))
 
     for name in world.devices:
-        world[name].running.audit = Noting(name)
+        node = world[name].running
+        node.parts = replace(node.parts, audit=Noting(name))
     await library(world, "n1").generate([5, 6, 7], max_tokens=3)
     await library(world, "n1").status()
     asker = world["n1"].peer_id
