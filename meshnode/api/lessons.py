@@ -14,12 +14,14 @@ from meshnode.api.releases import find_release
 from meshnode.core.errors import BadRequest, Declined, DiskError, ModelError
 from meshnode.model.adapter_fit import MAX_RANK
 from meshnode.node import Node
+from meshnode.services.learning.adapters import misfit, read_shape
 from meshnode.services.learning.lessons import read_suite
 from meshnode.services.port import Content
 from protocols.codec import encode
 from protocols.delta.frame import FACTORS, TARGETS, Frame, Target, encode_frame
 from protocols.delta.messages import Codec
-from protocols.ids import Cid, cid_to_bytes
+from protocols.errors import ProtocolError
+from protocols.ids import DAG_CBOR, Cid, cid_codec, cid_to_bytes, short
 from protocols.lesson.messages import (
     MAX_BATCH,
     MAX_GATE,
@@ -38,6 +40,8 @@ from protocols.membership.messages import FORBIDDEN, PUBLISH
 from protocols.notice.messages import LESSON
 
 SUITE_PIN: Final = "learning-suite"
+RELEASED: Final = "released"  # a lesson begins with the adapter that is, if it fits
+NO_START: Final = "none"
 _CODECS: Final = {codec.name.lower(): codec for codec in Codec}
 _DEFAULTS: Final[dict[str, Any]] = {
     "model": "",
@@ -58,6 +62,7 @@ _DEFAULTS: Final[dict[str, Any]] = {
     "factors": "both",
     "period": 1,
     "seed": None,
+    "start": RELEASED,
 }
 
 
@@ -80,6 +85,7 @@ async def give_lesson(node: Node, request: Json) -> Json:
     cid, manifest = _release(node, str(given["model"]))
     config = await _config(node.content, manifest)
     frame = frame_of(cid, manifest, config, given)
+    start = await _start(node, frame, str(given["start"]))
     suite, size = await node.parts.workers.run(_keep_suite, node, Path(str(request.get("suite") or "")))
     lesson = Lesson(
         created_ms=node.parts.wall(),
@@ -96,6 +102,7 @@ async def give_lesson(node: Node, request: Json) -> Json:
         wait_s=_number(given, "wait", 1, MAX_WAIT_S),
         least=_number(given, "least", 1, MAX_LEAST),
         gate=_number(given, "gate", 0, MAX_GATE),
+        start=b"" if start is None else cid_to_bytes(start),
     )
     content = encode(lesson)
     node.directory.notices.give(LESSON, content)
@@ -104,6 +111,7 @@ async def give_lesson(node: Node, request: Json) -> Json:
         "frame": frame.cid,
         "frame_block": base64.b64encode(lesson.frame).decode(),
         "model": cid,
+        "start": start or "",
         "layers": [frame.first, frame.last],
         "targets": [target.name for target in frame.targets],
         "parameters": frame.parameters,
@@ -128,6 +136,28 @@ def _release(node: Node, wanted: str) -> tuple[Cid, Manifest]:
             f"meshnode model add ... --variant {min(manifest.servable)} --variant {TRAIN}"
         )
     return cid, manifest
+
+
+async def _start(node: Node, frame: Frame, wanted: str) -> Cid | None:
+    """The adapter that the lesson begins with. Raises BadRequest, ModelError, ContentUnavailable."""
+    if wanted == NO_START:
+        return None
+    if wanted == RELEASED:
+        head = node.rollout.head
+        if head is None or head.base != frame.base:
+            return None
+        _, released = await read_shape(node.content, Cid(head.adapter))
+        return None if misfit(released, frame) else Cid(head.adapter)
+    try:
+        fits = cid_codec(Cid(wanted)) == DAG_CBOR
+    except ProtocolError:
+        fits = False
+    if not fits:
+        raise BadRequest(f"start is {wanted[:80]!r}; it takes {RELEASED}, {NO_START}, or the CID of an adapter")
+    _, named = await read_shape(node.content, Cid(wanted))
+    if why := misfit(named, frame):
+        raise BadRequest(f"the lesson can't begin with the adapter {short(wanted)}: {why}")
+    return Cid(wanted)
 
 
 async def _config(content: Content, manifest: Manifest) -> Json:

@@ -69,6 +69,12 @@ def add_lesson(parser: argparse.ArgumentParser) -> None:
     rounds.add_argument("--least", type=int, metavar="N", help="participants before the first round (default 2)")
     rounds.add_argument("--gate", type=int, metavar="N", help="samples that judge one delta (default 64; 0: none)")
     frame = parser.add_argument_group("what is trained")
+    frame.add_argument(
+        "--start",
+        metavar="CID",
+        help="of the adapter that all begin with; `released` (default), if it has the same layers, targets, rank and "
+        "alpha, or `none`",
+    )
     frame.add_argument("--layers", metavar="FIRST-LAST", help="like 20-29, or all (default: the upper third)")
     frame.add_argument("--targets", metavar="NAMES", help="of q,k,v,o,gate,up,down, or all (default q,v)")
     frame.add_argument("--rank", type=int, metavar="N", help="of the factors (default 8)")
@@ -79,7 +85,7 @@ def add_lesson(parser: argparse.ArgumentParser) -> None:
 
 def lesson_options(arguments: argparse.Namespace) -> dict[str, object]:
     """What was said of the lesson."""
-    names = "rounds steps batch rate mode codec mixes wait least gate layers targets rank alpha factors period"
+    names = "rounds steps batch rate mode codec mixes wait least gate layers targets rank alpha factors period start"
     return {name: value for name in names.split() if (value := getattr(arguments, name)) is not None}
 
 

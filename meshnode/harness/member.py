@@ -19,7 +19,7 @@ from meshnode.api.messages import Status
 from meshnode.client import Client
 from meshnode.core.errors import Declined, FatalError
 
-START_S: Final = 30.0
+START_S: Final = 120.0  # on a machine that is busy; a node that stops is noticed at once
 STOP_S: Final = 20.0  # a node hands its layers over before it goes
 ANSWER_S: Final = 600.0  # longest silence while an answer is computed
 STATUS_S: Final = 5.0  # a node that takes longer hangs

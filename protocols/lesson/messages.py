@@ -7,7 +7,7 @@ from typing import Final
 
 from protocols.codec import at, decode
 from protocols.errors import RemoteProtocolError
-from protocols.ids import DAG_PB, RAW, Cid, cid_codec, cid_from_bytes, cid_of
+from protocols.ids import DAG_CBOR, DAG_PB, RAW, Cid, cid_codec, cid_from_bytes, cid_of
 
 MODES: Final = ("pairwise", "noloco", "elastic", "group", "hierarchical", "broadcast", "masked")  # protocols/round
 MAX_FRAME_BYTES: Final = 4096
@@ -37,10 +37,15 @@ class Lesson:
     wait_s: int = at(12, low=1, high=MAX_WAIT_S, default=600)  # for a late partner
     least: int = at(13, low=1, high=MAX_LEAST, default=2)  # participants before the first round
     gate: int = at(14, high=MAX_GATE, default=64)  # samples of the suite that judge one delta; 0: none are judged
+    start: bytes = at(15, limit=36, default=b"")  # binary CID of the adapter that all begin with; empty: none
 
     @property
     def suite_cid(self) -> Cid:
         return cid_from_bytes(self.suite)
+
+    @property
+    def start_cid(self) -> Cid | None:
+        return cid_from_bytes(self.start) if self.start else None
 
 
 def read_lesson(content: bytes) -> Lesson:
@@ -52,13 +57,18 @@ def read_lesson(content: bytes) -> Lesson:
     lesson = decode(Lesson, content)
     if lesson.mode not in MODES:
         raise RemoteProtocolError(f"A lesson of the mode {lesson.mode!r}; there are {', '.join(MODES)}.")
-    try:
-        fits = cid_codec(lesson.suite_cid) in (RAW, DAG_PB)
-    except RemoteProtocolError:
-        fits = False
-    if not fits:
+    if not _is_cid(lesson.suite, RAW, DAG_PB):
         raise RemoteProtocolError("The suite of a lesson is not named by the CID of a file.")
+    if lesson.start and not _is_cid(lesson.start, DAG_CBOR):
+        raise RemoteProtocolError("The adapter that a lesson begins with is not named by the CID of a manifest.")
     return lesson
+
+
+def _is_cid(data: bytes, *codecs: int) -> bool:
+    try:
+        return cid_codec(cid_from_bytes(data)) in codecs
+    except RemoteProtocolError:
+        return False
 
 
 def lesson_cid(content: bytes) -> Cid:

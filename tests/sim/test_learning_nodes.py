@@ -76,6 +76,9 @@ class Class:
         await self.world.until(self.world.joined)
         await self.world.publish("n1", ModelSpec(layers=6, hidden=512, learns=True))
         await self.world.until(self.world.all_ready)
+        return await self.give(**options)
+
+    async def give(self, **options: object) -> Frame:
         node = self.world["n1"].running
         fixed = {"suite": str(self._file), "least": len(self.world.devices), "seed": SEED, "rate": 0.005}
         await give_lesson(node, {**fixed, **options})
@@ -156,6 +159,23 @@ async def test_what_was_learned_is_judged_and_served_by_all(autojump_clock: Mock
     (release,) = world["n5"].running.rollout.releases()
     assert release.counted.median is not None and release.counted.median < 0
     assert len(await world.ask("n5")) == 12
+
+    # The next lesson goes on from there. A new seed makes a new frame; the toy's model is made of the seed, so it
+    # gets a new frame by another order of the factors.
+    first = list(school.report("n1").losses)
+    using = world["n1"].running.rollout.using
+    assert using is not None
+    following = await school.give(least=4, rounds=2, factors="alternating", wait=20)
+    await world.until(lambda: school.report("n1").frame == following.cid, within_s=60)
+    await world.until(lambda: school.done("n1", "n2", "n3", "n4"), within_s=3600)
+    given = world["n1"].running.learning.given
+    assert given is not None and given.lesson.start_cid == using.adapter
+    then = list(school.report("n1").losses)
+    assert then[0] < first[0] / 2, (first, then)
+    for name in ("n1", "n2", "n3", "n4"):
+        report = school.report(name)
+        assert set(report.refused) <= {"frame"}, report.refusals  # what the others said last in the first lesson
+        assert report.mixed == 2 * 2, "deltas that count from the adapter are used"
 
 
 async def test_a_node_that_crashes_goes_on_and_does_nothing_twice(

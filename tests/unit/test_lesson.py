@@ -24,6 +24,7 @@ FRAME = Frame(
     last=4,
     seed=1,
 )
+ADAPTER = cid_to_bytes(cid_of(DAG_CBOR, b"adapter"))
 LESSON = Lesson(
     created_ms=1_700_000_000_000,
     frame=encode_frame(FRAME),
@@ -33,7 +34,7 @@ LESSON = Lesson(
 
 
 def test_vectors() -> None:
-    full = replace(LESSON, mode="broadcast", codec=3, rounds=40, steps=10, mixes=0, gate=0, least=4)
+    full = replace(LESSON, mode="broadcast", codec=3, rounds=40, steps=10, mixes=0, gate=0, least=4, start=ADAPTER)
     hold(
         "lesson",
         [
@@ -42,6 +43,7 @@ def test_vectors() -> None:
             Case("of an unknown mode", encode(replace(LESSON, mode="magic"))),
             Case("whose suite is a block", encode(replace(LESSON, suite=cid_to_bytes(cid_of(DAG_CBOR, b"suite"))))),
             Case("whose suite has no name", encode(replace(LESSON, suite=b"nothing"))),
+            Case("that begins with a file", encode(replace(LESSON, start=LESSON.suite))),
             Case("with a byte more", encode(LESSON) + b"\x00"),
         ],
         read_lesson,

@@ -13,6 +13,7 @@ from meshnode.core.errors import TrainerLost
 from meshnode.core.log import get_logger
 from meshnode.core.signal import Changes
 from meshnode.core.workers import Workers
+from meshnode.services.learning.adapters import start_of
 from meshnode.services.learning.book import Book, Page
 from meshnode.services.learning.cohort import Cohorts, rules_of
 from meshnode.services.learning.exchange import Exchange, Told, told_of
@@ -77,6 +78,7 @@ class Desk:
     worker: Worker
     exchange: Exchange
     machine: RoundMachine
+    start: Vector  # that all begin with, and that deltas count from
     cohorts: Cohorts | None  # of the mode masked
     workers: Workers
     rhythm: Rhythm
@@ -90,8 +92,8 @@ class Course:
         self._desk = desk
         self._permission = permission
         self._report = report
-        lesson, frame = desk.study.lesson, desk.study.frame
-        self._base = frame.initial()
+        lesson = desk.study.lesson
+        self._base = desk.start
         self._mixer = Mixer(desk.page, self._base, Mode(lesson.mode), Codec(lesson.codec))
         self._told = Told()
         self._parents: list[Cid] = []  # records that were mixed since the last delta of ours
@@ -337,10 +339,11 @@ def _mixes(mode: Mode, wanted: int) -> int:
 
 
 async def open_desk(ground: Ground, study: Study, school: School, model: ModelFiles, report: Report) -> Desk:
-    """Everything at hand for one course, where it was left. Raises DiskError."""
+    """Everything at hand for one course, where it was left. Raises DiskError, and what `start_of` raises."""
     lesson, frame = study.lesson, study.frame
     book = Book(school.folder / frame.cid, frame.parameters)
-    page = await ground.workers.run(book.read, study.cid) or Page(lesson=study.cid, vector=frame.initial())
+    start = await start_of(ground.content, ground.workers, frame, lesson.start_cid)
+    page = await ground.workers.run(book.read, study.cid) or Page(lesson=study.cid, vector=start.copy())
     report.steps = page.steps
     school.rhythm.restore(page.experience)
     mode = Mode(lesson.mode)
@@ -360,7 +363,7 @@ async def open_desk(ground: Ground, study: Study, school: School, model: ModelFi
         return Expected(
             frame=frame.cid,
             parameters=frame.parameters,
-            base=None,
+            base=lesson.start_cid,
             round=machine.round,
             adds=mode is Mode.BROADCAST,
         )
@@ -376,6 +379,7 @@ async def open_desk(ground: Ground, study: Study, school: School, model: ModelFi
         worker=Worker(school, model, study, book.folder, ground.workers),
         exchange=exchange,
         machine=machine,
+        start=start,
         cohorts=cohorts,
         workers=ground.workers,
         rhythm=school.rhythm,

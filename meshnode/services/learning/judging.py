@@ -13,18 +13,15 @@ from typing import Final
 import numpy as np
 
 from meshnode.core.errors import ModelError
-from meshnode.model.adapter import adapter_vector
+from meshnode.services.learning.adapters import read_adapter
 from meshnode.services.learning.ground import Ground
 from meshnode.services.learning.lessons import SuiteLine
 from meshnode.services.learning.service import School
 from meshnode.services.learning.worker import HIDDEN, open_model
 from meshnode.services.port import Comparison
 from meshnode.trainer.port import EvaluateJob, ModelFiles, Sample
-from protocols.adapter.manifest import decode_adapter
-from protocols.delta.frame import Frame, Vector, decode_frame
-from protocols.errors import RemoteProtocolError
-from protocols.ids import Cid, short
-from protocols.manifest.messages import FileRef
+from protocols.delta.frame import Frame, Vector
+from protocols.ids import Cid
 from protocols.rollout.messages import Candidate
 
 DRAWN: Final = 256  # samples of one vote, or all of a smaller suite
@@ -45,8 +42,10 @@ async def compare(
     labels = tuple(sorted({line.label for line in suite}))
     with ExitStack() as opened:
         model = await open_model(ground.content, Cid(candidate.base), opened)
-        new = await _read(ground, Cid(candidate.adapter))
-        old = await _read(ground, Cid(candidate.previous)) if candidate.previous else _Adapter(new.frame, None)
+        new = _Adapter(*await read_adapter(ground.content, ground.workers, Cid(candidate.adapter)))
+        old = _Adapter(new.frame, None)
+        if candidate.previous:
+            old = _Adapter(*await read_adapter(ground.content, ground.workers, Cid(candidate.previous)))
         if new.frame.base != candidate.base or old.frame.base != candidate.base:
             raise ModelError(f"The candidate {candidate.version} names adapters of another model.")
         jobs = [_job(model, school.folder, (new, old), samples, labels)]
@@ -79,17 +78,3 @@ def _job(
         labels=labels,
         cache=folder / frame.cid / HIDDEN,
     )
-
-
-async def _read(ground: Ground, cid: Cid) -> _Adapter:
-    """An adapter that is served, as a vector."""
-    try:
-        manifest = decode_adapter(await ground.content.block(cid))
-        frame = decode_frame(await ground.content.block(manifest.frame))
-    except RemoteProtocolError as error:
-        raise ModelError(f"The adapter {short(cid)} can't be judged: {error}") from error
-    layers: dict[FileRef, bytes] = {}
-    for file in manifest.layers:
-        with await ground.content.open(file) as path:
-            layers[file] = await ground.workers.run(path.read_bytes)
-    return _Adapter(frame, await ground.workers.run(adapter_vector, frame, manifest, layers.__getitem__))
