@@ -222,3 +222,26 @@ async def test_a_full_memory_keeps_the_prompt_that_goes_on(autojump_clock: MockC
         assert (await asker.ask(other, most=8)).tokens == alone(other, most=8), "nothing is in its way"
         await mesh.freed()
         assert (await asker.ask(receipt.prompt, most=8)).cached == 0
+
+
+async def test_a_stage_that_is_replaced_midway_leaves_the_rows_of_the_new_route(
+    mesh: Mesh, asker: Member, autojump_clock: MockClock
+) -> None:
+    """A turn that loses a stage begins with what was kept, goes on without it, and is kept on its new route."""
+    lost, spare = mesh.members[1], await mesh.start(3, 6)
+    prompt = (*FIRST, 9, 9)
+
+    def kill(count: int) -> None:
+        if count == 3:
+            lost.kill()
+            lost.span = None
+
+    receipt = await asker.ask(prompt, most=8, each=kill)
+    assert receipt.tokens == alone(prompt, most=8)
+    assert (receipt.cached, len(receipt.replaced)) == (100, 1)
+    assert receipt.route[1].peer == spare.peer
+    await mesh.freed()
+    later = turn(receipt)
+    again = await asker.ask(later, most=8)
+    assert (again.cached, again.route) == (len(prompt), receipt.route)
+    assert again.tokens == alone(later, most=8)
