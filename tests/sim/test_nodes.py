@@ -172,6 +172,30 @@ async def test_an_answer_goes_on_when_an_engine_that_died_is_started_again(
     assert len(world[victim].engines) == 2
 
 
+@pytest.mark.parametrize("blow", ["crash", "leave"])
+async def test_an_answer_goes_on_when_a_node_of_its_route_is_lost(
+    world: World, autojump_clock: MockClock, blow: str
+) -> None:
+    """The others have room for its layers, and take them over while the answer waits."""
+    await mesh(world, nodes=4, memory="1.9MB")
+    node = library(world, "n1")
+    drawn: dict[str, Any] = {"max_tokens": 60, "temperature": 0.8, "seed": 99}
+    right = (await node.generate([5, 6, 7], **drawn)).token_ids
+    pieces = node.stream([5, 6, 7], **drawn)
+    tokens = [(await anext(pieces)).token for _ in range(5)]
+    (generation,) = world["n1"].running.origin._running.values()
+    peer = next(hop.peer for hop in generation.receipt.route if hop.peer != world["n1"].peer_id)
+    victim = next(name for name, device in world.devices.items() if device.peer_id == peer)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.crash if blow == "crash" else world.leave, victim)
+        tokens += [piece.token async for piece in pieces]
+    assert tokens == list(right)
+    assert pieces.answer is not None
+    assert {lost.peer for lost in pieces.answer.receipt.replaced} <= {peer}
+    assert pieces.answer.receipt.replaced or blow == "leave", "one that leaves may hand over in time"
+    await world.until(world.all_ready)
+
+
 async def test_questions_go_on_while_a_node_leaves_between_two_of_them(autojump_clock: MockClock) -> None:
     """One that begins in the very moment finds its stage gone and no other one known yet: it waits for the news."""
     async with World.open(1) as world:  # the seed of a mesh in which it happens
