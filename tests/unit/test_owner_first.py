@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import namedtuple
 from typing import Any
 
@@ -163,3 +166,11 @@ async def test_without_a_limit_nothing_waits(autojump_clock: MockClock) -> None:
     wire, began = Wire(), trio.current_time()
     await Pace(0).write(wire, Message(blocks=(Block(prefix=b"\x01\x55\x12\x20", data=bytes(500_000)),)))
     assert trio.current_time() == began
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_the_cores_that_a_node_may_use() -> None:
+    code = "import os; from meshnode.activity import use_cores; use_cores({}); print(len(os.sched_getaffinity(0)))"
+    for most, left in ((1, 1), (0, len(os.sched_getaffinity(0))), (1000, len(os.sched_getaffinity(0)))):
+        done = subprocess.run([sys.executable, "-c", code.format(most)], capture_output=True, text=True, timeout=60)
+        assert done.stdout.strip() == str(left), done.stderr
