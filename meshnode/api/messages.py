@@ -440,6 +440,7 @@ class Status:
     readiness: str = ""  # why not, or how long a probe token took
     model: ServedModel | None = None
     prediction: str = ""
+    predicted_tok_s: float = 0.0  # of one answer; 0: nobody knows
     me: PeerStatus = PeerStatus()
     peers: tuple[PeerStatus, ...] = ()
     duty: DutyStatus = DutyStatus()

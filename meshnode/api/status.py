@@ -54,6 +54,7 @@ def status_of(node: Node, api_url: str = "") -> Status:
         readiness=ready.sentence,
         model=None if served is None else model_of(served),
         prediction="" if prediction is None else prediction.text,
+        predicted_tok_s=0.0 if prediction is None else prediction.mesh_milli / 1000,
         me=_peer(node, live[node.identity.peer_id]),
         peers=tuple(peers),
         duty=duty_status(node),

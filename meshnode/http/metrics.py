@@ -72,6 +72,8 @@ class Metrics:
         self._peers = gauge("peers", "Other nodes that are there.")
         self._connected = gauge("peers_connected", "Of them, those that this node is connected to.")
         self._serving = gauge("layers_served", "Layers that this node serves.")
+        self._memory = gauge("memory_bytes", "Memory that this node offers for weights and sessions.")
+        self._predicted = gauge("predicted_tokens_per_second", "Speed of one answer, as the plan says; 0: unknown.")
         self._rss = gauge("process_rss_bytes", "Memory of the node's process.")
         self._engine = gauge("engine_rss_bytes", "Memory of its engine.")
         self._kept = gauge("prefix_cache_bytes", "Keys and values of prompts that its engine has kept.")
@@ -91,6 +93,8 @@ class Metrics:
         self._connected.set(sum(peer.connected for peer in status.peers))
         me = status.me
         self._serving.set(0 if me.first is None or me.last is None else me.last - me.first)
+        self._memory.set(me.memory_bytes)
+        self._predicted.set(status.predicted_tok_s)
         self._rss.set(status.rss_bytes)
         self._engine.set(0 if status.engine is None else status.engine.rss_bytes)
         self._kept.set(0 if status.engine is None else status.engine.kept_bytes)
