@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# Two at a time; tests of one file share their fixtures, so they stay together.
-LANES := -n 2 --dist loadfile
+# Three at a time, as many of them wait; tests of one file share their fixtures, so they stay together.
+LANES := -n 3 --dist loadfile
 
 .PHONY: setup demo demo-learn sim attack fuzz test test-long test-quick test-process test-model test-ipfs reference-tokens dp-reference models-table check bench bench-learning bench-ipfs clean
 
