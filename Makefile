@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# Three at a time, as many of them wait; tests of one file share their fixtures, so they stay together.
-LANES := -n 3 --dist loadfile
+# Two at a time; tests of one file share their fixtures, so they stay together.
+LANES := -n 2 --dist loadfile
 
 .PHONY: setup demo demo-learn sim attack fuzz test test-long test-quick test-process test-model test-ipfs reference-tokens dp-reference models-table check bench bench-learning bench-ipfs clean
 
@@ -45,7 +45,7 @@ test-process: setup
 # What takes minutes: a hundred nodes in virtual time, ten real ones under load, outages of a minute and of five.
 test-long: setup
 	MESHNODE_TEST_LONG=1 $(BIN)/pytest -q -s tests/sim/test_cost.py tests/process/test_mesh_ten.py tests/process/test_lan_outages.py \
-		tests/process/test_mesh_crowd.py tests/sim/test_learning_nodes.py tests/model/test_mesh_quantised.py tests/model/test_mesh_answers.py
+		tests/process/test_mesh_crowd.py tests/sim/test_learning.py tests/sim/test_learning_nodes.py tests/model/test_mesh_quantised.py tests/model/test_mesh_answers.py
 
 # A hostile member with a plain ticket, for five minutes against five nodes that answer questions.
 attack: setup

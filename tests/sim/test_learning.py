@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import replace
 from functools import lru_cache
@@ -116,7 +117,7 @@ def of_two_classes(seed: int, attack: str) -> Course:
     return simulate(Softmax(5, seed, each=2), setting(4 + hostile, ROUNDS, **fields))
 
 
-@pytest.mark.parametrize("attack", PLANS)
+@pytest.mark.parametrize("attack", PLANS if "MESHNODE_TEST_LONG" in os.environ else ["label flip"])
 def test_hostile_peers_cost_little_where_each_knows_classes_of_its_own(attack: str) -> None:
     """Five that exchange in pairs, with two of ten classes each; the mean of three seeds."""
     lost = []
