@@ -32,7 +32,8 @@ class GraphFile:
     content: bytes
 
     def model(self) -> onnx.ModelProto:
-        """The graph. Raises ModelError when there is none of a sane size in it, or one that must not be run."""
+        """The graph. Raises ModelError when there is none of a sane size in it, or one that must not be run, and
+        MemoryError."""
         try:
             content = _unpacked(self.content) if self.content.startswith(_ZLIB) else self.content
             if not content:
@@ -48,7 +49,10 @@ class GraphFile:
                 f"The graph {self.source} is not run: {error}. A graph may only compute on its release's weights, "
                 "and within bounds. Serve another model, or have the publisher add this one again."
             ) from error
+        except MemoryError:
+            raise
         except Exception as error:  # protobuf's errors share no public base
+            _need_room_for(self.content)
             raise self._damaged(error) from error
         return model
 
@@ -77,6 +81,11 @@ def open_graph(path: Path, name: str = "") -> GraphFile:
 def read_graph(path: Path) -> onnx.ModelProto:
     """Read and check a graph file. Raises ModelError."""
     return open_graph(path).model()
+
+
+def _need_room_for(content: bytes) -> None:
+    """Raises MemoryError where a graph can't be unpacked for want of memory, which protobuf reports as damage."""
+    bytearray(max(1 << 20, 8 * len(content)))
 
 
 def _unpacked(content: bytes) -> bytes:
