@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -24,7 +23,6 @@ from tests.model.real_mesh import Alone, alone, ask, asked, real_mesh, wait_unti
 pytestmark = [pytest.mark.model, pytest.mark.process, pytest.mark.slow]
 
 Json = dict[str, Any]
-LONG = "MESHNODE_TEST_LONG" in os.environ
 COUNT = "Count from one to five in words, separated by commas."
 
 
@@ -60,7 +58,7 @@ def sessions_of(mesh: Mesh) -> list[int]:
 
 @pytest.mark.parametrize(
     ("temperature", "sampling"),
-    [(0, Sampling(seed=0)), (0.9, Sampling(seed=7, temperature_milli=900))][: 2 if LONG else 1],
+    [(0, Sampling(seed=0)), pytest.param(0.9, Sampling(seed=7, temperature_milli=900), marks=pytest.mark.long)],
 )
 def test_the_turns_of_a_chat_go_on_from_what_was_kept(
     mesh: Mesh, single: Alone, temperature: float, sampling: Sampling
@@ -81,6 +79,7 @@ def test_the_turns_of_a_chat_go_on_from_what_was_kept(
 # ---------------------------------------------------------------- several at once, and going away
 
 
+@pytest.mark.long
 def test_questions_at_once_get_the_answers_of_questions_alone(mesh: Mesh, single: Alone) -> None:
     """Four from every side, greedy and sampled, with and without an end before their length."""
     requests: list[Json] = [

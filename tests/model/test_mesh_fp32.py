@@ -9,8 +9,11 @@ import pytest
 
 from meshnode.harness.mesh import Mesh
 from meshnode.harness.receipt import node_line
+from tests.long import LONG
 from tests.model.real_mesh import ask, real_mesh
 from tests.model.reference import QUESTIONS, TOKENS, equal, kept
+
+FEW = ("short", "several turns", "emoji", "raw", "one token", "long")
 
 pytestmark = [pytest.mark.model, pytest.mark.process, pytest.mark.slow]
 
@@ -25,7 +28,8 @@ def test_greedy_tokens_are_those_of_transformers(mesh: Mesh) -> None:
     reference = kept()
     assert set(reference["questions"]) == set(QUESTIONS), "run: make reference-tokens"
     lengths, same = [], 0
-    for name, question in QUESTIONS.items():
+    asked = QUESTIONS if LONG else {name: QUESTIONS[name] for name in FEW}
+    for name, question in asked.items():
         receipt = ask(mesh.serving[0], max_tokens=TOKENS, **question)
         expected, ours = reference["questions"][name], receipt["token_ids"]
         assert receipt["prompt_token_ids"] == expected["prompt_ids"], name
@@ -37,9 +41,7 @@ def test_greedy_tokens_are_those_of_transformers(mesh: Mesh) -> None:
             same += 1
             assert expected["text"].rstrip("\ufffd").endswith(receipt["text"]), name
         lengths.append(len(expected["prompt_ids"]))
-    print(
-        f"\n{same} of {len(QUESTIONS)} answers to {min(lengths)} to {max(lengths)} tokens are equal to the last token"
-    )
+    print(f"\n{same} of {len(asked)} answers to {min(lengths)} to {max(lengths)} tokens are equal to the last token")
     assert len(QUESTIONS) >= 20
     assert max(lengths) > 600
     assert min(lengths) == 1

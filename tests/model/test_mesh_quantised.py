@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from functools import cache
 from time import monotonic
@@ -117,10 +116,10 @@ def check_memory(mesh: Mesh, when: str) -> None:
         assert not line["torch_imported"]
 
 
-LONG = "MESHNODE_TEST_LONG" in os.environ
-MESHES = [(variant, nodes) for variant in ("int4", "int8") for nodes in (1, 2, 3, 5)] if LONG else [("int8", 3)]
+MESHES = [(variant, nodes) for variant in ("int4", "int8") for nodes in (1, 2, 3, 5)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("variant", "nodes"), MESHES)
 def test_the_tokens_are_those_of_one_process(variant: str, nodes: int) -> None:
     wanted = expected(variant)

@@ -84,6 +84,7 @@ def test_fp32_says_what_transformers_says(example: Path) -> None:
     assert "Paris" in tokenizer.decode(expected)
 
 
+@pytest.mark.long
 def test_quantised_variants_mostly_choose_the_same_token(example: Path) -> None:
     tokens = sample_tokens(example / "tokenizer.json", 8192)[:400]
     best = Pieces(example, "fp32", ()).step(tokens, 0).argmax(axis=1)
@@ -98,6 +99,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
+@pytest.mark.long
 def test_the_same_source_gives_the_same_bytes(tmp_path: Path) -> None:
     random_checkpoint(tmp_path / "in", "qwen2", tie_word_embeddings=True)
     run_publisher(str(tmp_path / "in"), tmp_path / "first", VARIANTS)

@@ -210,6 +210,7 @@ def test_what_is_no_gguf_file(content: bytes, tmp_path: Path) -> None:
     assert "x.gguf" in str(caught.value)
 
 
+@pytest.mark.long
 def test_gguf_tensors_equal_those_that_transformers_reads() -> None:
     import torch
     import transformers

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from tests.long import some
 from tests.model.families import ARCHITECTURES, REFUSED, UNBUILT
 from tests.model.gguf_cases import CASES, UNKNOWN_KEYS
 from tests.model.support import COUNT, FILE, Row, family, gguf, gguf_with_unknown_key, table
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
+
+
+OFTEN = ("llama", "qwen2-yarn", "mixtral")
 
 
 def look(row: Row, *, runs: bool) -> None:
@@ -19,7 +23,7 @@ def look(row: Row, *, runs: bool) -> None:
     assert line in FILE.read_text(encoding="utf-8"), "docs/models.md says something else: run make models-table"
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", some(ARCHITECTURES, "llama", "gemma2", "qwen2_moe"))
 def test_a_family_answers_like_transformers(name: str) -> None:
     look(family(name), runs=True)
 
@@ -29,7 +33,7 @@ def test_a_family_is_refused_with_its_reason(name: str) -> None:
     look(family(name), runs=False)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.kind == "F32"])
+@pytest.mark.parametrize("name", some((name for name, case in CASES.items() if case.kind == "F32"), *OFTEN))
 def test_a_gguf_file_answers_like_transformers(name: str) -> None:
     look(gguf(name), runs=True)
 

@@ -16,6 +16,7 @@ from meshnode.core.errors import ConfigError
 pytestmark = [pytest.mark.net, pytest.mark.process]
 
 
+@pytest.mark.long
 def test_the_benchmark_measures(tmp_path: Path) -> None:
     result = bench.measure(60, 1, tmp_path, settle_s=0.0)
     assert [row["case"] for row in result["rounds"]] == ["one", "three", "trouble", "killed"]

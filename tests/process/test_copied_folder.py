@@ -26,6 +26,7 @@ def live(status: Status) -> set[str]:
     return {peer.peer for peer in status.peers}
 
 
+@pytest.mark.long
 def test_the_true_node_is_back_soon_after_its_copy_was_killed(tmp_path: Path) -> None:
     with mesh_of(tmp_path, 3, published=small_model(tmp_path / "model")) as mesh:
         asker, other, true = mesh.members

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ NODES = 3
 BACK_S = 10.0  # promised
 MOVED_S = 15.0  # promised
 PATIENCE_S = 20.0
-OUTAGES_S = (60, 300) if os.environ.get("MESHNODE_TEST_LONG") else (20,)
+OUTAGES_S = (60, 300)
 
 
 @contextmanager
@@ -61,6 +60,7 @@ def connected(members: list[Member], count: int) -> float:
 
 
 @pytest.mark.parametrize("seconds", OUTAGES_S)
+@pytest.mark.long
 def test_all_are_back_soon_after_the_switch_is(at_switch: tuple[Lan, list[Member]], seconds: float) -> None:
     lan, members = at_switch
     began = time.monotonic()
@@ -90,6 +90,7 @@ def test_who_gets_a_new_address_is_found_by_those_who_stay(at_switch: tuple[Lan,
     assert any("10.77.9.3" in one for one in members[2].status().addresses)
 
 
+@pytest.mark.long
 def test_nodes_that_know_no_address_meet_and_meet_again_when_all_addresses_change(tmp_path: Path) -> None:
     with nodes_at_switch(tmp_path, seed=False) as (lan, members):
         began = time.monotonic()

@@ -54,6 +54,7 @@ def test_a_model_is_pinned_unpinned_and_removed(tmp_path: Path) -> None:
         assert list(content.iterdir()) == []
 
 
+@pytest.mark.long
 def test_encrypted_files_serve_as_others_do(tmp_path: Path) -> None:
     published = small_model(tmp_path / "model")
     with mesh_of(tmp_path, 2, published=published, settings=(("content.encrypt", True),)) as mesh:

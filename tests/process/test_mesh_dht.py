@@ -29,6 +29,7 @@ PROVIDE_S = 30.0
 MEMBERS_ONLY = (heartbeat.PROTOCOL, direct.PROTOCOL, pipes.PROTOCOL, "/meshnode/sync/1", "/meshnode/intent/1")
 
 
+@pytest.mark.long
 def test_a_network_fetches_the_public_model_of_another(tmp_path: Path) -> None:
     published = small_model(tmp_path / "model")
     files = {path.read_bytes() for path in published.iterdir() if path.name != "index.json"}

@@ -133,6 +133,7 @@ def test_bytes_on_the_port(mesh: Mesh, rng: random.Random) -> None:
     assert greeted > INPUTS // 10
 
 
+@pytest.mark.long
 async def test_streams_and_gossip_of_a_member(mesh: Mesh, tmp_path: Path, rng: random.Random) -> None:
     (member,) = mesh.members
     peer = PeerId(member.peer_id)

@@ -93,6 +93,7 @@ def complaint(mesh: Mesh) -> str:
     return entry.text
 
 
+@pytest.mark.long
 def test_a_node_refuses_the_graph_and_serves_another(tmp_path: Path) -> None:
     model, weights = trial_model(tmp_path / "trial")
     bad = onnx.ModelProto()

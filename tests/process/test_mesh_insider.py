@@ -68,9 +68,9 @@ def served(member: Member) -> str:
 @pytest.mark.parametrize(
     "dates",
     [
-        {"created_ms": LAST},
+        pytest.param({"created_ms": LAST}, marks=pytest.mark.long),
         {"incarnation": LAST, "sequence": LAST, "created_ms": LAST},
-        {},
+        pytest.param({}, marks=pytest.mark.long),
     ],
     ids=["the last day", "the last of everything", "today"],
 )

@@ -66,6 +66,7 @@ def sees(peer: str) -> Callable[[Status], bool]:
     return lambda status: any(row.peer == peer and row.connected for row in status.peers)
 
 
+@pytest.mark.long
 def test_a_member_is_put_out_and_stays_out(mesh: Mesh, owner: Member, tmp_path: Path) -> None:
     usual = tokens_of(owner)
     ticket = invited(owner, "--uses", "0")

@@ -73,6 +73,7 @@ def test_a_second_node_on_the_same_folder(server: Member) -> None:
     assert server.status().ready
 
 
+@pytest.mark.long
 def test_a_disk_that_takes_no_layer(mesh: Mesh, tmp_path: Path) -> None:
     """Files that grow too big, as on a full disk: the node says so, serves nothing and goes on answering."""
     mesh.up()

@@ -39,6 +39,7 @@ def test_arithmetic_adds_up(size: int, shape: tuple[int, int]) -> None:
 @given(st.integers(0, 900).map(noise), st.integers(1, 90), st.integers(2, 5), st.integers(1, 500))
 @settings(max_examples=60)
 @pytest.mark.slow
+@pytest.mark.long
 def test_builder_is_independent_of_the_pieces(data: bytes, chunk: int, width: int, step: int) -> None:
     shape = {"chunk": chunk, "width": width}
     assert tree_of(data, **shape, step=step) == tree_of(data, **shape, step=len(data) or 1)

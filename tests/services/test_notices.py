@@ -56,6 +56,7 @@ async def test_it_outlives_a_restart_of_its_writer_and_of_all(mesh: Mesh, autoju
     await hears(other, (one, b"one"))
 
 
+@pytest.mark.long
 async def test_it_is_renewed_for_as_long_as_it_stands(mesh: Mesh, autojump_clock: MockClock) -> None:
     one, other = [await mesh.start(number, roles=ROLES) for number in (1, 2)]
     await mesh.line(one, other)

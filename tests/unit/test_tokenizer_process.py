@@ -23,6 +23,7 @@ import trio
 from meshnode.core.errors import Declined, MeshError, ModelError, TokenizerLost
 from meshnode.text.limits import Limits
 from meshnode.text.process import TokenizerProcess, open_tokenizer
+from tests.long import some
 from tests.text_files import byte_tokenizer, computed, text_files
 
 MIB: Final = 1 << 20
@@ -96,7 +97,10 @@ TEMPLATE_BOMBS: Final = {
 }
 
 
-@pytest.mark.parametrize("bomb", TEMPLATE_BOMBS)
+@pytest.mark.parametrize(
+    "bomb",
+    some(TEMPLATE_BOMBS, "nested loops", "range", "a recursive macro", "a product of text", "a macro that doubles"),
+)
 async def test_a_template_that_runs_wild_costs_its_asker_an_error(bomb: str, tmp_path: Path) -> None:
     """... in a sentence, while others get their answers, and then it is gone."""
     before = psutil.Process().memory_info().rss
@@ -331,6 +335,7 @@ async def gone(process: psutil.Process) -> None:
     await until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
 
 
+@pytest.mark.long
 async def test_a_fork_that_is_killed_is_replaced(tmp_path: Path) -> None:
     """Before its question, or once in it: nobody notices. Twice: its asker is told."""
     slow = "{% for i in range(40000) %}{% for j in range(1500) %}{% endfor %}{% endfor %}ok"
