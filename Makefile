@@ -45,9 +45,10 @@ test-process: setup
 # What `make test` leaves out: a hundred nodes in virtual time, ten real ones under load, outages of a minute and of
 # five, and the cases of a kind of which `make test` runs some.
 test-long: setup
-	MESHNODE_TEST_LONG=1 $(BIN)/pytest -q -s tests/sim/test_cost.py tests/process/test_mesh_ten.py tests/process/test_mesh_crowd.py \
+	MESHNODE_TEST_LONG=1 $(BIN)/pytest -q -s tests/sim/test_cost.py tests/process/test_mesh_ten.py \
 		tests/sim/test_learning.py tests/sim/test_learning_nodes.py
 	MESHNODE_TEST_LONG=1 $(BIN)/pytest -q $(LANES) -m long
+	+MESHNODE_TEST_LONG=1 $(MAKE) --no-print-directory test-ipfs
 
 # A hostile member with a plain ticket, for five minutes against five nodes that answer questions.
 attack: setup

@@ -47,6 +47,7 @@ async def test_the_operators_kubo_gets_and_gives_blocks(tmp_path: Path) -> None:
         assert health.current() == []
 
 
+@pytest.mark.long
 async def test_a_kubo_that_hangs_is_let_go_and_met_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guest_service, "LAST_PAUSE_S", 2.0)
     async with kubo(tmp_path / "kubo") as there, ours(tmp_path / "node", [there]) as node:

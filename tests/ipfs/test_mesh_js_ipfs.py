@@ -63,6 +63,7 @@ async def test_a_published_model_goes_there_and_a_node_without_peers_gets_all_of
     assert health.current() == []
 
 
+@pytest.mark.long
 async def test_a_mesh_publishes_there_and_another_starts_from_the_manifest_and_the_daemon(tmp_path: Path) -> None:
     async with daemon(tmp_path / "daemon") as (address, _):
         there = IpfsApi(address, Health())

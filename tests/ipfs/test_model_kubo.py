@@ -27,6 +27,7 @@ READY_S = 120.0
 REAL = ("serve.engine", "onnx")
 
 
+@pytest.mark.long
 async def test_the_real_model_answers_out_of_kubo(tmp_path: Path) -> None:
     published = await trio.to_thread.run_sync(model_folder, "int4")
     async with kubo(tmp_path / "kubo") as there:

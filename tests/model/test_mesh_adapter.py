@@ -35,6 +35,7 @@ def frame(base: Cid) -> Frame:
     return Frame(base=base, rank=8, alpha=16, targets=TARGETS, first=4, last=LAYERS, seed=3)
 
 
+@pytest.mark.long
 def test_three_nodes_answer_with_the_adapter_that_one_of_them_has() -> None:
     prompt = sample_tokens(model_folder(VARIANT) / "tokenizer.json", 40)
     with real_mesh(VARIANT, 3) as mesh:

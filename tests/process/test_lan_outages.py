@@ -73,6 +73,7 @@ def test_all_are_back_soon_after_the_switch_is(at_switch: tuple[Lan, list[Member
     assert took < BACK_S
 
 
+@pytest.mark.long
 def test_who_gets_a_new_address_is_found_by_those_who_stay(at_switch: tuple[Lan, list[Member]]) -> None:
     lan, members = at_switch
     before = [member.status().me.incarnation for member in members]

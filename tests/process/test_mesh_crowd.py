@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,8 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
         yield mesh
 
 
-@pytest.mark.parametrize("count", (20, 100) if "MESHNODE_TEST_LONG" in os.environ else (20,))
+@pytest.mark.parametrize("count", (20, 100))
+@pytest.mark.long
 def test_all_questions_at_once_are_answered_in_turn(mesh: Mesh, count: int) -> None:
     questions = [replace(QUESTION, token_ids=(5, 6, 7 + number % 50)) for number in range(count)]
     right = {question: tokens_of(mesh.members[0], question) for question in set(questions[:3])}

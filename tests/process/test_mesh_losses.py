@@ -73,6 +73,7 @@ def test_a_killed_node(mesh: Mesh, usual: list[int]) -> None:
     answers_again(mesh, usual)
 
 
+@pytest.mark.long
 def test_a_node_that_hangs(mesh: Mesh, usual: list[int]) -> None:
     asker, victim = mesh.members[0], mesh.members[1]
     wakes = threading.Timer(PAUSED_S, victim.signal, (signal.SIGCONT,))

@@ -222,6 +222,7 @@ async def test_questions_go_on_while_a_node_leaves_between_two_of_them(autojump_
         await world.until(world.all_ready)
 
 
+@pytest.mark.long
 async def test_a_further_node_helps_and_one_that_leaves_hands_over_while_questions_run(
     world: World, autojump_clock: MockClock
 ) -> None:
