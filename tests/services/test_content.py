@@ -288,7 +288,7 @@ async def test_a_wrong_size_is_the_publishers_mistake(net: Network) -> None:
 async def test_nobody_has_it(net: Network) -> None:
     cid = file_cid(noise(2 * MIB))
     await net.node(A)
-    me, _, _ = await net.node(ME, providers=(A, B), patience=0.5)
+    me, _, _ = await net.node(ME, providers=(A, B), patience=4)
     with pytest.raises(ContentUnavailable) as caught:
         await me.fetch(ref(cid, 2 * MIB))
     text = str(caught.value)
@@ -326,7 +326,7 @@ async def test_a_block_passes_on_while_it_is_still_coming_in(net: Network) -> No
 async def test_single_blocks(net: Network) -> None:
     _, theirs, _ = await net.node(A)
     cid = theirs.put_block(b"\xa1aa\x01", DAG_CBOR)
-    me, ours, _ = await net.node(ME, providers=(A,), patience=1)
+    me, ours, _ = await net.node(ME, providers=(A,), patience=4)
     assert await me.block(cid) == b"\xa1aa\x01"
     assert ours.block(cid) == b"\xa1aa\x01"
     assert await me.block(cid) == b"\xa1aa\x01"

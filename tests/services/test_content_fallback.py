@@ -409,7 +409,7 @@ async def test_a_corrupt_gateway_spoils_nothing_and_is_named(net: Network) -> No
 )
 async def test_when_nobody_has_it_the_error_says_what_the_sources_said(net: Network, scene: Scene, word: str) -> None:
     data = noise(2 * MIB)
-    async with reading(net, scene, patience=2) as it:
+    async with reading(net, scene, patience=5) as it:
         with pytest.raises(ContentUnavailable, match=word) as caught:
             await it.gets(data)
     assert caught.value.cid == file_cid(data)
@@ -425,7 +425,7 @@ async def test_the_error_names_every_source_and_why_it_gave_nothing(net: Network
         silence,
         lambda request: request.reply(b"", 404),
     ]
-    async with reading(net, *scenes, patience=2) as it:
+    async with reading(net, *scenes, patience=5) as it:
         hostile, broken, silent, empty = (here.url for here in it.sites)
         for said in ("gave 8 bytes that are not the block", "so it is not asked again"):
             with pytest.raises(ContentUnavailable) as caught:
