@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from meshnode.api.messages import Answer
+from meshnode.api.messages import Answer, Replaced
 from meshnode.cli.main import add_data
 from meshnode.cli.settings import client_of
 from meshnode.client import Client
@@ -113,17 +113,28 @@ def run(arguments: argparse.Namespace) -> int:
         facts.append(f"adapter {short(receipt.adapter)}")
     if facts:
         print(f"[{', '.join(facts)}]", file=sys.stderr)
+    for loss in receipt.replaced:
+        print(f"[{_loss_words(loss)}]", file=sys.stderr)
     return 0
+
+
+def _loss_words(loss: Replaced) -> str:
+    """A stage that was lost, and how the answer went on without it."""
+    what = f"layers {loss.first}-{loss.last - 1} of {short(loss.peer)} were" if loss.peer else "a stage was"
+    went_on = f"the answer went on after {loss.gap_ms / 1000:.1f} s" if loss.gap_ms else "no token came after that"
+    return f"{what} lost after {counted(loss.tokens, 'token')}; {went_on}: {printable(loss.reason)}"
 
 
 def print_answer(node: Client, question: Question) -> Answer:
     """Print the pieces as they come; the whole answer."""
 
+    shown = ""
+
     def waiting(why: str) -> None:
-        print(f"Waiting for the mesh: {printable(why)}.", file=sys.stderr)
+        breaks = "\n" if shown and not shown.endswith("\n") else ""  # in the middle of an answer, on the same screen
+        print(f"{breaks}Waiting for the mesh: {printable(why)}.", file=sys.stderr)
 
     with node.ask(question, waiting=waiting) as pieces:
-        shown = ""
         try:
             for piece in pieces:
                 shown = printable(piece.text, keep="\n\t") or shown

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from meshnode.bench.single import stage_spec
+from meshnode.config.load import load_config
 from meshnode.engine.onnx_stage import OnnxStage
 from meshnode.engine.port import AdapterSpec
 from meshnode.engine.requests import adapt_request, load_request
@@ -60,13 +61,25 @@ def model_folder(variant: str) -> Path:
 
 
 @contextmanager
-def real_mesh(variant: str, nodes: int) -> Iterator[Mesh]:
-    """A ready mesh whose nodes give just so much memory that all of them are needed; stopped at the end."""
-    source = model_folder(variant)
+def real_mesh(variant: str, nodes: int, *, spare: int = 0, bootstrap: bool = False) -> Iterator[Mesh]:
+    """A ready mesh, stopped at the end. Only with the spare nodes has it more memory than the model needs.
+
+
+    bootstrap: whether its first member is a bootstrap peer, which has no layers.
+    """
+    plan = Plan(
+        nodes=nodes,
+        bootstrap=bootstrap,
+        published=model_folder(variant),
+        variant=variant,
+    )
     with tempfile.TemporaryDirectory(prefix="mesh-") as folder:
-        mesh = Mesh.make(Path(folder), Plan(nodes=nodes, published=source, variant=variant))
+        mesh = Mesh.make(Path(folder), plan)
         try:
             mesh.up()
+            memory = load_config(mesh.members[-1].folder, {}).serve.memory
+            for _ in range(spare):
+                mesh.add(str(memory))
             mesh.wait_ready()
             yield mesh
         except BaseException:
