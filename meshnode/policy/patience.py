@@ -9,7 +9,7 @@ from meshnode.policy.moves import Move
 
 DEBOUNCE_S: Final = 0.6  # after the last peer came or went; peers of one mesh start within moments
 DEBOUNCE_CAP_S: Final = 3.0  # since the first of them; also how long an incomplete mesh waits for more peers
-URGENT_AFTER_S: Final = 2.0  # the mesh must have been without a chain this long before served layers are left for it
+URGENT_AFTER_S: Final = 2.0  # without a chain for this long, a node leaves also layers that it alone serves
 CALM_S: Final = 60.0  # after a switch, no other move for speed alone
 NEWS_S: Final = 10.0  # after a peer came or went, no move for speed alone: more may follow
 
@@ -46,15 +46,15 @@ class Patience:
         """When the peers that came and went will have done so; before, nothing is worth deciding."""
         return min(self._members_changed + DEBOUNCE_S, self._members_since + DEBOUNCE_CAP_S)
 
-    def allowed_at(self, move: Move, *, leaves: bool, fits: bool) -> float:
+    def allowed_at(self, move: Move, *, loses: bool, fits: bool) -> float:
         """The moment from which a move may be made, if nothing else changes until then.
 
         Args:
-          leaves: it gives up layers that we serve.
+          loses: it gives up layers that nobody else serves.
           fits: the nodes that are there can hold the whole model.
         """
         at = self.settled_at
-        if leaves and move.urgent:
+        if loses and move.urgent:
             at = max(at, self._broken_since + URGENT_AFTER_S)
         if move.source is None and not fits:  # the places would have to change when the next node comes
             at = max(at, self._members_since + DEBOUNCE_CAP_S)

@@ -9,7 +9,7 @@ from protocols.advert.messages import HEAD, LEASE_MS, LEASE_PER_NODE_MS, MAX_LEA
 from protocols.notice.messages import HOLDS_S, Notice
 
 LEASE_S: Final = LEASE_MS / 1000
-SUSPECT_S: Final = 3.0  # a peer that disconnected is dead after this, unless somebody relays a newer advert
+SUSPECT_S: Final = 2.0  # a peer that disconnected is dead after this, unless somebody relays a newer advert
 HEARSAY_S: Final = 10.0  # between two losses of one peer that are believed on the word of others
 
 

@@ -13,8 +13,8 @@ REPAIR = Move(target=(0, 4), source=(4, 8), exclusive=False, urgent=False, repai
 URGENT = Move(target=(0, 4), source=(4, 8), exclusive=False, urgent=True, repair=True)
 
 
-def at(patience: Patience, move: Move, *, leaves: bool = False, fits: bool = True) -> float:
-    return patience.allowed_at(move, leaves=leaves, fits=fits)
+def at(patience: Patience, move: Move, *, loses: bool = False, fits: bool = True) -> float:
+    return patience.allowed_at(move, loses=loses, fits=fits)
 
 
 def test_nothing_is_decided_while_peers_come_and_go() -> None:
@@ -55,8 +55,8 @@ def test_served_layers_are_left_only_when_the_mesh_has_not_answered_for_a_while(
     patience.see("a", 0.0)
     patience.judge(broken=True, now=100.0)
     patience.judge(broken=True, now=101.0)
-    assert at(patience, URGENT, leaves=True) == pytest.approx(100 + URGENT_AFTER_S)
+    assert at(patience, URGENT, loses=True) == pytest.approx(100 + URGENT_AFTER_S)
     assert at(patience, URGENT) == pytest.approx(DEBOUNCE_S), "it leaves nothing"
     patience.judge(broken=False, now=101.5)
     patience.judge(broken=True, now=102.0)
-    assert at(patience, URGENT, leaves=True) == pytest.approx(102 + URGENT_AFTER_S)
+    assert at(patience, URGENT, loses=True) == pytest.approx(102 + URGENT_AFTER_S)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Final
@@ -24,9 +24,9 @@ from meshnode.engine.open_span import OpenSpan
 from meshnode.model.fit import Range
 from meshnode.model.release import ServedRelease
 from meshnode.policy.changeover import PATIENCE_S, may_go_over
-from meshnode.policy.guards import abandoned
+from meshnode.policy.guards import abandoned, guards_of
 from meshnode.policy.mesh_view import UNMEASURED_LAYER_US, layer_us_of, nodes_of, rate_of
-from meshnode.policy.moves import decide, may_leave, still_right, unserved, wanted_plan
+from meshnode.policy.moves import Move, decide, may_leave, still_right, unserved, wanted_plan
 from meshnode.policy.patience import Patience
 from meshnode.policy.placement import Node
 from meshnode.policy.precedence import slot_left_s, slot_of
@@ -378,12 +378,18 @@ class PlacementService:
             return slot_end
         leaves = bool(abandoned(move.source, move.target, exclusive=move.exclusive))
         fits = move.source is not None or not wanted_plan(release.facts, nodes).holes
-        allowed_at = self._patience.allowed_at(move, leaves=leaves, fits=fits)
+        allowed_at = self._patience.allowed_at(move, loses=self._would_lose(nodes, move), fits=fits)
         if now < allowed_at:
             return min(allowed_at, slot_end)
         want = want_of(release, move, self._spans.serving, leaves=leaves, peers=len(nodes), memory=self._memory)
         self._feed(want, now)
         return inf
+
+    def _would_lose(self, nodes: Sequence[Node], move: Move) -> bool:
+        """Whether the move gives up layers that nobody else serves."""
+        if move.source is None:
+            return False
+        return bool(guards_of(nodes, self._us, move.source, move.target, exclusive=move.exclusive).missing)
 
     def _recheck(self) -> str | None:
         """Why the announced move should not go on; None when it should."""
